@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""The command line of tinymoe. Heavy imports are inside the commands, so that --help is instant."""
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main():
+    """Mixture-of-experts language models in NumPy: study, check and measure routing on a laptop's CPU."""
+
+
+# -- study --------------------------------------------------------------------------------------
+
+@main.command()
+@click.option("--quick", is_flag=True, help="200 steps a config instead of 2,000.")
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps of each run.")
+@click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEF"), case_sensitive=False),
+              help="Train only this config; repeat for several.  [default: all]")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each config, seeds 0 to N - 1.")
+@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="number of cores",
+              help="Runs side by side, each in a process with one thread.")
+@click.option("--text", type=click.Path(), help="A file, or a folder whose entries are domains, instead of the default corpus.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: results/quick or results/full]")
+@click.option("--plot", is_flag=True, help="Draw the figures at the end.")
+@click.option("--plot-only", is_flag=True, help="Train nothing: draw figures and write findings from what is in --out.")
+@click.option("--fresh", is_flag=True, help="Throw away what these runs left before, instead of going on from it.")
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE",
+              help="Change any field of ModelConfig or TrainConfig, e.g. --set n_experts=16.")
+def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh, overrides):
+    """Train configs A to F on real text and write up what their routers did.
+
+    Interrupted at any moment, the same command goes on from the last checkpoint.
+    """
+    out = out or RESULTS / ("quick" if quick else "full")
+    if plot_only:
+        return _write_up(out, plot=True)
+    from tinymoe import study as s
+    from tinymoe.data import CorpusError
+    all_runs = _runs(s, configs, seeds, steps or (s.QUICK_STEPS if quick else None), overrides)
+    click.echo(f"{len(all_runs)} runs of {all_runs[0].training.steps} steps, {min(jobs, len(all_runs))} at a time -> {out}")
+    try:
+        with _Progress(all_runs) as progress:
+            failures = s.run_study(all_runs, out, text, jobs, fresh, progress.note)
+    except KeyboardInterrupt:
+        raise SystemExit(_say("\nInterrupted. The same command goes on from the last checkpoints.", code=130))
+    except (CorpusError, OSError) as error:
+        raise click.ClickException(_one_line(error)) from None
+    if len(failures) < len(all_runs):
+        _write_up(out, plot)
+    for run_id, message in failures.items():
+        _say(f"Error: {run_id} failed: {message}")
+    if failures:
+        raise SystemExit(1)
+
+
+def _runs(s, configs, seeds, steps, overrides):
+    """The runs that the options describe; click.UsageError for values that fit no model."""
+    import dataclasses
+    model, training = {}, {} if steps is None else {"steps": steps}
+    known = {f.name: (part, f) for cls, part in ((s.ModelConfig, model), (s.TrainConfig, training)) for f in dataclasses.fields(cls)}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if name not in known or not equals:
+            raise click.UsageError(f"--set {text}: write NAME=VALUE with one of {', '.join(sorted(known))}")
+        try:
+            known[name][0][name] = json.loads(value)
+        except json.JSONDecodeError:
+            known[name][0][name] = value
+    try:
+        ids = [c.upper() for c in dict.fromkeys(configs)] or list(s.CONFIGS)
+        return s.runs(ids, seeds, s.TrainConfig(**training), model)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(_one_line(error)) from None
+
+
+class _Progress:
+    """A bar over the steps of all runs, with the losses of those that train now, and the time left."""
+
+    def __init__(self, all_runs):
+        self.steps = {run.run_id: 0 for run in all_runs}
+        self.each = all_runs[0].training.steps
+        self.losses = {}
+
+    def __enter__(self):
+        self.bar = click.progressbar(length=self.each * len(self.steps), label="training", show_eta=True,
+                                     item_show_func=lambda _: "  ".join(f"{r} {x:.3f}" for r, x in self.losses.items()))
+        self.bar.__enter__()
+        return self
+
+    def note(self, event):
+        if event.kind == "step":
+            self.losses[event.run_id] = event.loss
+        else:
+            self.losses.pop(event.run_id, None)
+            if not os.isatty(1):  # nobody watches the bar: one line a run
+                click.echo(f"{event.run_id}: {event.message or 'done'}")
+        reached = event.step if event.kind == "step" else self.each
+        before, self.steps[event.run_id] = self.steps[event.run_id], reached
+        self.bar.update(reached - before, event)
+
+    def __exit__(self, *error):
+        self.bar.__exit__(*error)
+
+
+def _write_up(out, plot):
+    """Figures, summary.csv and FINDINGS.md of the runs under `out`, and a table of them on the screen."""
+    from tinymoe import report
+    try:
+        findings = report.write_findings(out)
+        report.write_summary_csv(out)
+        if plot:
+            from tinymoe import plots
+            click.echo(f"{len(plots.draw_all(out))} figures in {out / 'figures'}")
+    except (ValueError, OSError) as error:
+        raise click.ClickException(_one_line(error)) from None
+    click.echo(f"findings in {findings}")
+
+
+def _say(message, code=1):
+    click.echo(message, err=True)
+    return code
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
+
+
+# -- gradcheck ----------------------------------------------------------------------------------
+
+@main.command()
+@click.option("--only", metavar="TEXT", help="Check only what has this text in its name.")
+def gradcheck(only):
+    """Compare every gradient with finite differences; exits 1 if any is wrong."""
+    from tinymoe import checks
+    rows = []
+    for row in checks.run_all(only):
+        click.echo(row.line())
+        rows.append(row)
+    if not rows:
+        raise click.UsageError(f"--only {only}: nothing has this in its name; run without it for the list")
+    failed = [row.name for row in rows if not row.ok]
+    click.echo(f"\n{len(rows)} checks, largest relative error {max(row.error for row in rows):.1e}, {len(failed)} failed")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

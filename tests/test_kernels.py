@@ -1,0 +1,290 @@
+"""Every kernel against a plain loop (naive.py) in both precisions, its backward pass also against central differences.
+
+Also with the compiler off: NUMBA_DISABLE_JIT=1 pytest tests/test_kernels.py
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import naive
+from tinymoe import kernels
+
+DTYPES = [np.float64, np.float32]
+NAMES = ["gelu", "silu", "relu"]
+COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+MANY = 2 * kernels.SEGMENT + 3 if COMPILED else 5         # rows for more than two pieces
+
+
+def normal(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def close(got, expected, tolerance=None):
+    got = np.asarray(got)
+    tolerance = tolerance or (1e-10 if got.dtype == np.float64 else 2e-5)
+    assert got.shape == np.shape(expected)
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * max(1.0, np.abs(expected).max(initial=0)))
+
+
+def all_close(got, expected, dtype):
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == dtype
+        close(g, e)
+
+
+@pytest.fixture
+def threads():
+    before = kernels.get_threads()
+    yield kernels.set_threads
+    kernels.set_threads(before)
+
+
+# ---- dense layers -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_linear(n, dtype):
+    x, w, b, dy = normal(n, 3, dtype=dtype), normal(3, 4, dtype=dtype), normal(4, dtype=dtype), normal(n, 4, dtype=dtype)
+    for bias in (b, None):
+        close(kernels.linear(x, w, bias), naive.linear(x, w, bias))
+    all_close(kernels.linear_backward(dy, x, w), naive.linear_backward(dy, x, w), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_over_many_pieces_and_strided_inputs(dtype):
+    x, w, dy = normal(2, MANY, dtype=dtype).T, normal(3, 2, dtype=dtype).T, normal(MANY, 3, dtype=dtype)
+    close(kernels.linear(x, w, None), x @ w)
+    all_close(kernels.linear_backward(dy, x, w), (dy @ w.T, x.T @ dy, dy.sum(0)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_activation(name, dtype):
+    x, dy = np.linspace(-12, 12, 49).reshape(7, 7).astype(dtype), normal(7, 7, dtype=dtype)
+    close(kernels.activation(x, name), naive.each(naive.activation, x, name), 1e-12 if dtype == np.float64 else 1e-6)
+    close(kernels.activation_backward(dy, x, name), dy * naive.each(naive.activation_slope, x, name),
+          1e-12 if dtype == np.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_activation_in_float32_is_good_to_a_few_units_in_the_last_place(name):
+    x = np.linspace(-20, 20, 2001 if COMPILED else 101).astype(np.float32)
+    error = np.abs(kernels.activation(x, name) - naive.each(naive.activation, x, name))
+    assert np.all(error <= 2e-7 * np.maximum(1, np.abs(x)))
+    assert np.array_equal(kernels.activation(np.float32([-1e4, 0, 1e4]), name), np.float32([0, 0, 1e4]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, MANY])
+def test_layer_norm(n, dtype):
+    x, weight, bias, dy = normal(n, 6, dtype=dtype), normal(6, dtype=dtype), normal(6, dtype=dtype, seed=1), normal(n, 6, dtype=dtype, seed=2)
+    y, mean, rstd = kernels.layer_norm(x, weight, bias, 1e-5)
+    z = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    close(y, naive.layer_norm(x.astype(float), weight, bias, 1e-5))
+    close(mean, x.mean(1))
+    dx, dweight, dbias = kernels.layer_norm_backward(dy, x, weight, mean, rstd)
+    close(dweight, (dy * z).sum(0))
+    close(dbias, dy.sum(0))
+    if dtype == np.float64:
+        close(dx[:2], naive.central_difference(lambda x: naive.layer_norm(x, weight, bias, 1e-5), x[:2], dy[:2]), 1e-7)
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, H, G, d, dv", [(2, 1, 2, 2, 3, 3), (1, 5, 4, 2, 3, 2), (2, 7, 3, 1, 2, 4), (1, kernels.QUERIES + 3, 1, 1, 2, 2)])
+def test_causal_attention(B, T, H, G, d, dv, dtype):
+    q, k, v = normal(B, T, H, d, dtype=dtype), normal(B, T, G, d, dtype=dtype, seed=1), normal(B, T, G, dv, dtype=dtype, seed=2)
+    out, probs = kernels.causal_attention(q, k, v)
+    all_close((out, probs), naive.causal_attention(q, k, v), dtype)
+    assert np.all(np.triu(probs, 1) == 0)
+    dout = normal(B, T, H, dv, dtype=dtype, seed=3)
+    gradients = kernels.causal_attention_backward(dout, q, k, v, probs)
+    all_close(gradients, naive.causal_attention_backward(dout, q, k, v), dtype)
+    if dtype == np.float64 and T < 10:
+        for i, gradient in enumerate(gradients):
+            def attend(z):
+                return kernels.causal_attention(*[z if j == i else x for j, x in enumerate((q, k, v))])[0]
+            close(gradient, naive.central_difference(attend, (q, k, v)[i], dout), 1e-7)
+
+
+# ---- experts ----------------------------------------------------------------------------------------------------------------------
+
+# expert of each assignment of each token: name -> list over tokens of tuples of experts
+ROUTES = {
+    "balanced": [(0, 1), (1, 2), (2, 0), (0, 2)],
+    "one expert holds all": [(1,)] * 4,
+    "empty experts and a token without": [(0,), (), (3, 0), (0,)],
+    "no assignment": [(), ()],
+    "one token": [(2,)],
+    "one token, every expert": [(0, 1, 2, 3)],
+}
+
+
+def routed(experts_of, n_experts=4, D=3, F=5, dtype=np.float64):
+    """-> the arguments of experts_forward, without the activation"""
+    pairs = sorted((e, n) for n, experts in enumerate(experts_of) for e in experts)
+    token = np.array([n for _, n in pairs], dtype=int)
+    offsets = np.searchsorted([e for e, _ in pairs], np.arange(n_experts + 1))
+    return (normal(len(experts_of), D, dtype=dtype), token, offsets, normal(len(token), dtype=dtype), normal(n_experts, D, F, dtype=dtype),
+            normal(n_experts, F, dtype=dtype), normal(n_experts, F, D, dtype=dtype), normal(n_experts, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", NAMES)
+def test_experts(route, name, dtype):
+    arguments = routed(ROUTES[route], dtype=dtype)
+    y, saved = kernels.experts_forward(*arguments, name)
+    all_close([y], [naive.experts(*arguments, name)], dtype)
+    dy = normal(*y.shape, dtype=dtype, seed=9)
+    gradients = kernels.experts_backward(dy, *arguments, name, saved)
+    all_close(gradients, naive.experts_backward(dy, *arguments, name), dtype)
+    for e in np.flatnonzero(np.diff(arguments[2]) == 0):
+        assert all(np.all(z[e] == 0) for z in gradients[2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
+def test_experts_over_many_pieces(share, dtype):
+    """`share` of the tokens go to expert 2 first; the rest take turns."""
+    experts_of = [(2,) if n < share * MANY else tuple({n % 4, (n + 1) % 4}) for n in range(MANY)]
+    arguments = routed(experts_of, D=2, F=2, dtype=dtype)
+    y, saved = kernels.experts_forward(*arguments, "silu")
+    close(y, naive.experts(*arguments, "silu"))
+    dy = normal(*y.shape, dtype=dtype, seed=9)
+    all_close(kernels.experts_backward(dy, *arguments, "silu", saved), naive.experts_backward(dy, *arguments, "silu"), dtype)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu"])
+def test_experts_gradients_by_central_differences(name):
+    x, token, offsets, gate, *weights = routed(ROUTES["empty experts and a token without"])
+    dy = normal(*x.shape, seed=9)
+    _, saved = kernels.experts_forward(x, token, offsets, gate, *weights, name)
+    gradients = kernels.experts_backward(dy, x, token, offsets, gate, *weights, name, saved)
+    free = [x, gate, *weights]
+    for i, gradient in enumerate(gradients):
+        def forward(z):
+            x, gate, *weights = free[:i] + [z] + free[i + 1:]
+            return kernels.experts_forward(x, token, offsets, gate, *weights, name)[0]
+        close(gradient, naive.central_difference(forward, free[i], dy), 1e-7)
+
+
+# ---- optimiser, norm, scatter -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 2), (5 * kernels.SLICE if COMPILED else 7,)])
+def test_adamw(shape, dtype):
+    parameter, m, v = normal(*shape, dtype=dtype), np.zeros(shape, dtype), np.zeros(shape, dtype)
+    expected = parameter.astype(float), m.astype(float), v.astype(float)
+    for step in (1, 2, 3):
+        gradient = normal(*shape, dtype=dtype, seed=step)
+        kernels.adamw(parameter, gradient, m, v, 0.1, 0.9, 0.95, 1e-8, 0.1, step)
+        expected = naive.adamw(expected[0], gradient, *expected[1:], 0.1, 0.9, 0.95, 1e-8, 0.1, step)
+    all_close((parameter, m, v), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [0, 1, 7, 2 * kernels.SLICE + 1 if COMPILED else 9])
+def test_sum_of_squares(size, dtype):
+    x = normal(size, dtype=dtype)
+    assert kernels.sum_of_squares(x) == pytest.approx(np.sum(x.astype(float)**2), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 3, kernels.COLUMNS + 2])
+def test_add_rows_with_repeats(width, dtype):
+    index = np.array([2, 0, 2, 2, 4])
+    rows = normal(5, width, dtype=dtype)
+    close(kernels.add_rows(5, index, rows), naive.add_rows(5, index, rows))
+    assert not kernels.add_rows(3, index[:0], rows[:0]).any()
+
+
+# ---- promises ---------------------------------------------------------------------------------------------------------------------
+
+def everything(dtype):
+    """The results of all kernels at sizes of several pieces, as bytes."""
+    x, w, b = normal(MANY, 40, dtype=dtype), normal(40, 40, dtype=dtype), normal(40, dtype=dtype)
+    arguments = routed([(0, 1 + n % 2) if n % 5 else (0, 3) for n in range(MANY)], D=40, F=24, dtype=dtype)
+    heads = normal(2, 37, 4, 8, dtype=dtype)
+    out, probs = kernels.causal_attention(heads, heads[:, :, :2], heads[:, :, 2:])
+    y, saved = kernels.experts_forward(*arguments, "gelu")
+    normed = kernels.layer_norm(x, b, b, 1e-5)
+    optimised = [normal(5 * kernels.SLICE, dtype=dtype, seed=i)**2 for i in range(4)]
+    kernels.adamw(*optimised, 0.1, 0.9, 0.95, 1e-8, 0.1, 3)
+    results = [kernels.linear(x, w, b), *kernels.linear_backward(x, x, w), kernels.activation(x, "gelu"),
+               kernels.activation_backward(x, x, "gelu"), *normed, *kernels.layer_norm_backward(x, x, b, *normed[1:]),
+               out, probs, *kernels.causal_attention_backward(out, heads, heads[:, :, :2], heads[:, :, 2:], probs),
+               y, *kernels.experts_backward(y, *arguments, "gelu", saved), *optimised,
+               np.array(kernels.sum_of_squares(x)), kernels.add_rows(7, np.arange(MANY) % 7, x)]
+    return [z.tobytes() for z in results]
+
+
+@pytest.mark.skipif(not COMPILED, reason="one thread without the compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_for_every_run_and_thread_count(threads, dtype):
+    most = kernels.get_threads()
+    threads(1)
+    alone = everything(dtype)
+    for n in range(1, most + 1):
+        threads(n)
+        assert everything(dtype) == alone
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_bad_number_is_never_hidden(bad, dtype):
+    x, w, b = normal(3, 4, dtype=dtype), normal(4, 4, dtype=dtype), normal(4, dtype=dtype)
+    x[1, 2] = bad
+
+    def spoiled(y, rows=slice(1, 2)):
+        return not np.isfinite(y[rows]).any() or np.isnan(y[rows]).any() or np.isinf(y[rows]).any()
+    for name in NAMES:
+        if not (name == "relu" and bad == -np.inf):                 # whose limit is 0
+            assert not np.isfinite(kernels.activation(x, name)[1, 2])
+        assert not np.isfinite(kernels.activation_backward(x, np.ones_like(x), name)[1, 2])
+        assert np.isfinite(kernels.activation(x, name)).sum() >= x.size - 1
+        if np.isnan(bad):
+            assert np.isnan(kernels.activation_backward(np.ones_like(x), x, name)[1, 2])
+    assert spoiled(kernels.linear(x, w, b)) and spoiled(kernels.layer_norm(x, b, b, 1e-5)[0])
+    assert not np.isfinite(kernels.sum_of_squares(x)) and spoiled(kernels.add_rows(3, np.arange(3), x))
+    q = normal(1, 3, 1, 4, dtype=dtype)
+    q[0, 1, 0] = np.nan if np.isinf(bad) else bad
+    for place in range(3):
+        assert np.isnan(kernels.causal_attention(*[q if i == place else np.ones_like(q) for i in range(3)])[0][0, 1:2]).all()
+    arguments = list(routed([(0, 1), (1,), (2,)], D=4, dtype=dtype))
+    arguments[0][1, 2] = bad
+    assert spoiled(kernels.experts_forward(*arguments, "gelu")[0])
+    parameter = np.ones((3, 4), dtype)
+    kernels.adamw(parameter, x, np.zeros_like(x), np.zeros_like(x), 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
+    assert not np.isfinite(parameter[1, 2]) and np.isfinite(parameter).sum() == 11
+
+
+def test_read_only_inputs_are_taken():
+    x = normal(3, 4)
+    x.flags.writeable = False
+    assert np.array_equal(kernels.activation(x, "relu"), np.maximum(x, 0))
+
+
+def test_threads_are_reported(threads):
+    threads(1)
+    info = kernels.thread_info()
+    assert info["threads"] == kernels.get_threads() == 1
+    assert {"threading_layer", "blas", "numba"} <= info.keys()
+
+
+def test_without_a_folder_for_compiled_code_all_still_works():
+    """No cache means slower, never broken: numba is told to keep code below a file, where no folder can be made."""
+    code = "import numpy as np; from tinymoe import kernels; print(kernels.activation(np.float64([-1, 2]), 'relu'))"
+    environment = os.environ | {"NUMBA_CACHE_DIR": os.devnull + "/x"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(kernels.__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "[0. 2.]", done.stderr
+
+
+def test_compile_all_reports_seconds():
+    assert kernels.compile_all(np.float64) > 0

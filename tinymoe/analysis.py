@@ -1,0 +1,169 @@
+"""What a study tests, and the criteria that turn numbers into words: between the rows and the sentences.
+
+The comparisons follow from the configs alone, before any result is looked at, and are corrected together.
+Losses are compared in nats per byte with routing decided on the prefix alone (causal).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from .rows import Interval, coefficient_sweep, complete_runs, load_runs, measure, over_seeds, t_interval
+
+LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
+SPECIALISATION = ("mi_excess", "byte_excess", "load_entropy", "repetition", "weight_divergence")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference first - second that was tested, paired by seed, in answer to a question of the report."""
+
+    question: str
+    metric: str
+    first: str
+    second: str
+    interval: Interval
+    survives: bool = False  # Holm's correction over all comparisons of the study
+
+    @property
+    def tested(self):
+        return math.isfinite(self.interval.half)
+
+    @property
+    def word(self):
+        """not tested (fewer than two seeds), undecided (the interval includes zero), suggestive, or clear (Holm)."""
+        if not self.tested:
+            return "not tested"
+        if self.interval.low <= 0 <= self.interval.high:
+            return "undecided"
+        return "clear" if self.survives else "suggestive"
+
+
+def paired(question, name, first_runs, second_runs):
+    """Compare one number of two configs over the seeds they share."""
+    second = {run.seed: measure(run.final, name) for run in second_runs}
+    values = [measure(run.final, name) - second[run.seed] for run in first_runs if run.seed in second]
+    return Comparison(question, name, first_runs[0].config_id, second_runs[0].config_id, t_interval(values))
+
+
+def holm(comparisons, level=0.05):
+    """The same comparisons, each told whether it survives Holm's (1979) step-down correction for their number."""
+    tested = sorted((one for one in comparisons if one.tested), key=lambda one: one.interval.p)
+    surviving = set()
+    for rank, one in enumerate(tested):
+        if one.interval.p > level / (len(tested) - rank):
+            break
+        surviving.add(id(one))
+    return [replace(one, survives=id(one) in surviving) for one in comparisons]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The finished runs by config, the roles the configs play in the three questions, and all that was tested."""
+
+    name: str
+    runs: list  # all, finished or not
+    groups: dict  # config id -> finished runs
+    sweep: list  # configs that differ in the balance coefficient alone
+    routers: list  # configs with different routers and equally many experts per token
+    balanced: list  # configs whose router guarantees balance
+    comparisons: list
+
+    def find(self, question, metric=None):
+        return [one for one in self.comparisons if one.question == question and metric in (None, one.metric)]
+
+    def moe(self):
+        return [name for name, runs in self.groups.items() if runs[0].is_moe]
+
+
+def read_study(study_dir):
+    """Load a study and make all of its comparisons. ValueError where no run is finished."""
+    groups = complete_runs(study_dir)
+    sweep, routers = coefficient_sweep(groups), _routers(groups)
+    balanced = [name for name, runs in groups.items() if runs[0].is_moe and runs[0].model["router"] == "expert_choice"]
+    comparisons = holm(_plan(groups, sweep, routers, balanced))
+    return Study(Path(study_dir).resolve().name, load_runs(study_dir), groups, sweep, routers, balanced, comparisons)
+
+
+def _routers(groups):
+    """Configs of one top_k with the most different routers; [] where no two routers can be compared at equal K."""
+    by_k = {}
+    for name, runs in groups.items():
+        if runs[0].is_moe:
+            by_k.setdefault(runs[0].model["top_k"], {}).setdefault(runs[0].model["router"], name)
+    largest = max(by_k.values(), key=len, default={})
+    return list(largest.values()) if len(largest) > 1 else []
+
+
+def _plan(groups, sweep, routers, balanced):
+    """Every comparison the report makes, decided by the configs before any result is looked at."""
+    made = []
+    for first, second in combinations(sweep, 2):
+        made += [paired("balance", name, groups[first], groups[second]) for name in (LOSS, "load_cv", "mi_excess")]
+    for first, second in combinations(routers, 2):
+        made += [paired("routers", name, groups[first], groups[second]) for name in SPECIALISATION]
+    for first in balanced:
+        others = [second for second in groups if second not in balanced]
+        made += [paired("cost", LOSS, groups[first], groups[second]) for second in others]
+        made += [paired("cost", "load_cv", groups[first], groups[second]) for second in others if groups[second][0].is_moe]
+    return made + _claim_comparisons(groups, sweep)
+
+
+def _claim_comparisons(groups, sweep):
+    """The tests of published claims that are not differences of one number between two configs."""
+    made = []
+    if sweep and groups[sweep[0]][0].model["aux_coef"] == 0:
+        second = {run.seed: measure(run.final, "load_cv") for run in groups[sweep[1]]}
+        excess = [measure(run.final, "load_cv") - 3 * second[run.seed] for run in groups[sweep[0]] if run.seed in second]
+        made.append(Comparison("claims", "cv_ratio", sweep[0], sweep[1], t_interval(excess)))
+    for name, runs in groups.items():
+        finals = [run.final for run in runs]
+        if any(run.leaky for run in runs):
+            gap = [measure(row, LEAKY) - measure(row, LOSS) for row in finals]
+            made.append(Comparison("claims", "leak", name, "", t_interval(gap)))
+        if runs[0].is_moe:
+            made.append(Comparison("null", "mi_excess", name, "", over_seeds(runs, "mi_excess")))
+            more = [measure(row, "byte_excess") - measure(row, "mi_excess") for row in finals]
+            made.append(Comparison("claims", "token_over_topic", name, "", t_interval(more)))
+    return made
+
+
+def layer_state(layer):
+    """collapsed: fewer than E/2 effective experts (exp of the load's entropy); starved: a dead expert; else in use."""
+    n_experts = len(layer["load"])
+    if n_experts ** layer["load_entropy"] < n_experts / 2:
+        return "collapsed"
+    return "starved" if layer["dead_experts"] else "in use"
+
+
+def states(runs):
+    """How many layers, over the runs of a config, ended in each state."""
+    ends = [layer_state(layer) for run in runs for layer in run.final["layers"]]
+    return ", ".join(f"{ends.count(word)} of {len(ends)} {word}" for word in ("collapsed", "starved", "in use")
+                     if ends.count(word))
+
+
+def closest_domains(runs):
+    """The pairs of domains that are routed most and least alike: total variation, mean over layers and seeds."""
+    domains = runs[0].config["domains"]
+    distance = {}
+    for first, second in combinations(range(len(domains)), 2):
+        found = []
+        for layer in (layer for run in runs for layer in run.final["layers"]):
+            share = np.array(layer["domain_load"], dtype=float)
+            share /= np.maximum(share.sum(axis=1, keepdims=True), 1)
+            found.append(np.abs(share[first] - share[second]).sum() / 2)
+        distance[f"{domains[first]}, {domains[second]}"] = float(np.mean(found))
+    ordered = sorted(distance, key=distance.get)
+    return [f"{pair}: {distance[pair]:.3f}" for pair in (ordered[:1] + ordered[-1:])] if ordered else ["–", "–"]
+
+
+def slope(run):
+    """Change of the causal validation loss, nats in 100 steps: a straight line through the last third of the log."""
+    rows = [row for row in run.log if row["step"] >= run.log[-1]["step"] * 2 / 3]
+    if len(rows) < 2:
+        return math.nan
+    return 100 * float(np.polyfit([row["step"] for row in rows], [row[LOSS] for row in rows], 1)[0])

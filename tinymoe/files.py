@@ -1,0 +1,84 @@
+"""Files that are whole or not there: everything the project writes goes through here.
+
+A file is written beside its place under another name, forced to disk, and renamed: whoever is
+killed in between leaves the old file. Arrays are stored as .npz and never unpickled.
+"""
+
+import io
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or does not belong here; the message says what to do."""
+
+
+def write_whole(path, content):
+    """Write str or bytes to path so that it appears complete or not at all, making its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Write a value as indented JSON; NaN is refused, since it is no JSON."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_rows(path):
+    """The JSON objects of a .jsonl file, up to the first line that a kill has torn."""
+    rows = []
+    if not Path(path).exists():
+        return rows
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_rows(path, rows):
+    """Write objects as .jsonl, one a line."""
+    write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def save_arrays(path, arrays, header):
+    """Write a dict of arrays and a JSON-able header as one .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays, __header__=np.array(json.dumps(header)))
+    write_whole(path, buffer.getvalue())
+
+
+def load_arrays(path, kind):
+    """(arrays, header) of a file that `save_arrays` wrote with header["kind"] == kind.
+
+    Raises CheckpointError for a missing, truncated or foreign file. Nothing is unpickled.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        header = json.loads(str(arrays.pop("__header__")))
+        if header["kind"] != kind:
+            raise CheckpointError(f"{path} holds a {header['kind']}, not a {kind}: give another file")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: check the path") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise CheckpointError(f"{path} is not a whole tinymoe {kind} ({type(error).__name__}): it may be truncated or "
+                              "from another program; move it away, or start again with --fresh") from None
+    return arrays, header

@@ -1,0 +1,124 @@
+"""What a routing does: pure functions of a Routing (or of its load), of labels and of weights.
+
+Definitions follow the papers; each docstring says which values mean balance.
+"""
+
+import numpy as np
+
+from .routing import Routing
+
+DEAD_SHARE = 0.01  # an expert is dead below this share of its fair share
+N_SHUFFLES = 20
+
+
+def _load(x):
+    return np.asarray(x.load if isinstance(x, Routing) else x, dtype=float)
+
+
+def load_cv(routing):
+    """Coefficient of variation of the load, std / mean: 0 at balance, sqrt(E - 1) where one expert has all.
+
+    routing: a Routing or a load (E,); so in the other load metrics. Without any assignment it is 0.
+    """
+    load = _load(routing)
+    return float(load.std() / load.mean()) if load.any() else 0.0
+
+
+def max_violation(routing):
+    """MaxVio, max / mean - 1: 0 at balance, E - 1 where one expert has all (Wang et al. 2024)."""
+    load = _load(routing)
+    return float(load.max() / load.mean() - 1) if load.any() else 0.0
+
+
+def load_entropy(routing):
+    """Entropy of the load divided by ln E: 1 at balance, 0 where one expert has all (1 for a single expert)."""
+    load = _load(routing)
+    if len(load) == 1 or not load.any():
+        return 1.0
+    return float(_entropy(load / load.sum()) / np.log(len(load)))
+
+
+def dead_experts(routing):
+    """How many experts have less than 1% of their fair share A / E."""
+    load = _load(routing)
+    return int((load < DEAD_SHARE * load.mean()).sum()) if load.any() else len(load)
+
+
+def router_entropy(routing):
+    """Mean over tokens of the entropy of the router's probabilities, in nats: ln E where it is indifferent."""
+    return float(_entropy(routing.probs.data.astype(float)).mean())
+
+
+def marginal_entropy(routing):
+    """Entropy of the mean probabilities, in nats: ln E where the router is balanced on the whole."""
+    return float(_entropy(routing.probs.data.mean(axis=0, dtype=float)))
+
+
+def drop_rate(routing):
+    """Share of the assignments that a capacity limit removed."""
+    return routing.n_dropped / max(1, len(routing.token) + routing.n_dropped)
+
+
+def token_coverage(routing):
+    """Share of the tokens that have at least one expert."""
+    return float((routing.coverage > 0).mean())
+
+
+def repetition(routing, seq_len):
+    """Share of the assignments whose expert also serves the next token of the sequence; chance is about K / E.
+
+    The routing's tokens are whole sequences of seq_len, one after the other.
+    """
+    chosen = routing.mask().reshape(-1, seq_len, routing.n_experts)
+    kept = (chosen[:, :-1] & chosen[:, 1:]).sum()
+    return float(kept / max(1, chosen[:, :-1].sum()))
+
+
+def weight_divergence(bank, initial=None):
+    """Mean over pairs of experts of 1 - cosine of their weights (w1 and w2 as one vector).
+
+    bank: an ExpertBank. initial: the value at initialisation, by which it is divided if given:
+    random experts are already nearly orthogonal, so the raw number says little.
+    """
+    e = bank.n_experts
+    if e == 1:
+        return 0.0
+    flat = np.concatenate([bank.w1.data.reshape(e, -1), bank.w2.data.reshape(e, -1)], axis=1).astype(float)
+    unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[np.triu_indices(e, 1)]
+    divergence = float(1 - cosines.mean())
+    return divergence if initial is None else divergence / initial
+
+
+# -- information between experts and labels -----------------------------------------------------
+
+def label_load(routing, labels, n_labels):
+    """(n_labels, E) counts: assignments of the tokens with each label (N,) to each expert."""
+    place = labels[routing.token] * routing.n_experts + routing.expert
+    return np.bincount(place, minlength=n_labels * routing.n_experts).reshape(n_labels, -1)
+
+
+def mutual_information(counts):
+    """I(row; column) of a table of counts, in nats; the plug-in estimate, biased upwards by about cells / 2n."""
+    joint = counts / max(1, counts.sum())
+    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    there = joint > 0
+    return float((joint[there] * np.log(joint[there] / independent[there])).sum())
+
+
+def shuffled_information(counts_by_unit, labels, n_labels, rng, n_shuffles=N_SHUFFLES):
+    """Mean mutual information between experts and labels (U,) shuffled over units: what chance alone gives.
+
+    counts_by_unit: (U, E) assignments of each unit (a window, or a token) to each expert.
+    """
+    def shuffled():
+        table = np.zeros((n_labels, counts_by_unit.shape[1]))
+        np.add.at(table, rng.permutation(labels), counts_by_unit)
+        return mutual_information(table)
+
+    return float(np.mean([shuffled() for _ in range(n_shuffles)]))
+
+
+def _entropy(p):
+    """-sum p ln p over the last axis, with 0 ln 0 = 0."""
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)

@@ -1,0 +1,226 @@
+"""The transformer: its configuration, its blocks, and its loss."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import functional as F
+from . import losses
+from .attention import CausalSelfAttention
+from .experts import BACKENDS
+from .files import CheckpointError, load_arrays, save_arrays
+from .moe import MoELayer
+from .nn import INIT_STD, Embedding, FeedForward, LayerNorm, Linear, Module
+from .routers import ROUTERS, RouteContext
+from .routing import DROP_POLICIES, Routing
+from .tensor import Tensor, no_grad
+
+ACTIVATIONS = ("gelu", "silu", "relu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that makes a model. Raises ValueError where the numbers do not fit together."""
+
+    vocab_size: int = 256
+    n_layers: int = 6
+    d_model: int = 128
+    n_heads: int = 4
+    d_ff: int = 512  # hidden width of the dense layers and of each expert
+    seq_len: int = 128  # the longest sequence: there are this many position embeddings
+    activation: str = "gelu"
+    moe_layers: tuple = (1, 3, 5)  # layers with experts, counted from 0; () is a dense model
+    n_experts: int = 8
+    router: str = "top_k"
+    top_k: int = 2  # experts per token; for expert_choice the mean, which may be a fraction
+    renormalise: bool | None = None  # gates sum to 1 over the chosen; None: where top_k > 1
+    capacity_factor: float | None = None  # None: no token is dropped
+    drop_policy: str = "order"  # which assignments exceed the capacity: "order" or "gate"
+    aux_coef: float = 0.01  # of the load-balancing loss, mean over MoE layers
+    z_coef: float = 0.0  # of the router z-loss
+    importance_coef: float = 0.0  # of the importance loss
+    load_coef: float = 0.0  # of the smooth load loss (noisy_top_k)
+    expert_backend: str = "numba"
+
+    def __post_init__(self):
+        object.__setattr__(self, "moe_layers", tuple(sorted(self.moe_layers)))
+        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "d_ff", "seq_len", "n_experts"):
+            if not isinstance(getattr(self, name), (int, np.integer)) or getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
+        if not 0 < self.top_k <= self.n_experts:
+            raise ValueError(f"top_k {self.top_k} must be above 0 and at most n_experts {self.n_experts}")
+        if not all(isinstance(i, (int, np.integer)) and 0 <= i < self.n_layers for i in self.moe_layers):
+            raise ValueError(f"moe_layers {self.moe_layers} must lie between 0 and n_layers - 1 = {self.n_layers - 1}")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError(f"capacity_factor {self.capacity_factor} must be above 0, or None for no limit")
+        for name, known in (("router", ROUTERS), ("activation", ACTIVATIONS),
+                            ("drop_policy", DROP_POLICIES), ("expert_backend", BACKENDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+
+    def to_dict(self):
+        """A JSON-able dict that from_dict takes back."""
+        return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers)}
+
+    @classmethod
+    def from_dict(cls, values):
+        """The config of a dict. Raises ValueError for keys it does not know."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown ModelConfig keys: {', '.join(unknown)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """logits (B, T, V) Tensor; routings: one for each MoE layer, in order."""
+
+    logits: Tensor
+    routings: list[Routing]
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalar Tensors. total = cross_entropy + each coefficient * its term; the terms are means over MoE layers.
+
+    importance and load are None where their coefficient is 0; balance and z are None in a dense model.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    balance: Tensor | None = None
+    z: Tensor | None = None
+    importance: Tensor | None = None
+    load: Tensor | None = None
+
+
+class Block(Module):
+    """Attention, then a dense or mixture-of-experts feed-forward layer, each normalised before and added."""
+
+    def __init__(self, config, is_moe, rng, dtype):
+        out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
+        self.is_moe = is_moe
+        self.norm1, self.norm2 = LayerNorm(config.d_model, dtype), LayerNorm(config.d_model, dtype)
+        self.attention = CausalSelfAttention(config.d_model, config.n_heads, rng, out_std, dtype)
+        self.feed_forward = (MoELayer(config, rng, out_std, dtype) if is_moe else
+                             FeedForward(config.d_model, config.d_ff, rng, config.activation, out_std, dtype))
+
+    def forward(self, x, context):
+        """(B, T, D) -> ((B, T, D), Routing, or None from a dense layer)."""
+        x = x + self.attention(self.norm1(x))
+        if self.is_moe:
+            y, routing = self.feed_forward(self.norm2(x), context)
+            return x + y, routing
+        return x + self.feed_forward(self.norm2(x)), None
+
+
+class Transformer(Module):
+    """A decoder-only language model over `config`. seed: an integer or Generator for the initial weights."""
+
+    def __init__(self, config, seed=0, dtype=np.float32):
+        rng = np.random.default_rng(seed)
+        self.config = config
+        self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
+        self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype)
+        self.blocks = [Block(config, i in config.moe_layers, rng, dtype) for i in range(config.n_layers)]
+        self.norm = LayerNorm(config.d_model, dtype)
+        self.head = Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
+
+    def expert_banks(self):
+        """The ExpertBank of each MoE layer, in order."""
+        return [b.feed_forward.experts for b in self.blocks if b.is_moe]
+
+    def count_parameters(self):
+        """{"total", "active"}: all parameters, and those a token meets (K of E experts; embeddings included)."""
+        total = sum(p.size for p in self.parameters().values())
+        experts = sum(p.size for bank in self.expert_banks() for p in bank.parameters().values())
+        idle = 1 - self.config.top_k / self.config.n_experts
+        return {"total": total, "active": round(total - idle * experts)}
+
+    @property
+    def causal(self):
+        """Whether no token's route depends on later tokens or on other sequences."""
+        return all(b.feed_forward.causal for b in self.blocks if b.is_moe)
+
+    def embed(self, ids):
+        """(B, T) ids -> (B, T, D). Raises ValueError for sequences longer than config.seq_len."""
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.seq_len:
+            raise ValueError(f"ids have shape {ids.shape}: (B, T) with T from 1 to seq_len {self.config.seq_len} is needed")
+        return self.token_embedding(ids) + self.position_embedding(np.arange(ids.shape[1]))
+
+    def forward(self, ids, training=False, rng=None, causal=False):
+        """ids (B, T) integers -> ModelOutput.
+
+        training and rng reach the routers; causal=True routes each token by its prefix alone (RouteContext).
+        """
+        context = RouteContext(np.asarray(ids), training, rng, causal)
+        x, routings = self.embed(ids), []
+        for block in self.blocks:
+            x, routing = block(x, context)
+            if routing is not None:
+                routings.append(routing)
+        return ModelOutput(self.head(self.norm(x)), routings)
+
+    def loss(self, ids, targets, training=False, rng=None):
+        """LossTerms of predicting targets (B, T) from ids (B, T)."""
+        return self.loss_terms(self.forward(ids, training, rng), targets)
+
+    def loss_terms(self, output, targets):
+        """LossTerms of a ModelOutput whose targets (B, T) are given."""
+        c = self.config
+        logits = output.logits.reshape(-1, c.vocab_size)
+        total = cross_entropy = F.cross_entropy(logits, np.asarray(targets).reshape(-1))
+        terms = {}
+        for name, coefficient, loss, always in (("balance", c.aux_coef, losses.load_balancing_loss, True),
+                                                ("z", c.z_coef, losses.z_loss, True),
+                                                ("importance", c.importance_coef, losses.importance_loss, False),
+                                                ("load", c.load_coef, losses.load_loss, False)):
+            if output.routings and (always or coefficient):
+                terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
+                total = total + coefficient * terms[name] if coefficient else total
+        return LossTerms(total, cross_entropy, **terms)
+
+    def first_nonfinite(self, ids):
+        """The first place where a forward pass is not finite ("layer 3", say), or None."""
+        for name, p in self.parameters().items():
+            if not np.isfinite(p.data).all():
+                return f"parameter {name}"
+        context = RouteContext(np.asarray(ids))
+        with no_grad():
+            x = self.embed(ids)
+            for i, block in enumerate(self.blocks):
+                x, _ = block(x, context)
+                if not np.isfinite(x.data).all():
+                    return f"layer {i}"
+            return None if np.isfinite(self.head(self.norm(x)).data).all() else "the head"
+
+    def save(self, path):
+        """Write the weights and the config to an .npz file, whole or not at all."""
+        save_arrays(path, {name: p.data for name, p in self.parameters().items()},
+                    {"kind": "model", "config": self.config.to_dict()})
+
+    @classmethod
+    def load(cls, path):
+        """The model that `save` wrote. Raises files.CheckpointError for a truncated or foreign file."""
+        arrays, header = load_arrays(path, "model")
+        try:
+            model = cls(ModelConfig.from_dict(header["config"]), dtype=next(iter(arrays.values())).dtype)
+        except (ValueError, TypeError, KeyError, StopIteration) as error:
+            raise CheckpointError(f"{path} does not describe a tinymoe model: {error}") from None
+        model.set_weights(arrays, path)
+        return model
+
+    def set_weights(self, arrays, source):
+        """Copy arrays into the parameters of the same names; CheckpointError names `source` where they do not fit."""
+        parameters = self.parameters()
+        wrong = [name for name in parameters.keys() | arrays.keys()
+                 if name not in arrays or name not in parameters or arrays[name].shape != parameters[name].shape]
+        if wrong:
+            raise CheckpointError(f"{source} does not fit this model: {sorted(wrong)[0]} and {len(wrong) - 1} more differ; "
+                                  "use the config it was made with")
+        for name, p in parameters.items():
+            p.data = arrays[name].astype(p.dtype)
