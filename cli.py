@@ -150,5 +150,57 @@ def gradcheck(only):
         raise SystemExit(1)
 
 
+# -- bench --------------------------------------------------------------------------------------
+
+@main.command()
+@click.option("--quick", is_flag=True, help="The two smallest sizes only.")
+@click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timings of each rung; the median counts.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench", help="Folder of the rows and figures.")
+def bench(quick, profile, repeats, out):
+    """Time the expert backends against each other, and a training step operation by operation."""
+    from tinymoe import bench as b
+    from tinymoe import kernels
+    try:
+        click.echo(f"compiled in {kernels.compile_all('float32'):.1f} s (kept for the next time); {_describe(b.machine())}")
+        if not profile:
+            _ladder(b, out, b.SIZES[:2] if quick else b.SIZES, repeats)
+        _profile(b, out)
+    except OSError as error:
+        raise click.ClickException(_one_line(error)) from None
+    click.echo(f"\nrows and figures in {out}")
+
+
+def _describe(machine):
+    blas = ", ".join(f"{pool['name']} {pool['version']} at {pool['threads']} thread(s)" for pool in machine["thread_info"]["blas"])
+    return (f"{machine['threads']} numba threads ({machine['thread_info']['threading_layer']}), {blas}; "
+            f"{machine['processor']}, {machine['cores']} cores")
+
+
+def _ladder(b, out, sizes, repeats):
+    click.echo(f"\n{'N':>5} {'D':>4} {'E':>3} {'K':>2}  {'backend':8} {'pass':20} {'first ms':>9} {'ms':>9} {'to naive':>9} {'difference':>11}")
+    rows, naive = [], {}
+    for row in b.ladder(sizes, repeats):
+        rows.append(row)
+        size = tuple(row[k] for k in ("n_tokens", "d_model", "n_experts", "top_k", "pass"))
+        if row["backend"] == "naive":
+            naive[size] = row["ms"]
+        faster = f"{naive[size] / row['ms']:8.1f}x" if size in naive else ""
+        click.echo("{:5} {:4} {:3} {:2}  ".format(*size) + f"{row['backend']:8} {row['pass']:20} {row['first_ms']:9.1f} {row['ms']:9.2f} "
+                   f"{faster:>9} {row['difference']:11.1e}")
+    b.write(out, "ladder", rows)
+    b.draw_ladder(rows, out / "ladder.png")
+    if max(row["difference"] for row in rows) > 1e-3:
+        raise click.ClickException("the backends disagree: see the column difference")
+
+
+def _profile(b, out):
+    rows, peak = b.step_profile(), b.sgemm_gflops()
+    b.write(out, "profile", [row | {"sgemm_gflops": peak} for row in rows])
+    click.echo(f"\n{'one training step':28} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}   (sgemm on one core: {peak:.0f})")
+    for row in rows:
+        click.echo(f"{row['operation']:28} {row['calls']:6.0f} {row['ms']:8.2f} {row['share']:6.1%} {row['gflops']:8.1f}")
+
+
 if __name__ == "__main__":
     main()

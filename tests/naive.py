@@ -142,3 +142,40 @@ def central_difference(function, x, dy, eps=1e-5):
         down[at] -= eps
         gradient[at] = np.sum((function(up) - function(down)) * dy) / (2 * eps)
     return gradient
+
+
+# ---- routing ----------------------------------------------------------------------------------------------------------------------
+
+def noisy_load(clean, noisy, sigma, k):
+    """(E,) Shazeer et al. 2017, eq. 8 to 10: how many tokens each expert can expect if its own noise alone were drawn again."""
+    load = np.zeros(clean.shape[1])
+    for n, i in np.ndindex(clean.shape):
+        threshold = sorted(np.delete(noisy[n], i))[-k]          # the k-th largest of the others
+        load[i] += 0.5 * (1 + math.erf((clean[n, i] - threshold) / sigma[n, i] / math.sqrt(2)))
+    return load
+
+
+def prefix_choice(p, k):
+    """p (T, E) of one sequence -> (T, E) bool: token t is among the best ceil(n k / E) of the first n = t + 1; the earlier wins a tie."""
+    T, E = p.shape
+    chosen = np.zeros((T, E), bool)
+    for t, e in np.ndindex(T, E):
+        ranking = sorted(range(t + 1), key=lambda s: (-p[s, e], s))
+        chosen[t, e] = ranking.index(t) < min(t + 1, math.ceil((t + 1) * k / E - 1e-9))
+    return chosen
+
+
+# ---- functions of Tensors -----------------------------------------------------------------------------------------------------------
+
+def softmax(row):
+    """One row of exact exponentials, shifted so that the largest is 1."""
+    powers = [math.exp(z - max(row)) for z in row]
+    return [p / sum(powers) for p in powers]
+
+
+def cross_entropy(logits, targets):
+    return sum(-math.log(softmax(row)[target]) for row, target in zip(logits, targets)) / len(targets)
+
+
+def rms_norm(x, weight, eps):
+    return np.array([[z / math.sqrt(sum(u * u for u in row) / len(row) + eps) * w for z, w in zip(row, weight)] for row in x])

@@ -6,7 +6,7 @@ Losses are compared in nats per byte with routing decided on the prefix alone (c
 
 import math
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ import numpy as np
 from .rows import Interval, coefficient_sweep, complete_runs, load_runs, measure, over_seeds, t_interval
 
 LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
+WORDS = ("clear", "suggestive", "undecided", "not tested")
 SPECIALISATION = ("mi_excess", "byte_excess", "load_entropy", "repetition", "weight_divergence")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference first - second that was tested, paired by seed, in answer to a question of the report."""
+    """A difference first - second, paired by seed, that a question of the report asks for."""
 
     question: str
     metric: str
@@ -34,7 +35,7 @@ class Comparison:
 
     @property
     def word(self):
-        """not tested (fewer than two seeds), undecided (the interval includes zero), suggestive, or clear (Holm)."""
+        """One of WORDS: not tested with one seed, undecided if the interval includes zero, clear if it survives Holm."""
         if not self.tested:
             return "not tested"
         if self.interval.low <= 0 <= self.interval.high:
@@ -66,17 +67,24 @@ class Study:
 
     name: str
     runs: list  # all, finished or not
-    groups: dict  # config id -> finished runs
+    groups: dict  # config id -> finished runs by seed
     sweep: list  # configs that differ in the balance coefficient alone
     routers: list  # configs with different routers and equally many experts per token
     balanced: list  # configs whose router guarantees balance
     comparisons: list
 
-    def find(self, question, metric=None):
-        return [one for one in self.comparisons if one.question == question and metric in (None, one.metric)]
+    @property
+    def finished(self):
+        return [run for runs in self.groups.values() for run in runs]
 
+    @property
     def moe(self):
-        return [name for name, runs in self.groups.items() if runs[0].is_moe]
+        """The configs that have experts."""
+        return {name: runs for name, runs in self.groups.items() if runs[0].is_moe}
+
+    def find(self, question, metric=None):
+        """The comparisons made for a question, or those of them in one number."""
+        return [one for one in self.comparisons if one.question == question and metric in (None, one.metric)]
 
 
 def read_study(study_dir):
@@ -105,29 +113,27 @@ def _plan(groups, sweep, routers, balanced):
         made += [paired("balance", name, groups[first], groups[second]) for name in (LOSS, "load_cv", "mi_excess")]
     for first, second in combinations(routers, 2):
         made += [paired("routers", name, groups[first], groups[second]) for name in SPECIALISATION]
-    for first in balanced:
-        others = [second for second in groups if second not in balanced]
-        made += [paired("cost", LOSS, groups[first], groups[second]) for second in others]
-        made += [paired("cost", "load_cv", groups[first], groups[second]) for second in others if groups[second][0].is_moe]
-    return made + _claim_comparisons(groups, sweep)
+    for first, second in product(balanced, [name for name in groups if name not in balanced]):
+        names = (LOSS, "load_cv") if groups[second][0].is_moe else (LOSS,)
+        made += [paired("cost", name, groups[first], groups[second]) for name in names]
+    return made + _claims(groups, sweep)
 
 
-def _claim_comparisons(groups, sweep):
-    """The tests of published claims that are not differences of one number between two configs."""
+def _claims(groups, sweep):
+    """Tests of published claims that are not differences of one number between two configs."""
     made = []
     if sweep and groups[sweep[0]][0].model["aux_coef"] == 0:
-        second = {run.seed: measure(run.final, "load_cv") for run in groups[sweep[1]]}
-        excess = [measure(run.final, "load_cv") - 3 * second[run.seed] for run in groups[sweep[0]] if run.seed in second]
-        made.append(Comparison("claims", "cv_ratio", sweep[0], sweep[1], t_interval(excess)))
+        none, light = ({run.seed: measure(run.final, "load_cv") for run in groups[name]} for name in sweep[:2])
+        excess = t_interval([none[seed] - 3 * light[seed] for seed in none if seed in light])
+        made.append(Comparison("cv_ratio", "load_cv", *sweep[:2], excess))
     for name, runs in groups.items():
-        finals = [run.final for run in runs]
-        if any(run.leaky for run in runs):
-            gap = [measure(row, LEAKY) - measure(row, LOSS) for row in finals]
-            made.append(Comparison("claims", "leak", name, "", t_interval(gap)))
+        if runs[0].leaky:
+            gap = t_interval([measure(run.final, LEAKY) - measure(run.final, LOSS) for run in runs])
+            made.append(Comparison("leak", LEAKY, name, "causal", gap))
         if runs[0].is_moe:
-            made.append(Comparison("null", "mi_excess", name, "", over_seeds(runs, "mi_excess")))
-            more = [measure(row, "byte_excess") - measure(row, "mi_excess") for row in finals]
-            made.append(Comparison("claims", "token_over_topic", name, "", t_interval(more)))
+            more = t_interval([measure(run.final, "byte_excess") - measure(run.final, "mi_excess") for run in runs])
+            made.append(Comparison("null", "mi_excess", name, "null", over_seeds(runs, "mi_excess")))
+            made.append(Comparison("token_over_topic", "byte_excess", name, "domain", more))
     return made
 
 
@@ -140,10 +146,9 @@ def layer_state(layer):
 
 
 def states(runs):
-    """How many layers, over the runs of a config, ended in each state."""
+    """How many layers, over the runs of a config, ended in each state: {state: count}, the states that occur."""
     ends = [layer_state(layer) for run in runs for layer in run.final["layers"]]
-    return ", ".join(f"{ends.count(word)} of {len(ends)} {word}" for word in ("collapsed", "starved", "in use")
-                     if ends.count(word))
+    return {state: ends.count(state) for state in ("collapsed", "starved", "in use") if state in ends}
 
 
 def closest_domains(runs):

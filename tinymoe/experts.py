@@ -101,3 +101,54 @@ class ExpertBank(Module):
             raise ValueError(f"a routing of {routing.n_tokens} tokens to {routing.n_experts} experts does not fit "
                              f"{len(x)} tokens and {self.n_experts} experts")
         return BACKENDS[self.backend](self, x, routing)
+
+    @staticmethod
+    def benchmark(n_tokens=1024, d_model=128, n_experts=8, top_k=2, d_ff=None, backends=tuple(BACKENDS), repeats=5, seed=0):
+        """Time the backends on one random routing in float32, in turn, forward and forward + backward.
+
+        d_ff defaults to 4 d_model. Returns a list of dicts, one for each backend and pass: the sizes,
+        "first_ms" (the first call: with compilation, where there is any), "ms" (median), "min_ms", "repeats",
+        and "difference": of the output and all gradients from the last backend's, relative to their largest entry.
+        """
+        d_ff = d_ff or 4 * d_model
+        rng = np.random.default_rng(seed)
+        x = Tensor(rng.standard_normal((n_tokens, d_model)).astype(np.float32), requires_grad=True)
+        scores = rng.random((n_tokens, n_experts), dtype=np.float32)
+        gates, chosen = Tensor(scores, requires_grad=True), scores >= np.sort(scores)[:, -top_k, None]
+        routing, y_gradient = from_mask(chosen, gates, gates, gates), rng.standard_normal(x.shape).astype(np.float32)
+        banks = {name: ExpertBank(n_experts, d_model, d_ff, backend=name, seed=seed) for name in backends}
+
+        def forward(name):
+            return banks[name](x, routing)
+
+        def both(name):
+            leaves = [x, gates, *banks[name].parameters().values()]
+            for leaf in leaves:
+                leaf.grad = None
+            y = forward(name)
+            y.backward(y_gradient)
+            return [y.data, *(leaf.grad for leaf in leaves)]
+
+        results = {name: _timed(both, name) for name in backends}
+        rows = []
+        for label, function in (("forward", forward), ("forward + backward", both)):
+            times = {name: [] for name in backends}
+            for _ in range(repeats):
+                for name in backends:  # in turn, so that a noisy moment hits all
+                    times[name].append(_timed(function, name)[0])
+            rows += [{"backend": name, "pass": label, "n_tokens": n_tokens, "d_model": d_model, "d_ff": d_ff,
+                      "n_experts": n_experts, "top_k": top_k, "first_ms": results[name][0], "ms": float(np.median(times[name])),
+                      "min_ms": min(times[name]), "repeats": repeats,
+                      "difference": _difference(results[name][1], results[backends[-1]][1])} for name in backends]
+        return rows
+
+
+def _timed(function, *args):
+    """(milliseconds, result) of one call."""
+    start = time.perf_counter()
+    result = function(*args)
+    return 1e3 * (time.perf_counter() - start), result
+
+
+def _difference(arrays, reference):
+    return float(max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(arrays, reference)))

@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from .files import write_whole
@@ -90,13 +90,10 @@ def add_legend(fig, groups, *extra):
 def perplexity_axis(axes):
     """Logarithmic perplexity with plain numbers, wherever the range lies."""
     axes.set_yscale("log")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
-    if high / low < 8:
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.yaxis.set_major_formatter(plain)
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def perplexity_over_steps(groups):
@@ -110,10 +107,9 @@ def perplexity_over_steps(groups):
             if any(run.leaky for run in runs):
                 draw_curve(axes, groups, config_id, "val_perplexity", leaky=True)
         axes.set(xlabel="training step", ylabel="validation perplexity (per byte)")
-    heights = [line.get_ydata()[line.get_xdata() >= last * 2 / 3] for line in end.lines]
-    heights = np.concatenate(heights)
-    if len(heights):
-        end.set(xlim=(last * 2 / 3, last * 1.01), ylim=(heights.min() * 0.98, heights.max() * 1.02))
+    corners = [path.vertices for band in end.collections for path in band.get_paths()]
+    shown = [y for x, y in np.concatenate(corners) if x >= last * 2 / 3] if corners else [1.0]
+    end.set(xlim=(last * 2 / 3, last * 1.01 or 1), ylim=(min(shown) * 0.99, max(shown) * 1.01))
     perplexity_axis(whole)
     perplexity_axis(end)
     end.set_ylabel("the same, last third")
@@ -144,8 +140,8 @@ def final_perplexity(groups):
     axes.set_ylim(len(groups) - 0.4, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("final perplexity (per byte)")
-    note = "filled: causal; hollow: leaky; " * any_leaky(groups) + "bar: 95% over seeds"
-    fig.supxlabel(note, fontsize=7)
+    interval = "bar: 95% over seeds" if max(map(len, groups.values())) > 1 else "one seed: no interval"
+    fig.supxlabel("filled: causal; hollow: leaky; " * any_leaky(groups) + interval, fontsize=7)
     bits = axes.secondary_xaxis("top", functions=(_bits, lambda value: 2.0**value))
     bits.set_xlabel("bits per byte")
     bits.xaxis.set_major_locator(MaxNLocator(5))
@@ -195,6 +191,7 @@ def expert_load(groups):
             load = np.array([entry["layers"][place]["load"] for entry in run.log], dtype=float).T  # (E, S)
             share = load / np.maximum(load.sum(axis=0), 1)
             axes.pcolormesh(_edges(steps), np.arange(len(share) + 1) - 0.5, share, norm=SHARE, cmap="inferno")
+            axes.set_xticks(steps[:: max(1, len(steps) // 4)])
             axes.set_yticks([0, len(share) - 1])
             axes.grid(False)
         row[0].set_ylabel(f"{run.config_id} expert")
@@ -216,7 +213,7 @@ def _coefficient_axis(axes, coefficients):
 
 
 def imbalance(groups):
-    """Imbalance against the balance coefficient: a line joins the configs that differ in it alone, others for reference."""
+    """Imbalance against the balance coefficient: a line joins the configs that differ in nothing else."""
     groups = moe_only(groups)
     fig = Figure(figsize=(DOUBLE, 3.0), layout="constrained")
     coefficient = {name: runs[0].model["aux_coef"] for name, runs in groups.items()}
@@ -226,16 +223,18 @@ def imbalance(groups):
               "max_violation_batch": "MaxVio, mean over batches"}
     for axes, (name, text) in zip(fig.subplots(1, len(panels)), panels.items()):
         path = [(coefficient[one], over_seeds(groups[one], name).mean) for one in joined]
-        axes.plot([x for x, _ in path], [y for _, y in path], color="#888888", linewidth=0.8, zorder=1)
+        if path:
+            axes.plot(*zip(*path), color="#888888", linewidth=0.8, zorder=1)
         for one in groups:
             shift = 7 * (others.index(one) + 1) if one in others else 0
             move = axes.transData + ScaledTranslation(shift / 72, 0, fig.dpi_scale_trans)
             values = [measure(run.final, name) for run in groups[one]]
             axes.plot([coefficient[one]] * len(values), values, linestyle="none", transform=move, **look(groups, one))
+        highest = max(measure(run.final, name) for runs in groups.values() for run in runs)
         _coefficient_axis(axes, coefficient.values())
         axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set(ylabel=text, ylim=(-0.01, 1.4 * max(axes.dataLim.ymax, 0.1)))
+        axes.set(ylabel=text, ylim=(-0.01, 1.4 * max(highest, 0.1)))
     line = Line2D([], [], color="#888888", linewidth=0.8, label="only the coefficient differs")
     aside = Line2D([], [], linestyle="none", label="(others: for reference, moved right)")
     add_legend(fig, groups, line, aside)

@@ -12,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .analysis import LEAKY, LOSS, WORDS, closest_domains, read_study, slope, states
+from .analysis import LEAKY, LOSS, closest_domains, read_study, slope, states
 from .files import write_whole
+from .prose import (NAMES, bits, comparison_table, counted, describe, ends, exponentiated, figures, pairs, perplexity,
+                    plus_minus, run_ids, signed, source, table, told_apart, with_leaky)
 from .rows import load_runs, measure, over_seeds, t_interval
 
-NAMES = {
-    LOSS: "causal loss (nats)", "load_cv": "load CV", "load_entropy": "load entropy (/ ln E)",
-    "mi_excess": "I(expert; domain) above null (nats)", "byte_excess": "I(expert; byte) above null (nats)",
-    "repetition": "repetition", "weight_divergence": "weight divergence",
-}
 CSV_NUMBERS = (
     "val_cross_entropy", "val_perplexity", "val_bits_per_byte", "causal_cross_entropy", "causal_perplexity",
     "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch", "load_entropy", "effective_experts",
@@ -48,93 +45,6 @@ judged on the same validation windows, so an interval covers the choice of seed 
 - Slope: a straight line through the causal validation loss over the last third of the steps."""
 
 
-# ---- numbers as text ----
-
-
-def plus_minus(interval, digits=3):
-    """`mean ± half width`; the mean alone where one seed gives no interval, a dash where there is no number."""
-    half = f" ± {interval.half:.{digits}f}" if math.isfinite(interval.half) else ""
-    return f"{interval.mean:.{digits}f}{half}" if math.isfinite(interval.mean) else "–"
-
-
-def signed(interval):
-    """`+mean [low, high]`, for differences; more digits for small ones."""
-    if not math.isfinite(interval.mean):
-        return "–"
-    digits = 3 if abs(interval.mean) >= 0.01 else 5
-    ends = f" [{interval.low:+.{digits}f}, {interval.high:+.{digits}f}]" if math.isfinite(interval.half) else ""
-    return f"{interval.mean:+.{digits}f}{ends}"
-
-
-def percent(interval):
-    """A difference of losses in nats as a change of perplexity."""
-    mean, low, high = (100 * math.expm1(min(x, 99.0)) for x in (interval.mean, interval.low, interval.high))
-    return f"{mean:+.1f}%" + (f" [{low:+.1f}, {high:+.1f}]" if math.isfinite(low) else "")
-
-
-def run_ids(runs):
-    """Run ids, with the seeds of a config in braces: `A-seed{0,1,2}`."""
-    seeds = {}
-    for run in runs:
-        seeds.setdefault(run.config_id, []).append(str(run.seed))
-    return ", ".join(f"`{name}-seed{n[0] if len(n) == 1 else '{' + ','.join(n) + '}'}`" for name, n in seeds.items())
-
-
-def table(header, rows):
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def perplexity(runs, name=LOSS):
-    """exp of the mean loss, with the ends of its interval; where there is a leaky number, it stands beside."""
-    interval = over_seeds(runs, name)
-    ends = f" [{math.exp(interval.low):.2f}, {math.exp(interval.high):.2f}]" if math.isfinite(interval.half) else ""
-    leaky = f" (leaky {perplexity(runs, LEAKY)})" if name == LOSS and runs[0].leaky else ""
-    return f"{math.exp(interval.mean):.2f}{ends}{leaky}"
-
-
-def with_leaky(runs, causal, leaky):
-    """A causal number, with the leaky one beside it where they differ."""
-    text = plus_minus(over_seeds(runs, causal))
-    return text + (f" (leaky {plus_minus(over_seeds(runs, leaky))})" if runs[0].leaky else "")
-
-
-def bits(runs):
-    return with_leaky(runs, "causal_bits_per_byte", "val_bits_per_byte")
-
-
-def pairs(comparisons):
-    """Comparisons in a row of prose: pair, difference, in perplexity too where it is a loss, verdict."""
-    texts = []
-    for one in comparisons:
-        loss = f" nats ({percent(one.interval)} perplexity)" if one.metric == LOSS else ""
-        texts.append(f"{one.first} - {one.second} {signed(one.interval)}{loss}, {one.word}")
-    return "; ".join(texts)
-
-
-def comparison_table(comparisons):
-    rows = [[NAMES[one.metric], f"{one.first} - {one.second}", one.interval.n, signed(one.interval),
-             percent(one.interval) if one.metric == LOSS else "", one.word] for one in comparisons]
-    return table(["number", "difference", "seeds", "mean [95%]", "perplexity", "verdict"], rows)
-
-
-def counted(comparisons):
-    counts = {word: sum(one.word == word for one in comparisons) for word in WORDS}
-    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "none"
-
-
-def describe(run):
-    """A config as prose names it: its id and what makes it."""
-    if not run.is_moe:
-        return f"{run.config_id} (dense)"
-    return f"{run.config_id} ({run.model['router']}, K = {run.model['top_k']:g}, coefficient {run.model['aux_coef']:g})"
-
-
-def figures(*names):
-    return "Figures: " + ", ".join(f"[{name.replace('_', ' ')}](figures/{name}.png)" for name in names) + "."
-
-
 # ---- the three questions ----
 
 
@@ -157,14 +67,14 @@ def answer_balance(study):
     if not study.sweep:
         return "**Which balance coefficient?** Not answered: no two configs differ in the balance coefficient alone."
     coefficient = {name: f"{name} (coefficient {study.groups[name][0].model['aux_coef']:g})" for name in study.sweep}
-    ends = "; ".join(f"{coefficient[name]}: {states(study.groups[name])}" for name in study.sweep)
-    healthy = [name for name in study.sweep if not {"collapsed", "starved"} & set(states(study.groups[name]).split())]
+    ended = "; ".join(f"{coefficient[name]}: {ends(study.groups[name])}" for name in study.sweep)
+    healthy = [name for name in study.sweep if set(states(study.groups[name])) == {"in use"}]
     smallest = f"The smallest that left every layer of every run in use is {coefficient[healthy[0]]}." if healthy else (
         "None left every layer of every run in use.")
     best = min(study.sweep, key=lambda name: over_seeds(study.groups[name], LOSS).mean)
     runs = study.groups[best]
     tests = [one for one in study.find("balance", LOSS) if best in (one.first, one.second)]
-    return (f"**Which balance coefficient?** At the end, {ends}. {smallest} The lowest mean loss is that of "
+    return (f"**Which balance coefficient?** At the end, {ended}. {smallest} The lowest mean loss is that of "
             f"{coefficient[best]}: {plus_minus(over_seeds(runs, LOSS))} nats, perplexity {perplexity(runs)}, {bits(runs)} "
             f"bits per byte; {pairs(tests)}. **{preference(best, tests)}** Information between expert and domain above "
             f"its null, in nats: {pairs(study.find('balance', 'mi_excess'))}.")
@@ -176,7 +86,7 @@ def preference(best, tests):
         return "One seed: by loss no coefficient is preferred."
     rivals = sorted(({one.first, one.second} - {best}).pop() for one in tests if one.word == "undecided")
     if rivals:
-        return f"By loss the choice between {best} and {', '.join(rivals)} is undecided."
+        return f"By loss the choice between {' and '.join([best, *rivals])} is undecided."
     return f"By loss {best} is ahead of every other coefficient ({counted(tests)})."
 
 
@@ -185,15 +95,19 @@ def section_balance(study):
     if not study.sweep:
         return [*lines, "No two configs differ in the balance coefficient alone."]
     numbers = ("load_cv", "max_violation", "max_violation_batch", "dead_experts", "effective_experts", "mi_excess")
-    rows = [[name, f"{runs[0].model['aux_coef']:g}", states(runs), *(plus_minus(over_seeds(runs, one)) for one in numbers),
+    rows = [[name, f"{runs[0].model['aux_coef']:g}", ends(runs), *(plus_minus(over_seeds(runs, one)) for one in numbers),
              perplexity(runs), bits(runs)] for name, runs in ((name, study.groups[name]) for name in study.sweep)]
     lines += [table(["config", "coefficient", "at the end", "load CV", "MaxVio, set", "MaxVio, batch", "dead a layer",
                      "effective experts", NAMES["mi_excess"], "perplexity", "bits per byte"], rows),
               comparison_table(study.find("balance"))]
-    fewest = min((over_seeds(study.groups[name], "effective_experts").mean, name) for name in study.sweep)
-    lines.append(f"With {fewest[0]:.2f} effective experts ({fewest[1]}) an expert can tell at most {math.log(fewest[0]):.3f} "
-                 "nats of anything, whatever its router has learned: low information under collapse is part of the collapse.")
-    return [*lines, figures("imbalance", "expert_load"), study.source(study.sweep)]
+    for name in study.sweep:
+        counts = states(study.groups[name])
+        if max(counts, key=counts.get) != "collapsed":
+            continue
+        experts = over_seeds(study.groups[name], "effective_experts").mean
+        lines.append(f"With {experts:.2f} effective experts, an expert of {name} can tell at most about {math.log(experts):.3f} "
+                     "nats of anything: low information under collapse is part of the collapse.")
+    return [*lines, figures("imbalance", "expert_load"), source(study, study.sweep)]
 
 
 def answer_routers(study):
@@ -203,10 +117,9 @@ def answer_routers(study):
     tests = study.find("routers")
     found = (f"{describe(study.groups[name][0])} {plus_minus(over_seeds(study.groups[name], 'mi_excess'))}"
              for name in study.routers)
-    told = [f"{NAMES[one.metric]} {pairs([one])}" for one in tests if one.word in ("clear", "suggestive")]
     return (f"**Do routers specialise differently?** Information between expert and domain above its null, in nats: "
             f"{'; '.join(found)}. Of {len(tests)} comparisons of these routers in {len({one.metric for one in tests})} "
-            f"numbers: {counted(tests)}. **Told apart: {'; '.join(told) or 'none'}.**")
+            f"numbers: {counted(tests)}. **Told apart: {told_apart(tests)}.**")
 
 
 def section_routers(study):
@@ -227,7 +140,7 @@ def section_routers(study):
         lines.append(f"Compared at equal K: {', '.join(study.routers)}. Their balance losses differ too, so a difference "
                      "belongs to the config and not to its router alone.")
         lines.append(comparison_table(study.find("routers")))
-    return [*lines, figures("domain_by_expert", "router_entropy", "weight_divergence"), study.source(study.moe)]
+    return [*lines, figures("domain_by_expert", "router_entropy", "weight_divergence"), source(study, study.moe)]
 
 
 def answer_cost(study):
@@ -251,10 +164,10 @@ def cost(tests):
     if not all(one.tested for one in tests) or not tests:
         return "Not tested: no two common seeds."
     if all(one.interval.low > 0 for one in tests):
-        return f"Guaranteed balance cost loss here ({counted(tests)})."
+        return f"Guaranteed balance raised the loss here ({counted(tests)})."
     if all(one.interval.high < 0 for one in tests):
-        return f"Guaranteed balance gained loss here ({counted(tests)})."
-    return f"Whether guaranteed balance costs loss is undecided or depends on the rival ({counted(tests)})."
+        return f"Guaranteed balance lowered the loss here ({counted(tests)})."
+    return f"Whether guaranteed balance raises the loss is undecided or depends on the rival ({counted(tests)})."
 
 
 def section_cost(study):
@@ -264,15 +177,15 @@ def section_cost(study):
     rows = []
     for name, runs in study.groups.items():
         numbers = (over_seeds(runs, one) for one in ("token_coverage", "drop_rate", "load_cv"))
-        rows.append([name, f"{runs[0].config['parameters']['active']:,}", perplexity(runs, LEAKY), perplexity(runs, LOSS)
-                     .split(" (leaky")[0], *map(plus_minus, numbers)])
+        rows.append([name, f"{runs[0].config['parameters']['active']:,}", exponentiated(runs, LEAKY), exponentiated(runs, LOSS),
+                     *map(plus_minus, numbers)])
     lines += [table(["config", "active parameters", "perplexity, routed as in training (leaky if it differs)",
                      "perplexity, causal", "coverage", "dropped", "load CV"], rows), comparison_table(study.find("cost"))]
     for one in study.find("leak"):
         lines.append(f"Leaky minus causal loss of {one.first}: {signed(one.interval)} nats, {one.word}. This gap holds the leak "
                      "and also a change of rule, since a capacity on the prefix is not the capacity over the batch that "
                      "was trained; the two parts are not told apart here. Only the causal number is compared.")
-    return [*lines, figures("final_perplexity", "coverage_and_drops"), study.source(study.groups)]
+    return [*lines, figures("final_perplexity", "coverage_and_drops"), source(study, study.groups)]
 
 
 # ---- claims, table, limits, methods ----
@@ -289,11 +202,11 @@ def claim_rows(study):
     """Published claims that these configs can test: claim, outcome, number, runs."""
     rows, groups = [], study.groups
     for name in study.balanced:
-        ends = [(max(layer["load_cv"] for layer in run.final["layers"]), measure(run.final, "token_coverage"))
+        worst = [(max(layer["load_cv"] for layer in run.final["layers"]), measure(run.final, "token_coverage"))
                 for run in groups[name]]
-        held = sum(cv <= 0.01 and coverage < 1 for cv, coverage in ends)
+        held = sum(cv <= 0.01 and coverage < 1 for cv, coverage in worst)
         rows.append([f"{name} has load CV 0 (at most 0.01 in every layer) and leaves tokens uncovered",
-                     f"held in {held} of {len(ends)} runs", f"largest CV {max(ends)[0]:.3f}, coverage "
+                     f"held in {held} of {len(worst)} runs", f"largest CV {max(worst)[0]:.3f}, coverage "
                      f"{plus_minus(over_seeds(groups[name], 'token_coverage'))}", run_ids(groups[name])])
     for one in study.find("cv_ratio"):
         first, second, last = groups[one.first], groups[one.second], groups[study.sweep[-1]]
@@ -328,7 +241,7 @@ def section_configs(study):
              *(plus_minus(over_seeds(runs, one)) for one in numbers)] for runs in study.groups.values()]
     return ["## 5. All configs", table(["config", "seeds", "loss (nats)", "perplexity", "bits per byte", "load CV",
                                         "dead a layer", NAMES["mi_excess"], "coverage", "dropped"], rows),
-            figures("perplexity_over_steps", "final_perplexity"), study.source(study.groups)]
+            figures("perplexity_over_steps", "final_perplexity"), source(study, study.groups)]
 
 
 def limit_length(study):
@@ -366,8 +279,8 @@ def limit_tests(study):
 def limit_settings(study):
     """What all runs share and so cannot be a finding, what they should share and do not, and the runs left out."""
     rates = ", ".join(f"{rate:g}" for rate in sorted({run.config["training"]["learning_rate"] for run in study.finished}))
-    lines = [f"- Learning rate {rates}, one corpus, one size of model: configs may prefer other rates, and K = 1 and K = 2 not "
-             "the same one."]
+    lines = [f"- Learning rate {rates}, one corpus, one size of model: configs may prefer other rates, and those "
+             "with another K above all."]
     for key in ("training", "corpus", "versions", "threads"):
         if len({repr(run.config.get(key)) for run in study.finished}) > 1:
             lines.append(f"- **The runs do not share the same {key} (see their config.json): compare with care.**")

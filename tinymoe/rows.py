@@ -99,10 +99,10 @@ def complete_runs(study_dir):
 def coefficient_sweep(groups):
     """Ids of the configs that are one model but for the balance coefficient, by rising coefficient; [] for none."""
     families = {}
-    for config_id, runs in groups.items():
+    for config_id, runs in ((name, runs) for name, runs in groups.items() if runs[0].is_moe):
         rest = {key: value for key, value in runs[0].model.items() if key != "aux_coef"}
         families.setdefault(json.dumps(rest, sort_keys=True), []).append(config_id)
-    largest = max(families.values(), key=len)
+    largest = max(families.values(), key=len, default=[])
     return sorted(largest, key=lambda one: groups[one][0].model["aux_coef"]) if len(largest) > 1 else []
 
 

@@ -1,0 +1,193 @@
+"""The command line: fast help, one clear line for each mistake, and the smallest study from end to end."""
+
+import csv
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from test_train import MODEL, TRAINING, WORDS, one_thread, results, snapshot  # noqa: F401  (one_thread is a fixture)
+from tinymoe import train
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
+           "domain_by_expert coverage_and_drops").split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(WORDS)
+    return path
+
+
+def invoke(*args):
+    """(exit code, output) of a command; anything but an orderly exit fails."""
+    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def study(text, out, *args, **settings):
+    settings = MODEL | TRAINING | settings
+    sets = [arg for name, value in settings.items() for arg in ("--set", f"{name}={value}")]
+    return invoke("study", "--jobs", 1, "--text", text, "--out", out, *sets, *args)
+
+
+# -- help --
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    def seconds():  # of the processor, so that a busy machine does not count
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, ROOT / "cli.py", "--help"], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.4
+    shown = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True).stderr
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.splitlines()}
+    assert "click" in imported and not imported & {"numba", "numpy", "scipy", "matplotlib", "tinymoe"}
+
+
+@pytest.mark.parametrize("command", cli.main.commands)
+def test_every_command_has_help(command):
+    code, output = invoke(command, "--help")
+    assert code == 0 and output.startswith("Usage:") and cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
+
+
+# -- from end to end --
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A study of three routers, with figures."""
+    out = tmp_path_factory.mktemp("finished study")  # a space in its name
+    code, output = study(text, out, "--config", "b", "--config", "C", "--config", "E", "--config", "F", "--plot")
+    assert code == 0, output
+    return out
+
+
+def test_the_smallest_study_leaves_figures_findings_and_rows(finished):
+    assert sorted(path.stem for path in finished.glob("figures/*.png")) == sorted(FIGURES)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in finished.glob("figures/*"))
+    findings = (finished / "FINDINGS.md").read_text(encoding="utf-8")
+    assert all(f"{c}-seed0" in findings for c in "BCEF") and "leaky" in findings
+    with open(finished / "summary.csv", newline="") as f:
+        assert sorted(row["run_id"] for row in csv.DictReader(f)) == ["B-seed0", "C-seed0", "E-seed0", "F-seed0"]
+
+
+def test_the_same_command_trains_nothing_again(finished, text, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*.json*")}
+    monkeypatch.setattr(train.Trainer, "advance", lambda self: pytest.fail("it trained"))
+    assert study(text, finished, "--config", "B", "--config", "C")[0] == 0
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*.json*")}
+
+
+def test_plot_only_draws_the_same_again_from_the_rows_alone(finished):
+    before = snapshot(finished)
+    for path in [*finished.glob("figures/*"), finished / "FINDINGS.md", finished / "summary.csv"]:
+        path.unlink()
+    assert invoke("study", "--plot-only", "--out", finished)[0] == 0
+    assert snapshot(finished) == before
+
+
+def test_a_dense_control_goes_from_end_to_end(text, tmp_path):
+    code, output = study(text, tmp_path, "--config", "A", "--plot", moe_layers=[])
+    assert code == 0, output
+    assert (tmp_path / "FINDINGS.md").exists() and list(tmp_path.glob("figures/*.png"))
+    assert invoke("study", "--plot-only", "--out", tmp_path)[0] == 0
+
+
+def test_seeds_and_steps_make_the_runs(text, tmp_path):
+    assert study(text, tmp_path, "--config", "D", "--seeds", 2, "--steps", 2)[0] == 0
+    assert sorted(path.name for path in tmp_path.glob("runs/*")) == ["D-seed0", "D-seed1"]
+    assert results(tmp_path / "runs/D-seed1")[1][0]["step"] == 6  # --set steps wins over --steps
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monkeypatch):
+    real = train.Trainer.advance
+    monkeypatch.setattr(train.Trainer, "advance", lambda self: real(self) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+    code, output = study(text, tmp_path / "torn", "--config", "F")
+    assert code == 130 and "Interrupted. The same command goes on from the last checkpoints." in output
+    monkeypatch.undo()
+    for out in ("torn", "whole"):
+        assert study(text, tmp_path / out, "--config", "F")[0] == 0
+    assert results(tmp_path / "torn/runs/F-seed0") == results(tmp_path / "whole/runs/F-seed0")
+
+
+def test_a_loss_that_is_not_finite_exits_1_after_the_others(text, tmp_path):
+    assert study(text, tmp_path, "--config", "A", learning_rate=1e30)[0] == 1
+    code, output = study(text, tmp_path, "--config", "A", "--config", "B", learning_rate=1e30)
+    errors = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert code == 1 and [line.split()[1] for line in errors] == ["A-seed0", "B-seed0"]
+    assert all("at step 2, beginning in" in line for line in errors)
+
+
+# -- mistakes --
+
+MISTAKES = {  # what is typed: (exit code, what the line must name)
+    "--jbos 2": (2, "--jbos"),
+    "--config G": (2, "'G'"),
+    "--steps 0": (2, "0 is not in the range"),
+    "--steps many": (2, "'many'"),
+    "--seeds 0": (2, "0 is not in the range"),
+    "--jobs -1": (2, "-1 is not in the range"),
+    "--text nowhere.txt": (1, "'nowhere.txt'"),
+    "--text {dir}/empty.txt": (1, "'empty' is empty"),
+    "--text {dir}/short.txt": (1, "'short' has only 9 bytes"),
+    "--text {dir}/nothing": (1, "nothing' is empty"),
+    "--out {dir}/short.txt/below": (1, "short.txt"),
+    "--out {dir}/short.txt": (1, "short.txt"),
+    "--out /proc/nowhere": (1, "/proc/nowhere"),
+    "--out {dir}/nothing --plot-only": (1, "nothing"),
+    "--out {dir}/missing --plot-only": (1, "missing"),
+    "--out {dir}/short.txt --plot-only": (1, "short.txt"),
+    "--set top_k=99": (2, "top_k 99 "),
+    "--set top_k=1.5": (2, "top_k 1.5 "),
+    "--set top_k=two": (2, "top_k two|top_k 'two'"),
+    "--set n_heads=3": (2, "d_model 16 is not divisible by n_heads 3"),
+    "--set nonsense=1": (2, "nonsense=1"),
+    "--set nosign": (2, "nosign"),
+    "--set steps=0": (2, "steps 0 "),
+    "--set moe_layers=7": (2, "moe_layers 7"),
+    "--set moe_layers=[7]": (2, "moe_layers .*7"),
+    "--set n_experts=many": (2, "n_experts 'many'"),
+    "--set router=nope": (2, "'nope'"),
+    "--set learning_rate=fast": (2, "learning_rate 'fast'"),
+    "--set warmup=long": (2, "warmup 'long'"),
+    "--set max_norm=NaN": (2, "max_norm nan"),
+    "--set aux_coef=much": (2, "aux_coef 'much'"),
+    "--set aux_coef=NaN": (2, "aux_coef nan"),
+    "--set z_coef=null": (2, "z_coef None"),
+    "--set capacity_factor=big": (2, "capacity_factor 'big'"),
+    "--set renormalise=maybe": (2, "renormalise 'maybe'"),
+    "--set vocab_size=10": (2, "vocab_size 10 "),
+    "--set seq_len=100000": (1, "seq_len 100000"),
+    "--set learning_rate=0.5": (1, "B-seed0 failed.*another training.*--fresh"),
+    "--set d_ff=8": (1, "B-seed0 failed.*another model.*--fresh"),
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_ends_in_one_clear_line_and_loses_nothing(typed, finished, text, tmp_path):
+    code, named = MISTAKES[typed]
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "nothing").mkdir()
+    before = snapshot(finished), snapshot(tmp_path)
+    got, output = study(text, finished, "--config", "B", *typed.format(dir=tmp_path).split())
+    error = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert got == code and len(error) == 1 and re.search(named, error[0]), output
+    assert (snapshot(finished), snapshot(tmp_path)) == before
+
+
+def test_a_usage_error_of_the_real_program():
+    result = subprocess.run([sys.executable, ROOT / "cli.py", "study", "--steps", "0"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.splitlines()[-1].startswith("Error: Invalid value for '--steps'")

@@ -1,0 +1,268 @@
+"""Functions of Tensors: hand-worked values, oracles from naive.py, gradients against central differences, and extremes."""
+import math
+
+import numpy as np
+import pytest
+
+import naive
+from tinymoe import Tensor, functional as F
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+NAMES = ["gelu", "silu", "relu"]
+INF = np.inf
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def leaf(values, dtype=np.float64):
+    return Tensor(np.array(values, dtype), requires_grad=True)
+
+
+def gradients(function, *arrays, dtype=np.float64, dy=None):
+    """(value, gradient of each array) for sum(function(*arrays) * dy)."""
+    leaves = [leaf(a, dtype) for a in arrays]
+    out = function(*leaves)
+    out.backward(np.ones(out.shape) if dy is None else dy)
+    assert out.dtype == dtype and all(x.grad.dtype == dtype and x.grad.shape == x.shape for x in leaves)
+    return out.data, [x.grad for x in leaves]
+
+
+def check(function, oracle, *arrays, tolerance=1e-10):
+    """Values equal to the oracle's, and gradients to its central differences."""
+    expected = np.asarray(oracle(*arrays))
+    dy = normal(*expected.shape, seed=1)
+    value, grads = gradients(function, *arrays, dy=dy)
+    assert value.shape == expected.shape
+    np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+    for i, grad in enumerate(grads):
+        numeric = naive.central_difference(lambda z: oracle(*arrays[:i], z, *arrays[i + 1:]), arrays[i], dy)
+        np.testing.assert_allclose(grad, numeric, rtol=1e-6, atol=1e-8)
+
+
+# ---- activations ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 2), (0, 3)])
+def test_activations(name, shape):
+    check(getattr(F, name), lambda x: naive.each(naive.activation, x, name), np.asarray(3 * normal(*shape)))
+
+
+def test_gelu_is_the_tanh_form():
+    """At 1 the tanh form gives 0.841192, the exact one 0.841345."""
+    assert F.gelu(Tensor([1.0])).item() == pytest.approx(0.8411919906082768, abs=1e-15)
+
+
+def test_relu_at_zero_has_slope_zero():
+    assert gradients(F.relu, [-1.0, -0.0, 0.0, 1e-300])[1][0].tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("function, limits, slopes", [
+    (F.sigmoid, [0, 0, 1, 1], [0, 0, 0, 0]), (F.softplus, [0, 0, 1e2, 1e4], [0, 0, 1, 1]), (F.relu, [0, 0, 1e2, 1e4], [0, 0, 1, 1]),
+    (F.gelu, [0, 0, 1e2, 1e4], [0, 0, 1, 1]), (F.silu, [0, 0, 1e2, 1e4], [0, 0, 1, 1])])
+def test_activations_far_out(function, limits, slopes, dtype):
+    value, (grad,) = gradients(function, [-1e4, -1e2, 1e2, 1e4], dtype=dtype)
+    np.testing.assert_allclose(value, limits, atol=1e-40)
+    np.testing.assert_allclose(grad, slopes, atol=1e-40)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_sigmoid_and_softplus_keep_their_digits_in_the_tail(dtype, tolerance):
+    x = np.array([-80.0, -40, -20, -10, -1, 0, 1, 10])
+    s = np.array([1 / (1 + math.exp(-z)) for z in x])
+    value, (grad,) = gradients(F.sigmoid, x, dtype=dtype)
+    np.testing.assert_allclose(value, s, rtol=tolerance)
+    np.testing.assert_allclose(grad[:7], (s * (1 - s))[:7], rtol=tolerance)
+    value, (grad,) = gradients(F.softplus, x, dtype=dtype)
+    np.testing.assert_allclose(value, [math.log1p(math.exp(z)) for z in x], rtol=tolerance)
+    np.testing.assert_allclose(grad, s, rtol=tolerance)
+
+
+def test_normal_cdf():
+    check(F.normal_cdf, lambda x: np.array([0.5 * (1 + math.erf(z / math.sqrt(2))) for z in x]), np.array([-3.0, -0.5, 0, 1, 4]))
+
+
+# ---- softmax family ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("axis", [-1, 0, 1, -2])
+def test_softmax_family(axis):
+    def rows(x):
+        return np.apply_along_axis(naive.softmax, axis, x)
+
+    x = 3 * normal(3, 4, 2)
+    check(lambda x: F.softmax(x, axis), rows, x)
+    check(lambda x: F.log_softmax(x, axis), lambda x: np.log(rows(x)), x)
+    check(lambda x: F.logsumexp(x, axis), lambda x: np.log(np.exp(x).sum(axis)), x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("row, p", [([1e30, 1e30, 0], [0.5, 0.5, 0]), ([-1e30, -1e30, -1e30], [1 / 3] * 3), ([-INF, 2, 2], [0, 0.5, 0.5]),
+                                    ([-INF, 7, -INF], [0, 1, 0]), ([1e4, -1e4, 1e4], [0.5, 0, 0.5])])
+def test_softmax_family_at_extremes(row, p, dtype):
+    np.testing.assert_allclose(F.softmax(leaf(row, dtype)).data, p, rtol=1e-6)
+    np.testing.assert_allclose(np.exp(F.log_softmax(leaf(row, dtype)).data), p, rtol=1e-6)
+    assert F.logsumexp(leaf(row, dtype)).item() == pytest.approx(max(row), rel=1e-6, abs=math.log(3))
+    np.testing.assert_allclose(gradients(F.logsumexp, row, dtype=dtype)[1][0], p, rtol=1e-6)
+    assert np.isfinite(gradients(F.softmax, row, dtype=dtype, dy=np.arange(3))[1][0]).all()
+    assert np.isfinite(gradients(F.log_softmax, row, dtype=dtype, dy=np.arange(3))[1][0]).all()
+
+
+def test_a_row_of_minus_infinity_sums_to_zero():
+    assert F.logsumexp(Tensor([[-INF, -INF], [0, 0]])).data.tolist() == [-INF, math.log(2)]
+
+
+def test_cross_entropy_by_hand():
+    """Row 1: p = (1/4, 3/4), target 1. Row 2: p = (1/2, 1/2), target 0. Mean of log 4/3 and log 2; gradient (p - onehot) / 2."""
+    value, (grad,) = gradients(lambda x: F.cross_entropy(x, [1, 0]), [[0.0, math.log(3)], [5, 5]])
+    assert value == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    np.testing.assert_allclose(grad, [[1 / 8, -1 / 8], [-1 / 4, 1 / 4]])
+
+
+@pytest.mark.parametrize("targets", [[0, 3, 3], np.array([2, 1, 0], np.uint8), Tensor([1, 1, 1])])
+def test_cross_entropy(targets):
+    check(lambda x: F.cross_entropy(x, targets), lambda x: naive.cross_entropy(x, np.asarray(targets)), 3 * normal(3, 4))
+
+
+def test_cross_entropy_of_a_certain_mistake_is_finite():
+    value, (grad,) = gradients(lambda x: F.cross_entropy(x, [0]), [[-1e4, 1e4]], dtype=np.float32)
+    assert value == 2e4 and grad.tolist() == [[-1, 1]]
+
+
+@pytest.mark.parametrize("logits, targets", [((2, 3), [0, 3]), ((2, 3), [-1, 0]), ((2, 3), [0.0, 1.0]), ((2, 3), [0]), ((0, 3), []),
+                                             ((2, 3), [[0], [1]]), ((2, 3, 4), [0, 1]), ((2, 3), [True, False])])
+def test_cross_entropy_refuses(logits, targets):
+    with pytest.raises(ValueError, match="targets"):
+        F.cross_entropy(leaf(np.zeros(logits)), targets)
+
+
+# ---- layers' arithmetic -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 2, 3), (0, 3), (2, 0, 3)])
+def test_linear_and_norms(shape):
+    def rows(oracle):
+        return lambda x, *rest: (y := oracle(x.reshape(-1, 3), *rest)).reshape(*shape[:-1], y.shape[-1])
+
+    x, w, b, scale, shift = normal(*shape), normal(3, 2), normal(2), normal(3, seed=2), normal(3, seed=3)
+    check(F.linear, rows(naive.linear), x, w, b)
+    check(lambda x, w: F.linear(x, w), rows(lambda x, w: naive.linear(x, w, None)), x, w)
+    check(F.layer_norm, rows(lambda *a: naive.layer_norm(*a, 1e-5)), x, scale, shift)
+    check(F.rms_norm, rows(lambda *a: naive.rms_norm(*a, 1e-5).reshape(-1, 3)), x, scale)
+    check(lambda x, w: F.rms_norm(x, w, eps=0.5), rows(lambda *a: naive.rms_norm(*a, 0.5).reshape(-1, 3)), x, scale)
+
+
+def test_strided_inputs_and_gradients():
+    x, w, dy = normal(3, 4).T, normal(2, 3).T, normal(2, 4).T
+    check(lambda x, w: F.linear(x, w).T, lambda x, w: (x @ w).T, x, w)
+    check(lambda x: F.gelu(x.T), lambda x: naive.each(naive.activation, x.T, "gelu"), x)
+    x.setflags(write=False)
+    for function in (lambda x: F.linear(x, Tensor(w)) * dy, F.silu, lambda x: F.layer_norm(x, Tensor(np.ones(3)), Tensor(np.zeros(3)))):
+        assert np.isfinite(gradients(function, x)[1][0]).all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-3), (np.float64, 1e-6)])
+def test_layer_norm_of_a_large_mean_and_of_a_constant(dtype, tolerance):
+    """One pass (E x^2 - (E x)^2) would lose every digit here: the mean is 10^4 times the spread."""
+    x, one, zero = np.array([[1.0, 2, 3, 6]]), np.ones(4), np.zeros(4)
+    far, _ = gradients(F.layer_norm, x + 1e4, one, zero, dtype=dtype)
+    np.testing.assert_allclose(far, naive.layer_norm(x, one, zero, 1e-5), rtol=tolerance)
+    flat, grads = gradients(F.layer_norm, np.full((1, 4), 7.0), one, zero, dtype=dtype)
+    assert flat.tolist() == [[0] * 4] and np.isfinite(grads[0]).all()
+
+
+@pytest.mark.parametrize("B, T, H, G, d, dv", [(1, 1, 1, 1, 2, 2), (2, 5, 2, 2, 3, 4), (1, 4, 4, 2, 2, 3), (2, 3, 4, 1, 1, 1)])
+def test_causal_attention(B, T, H, G, d, dv):
+    check(F.causal_attention, lambda *a: naive.causal_attention(*a)[0], normal(B, T, H, d), normal(B, T, G, d, seed=1), normal(B, T, G, dv, seed=2))
+
+
+def test_causal_attention_by_hand():
+    """q = 0: the weights are equal, so position t gets the mean of v[0..t]; no gradient flows from the past to the future."""
+    zero, v = np.zeros((1, 3, 1, 1)), np.array([3.0, 5, 10]).reshape(1, 3, 1, 1)
+    value, (_, _, dv) = gradients(F.causal_attention, zero, zero, v, dy=np.array([0, 1.0, 0]).reshape(1, 3, 1, 1))
+    assert value.ravel().tolist() == [3, 4, 6] and dv.ravel().tolist() == [0.5, 0.5, 0]
+
+
+WRONG = {  # these reach compiled loops, where a wrong size reads foreign memory
+    "bias": lambda: F.linear(leaf(np.ones((2, 3))), leaf(np.ones((3, 4))), leaf(np.ones(3))),
+    "features": lambda: F.linear(leaf(np.ones((2, 4))), leaf(np.ones((3, 4)))),
+    "layer_norm weight": lambda: F.layer_norm(leaf(np.ones((2, 3))), leaf(np.ones(2)), leaf(np.ones(3))),
+    "layer_norm bias": lambda: F.layer_norm(leaf(np.ones((2, 3))), leaf(np.ones(3)), leaf(np.ones(1))),
+    "rms_norm weight": lambda: F.rms_norm(leaf(np.ones((2, 3))), leaf(np.ones((2, 1)))),
+    "groups": lambda: F.causal_attention(leaf(np.ones((1, 2, 3, 4))), leaf(np.ones((1, 2, 2, 4))), leaf(np.ones((1, 2, 2, 4)))),
+    "time": lambda: F.causal_attention(leaf(np.ones((1, 3, 1, 4))), leaf(np.ones((1, 2, 1, 4))), leaf(np.ones((1, 2, 1, 4)))),
+    "width": lambda: F.causal_attention(leaf(np.ones((1, 2, 1, 4))), leaf(np.ones((1, 2, 1, 3))), leaf(np.ones((1, 2, 1, 3)))),
+}
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.relu, lambda x: F.embedding(x, [0]), lambda x: F.linear(x, x),
+                                      lambda x: F.layer_norm(x, x[0], x[0]), lambda x: F.causal_attention(x[None, None], x[None, None], x[None, None])])
+@pytest.mark.parametrize("dtype", [np.float16, np.int64])
+def test_compiled_functions_say_which_dtypes_they_take(function, dtype):
+    with pytest.raises(TypeError, match="float32"):
+        function(Tensor(np.ones((2, 2), dtype)))
+
+
+def test_compiled_functions_refuse_to_mix_dtypes():
+    with pytest.raises(TypeError, match="float32 and float64"):
+        F.linear(leaf(np.ones((2, 2))), leaf(np.ones((2, 2)), np.float32))
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_shapes_that_do_not_fit_are_refused(wrong):
+    with pytest.raises(ValueError):
+        WRONG[wrong]()
+
+
+# ---- lookups and joins ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ids", [[0, 0, 2], [[1, 1], [1, 3]], 2, np.zeros((0,), int), np.array([3, 0], np.uint8)])
+def test_embedding(ids):
+    check(lambda table: F.embedding(table, ids), lambda table: table[ids], normal(4, 3))
+
+
+@pytest.mark.parametrize("ids", [[4], [0, -1], [0.0]])
+def test_embedding_refuses(ids):
+    with pytest.raises(IndexError):
+        F.embedding(leaf(normal(4, 3)), ids)
+
+
+@pytest.mark.parametrize("shape, index, axis", [((2, 3), [[0, 0], [2, 1]], -1), ((2, 3), [[1, 1, 1]], 0), ((2, 3), [[-1], [0]], 1),
+                                                ((2, 2, 3), [[[1, 1, 0]], [[0, 0, 0]]], 1), ((4,), [3, 3, 3], 0)])
+def test_gather(shape, index, axis):
+    check(lambda x: F.gather(x, np.array(index), axis), lambda x: np.take_along_axis(x, np.array(index), axis), normal(*shape))
+
+
+def test_scatter_add():
+    def oracle(rows):
+        out = np.zeros((4, *rows.shape[1:]))
+        for i, row in zip([3, 0, 3], rows):
+            out[i] += row
+        return out
+
+    for shape in [(3,), (3, 2), (3, 2, 2)]:
+        check(lambda rows: F.scatter_add(rows, np.array([3, 0, 3]), 4), oracle, normal(*shape))
+    with pytest.raises(IndexError):
+        F.scatter_add(leaf([1.0]), np.array([4]), 4)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+def test_concatenate(axis):
+    shapes = [[2, 3, 4], [2, 3, 4], [2, 3, 4]]
+    shapes[1][axis], shapes[2][axis] = 1, 0
+    check(lambda *x: F.concatenate(x, axis), lambda *x: np.concatenate(x, axis), *(normal(*s) for s in shapes))
+    check(lambda x: F.concatenate([x, x], axis), lambda x: np.concatenate([x, x], axis), normal(2, 3, 4))
+
+
+@pytest.mark.parametrize("a, b", [((2, 3), (2, 3)), ((3,), (2, 1)), ((), (2, 3)), ((2, 3), ())])
+def test_where(a, b):
+    mask = np.array([[True, False, True], [False, False, True]])
+    check(lambda a, b: F.where(mask, a, b), lambda a, b: np.where(mask, a, b), normal(*a), normal(*b, seed=1))
+
+
+def test_where_with_numbers_keeps_the_dtype_and_no_gradient_leaks_from_the_other_side():
+    x = leaf([0.0, 4], np.float32)
+    y = F.where(x.data > 0, 1, x) + F.where(x.data > 0, x, -np.inf)[1]
+    y.sum().backward()
+    assert y.dtype == np.float32 and y.data.tolist() == [4, 5] and x.grad.tolist() == [1, 2]

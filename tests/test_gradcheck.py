@@ -1,0 +1,111 @@
+"""gradcheck must find small faults and only faults, and leave no trace on what it checked."""
+import numpy as np
+import pytest
+
+from tinymoe import Tensor, functional as F, gradcheck
+from tinymoe.tensor import primitive
+
+pytestmark = pytest.mark.filterwarnings("error")
+RNG = np.random.default_rng(0)
+SMALL, LARGE = RNG.standard_normal((3, 4)), RNG.standard_normal((30, 40))
+
+
+def squares(fault, scale=1.0):
+    """scale x^2 with a VJP that is multiplied by `fault`, a number or an array."""
+    return lambda x: primitive(scale * x.data**2, (x, lambda g: g * 2 * scale * x.data * fault))
+
+
+def one_entry(shape, error):
+    fault = np.ones(shape)
+    fault[1, 2] += error
+    return fault
+
+
+@pytest.mark.parametrize("x", [SMALL, LARGE, 3.0, RNG.standard_normal((1, 129)), np.zeros((0, 2)), SMALL.T[::-1], 1e6 * SMALL, 1e-3 * SMALL],
+                         ids=["small", "large", "number", "just large", "empty", "strided", "huge", "tiny"])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_right_gradients_pass(x, scale):
+    result = gradcheck(squares(1.0, scale), x)
+    assert result and result.ok and result.max_error < 1e-6, result
+
+
+@pytest.mark.parametrize("x", [SMALL, LARGE, np.array(3.0)], ids=["small", "large", "number"])
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+@pytest.mark.parametrize("fault", [1.001, 0.999, 0.0, -1.0, np.nan])
+def test_wrong_gradients_fail_at_every_scale(x, scale, fault):
+    result = gradcheck(squares(fault, scale), x)
+    assert not result and not result.ok and result.max_error > 1e-4
+
+
+def test_one_wrong_entry_is_found_and_named():
+    result = gradcheck(lambda a, b: a.sum() + squares(one_entry((3, 4), 0.001))(b).sum(), SMALL, SMALL)
+    assert not result.ok and "input 1 at (1, 2)" in result.where
+    assert result.max_error == pytest.approx(1e-3, rel=0.01)
+    assert not gradcheck(squares(one_entry((30, 40), 1.0)), LARGE)
+
+
+def test_one_wrong_entry_is_found_beside_one_a_thousand_times_larger():
+    x = SMALL.copy()
+    x[0, 0], x[1, 2] = 1e3, 1.0
+    assert gradcheck(squares(1.0), x)
+    assert not gradcheck(squares(one_entry((3, 4), 0.1)), x)
+
+
+def test_a_missing_and_a_surplus_gradient_fail():
+    assert not gradcheck(lambda x: x.detach() * 2 + x, SMALL)
+    assert not gradcheck(lambda x: x.detach() * 2, SMALL)
+    assert not gradcheck(lambda x: primitive(np.zeros(x.shape), (x, lambda g: g)), SMALL)
+
+
+@pytest.mark.parametrize("function", [lambda x: x * 0.0, lambda x: Tensor(1.0), lambda x: F.softmax(x).sum(), lambda x: (x - x) * 1e6])
+def test_a_gradient_of_exactly_zero_passes(function):
+    assert gradcheck(function, SMALL), gradcheck(function, SMALL)
+
+
+def test_what_rounding_causes_is_forgiven():
+    assert gradcheck(lambda x: x * 1e-6 + 1e3, SMALL)
+    assert gradcheck(lambda x: F.log_softmax(x * 30), SMALL)
+
+
+def test_only_inputs_that_require_gradients_are_checked_unless_none_does():
+    x, ids = Tensor(SMALL, requires_grad=True), np.array([0, 2, 2])
+    assert gradcheck(lambda x, y: x * y.detach(), x, Tensor(SMALL + 1))
+    assert not gradcheck(lambda x, y: x * y.detach(), SMALL, SMALL + 1)
+    assert gradcheck(F.embedding, x, ids)
+    with pytest.raises((ValueError, TypeError)):  # nothing to check is no success
+        gradcheck(lambda ids: Tensor(ids.data * 2.0), ids)
+
+
+def test_one_tensor_given_twice():
+    x = Tensor(SMALL, requires_grad=True)
+    assert gradcheck(lambda a, b: a * b, x, x) and x.data is SMALL and x.grad is None
+
+
+@pytest.mark.parametrize("function, error", [
+    (lambda x, w: x * w, None), (lambda x, w: 1 / 0, ZeroDivisionError), (lambda x, w: x.data, TypeError), (lambda x, w: None, TypeError),
+    (lambda x, w: x * RNG.standard_normal(), ValueError), (lambda x, w: x @ np.ones(9), ValueError)])
+def test_everything_is_put_back_even_after_an_error(function, error):
+    x, w = Tensor(SMALL.astype(np.float32)), Tensor(SMALL.astype(np.float16), requires_grad=True)
+    w.grad = np.full((3, 4), 5, np.float16)
+    x_data, w_data, w_grad = x.data, w.data, w.grad
+    if error:
+        with pytest.raises(error):
+            gradcheck(function, x, w)
+    else:
+        assert gradcheck(function, x, w)
+    assert x.data is x_data and w.data is w_data and w.grad is w_grad and x.grad is None
+    assert (x.requires_grad, w.requires_grad) == (False, True)
+    np.testing.assert_array_equal(x_data, SMALL.astype(np.float32))
+    assert (w_grad == 5).all()
+
+
+def test_float32_inputs_are_checked_in_float64():
+    seen = []
+    assert gradcheck(lambda x: seen.append(x.dtype) or x.exp(), SMALL.astype(np.float32)).max_error < 1e-7
+    assert set(seen) == {np.dtype(np.float64)}
+
+
+def test_read_only_inputs():
+    x = SMALL.copy()
+    x.setflags(write=False)
+    assert gradcheck(lambda x: x * x, x)

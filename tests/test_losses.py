@@ -1,0 +1,135 @@
+"""The auxiliary losses, each number worked out by hand."""
+import numpy as np
+import pytest
+
+from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer, gradcheck, losses, routers
+from tinymoe import functional as F
+from tinymoe.routing import from_mask, limit_capacity
+
+
+def routing(gates, probs=None, logits=None, **fields):
+    gates, probs, logits = (t if isinstance(t, Tensor) else Tensor(np.array(gates if t is None else t, float))
+                            for t in (gates, probs, logits))
+    return from_mask(gates.data != 0, gates, logits, probs, **fields)
+
+
+def circulant(n, k):
+    """(n, n) with ones in columns i .. i + k - 1 of row i: every expert gets k tokens."""
+    return np.array([np.roll([1.] * k + [0.] * (n - k), i) for i in range(n)])
+
+
+# -- load balance -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_balance_is_1_at_balance_whatever_k(k):
+    confident = circulant(4, k) / k
+    assert losses.load_balancing_loss(routing(confident)).item() == pytest.approx(1)
+    assert losses.load_balancing_loss(routing(confident, np.full((4, 4), .25))).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("gates, probs, expected", [
+    ([[1, 0, 0, 0]] * 3, None, 4),                     # all on one expert, with certainty: E
+    ([[.5, .5, 0, 0]] * 3, None, 2),                   # two experts carry all: 4 (1/2 1/2 + 1/2 1/2)
+    ([[1, 0, 0, 0]] * 3, [[.25] * 4] * 3, 1),          # all on one, but undecided: 4 * 1 * 1/4
+    # f = (2/3, 1/3), P = (.34, .66): 2 (.2267 + .22) = .893, below the balanced value
+    ([[.51, 0], [.51, 0], [0, 1]], [[.51, .49], [.51, .49], [0, 1]], 2 * (2 / 3 * .34 + 1 / 3 * .66)),
+    # top-2 of 3, f = (3, 2, 1) / 6, P = (.6, .3, .1): 3 (.3 + .1 + .0167)
+    ([[.6, .4, 0], [.7, 0, .3], [.5, .5, 0]], [[.6, .3, .1]] * 3, 1.25),
+    ([[0, 0]] * 3, [[.5, .5]] * 3, 0)])                # nobody chose anything
+def test_balance_by_hand(gates, probs, expected):
+    assert losses.load_balancing_loss(routing(gates, probs)).item() == pytest.approx(expected)
+
+
+def test_balance_sees_the_demand_and_not_what_capacity_left():
+    collapsed = routing([[1, 0, 0, 0]] * 8)
+    limited = limit_capacity(collapsed, 1.0, 1)        # C = 2: the load is now (2, 0, 0, 0)
+    assert losses.load_balancing_loss(limited).item() == 4
+    mixed = limit_capacity(routing([[1, 0]] * 3 + [[0, 1]]), 1.0, 1)                      # load (2, 1), demand (3, 1)
+    assert losses.load_balancing_loss(mixed).item() == pytest.approx(2 * (9 + 1) / 16)    # and not 2 (2/3 3/4 + 1/3 1/4)
+
+
+def test_the_share_of_tokens_carries_no_gradient():
+    """d/dp[n, e] = E f_e / N, and the gates, from which f is counted, get nothing."""
+    probs, gates = (Tensor(np.array([[.6, .4], [.9, .1], [.2, .8]]) * m, True) for m in (1, [[1, 0], [1, 0], [0, 1]]))
+    losses.load_balancing_loss(routing(gates, probs)).backward()
+    np.testing.assert_allclose(probs.grad, [[4 / 9, 2 / 9]] * 3)
+    assert gates.grad is None
+
+
+def collapsed_on(*experts):
+    """Three tokens, top-2 of eight, all on the same pair."""
+    row = np.zeros(8)
+    row[list(experts)] = .5
+    return routing([row] * 3)
+
+
+def test_layers_are_never_pooled_before_the_product():
+    """Four layers, each collapsed on another pair: each costs 8 (2 * 1/2 * 1/2) = 4. Their pooled load is perfectly balanced, 1."""
+    config = ModelConfig(vocab_size=5, n_layers=4, d_model=4, n_heads=1, d_ff=4, seq_len=3, moe_layers=(0, 1, 2, 3), aux_coef=.1)
+    output = ModelOutput(Tensor(np.zeros((1, 3, 5))), [collapsed_on(2 * i, 2 * i + 1) for i in range(4)])
+    terms = Transformer(config).loss_terms(output, np.zeros((1, 3), int))
+    assert terms.balance.item() == pytest.approx(4)
+    assert terms.total.item() == pytest.approx(np.log(5) + .1 * 4)
+
+
+# -- z, importance, load ------------------------------------------------------------------------
+
+def test_z_by_hand():
+    # logsumexp of the rows: ln 2 and ln 4 = 2 ln 2, so (1 + 4) / 2 (ln 2)^2
+    logits = [[0, 0], [np.log(3), 0]]
+    assert losses.z_loss(routing(np.eye(2), logits=logits)).item() == pytest.approx(2.5 * np.log(2) ** 2)
+    assert losses.z_loss(routing(np.eye(2), logits=[[1000., 0]] * 2)).item() == pytest.approx(1e6)      # no overflow
+
+
+@pytest.mark.parametrize("gates, expected", [
+    ([[.6, .4], [.9, .1]], .25),               # importance (1.5, .5): variance 1/4, mean 1
+    ([[1, 0], [0, 1]], 0),
+    ([[1, 0, 0]] * 5, 2),                      # one has all: E - 1
+    ([[0, 0]], 0)])                            # 0 / (0 + 1e-10)
+def test_importance_by_hand(gates, expected):
+    assert losses.importance_loss(routing(gates)).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_load_by_hand():
+    r = routing(np.eye(2), soft_load=Tensor(np.array([3., 1.])))
+    assert losses.load_loss(r).item() == pytest.approx(.25)          # variance 1, mean 2
+    with pytest.raises(ValueError, match="noisy_top_k.*load_balancing_loss"):
+        losses.load_loss(routing(np.eye(2)))
+
+
+@pytest.mark.parametrize("loss, name, k", [("load_loss", "noisy_top_k", 1), ("load_loss", "noisy_top_k", 2)] + [
+    (loss, name, k) for loss in ("load_balancing_loss", "z_loss", "importance_loss")
+    for name, k in (("top_k", 1), ("top_k", 2), ("noisy_top_k", 2), ("expert_choice", 1))])
+def test_gradients(loss, name, k):
+    rng = np.random.default_rng(5)
+    router = routers.make(name, 3, 4, k, dtype=np.float64)
+    for p in router.parameters().values():
+        p.data = rng.standard_normal(p.shape)
+    x = Tensor(rng.standard_normal((6, 3)))
+
+    def value(*_):
+        return getattr(losses, loss)(router(x, routers.RouteContext(training=True, rng=np.random.default_rng(2))))
+
+    result = gradcheck(value, x, *router.parameters().values())
+    assert result, result
+
+
+@pytest.mark.parametrize("loss", ["load_balancing_loss", "z_loss", "importance_loss"])
+def test_losses_keep_the_dtype(loss):
+    x = Tensor(np.ones((4, 3), np.float32))
+    r = routers.make("top_k", 3, 4)(x, routers.RouteContext())
+    assert getattr(losses, loss)(r).dtype == np.float32
+
+
+def test_descending_on_the_balance_loss_alone_balances():
+    """From a router that sends all 64 tokens to expert 0: the gradient must point away from it."""
+    rng = np.random.default_rng(0)
+    logits = Tensor(rng.standard_normal((64, 4)) + [5, 0, 0, 0], requires_grad=True)
+    for _ in range(300):
+        p = F.softmax(logits)
+        chosen = routers.largest(p.data, 1)
+        loss = losses.load_balancing_loss(from_mask(chosen, p * chosen, logits, p))
+        logits.grad = None
+        loss.backward()
+        logits.data = logits.data - 20 * logits.grad
+    assert np.bincount(logits.data.argmax(axis=1), minlength=4).max() < 40

@@ -1,0 +1,141 @@
+"""Metrics by hand, and their values under chance."""
+import math
+
+import numpy as np
+import pytest
+
+from tinymoe import ExpertBank, Tensor, metrics
+from tinymoe.routing import from_mask, limit_capacity
+
+
+def routing(gates, probs=None):
+    gates = np.array(gates, float)
+    probs = Tensor(gates if probs is None else np.array(probs, float))
+    return from_mask(gates != 0, Tensor(gates), probs, probs)
+
+
+def top_1(choices, n_experts):
+    return routing(np.eye(n_experts)[np.asarray(choices)])
+
+
+@pytest.mark.parametrize("load, cv, violation, entropy, dead", [
+    ([4, 4, 4, 4], 0, 0, 1, 0),
+    ([16, 0, 0, 0], math.sqrt(3), 3, 0, 3),            # sqrt(E - 1) and E - 1
+    ([3, 1, 2], math.sqrt(2 / 3) / 2, .5,              # variance (1 + 1 + 0) / 3, mean 2
+     (math.log(2) / 2 + math.log(6) / 6 + math.log(3) / 3) / math.log(3), 0),
+    ([1, 99, 100, 200], math.sqrt((99**2 + 1 + 0 + 100**2) / 4) / 100, 1,
+     (.0025 * math.log(400) + .2475 * math.log(400 / 99) + .25 * math.log(4) + .5 * math.log(2)) / math.log(4), 0),  # exactly 1%: alive
+    ([1, 199, 200, 400], None, None, None, 1),         # half a percent of the fair share: dead
+    ([7], 0, 0, 1, 0),
+    ([0, 0], 0, 0, 1, 2)])
+def test_load_by_hand(load, cv, violation, entropy, dead):
+    load = np.array(load)
+    for function, expected in ((metrics.load_cv, cv), (metrics.max_violation, violation), (metrics.load_entropy, entropy),
+                               (metrics.dead_experts, dead)):
+        if expected is not None:
+            assert function(load) == pytest.approx(expected)
+            assert function(top_1(np.repeat(np.arange(len(load)), load), len(load))) == pytest.approx(expected)
+
+
+def test_entropies_tell_confident_from_balanced():
+    confident = routing(np.eye(3))                     # each token certain, all experts used
+    undecided = routing(np.eye(3), np.full((3, 3), 1 / 3))
+    collapsed = routing([[1, 0, 0]] * 3)
+    assert [metrics.router_entropy(r) for r in (confident, undecided, collapsed)] == pytest.approx([0, math.log(3), 0])
+    assert [metrics.marginal_entropy(r) for r in (confident, undecided, collapsed)] == pytest.approx([math.log(3), math.log(3), 0])
+    # (.5, .5) has ln 2, (1, 0) has none; together (.75, .25)
+    mixed = routing(np.eye(2), [[.5, .5], [1, 0]])
+    assert metrics.router_entropy(mixed) == pytest.approx(math.log(2) / 2)
+    assert metrics.marginal_entropy(mixed) == pytest.approx(.75 * math.log(4 / 3) + .25 * math.log(4))
+
+
+def test_dropped_assignments_and_uncovered_tokens_are_two_numbers():
+    r = limit_capacity(routing([[.6, .4]] * 3), .5, 2)           # C = ceil(.5 * 3 * 2 / 2) = 2: token 2 loses both, nobody else any
+    assert metrics.drop_rate(r) == pytest.approx(2 / 6) and metrics.token_coverage(r) == pytest.approx(2 / 3)
+    r = limit_capacity(routing([[.6, .4], [.4, .6]]), .5, 2)     # C = 1: both lose their second choice
+    assert metrics.drop_rate(r) == .5 and metrics.token_coverage(r) == 1
+
+
+@pytest.mark.parametrize("choices, seq_len, expected", [
+    ([0, 0, 1, 1], 4, 2 / 3), ([0, 0, 1, 1], 2, 1), ([0, 1, 1, 0], 2, 0),      # pairs never cross from one sequence to the next
+    ([1, 1, 1], 1, 0)])
+def test_repetition(choices, seq_len, expected):
+    assert metrics.repetition(top_1(choices, 2), seq_len) == pytest.approx(expected)
+
+
+def test_repetition_with_two_experts_a_token():
+    # 0 -> 1: both of {0, 1} against {1, 2}, one stays; 1 -> 2: {1, 2} against {1, 2}, two stay
+    assert metrics.repetition(routing([[1, 1, 0], [0, 1, 1], [0, 1, 1]]), 3) == 3 / 4
+
+
+def bank(w1, w2):
+    b = ExpertBank(len(w1), 2, 1)
+    b.w1.data, b.w2.data = np.array(w1, np.float32).reshape(-1, 2, 1), np.array(w2, np.float32).reshape(-1, 1, 2)
+    return b
+
+
+@pytest.mark.parametrize("w1, w2, expected", [
+    ([[1, 0], [1, 0]], [[0, 2], [0, 2]], 0),                       # the same
+    ([[1, 0], [3, 0]], [[0, 2], [0, 6]], 0),                       # the same but for the scale
+    ([[1, 0], [-1, 0]], [[0, 2], [0, -2]], 2),                     # opposite
+    ([[1, 0], [0, 1]], [[1, 0], [1, 0]], .5),                      # cosine of (1,0,1,0) and (0,1,1,0): 1/2
+    ([[1, 0], [1, 0], [0, 1]], [[0, 0]] * 3, 2 / 3)])              # cosines 1, 0, 0
+def test_weight_divergence(w1, w2, expected):
+    assert metrics.weight_divergence(bank(w1, w2)) == pytest.approx(expected, abs=1e-6)
+    assert metrics.weight_divergence(bank(w1, w2), 4.0) == pytest.approx(expected / 4, abs=1e-6)
+
+
+def test_random_experts_are_already_far_apart():
+    assert metrics.weight_divergence(ExpertBank(8, 32, 64)) == pytest.approx(1, abs=.01)
+    assert metrics.weight_divergence(ExpertBank(1, 4, 4), 0.0) == 0
+
+
+# -- information --------------------------------------------------------------------------------
+
+def test_label_load_by_hand():
+    r = routing([[1, 1, 0], [0, 1, 0], [0, 0, 1]])
+    assert metrics.label_load(r, np.array([1, 0, 1]), 2).tolist() == [[0, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("counts, expected", [
+    ([[5, 0], [0, 5]], math.log(2)),                   # the label tells the expert
+    ([[2, 4], [3, 6]], 0),                             # independent: rows in proportion
+    ([[3, 1], [1, 3]], .75 * math.log(1.5) + .25 * math.log(.5)),      # 6/16 against 1/4, 2/16 against 1/4
+    ([[4, 0, 0], [0, 2, 2]], math.log(2)),
+    ([[0, 0], [0, 0]], 0)])
+def test_mutual_information(counts, expected):
+    assert metrics.mutual_information(np.array(counts)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_shuffled_labels_leave_the_known_bias():
+    """Independent labels: the plug-in estimate is not 0 but (rows - 1)(columns - 1) / 2n."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=2000)
+    experts = np.eye(8, dtype=int)[labels * 2 + rng.integers(2, size=2000)]      # the label decides a pair of experts
+    real = np.stack([experts[labels == d].sum(axis=0) for d in range(3)])
+    assert metrics.mutual_information(real) == pytest.approx(math.log(3), abs=.01)
+    null = metrics.shuffled_information(experts, labels, 3, rng, 200)
+    assert null == pytest.approx(2 * 5 / 4000, rel=.2)           # six of the eight experts are used
+
+
+def test_shuffling_windows_leaves_more_than_shuffling_tokens():
+    """Units that are alike inside (a window of one domain) must be shuffled whole: 20 windows of 50, not 1,000 tokens."""
+    rng = np.random.default_rng(0)
+    by_window = np.eye(4, dtype=int)[rng.integers(4, size=20)] * 50
+    by_token = np.repeat(by_window // 50, 50, axis=0)
+    domains = np.arange(20) % 2
+    null = [metrics.shuffled_information(counts, labels, 2, rng)
+            for counts, labels in ((by_window, domains), (by_token, np.repeat(domains, 50)))]
+    assert null[0] > .03 and null[1] < .004            # 3 / 40 and 3 / 2000
+
+
+# -- noise floors (CLAIMS) ----------------------------------------------------------------------
+
+def test_noise_floor_of_uniform_random_top_1():
+    """E = 8, N = 2048: the variance of a count is 256 * 7/8, so CV^2 is 7 / 2048 on average, CV about .058; drop share 2.3%."""
+    rng = np.random.default_rng(0)
+    routings = [top_1(rng.integers(8, size=2048), 8) for _ in range(200)]
+    cv = np.sqrt(np.mean([metrics.load_cv(r) ** 2 for r in routings]))
+    assert cv == pytest.approx(math.sqrt(7 / 2048), rel=.06) and cv == pytest.approx(.058, abs=.003)
+    dropped = np.mean([metrics.drop_rate(limit_capacity(r, 1.0, 1)) for r in routings])
+    assert dropped == pytest.approx(.023, abs=.0015)

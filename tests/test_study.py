@@ -1,0 +1,197 @@
+"""Many runs: the table of configs, side by side or one by one, and what a killed process leaves."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from test_train import MODEL, TRAINING, WORDS, one_thread, results, snapshot, tiny  # noqa: F401  (one_thread is a fixture)
+from tinymoe import study, train
+from tinymoe.data import CorpusError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(WORDS)
+    return path
+
+
+def outcome(out):
+    return {folder.name: results(folder) for folder in sorted((out / "runs").iterdir())}
+
+
+# -- the table --
+
+
+def test_the_configs_are_those_of_the_study():
+    assert [(s.id, s.router, s.top_k, s.aux_coef) for s in study.CONFIGS.values()] == [
+        ("A", "top_k", 1, 0.0), ("B", "top_k", 1, 0.01), ("C", "top_k", 1, 0.1),
+        ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01)]
+    assert study.QUICK_STEPS == 200 and train.TrainConfig().steps == 2000 and train.TrainConfig().batch_size == 8
+
+
+def test_runs_go_seed_by_seed_and_overrides_win_over_the_table():
+    all_runs = study.runs("EA", 2, train.TrainConfig(), {"top_k": 3, "n_layers": 4, "moe_layers": [1]})
+    assert [run.run_id for run in all_runs] == ["E-seed0", "A-seed0", "E-seed1", "A-seed1"]
+    assert {(run.model.top_k, run.model.n_layers) for run in all_runs} == {(3, 4)}
+    assert all_runs[0].model.router == "expert_choice"
+
+
+# -- one by one --
+
+
+def test_events_tell_every_step_and_the_end(text, tmp_path):
+    events = []
+    assert study.run_study([tiny()], tmp_path, text, on_event=events.append) == {}
+    assert [(e.kind, e.step) for e in events] == [*(("step", i) for i in range(1, 7)), ("done", 0)]
+    assert all(e.run_id == "F-seed0" and not e.message for e in events)
+
+
+def test_a_failed_run_does_not_stop_the_others(text, tmp_path):
+    bad = tiny("A", learning_rate=1e30)
+    failures = study.run_study([bad, tiny("F")], tmp_path, text)
+    assert list(failures) == ["A-seed0"] and "at step 2, beginning in" in failures["A-seed0"]
+    assert (tmp_path / "runs/A-seed0/failure.json").exists() and (tmp_path / "runs/F-seed0/summary.json").exists()
+
+
+def test_an_error_of_any_kind_does_not_stop_the_others(text, tmp_path):
+    """Two run folders that cannot be made, since files are in their place; a model no memory can hold."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/A-seed0").write_text("mine")
+    huge = tiny("B", model={"d_model": 2**40})
+    failures = study.run_study([tiny("A"), huge, tiny("F")], tmp_path, text)
+    assert list(failures) == ["A-seed0", "B-seed0"] and "A-seed0" in failures["A-seed0"]
+    assert (tmp_path / "runs/A-seed0").read_text() == "mine" and (tmp_path / "runs/F-seed0/summary.json").exists()
+
+
+def test_fresh_trains_again_and_nothing_else_does(text, tmp_path):
+    steps = []
+
+    def count(**options):
+        steps.clear()
+        study.run_study([tiny()], tmp_path, text, on_event=lambda e: steps.append(e.step), **options)
+        return len(steps) - 1
+
+    assert count() == 6
+    first, own = outcome(tmp_path), tmp_path / "runs/notes"
+    own.mkdir()
+    (own / "mine.txt").write_text("kept")
+    assert count() == 0 and count(fresh=True) == 6
+    assert own.joinpath("mine.txt").read_text() == "kept" and results(tmp_path / "runs/F-seed0") == first["F-seed0"]
+    study.run_study([tiny(steps=3)], tmp_path, text, fresh=True)  # other settings: what --fresh is the remedy for
+    assert results(tmp_path / "runs/F-seed0")[1][0]["step"] == 3
+
+
+def test_fresh_leaves_a_run_alone_that_another_process_writes(text, tmp_path, monkeypatch):
+    folder = tmp_path / "runs/F-seed0"
+    study.run_study([tiny()], tmp_path, text)
+    before = snapshot(folder)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    with train.locked(folder):
+        failures = study.run_study([tiny()], tmp_path, text, fresh=True)
+    assert "is being written by another process" in failures["F-seed0"] and snapshot(folder) == before
+
+
+def test_a_missing_text_loses_nothing_even_with_fresh(text, tmp_path):
+    study.run_study([tiny()], tmp_path, text)
+    before = snapshot(tmp_path)
+    with pytest.raises(CorpusError, match="nowhere.txt"):
+        study.run_study([tiny()], tmp_path, tmp_path / "nowhere.txt", fresh=True)
+    assert snapshot(tmp_path) == before
+
+
+# -- side by side --
+
+
+def test_a_killed_worker_is_reported_and_the_same_command_makes_it_good(text, tmp_path):
+    """Also: the same bits from two jobs as from one, and from one thread in a process as from another number in this one."""
+    all_runs = [tiny("F"), replace(tiny("F", steps=3000, n_evaluations=1500), seed=1)]  # the second would train for long
+    killed = []
+
+    def kill(event):
+        if not killed and event.run_id == "F-seed1" and (tmp_path / "two/runs/F-seed1/checkpoint.npz").exists():
+            killed.extend(p.pid for p in multiprocessing.active_children())
+            os.kill(max(killed), signal.SIGKILL)  # the second process that was started
+
+    failures = study.run_study(all_runs, tmp_path / "two", text, jobs=2, on_event=kill)
+    assert killed and list(failures) == ["F-seed1"] and "same command again" in failures["F-seed1"]
+    study.run_study(all_runs[:1], tmp_path / "one", text)
+    assert results(tmp_path / "two/runs/F-seed0") == results(tmp_path / "one/runs/F-seed0")
+
+
+def children(pid):
+    """Pids of the processes that a process started."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+CONFIGS, STEPS = "AF", 200
+
+
+def command(text, out):
+    settings = [f"{name}={value}".replace(" ", "") for name, value in (MODEL | TRAINING | {"n_evaluations": 40}).items() if name != "steps"]
+    return [sys.executable, str(ROOT / "cli.py"), "study", "--text", str(text), "--out", str(out), "--jobs", "2", "--steps", str(STEPS),
+            *(arg for c in CONFIGS for arg in ("--config", c)), *(arg for s in settings for arg in ("--set", s))]
+
+
+@linux
+def test_a_study_killed_outright_takes_its_workers_along_and_goes_on_with_the_same_bits(text, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(text, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: list(out.glob("runs/*/checkpoint.npz")))
+        workers = children(process.pid)
+        assert len(workers) >= 2 and process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not any(map(alive, workers)), seconds=5)
+    assert len(list(out.glob("runs/*/summary.json"))) < 2  # there is something left to do
+
+    again = subprocess.run(command(text, out), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    whole = [tiny(c, steps=STEPS, n_evaluations=40) for c in CONFIGS]
+    study.run_study(whole, tmp_path / "whole", text)
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+@linux
+@pytest.mark.parametrize("moment", ["starting", "training"])
+def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
+    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        if moment == "starting":
+            wait_for(lambda: len(children(process.pid)) == 3)  # two workers and multiprocessing's own helper
+        else:
+            wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.npz")))
+        workers = children(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and output.splitlines()[-1].startswith("Interrupted. The same command goes on")
+    assert "Traceback" not in output
+    wait_for(lambda: not any(map(alive, workers)), seconds=5)

@@ -1,0 +1,291 @@
+"""Tensor: values against NumPy, gradients against central differences, errors by what they tell the user to do."""
+import gc
+import operator
+import weakref
+
+import numpy as np
+import pytest
+
+import naive
+import tinymoe as tm
+from tinymoe import Tensor
+from tinymoe.tensor import record
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+BINARY = [operator.add, operator.sub, operator.mul, operator.truediv, operator.pow]
+SHAPES = [(), (1,), (3,), (2, 3), (1, 3), (2, 1), (4, 2, 3)]
+DTYPES = [np.float16, np.float32, np.float64]
+
+
+def positive(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).uniform(0.5, 2, shape)
+
+
+def leaf(values, dtype=np.float64):
+    return Tensor(np.array(values, dtype), requires_grad=True)
+
+
+def gradient(function, *values):
+    """The gradient of sum(function(leaf)) for each of the values."""
+    leaves = [leaf(v) for v in values]
+    function(*leaves).sum().backward()
+    return leaves[0].grad if len(leaves) == 1 else [x.grad for x in leaves]
+
+
+def check(function, *arrays):
+    """The same function on Tensors and on arrays: equal values, and gradients equal to central differences."""
+    leaves = [Tensor(a, requires_grad=True) for a in arrays]
+    out, expected = function(*leaves), np.asarray(function(*arrays))
+    np.testing.assert_allclose(out.data, expected, rtol=1e-14)
+    assert out.shape == expected.shape
+    dy = np.random.default_rng(1).standard_normal(out.shape)
+    out.backward(dy)
+    for i, x in enumerate(leaves):
+        numeric = naive.central_difference(lambda z: function(*arrays[:i], z, *arrays[i + 1:]), arrays[i], dy)
+        assert type(x.grad) is np.ndarray and x.grad.shape == x.shape and x.grad.dtype == x.dtype
+        np.testing.assert_allclose(x.grad, numeric, rtol=1e-6, atol=1e-8)
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("op", BINARY)
+@pytest.mark.parametrize("a", SHAPES)
+@pytest.mark.parametrize("b", SHAPES)
+def test_broadcasting(op, a, b):
+    check(op, positive(*a), positive(*b, seed=1))
+
+
+@pytest.mark.parametrize("op", BINARY)
+@pytest.mark.parametrize("other", [2, 1.5, True, np.float64(1.5), np.int64(2), np.bool_(True), positive(3), positive(1, 2).T, [1.0, 2.0, 3.0]])
+def test_plain_operand_on_either_side(op, other):
+    constant = np.asarray(other, np.float64)  # NumPy itself refuses True - True
+    for swapped in (False, True):
+        def function(x, other):
+            return op(other, x) if swapped else op(x, other)
+
+        x = leaf(positive(2, 3))
+        y = function(x, other)
+        y.backward(np.ones((2, 3)))
+        np.testing.assert_allclose(y.data, function(x.data, constant))
+        np.testing.assert_allclose(x.grad, naive.central_difference(lambda z: function(z, constant), x.data, np.ones((2, 3))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [
+    lambda x: x + 1.5, lambda x: 2 - x, lambda x: x * np.float64(2.5), lambda x: np.float64(2.5) / x, lambda x: x ** np.int64(2),
+    lambda x: 2.0 ** x, lambda x: -x, lambda x: x @ x.T, lambda x: x.sum(0), lambda x: x.mean(axis=(0, 1)), lambda x: x.max(1),
+    lambda x: x.exp().log().sqrt().tanh(), lambda x: x[[0, 0, 1]], lambda x: x.reshape(-1).transpose()])
+def test_dtype_is_kept(function, dtype):
+    x = leaf(positive(2, 3), dtype)
+    y = function(x)
+    y.sum().backward()
+    assert y.dtype == y.grad.dtype == x.grad.dtype == dtype
+
+
+def test_a_product_with_a_wider_array_gives_a_gradient_of_the_leafs_dtype():
+    x = leaf([1, 2, 3], np.float32)
+    y = x * np.ones((2, 3))
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, x.grad.tolist()) == (np.float64, np.float32, [2, 2, 2])
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "sqrt", "tanh"])
+def test_unary(name):
+    for shape in [(), (3,), (2, 3)]:
+        check(lambda x: getattr(x, name)() if isinstance(x, Tensor) else getattr(np, name)(x), positive(*shape))
+
+
+@pytest.mark.parametrize("power, slopes", [(0, [0, 0, 0]), (1, [1, 1, 1]), (2, [-4, 0, 6]), (3, [12, 0, 27]), (1.0, [1, 1, 1])])
+def test_powers_at_zero_and_below(power, slopes):
+    assert gradient(lambda x: x ** power, [-2.0, 0, 3]).tolist() == slopes
+    assert gradient(lambda x: x ** np.full(3, power), [-2.0, 0, 3]).tolist() == slopes
+
+
+def test_exponent_with_a_gradient():
+    check(operator.pow, positive(2, 3), np.array([-1.5, 0, 2]))
+    assert gradient(lambda y: 0.0 ** y, [1.0, 2]).tolist() == [0, 0]
+    assert np.isnan(gradient(lambda y: (-2.0) ** y, [2.0])).all()
+
+
+# ---- matrix product ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("a, b", [
+    [(3,), (3,)], [(3,), (3, 2)], [(2, 3), (3,)], [(2, 3), (3, 4)], [(5, 2, 3), (3,)], [(3,), (5, 3, 2)], [(5, 2, 3), (3, 4)],
+    [(2, 3), (5, 3, 4)], [(5, 1, 2, 3), (4, 3, 2)], [(1, 2, 3), (4, 3, 2)], [(1, 1), (1, 1)], [(0, 3), (3, 2)], [(2, 0), (0, 3)]])
+def test_matmul(a, b):
+    check(operator.matmul, positive(*a), positive(*b, seed=1))
+    check(lambda x: positive(*a) @ x, positive(*b))
+    check(lambda x: x @ positive(*b), positive(*a))
+
+
+# ---- reductions and shapes --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2, -1, -3, (0,), (0, 2), (-1, 0), (2, 1), (0, 1, 2), ()])
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("name", ["sum", "mean", "max"])
+def test_reductions(name, axis, keepdims):
+    check(lambda x: getattr(x, name)(axis=axis, keepdims=keepdims), positive(2, 3, 4))
+    if axis is None:
+        check(lambda x: getattr(x, name)(), positive())
+
+
+def test_ties_of_max_share_the_gradient():
+    assert gradient(lambda x: x.max(), [[3.0, 1], [3, 3]]).tolist() == [[1 / 3, 0], [1 / 3, 1 / 3]]
+    assert gradient(lambda x: x.max(axis=1), [[3.0, 1], [3, 3]]).tolist() == [[1, 0], [0.5, 0.5]]
+    assert gradient(lambda x: x.max(axis=(0, 1), keepdims=True), [[-1.0, -1]]).tolist() == [[0.5, 0.5]]
+
+
+def test_sums_of_integers_and_booleans_count():
+    assert Tensor(np.ones(300, np.int8)).sum().item() == 300
+    assert Tensor(np.ones(3, bool)).sum().item() == 3
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.reshape(4, 6), lambda x: x.reshape((-1, 2)), lambda x: x.reshape([3, 8]), lambda x: x.reshape(-1), lambda x: x.T,
+    lambda x: x.transpose(), lambda x: x.transpose(1, 2, 0), lambda x: x.transpose((2, 0, 1)), lambda x: x.transpose(-1, 0, -2),
+    lambda x: x.T.reshape(-1) * positive(24), lambda x: x.transpose(1, 0, 2).sum(axis=0) @ x[0].T])
+def test_shapes(function):
+    check(function, positive(2, 3, 4))
+
+
+@pytest.mark.parametrize("index", [
+    0, -1, slice(None), slice(1, None), slice(None, None, -2), slice(3, 0, -1), None, ..., (..., 0), (0, ...), (None, 1, ..., None),
+    (slice(None), 1), (slice(None, None, -1), slice(0, 2)), np.int64(1), [0, 0, 2], np.array([[1, 1], [0, -1]]), np.array(1),
+    (np.array([0, 0, 1]), np.array([2, 2, 0])), (np.array([0, 0])[:, None], np.array([1, 1])), (slice(None), [1, 1]),
+    ([0, 0], slice(1, None)), ([0, 0], None, 1), ([0, 0], slice(None), [1, 1]), (0, [1, 1]), [], [True, False, True, True], True,
+    np.arange(24).reshape(4, 3, 2) % 5 == 0, (slice(None), np.array([True, False, True]))],
+    ids=lambda i: repr(i).replace("\n", "")[:40])
+def test_indexing(index):
+    check(lambda x: x[index], positive(4, 3, 2))
+
+
+def test_an_index_may_be_a_tensor():
+    assert gradient(lambda x: x[Tensor(np.array([0, 0, 2]))] + x[Tensor([True, False, True]), ][0], [1.0, 2, 3]).tolist() == [5, 0, 1]
+
+
+# ---- the backward pass ------------------------------------------------------------------------------------------------------------
+
+def test_a_chain_of_100_000_additions_and_its_end():
+    x = leaf(0.0)
+    y = x
+    for _ in range(100_000):
+        y = y + 1.0
+    y.backward()
+    assert (y.item(), x.grad) == (100_000, 1)
+    middle = weakref.ref(y._parents[0])
+    del y
+    gc.collect()
+    assert middle() is None
+
+
+def test_diamonds_double_at_each_step():
+    x = leaf(1.0)
+    y = x
+    for _ in range(40):  # 2^40 paths
+        y = y + y
+    y.backward()
+    assert x.grad == 2**40
+
+
+def test_fan_out_to_uses_of_different_depth():
+    x = leaf(3.0)
+    a = x * x           # x enters y as x^3 + x^2 + x
+    (a * x + a + x).backward()
+    assert x.grad == 27 + 6 + 1 and a.grad == 4
+
+
+def test_backward_twice_is_exact():
+    x = leaf([1.0, 2])
+    h = x * x
+    y = (h * h).sum()
+    for calls in (1, 2, 3):
+        y.backward()
+        np.testing.assert_array_equal(x.grad, calls * 4 * x.data**3)
+        np.testing.assert_array_equal(h.grad, 2 * h.data)
+
+
+def test_two_graphs_accumulate_into_one_leaf_until_its_gradient_is_none():
+    x = leaf([1.0, 2])
+    (x * 2).sum().backward()
+    (x * 3).sum().backward()
+    assert x.grad.tolist() == [5, 5]
+    x.grad = None
+    x.sum().backward()
+    assert x.grad.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("function", [lambda x, y: x + y, lambda x, y: x - -y, lambda x, y: (x + y).reshape(2, 1), lambda x, y: (x + y)[::1]])
+def test_leaves_own_their_gradients(function):
+    x, y, seed = leaf([1.0, 2]), leaf([3.0, 4]), np.ones(2)
+    out = function(x, y)
+    out.backward(seed.reshape(out.shape))
+    x.grad *= 7  # as clip_gradients does
+    assert y.grad.tolist() == seed.tolist() == [1, 1] and out.grad.ravel().tolist() == [1, 1]
+
+
+def test_no_grad_and_detach_cut_the_graph():
+    x = leaf([1.0, 2])
+    with tm.no_grad():
+        with tm.no_grad():
+            pass
+        assert not (x * 2).requires_grad
+    with pytest.raises(KeyError), tm.no_grad():
+        raise KeyError
+    y = x * 2
+    assert y.requires_grad and not y.detach().requires_grad
+    (x * y.detach()).sum().backward()
+    assert x.grad.tolist() == [2, 4] and y.grad is None
+
+
+@pytest.mark.parametrize("make", [lambda a: np.array(a.T, order="F").T, lambda a: np.array(a[::-1, ::-1])[::-1, ::-1],
+                                  lambda a: np.repeat(a, 2, axis=1)[:, ::2], lambda a: (a.setflags(write=False), a)[1]])
+def test_strided_and_read_only_inputs(make):
+    a = positive(3, 4)
+    check(lambda x: (x * x) @ x.T + x[:, ::-1].max(axis=1), make(a.copy()))
+
+
+def test_zero_size_and_zero_dimensions():
+    for function in (lambda x: x * 2.0, lambda x: x.sum(), lambda x: x.mean(axis=1), lambda x: x.T @ x, lambda x: x[:0], lambda x: x.reshape(3, 0)):
+        assert gradient(function, np.zeros((0, 3))).shape == (0, 3)
+    for function in (lambda x: x * x, lambda x: 2 ** x, lambda x: x.mean(), lambda x: x.exp(), lambda x: x.T, lambda x: x[None] @ x[None]):
+        grad = gradient(function, 2.0)
+        assert type(grad) is np.ndarray and grad.shape == ()
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------------------
+
+def in_place(x):
+    x[0] = 1.0
+
+
+def under_no_grad(x):
+    with tm.no_grad():
+        y = x.sum()
+    y.backward()
+
+
+@pytest.mark.parametrize("wrong, error, remedy", [
+    (lambda x: x + np.ones(2), ValueError, r"shapes \(3,\) and \(2,\).*reshape"),
+    (lambda x: np.ones((2, 2)) * x, ValueError, r"shapes \(2, 2\) and \(3,\).*reshape"),
+    (lambda x: x @ np.ones((2, 3)), ValueError, r"\(3,\) and \(2, 3\).*last axis"),
+    (lambda x: x @ 2.0, ValueError, r"\(3,\) and \(\)"),
+    (lambda x: np.ones((4, 2, 3)) @ x[None, :, None] @ np.ones((3, 1, 1)), ValueError, "counted from the right"),
+    (lambda x: (x * 2).backward(), ValueError, r"\(3,\).*\.sum\(\)\.backward"),
+    (lambda x: (x * 2).backward(np.ones(2)), ValueError, r"\(2,\).*\(3,\)"),
+    (lambda x: Tensor([1.0]).backward(), RuntimeError, "requires_grad=True"),
+    (under_no_grad, RuntimeError, "no_grad"),
+    (in_place, TypeError, "where or functional.concatenate"),
+    (lambda x: Tensor([1, 2], requires_grad=True), TypeError, "int64 has no gradient.*float32"),
+    (lambda x: Tensor(["a"]), TypeError, "real numbers"),
+    (lambda x: x + None, TypeError, "real numbers"),
+    (lambda x: x.transpose(5), ValueError, "axis|axes|bounds"),
+    (lambda x: x[None].transpose(0, 3), ValueError, "axis|axes|bounds"),
+    (lambda x: x.reshape(2, 2), ValueError, "reshape"),
+    (lambda x: x[3], IndexError, "out of bounds"),
+    (lambda x: Tensor(np.array([1, 2])) ** -1, ValueError, "negative integer powers"),
+    (lambda x: record(x.data, (x,), lambda g: (g[:1],)).sum().backward(), ValueError, "shape"),
+])
+def test_errors_say_what_to_do(wrong, error, remedy):
+    with pytest.raises(error, match=remedy):
+        wrong(leaf([1.0, 2, 3]))
