@@ -10,7 +10,17 @@ import click
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Ctrl-C ends any command with one line and exit code 130, as shells expect."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise SystemExit(_say("\nInterrupted.", code=130)) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main():
     """Mixture-of-experts language models in NumPy: study, check and measure routing on a laptop's CPU."""
 

@@ -1,6 +1,7 @@
 """The command line: fast help, one clear line for each mistake, and the smallest study from end to end."""
 
 import csv
+import os
 import re
 import resource
 import subprocess
@@ -11,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from test_train import MODEL, TRAINING, WORDS, one_thread, results, snapshot  # noqa: F401  (one_thread is a fixture)
-from tinymoe import train
+from test_train import MODEL, TRAINING, WORDS, results, snapshot
+from tinymoe import files, plots, report, train
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -105,6 +106,25 @@ def test_a_dense_control_goes_from_end_to_end(text, tmp_path):
     assert invoke("study", "--plot-only", "--out", tmp_path)[0] == 0
 
 
+def test_odd_names_of_domains_reach_figures_and_findings(text, tmp_path):
+    folder = tmp_path / "domains"
+    folder.mkdir()
+    for name in ("a|b.txt", "x$\\frac$.txt", "new\nline.txt", os.fsdecode(b"byte\xff.txt"), "plain"):
+        (folder / name).write_text(WORDS)
+    code, output = study(folder, tmp_path / "out", "--config", "D", "--plot")
+    assert code == 0, output
+    assert "plain" in (tmp_path / "out/FINDINGS.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_what_is_no_file_in_a_folder_of_texts_is_passed_over(text, tmp_path):
+    (tmp_path / "plain.txt").write_text(WORDS)
+    os.mkfifo(tmp_path / "pipe")
+    done = subprocess.run([sys.executable, "-c", f"from tinymoe.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"],
+                          capture_output=True, text=True, timeout=30, cwd=ROOT)
+    assert done.stdout == "['plain']\n"
+
+
 def test_seeds_and_steps_make_the_runs(text, tmp_path):
     assert study(text, tmp_path, "--config", "D", "--seeds", 2, "--steps", 2)[0] == 0
     assert sorted(path.name for path in tmp_path.glob("runs/*")) == ["D-seed0", "D-seed1"]
@@ -120,6 +140,14 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
     for out in ("torn", "whole"):
         assert study(text, tmp_path / out, "--config", "F")[0] == 0
     assert results(tmp_path / "torn/runs/F-seed0") == results(tmp_path / "whole/runs/F-seed0")
+
+
+def test_ctrl_c_while_figures_are_drawn_is_orderly_too(finished, monkeypatch):
+    monkeypatch.setattr(files, "write_whole", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    for module in (plots, report):
+        monkeypatch.setattr(module, "write_whole", files.write_whole)
+    code, output = invoke("study", "--plot-only", "--out", finished)
+    assert code == 130 and output.strip().startswith("Interrupted")
 
 
 def test_a_loss_that_is_not_finite_exits_1_after_the_others(text, tmp_path):

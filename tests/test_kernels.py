@@ -227,11 +227,13 @@ def everything(dtype):
 @pytest.mark.skipif(not COMPILED, reason="one thread without the compiler")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_for_every_run_and_thread_count(threads, dtype):
-    most = kernels.get_threads()
     threads(1)
     alone = everything(dtype)
-    for n in range(1, most + 1):
-        threads(n)
+    for n in (1, 2, 2):
+        try:
+            threads(n)
+        except ValueError:
+            pytest.skip("this machine has one core")
         assert everything(dtype) == alone
 
 
@@ -271,6 +273,11 @@ def test_read_only_inputs_are_taken():
     assert np.array_equal(kernels.activation(x, "relu"), np.maximum(x, 0))
 
 
+def test_a_number_without_axes_keeps_its_shape():
+    x = np.float64(2).reshape(())
+    assert kernels.activation(x, "relu").shape == kernels.activation_backward(x, x, "relu").shape == ()
+
+
 def test_threads_are_reported(threads):
     threads(1)
     info = kernels.thread_info()
@@ -279,10 +286,11 @@ def test_threads_are_reported(threads):
 
 
 def test_without_a_folder_for_compiled_code_all_still_works():
-    """No cache means slower, never broken: numba is told to keep code below a file, where no folder can be made."""
+    """No cache means slower, never broken: below a file no folder can be made."""
     code = "import numpy as np; from tinymoe import kernels; print(kernels.activation(np.float64([-1, 2]), 'relu'))"
     environment = os.environ | {"NUMBA_CACHE_DIR": os.devnull + "/x"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(kernels.__file__).parents[1], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "[0. 2.]", done.stderr
 
 

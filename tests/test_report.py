@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tinymoe import plots, report
-from tinymoe.analysis import Comparison, holm
+from tinymoe.report import Comparison, holm
 from tinymoe.rows import Interval, load_runs, t_interval
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
@@ -88,16 +88,17 @@ def test_holm_by_hand():
 
 def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     text = findings(write_study(tmp_path))
-    # A: 1.9, 2.0, 2.1: s = 0.1, half width 4.3027 * 0.1 / sqrt(3) = 0.2484. exp(2) = 7.389; 2 / ln 2 = 2.885.
-    assert "| A (top_k, K = 1, coefficient 0) | 3 | 2.000 ± 0.248 | 7.39 [5.76, 9.47] | 2.885 ± 0.358 |" in text
-    # A - B: 0.4, 0.4, 0.3: mean 0.36667, s = 0.057735, half width 4.3027 * 0.033333 = 0.14342; exp(.36667) - 1 = 44.3%.
-    assert "A - B | 3 | +0.367 [+0.223, +0.510] | +44.3% [+25.0, +66.5] |" in text
-    # E: leaky loss 0.25 below the causal one, and both are printed: exp(1.8) = 6.05, exp(1.55) = 4.71.
-    assert "6.05 [4.72, 7.76] (leaky 4.71 [3.68, 6.04])" in text
+    # A: 1.9, 2.0, 2.1: s = 0.1, half width 4.3027 * 0.1 / sqrt(3) = 0.2484; 2 / ln 2 = 2.885, 0.2484 / ln 2 = 0.358.
+    # exp: 6.6859, 7.3891, 8.1662: mean 7.4137, s = 0.74046, half width 1.8394.
+    assert "| A top_k, K=1, aux 0 | 2.000 ± 0.248 | 7.41 ± 1.84 | 2.885 ± 0.358 |" in text
+    # A - B: 0.4, 0.4, 0.3: mean 0.36667, s = 0.057735, half width 4.3027 * 0.033333 = 0.14342.
+    assert "A - B +0.367 [+0.223, +0.510], suggestive" in text
+    # E: leaky loss 0.25 below the causal one; exp: 5.4739, 6.0496, 6.6859 and exp(-0.25) = 0.7788 of that.
+    assert "6.07 ± 1.51 (leaky 4.73 ± 1.17)" in text
     # 20 steps of 4 * 16 bytes, over 1,600 bytes of training text.
-    assert "1,280 bytes seen, 0.80 times the 1,600 bytes" in text
-    assert "A (coefficient 0): 3 of 3 layers collapsed" in text
-    assert "E has load CV 0 (at most 0.01 in every layer) and leaves tokens uncovered | held in 3 of 3 runs" in text
+    assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
+    assert "3 collapsed" in text and "smallest coefficient with every layer of every run in use: B" in text
+    assert "E has load CV 0 (below 0.01) and leaves bytes uncovered | held in 3 of 3 runs" in text
 
 
 def test_findings_regenerate_byte_for_byte(tmp_path):
@@ -107,16 +108,13 @@ def test_findings_regenerate_byte_for_byte(tmp_path):
 def test_a_flipped_outcome_flips_the_sentence(tmp_path):
     worse = findings(write_study(tmp_path / "worse"))
     better = findings(write_study(tmp_path / "better", losses=LOSSES | {"E": (1.0, 1.1, 1.2), "A": (1.2, 1.2, 1.3)}))
-    assert "Guaranteed balance raised the loss here" in worse and "Guaranteed balance lowered the loss here" in better
-    assert "The lowest mean loss is that of B" in worse and "The lowest mean loss is that of A" in better
-    assert "By loss the choice between B and C is undecided." in worse
-    assert "By loss A is ahead of every other coefficient" in better
+    assert "causal loss (nats): E - D +0.300 D" in worse and "causal loss (nats): E - D -0.400 D" in better
+    assert "**causal loss (nats): A - B +0.367" in worse and "**causal loss (nats): A - B -0.400" in better
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
-    assert "**One seed: there is no interval" in text
-    assert "One seed: by loss no coefficient is preferred." in text
+    assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text and "causal loss (nats): not tested" in text
     numbers = [line for line in text.splitlines() if line.startswith("|")]
     assert numbers and not any("±" in line or "[+" in line or "[-" in line for line in numbers)
     assert not any(word in line for line in numbers for word in ("clear", "suggestive", "undecided"))
@@ -124,18 +122,16 @@ def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
 
 def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
     write_study(tmp_path)
-    failed = tmp_path / "runs" / "C-seed2"
+    failed, stopped = (tmp_path / "runs" / name for name in ("C-seed2", "D-seed1"))
     (failed / "summary.json").unlink()
     (failed / "failure.json").write_text('{"run_id": "C-seed2", "step": 7, "layer": "block 3", "reason": "loss is nan"}')
-    stopped = tmp_path / "runs" / "D-seed1"
     (stopped / "summary.json").unlink()
     with open(tmp_path / "runs" / "A-seed0" / "log.jsonl", "a") as file:
         file.write('{"step": 30, "val_cro')
     (tmp_path / "runs" / "Z-seed0").mkdir()
     text = findings(tmp_path)
-    assert "`C-seed2` failed (step 7, layer block 3, reason loss is nan)" in text
+    assert "`C-seed2` failed (step 7, layer block 3, reason loss is nan)" in text and "`C-seed{0,1}`" in text
     assert "`D-seed1` is incomplete" in text and "`Z-seed0` is incomplete" in text
-    assert "`C-seed{0,1}`" in text
     assert [len(run.log) for run in load_runs(tmp_path) if run.run_id == "A-seed0"] == [3]
     with open(report.write_summary_csv(tmp_path)) as file:
         states = {line["run_id"]: line["state"] for line in csv.DictReader(file)}
@@ -144,10 +140,10 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
 
 def test_a_dense_control_has_no_experts_to_report(tmp_path):
     write_run(tmp_path, "D", 0, 2.0, dense=True)
-    assert "No config has experts." in findings(tmp_path)
+    assert findings(tmp_path).count("Not answered") == 3
     assert [path.name for path in plots.draw_all(tmp_path)] == ["perplexity_over_steps.png", "final_perplexity.png"]
     write_run(tmp_path, "E", 0, 1.5)
-    assert "E - D" in findings(tmp_path)
+    assert "E has load CV 0" in findings(tmp_path) and len(plots.draw_all(tmp_path)) == 8
     assert "D,0,complete" in report.write_summary_csv(tmp_path).read_text()
 
 
@@ -156,9 +152,8 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
         report.write_findings(tmp_path)
 
 
-def test_figures_are_written_whole(tmp_path):
-    paths = plots.draw_all(write_study(tmp_path, n_seeds=2), only=("final_perplexity", "expert_load"))
-    assert [path.name for path in paths] == ["final_perplexity.png", "expert_load.png"]
-    for path in paths:
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(path.name for path in paths)
+def test_every_figure_is_written_whole(tmp_path):
+    paths = plots.draw_all(write_study(tmp_path, n_seeds=2))
+    assert sorted(paths) == sorted((tmp_path / "figures").iterdir()) and len(paths) == 8
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
+    assert all(f"(figures/{path.name})" in findings(tmp_path) for path in paths)

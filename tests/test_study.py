@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from test_train import MODEL, TRAINING, WORDS, one_thread, results, snapshot, tiny  # noqa: F401  (one_thread is a fixture)
+from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
 from tinymoe import study, train
 from tinymoe.data import CorpusError
 
@@ -179,12 +179,13 @@ def test_a_study_killed_outright_takes_its_workers_along_and_goes_on_with_the_sa
 
 
 @linux
-@pytest.mark.parametrize("moment", ["starting", "training"])
+@pytest.mark.parametrize("moment", ["importing", "training"])
 def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
     process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
-        if moment == "starting":
+        if moment == "importing":
             wait_for(lambda: len(children(process.pid)) == 3)  # two workers and multiprocessing's own helper
+            time.sleep(0.7)
         else:
             wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.npz")))
         workers = children(process.pid)
@@ -192,6 +193,7 @@ def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == 130 and output.splitlines()[-1].startswith("Interrupted. The same command goes on")
     assert "Traceback" not in output
     wait_for(lambda: not any(map(alive, workers)), seconds=5)

@@ -14,6 +14,7 @@ Axis letters: B batch, T time, W validation windows, S spans.
 import hashlib
 import importlib.util
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -260,14 +261,19 @@ def _own_texts(text):
     if not str(text) or not (path.is_file() or path.is_dir()):
         raise CorpusError(f"no file or folder at '{text}': give --text the path of one, or leave it out")
     if path.is_file():
-        yield path.stem, path.read_bytes()
+        yield _label(path.stem), path.read_bytes()
         return
-    entries = [entry for entry in _sorted(path.iterdir()) if not entry.name.startswith(".")]
+    entries = [entry for entry in _sorted(path.iterdir()) if not entry.name.startswith(".") and (entry.is_file() or entry.is_dir() or entry.is_symlink())]
     if not entries:
         raise CorpusError(f"the folder '{text}' is empty: put text files or sub-folders in it")
     taken = Counter(name for entry in entries for name in {_stem(entry), entry.name})
     for entry in entries:
-        yield _stem(entry) if taken[_stem(entry)] == 1 else entry.name, _contents(entry)
+        yield _label(_stem(entry) if taken[_stem(entry)] == 1 else entry.name), _contents(entry)
+
+
+def _label(name):
+    """A name that figures and tables can show: what means something to TeX or Markdown, or cannot be printed, is a _."""
+    return re.sub(r"[^\w .,()+=-]", "_", name)
 
 
 def _stem(entry):

@@ -75,6 +75,7 @@ def compiled(bank, x, routing):
     return record(y, parents, vjp)
 
 
+ACTIVATIONS = ("gelu", "silu", "relu")
 BACKENDS = {"loop": loop, "naive": naive, "numpy": sorted_numpy, "numba": compiled}
 
 
@@ -91,6 +92,8 @@ class ExpertBank(Module):
                  out_std=INIT_STD):
         if backend not in BACKENDS:
             raise ValueError(f"unknown expert backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         rng = np.random.default_rng(seed)
         self.n_experts, self.activation, self.backend = n_experts, activation, backend
         self.w1, self.b1 = normal(rng, (n_experts, d_model, d_ff), INIT_STD, dtype), zeros((n_experts, d_ff), dtype)

@@ -30,6 +30,9 @@ def write_whole(path, content):
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except OSError as error:  # a full disk names no file
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}: make room, or choose another folder", str(path)) from None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -45,7 +48,7 @@ def read_rows(path):
     rows = []
     if not Path(path).exists():
         return rows
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -78,7 +81,7 @@ def load_arrays(path, kind):
             raise CheckpointError(f"{path} holds a {header['kind']}, not a {kind}: give another file")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: check the path") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         raise CheckpointError(f"{path} is not a whole tinymoe {kind} ({type(error).__name__}): it may be truncated or "
                               "from another program; move it away, or start again with --fresh") from None
     return arrays, header

@@ -5,7 +5,7 @@ time in call a compiled kernel; tests/naive.py holds their plain forms.
 """
 
 import numpy as np
-from scipy.special import ndtr
+from scipy.special import expit, ndtr
 
 from . import kernels
 from .tensor import Tensor, primitive, record
@@ -16,10 +16,24 @@ def _flat(x):
     return np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
 
 
+def _compilable(name, *tensors):
+    """The compiled kernels know two dtypes and do not mix them."""
+    found = {t.dtype.name for t in tensors}
+    if found != {"float32"} and found != {"float64"}:
+        raise TypeError(f"{name} takes float32 or float64 alone, not {' and '.join(sorted(found))}: convert with .astype first")
+
+
+def _same_width(name, x, *vectors):
+    for v in vectors:
+        if v.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
+
+
 # -- activations --------------------------------------------------------------------------------
 
 def activation(x, name):
     """The named activation: "gelu", "silu" or "relu"."""
+    _compilable(name, x)
     return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
 
 
@@ -39,21 +53,21 @@ def relu(x):
 
 
 def sigmoid(x):
-    """1 / (1 + exp(-x)), computed by tanh so that it cannot overflow."""
-    value = 0.5 * (1 + np.tanh(0.5 * x.data))
+    """1 / (1 + exp(-x)), without overflow, and exact to the last digits in both tails."""
+    value = expit(x.data)
     return primitive(value, (x, lambda g: g * value * (1 - value)))
 
 
 def softplus(x):
     """log(1 + exp(x)), without overflow."""
     return primitive(np.logaddexp(x.data, 0).astype(x.dtype),
-                     (x, lambda g: g * 0.5 * (1 + np.tanh(0.5 * x.data))))
+                     (x, lambda g: g * expit(x.data)))
 
 
 def normal_cdf(x):
     """P(Z <= x) for a standard normal Z."""
     density = np.exp(-0.5 * x.data ** 2) / np.sqrt(2 * np.pi).astype(x.dtype)
-    return primitive(ndtr(x.data), (x, lambda g: g * density))
+    return primitive(ndtr(x.data).astype(density.dtype), (x, lambda g: g * density))
 
 
 # -- softmax family -----------------------------------------------------------------------------
@@ -71,7 +85,7 @@ def softmax(x, axis=-1):
 
 def log_softmax(x, axis=-1):
     """x - logsumexp(x) along an axis."""
-    value = x.data - _logsumexp(x.data, axis)
+    value = _log_softmax(x.data, axis)
     return primitive(value, (x, lambda g: g - np.exp(value) * g.sum(axis=axis, keepdims=True)))
 
 
@@ -79,14 +93,25 @@ def logsumexp(x, axis=-1):
     """log sum exp(x) along an axis, which is removed."""
     value = _logsumexp(x.data, axis)
     return primitive(value.squeeze(axis),
-                     (x, lambda g: np.expand_dims(g, axis) * np.exp(x.data - value)))
+                     (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
 
 
-def _logsumexp(x, axis):
+def _shift(x, axis):
+    """(largest entry, log sum exp(x - largest)): kept apart, since their sum rounds the second away where x is large."""
     top = x.max(axis=axis, keepdims=True)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
     with np.errstate(divide="ignore"):
-        return top + np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
+        return top, np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
+
+
+def _logsumexp(x, axis):
+    top, rest = _shift(x, axis)
+    return top + rest
+
+
+def _log_softmax(x, axis):
+    top, rest = _shift(x, axis)
+    return x - top - rest
 
 
 def cross_entropy(logits, targets):
@@ -101,7 +126,7 @@ def cross_entropy(logits, targets):
     if n == 0 or targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= v:
         raise ValueError(f"targets must be at least one integer, each from 0 to {v - 1}")
     rows = np.arange(n)
-    value = (_logsumexp(logits.data, -1)[:, 0] - logits.data[rows, targets]).mean()
+    value = -_log_softmax(logits.data, -1)[rows, targets].mean()
 
     def vjp(g):
         d = _softmax(logits.data, -1)
@@ -115,8 +140,11 @@ def cross_entropy(logits, targets):
 
 def linear(x, weight, bias=None):
     """x @ weight + bias for x (..., I), weight (I, O), bias (O,) or None -> (..., O)."""
-    if x.shape[-1] != weight.shape[0]:
-        raise ValueError(f"linear: x has {x.shape[-1]} features, but the weight takes {weight.shape[0]}")
+    if x.shape[-1:] != weight.shape[:1]:
+        raise ValueError(f"linear: x has shape {x.shape}, but the weight takes {weight.shape[0]} features")
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"linear: the bias has shape {bias.shape}, but the weight gives {weight.shape[1]} features")
+    _compilable("linear", x, weight, *(() if bias is None else (bias,)))
     rows = _flat(x.data)
     value = kernels.linear(rows, weight.data, None if bias is None else bias.data)
 
@@ -124,7 +152,7 @@ def linear(x, weight, bias=None):
         dx, dw, db = kernels.linear_backward(_flat(g), rows, weight.data)
         return (dx.reshape(x.shape), dw, db)[:2 + (bias is not None)]
 
-    return record(value.reshape(*x.shape[:-1], -1), (x, weight) + ((bias,) if bias is not None else ()), vjp)
+    return record(value.reshape(*x.shape[:-1], weight.shape[1]), (x, weight) + ((bias,) if bias is not None else ()), vjp)
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
@@ -132,6 +160,8 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
     x (..., D), weight (D,), bias (D,); the variance is the population's.
     """
+    _same_width("layer_norm", x, weight, bias)
+    _compilable("layer_norm", x, weight, bias)
     rows = _flat(x.data)
     value, mean, rstd = kernels.layer_norm(rows, weight.data, bias.data, eps)
 
@@ -144,6 +174,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 def rms_norm(x, weight, eps=1e-5):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019). x (..., D), weight (D,)."""
+    _same_width("rms_norm", x, weight)
     rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
     normed = x.data * rstd
 
@@ -160,6 +191,11 @@ def causal_attention(q, k, v):
     q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), where G divides H and head h reads group
     h // (H // G) (grouped queries, Ainslie et al. 2023) -> (B, T, H, dv).
     """
+    (B, T, H, d), (G, dv) = q.shape, v.shape[2:]
+    if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or G == 0 or H % G:
+        raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
+                         f"not {q.shape}, {k.shape}, {v.shape}")
+    _compilable("causal_attention", q, k, v)
     value, probs = kernels.causal_attention(q.data, k.data, v.data)
     return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, probs))
 
@@ -169,6 +205,7 @@ def causal_attention(q, k, v):
 def embedding(table, ids):
     """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D). Raises IndexError out of range."""
     ids = np.asarray(ids)
+    _compilable("embedding", table)
     if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
         raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but the table has rows 0 to {table.shape[0] - 1}")
     return primitive(table.data[ids],
@@ -177,6 +214,8 @@ def embedding(table, ids):
 
 def gather(x, index, axis=-1):
     """out[..., i, ...] = x[..., index[..., i, ...], ...] along an axis: `np.take_along_axis`, repeats allowed."""
+    index = np.asarray(index)
+
     def vjp(g):
         out = np.zeros(x.shape, x.dtype)
         places = list(np.ogrid[tuple(map(slice, index.shape))])
@@ -207,7 +246,8 @@ def concatenate(tensors, axis=0):
 
 def where(condition, a, b):
     """a where the condition (a boolean array) holds, else b; a and b are Tensors, arrays or numbers."""
-    a = b._operand(a) if isinstance(b, Tensor) else Tensor(a)
+    if not isinstance(a, Tensor):
+        a = b._operand(a) if isinstance(b, Tensor) else Tensor(a)
     b = a._operand(b)
     condition = np.asarray(condition)
     return primitive(np.where(condition, a.data, b.data),

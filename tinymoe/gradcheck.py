@@ -45,6 +45,8 @@ def gradcheck(function, *inputs, eps=1e-6, rtol=1e-5):
     tensors = [x if isinstance(x, Tensor) else Tensor(x, np.asarray(x).dtype.kind == "f") for x in inputs]
     floating = [t for t in tensors if t.dtype.kind == "f"]
     checked = [t for t in floating if t.requires_grad] or floating
+    if not checked:
+        raise ValueError("gradcheck has nothing to check: give it at least one input of a floating dtype")
     saved = [(t.data, t.grad, t.requires_grad) for t in floating]
     try:
         for t in floating:
@@ -67,14 +69,13 @@ def _compare(function, tensors, checked, eps, rtol):
     if output.requires_grad:
         output.backward(weights)
 
-    def projected():
-        terms = weights * function(*tensors).data
-        return terms.sum(), np.abs(terms).sum()
+    def weighted():
+        return weights * function(*tensors).data
 
     worst, where = 0.0, "every gradient is exact"
     for tensor in checked:
         gradient = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad
-        rows = [(place, (gradient * direction).sum(), *_difference(projected, tensor, direction, eps))
+        rows = [(place, (gradient * direction).sum(), *_difference(weighted, tensor, direction, eps))
                 for place, direction in _directions(tensor)]
         largest = max((max(abs(a), abs(n)) for _, a, n, _ in rows), default=0.0)
         for place, analytic, numeric, noise in rows:
@@ -98,17 +99,19 @@ def _directions(tensor):
             yield f"along random direction {i}", rng.standard_normal(tensor.shape)
 
 
-def _difference(projected, tensor, direction, eps):
-    """(central difference along the direction, the part of it that rounding alone can cause)."""
+def _difference(weighted, tensor, direction, eps):
+    """(central difference along the direction, the part of it that rounding of the outputs alone can cause)."""
     original = tensor.data
     try:
         tensor.data = original + eps * direction
-        above, scale = projected()
+        above = weighted()
         tensor.data = original - eps * direction
-        below, _ = projected()
+        change = above - weighted()
     finally:
         tensor.data = original
-    return (above - below) / (2 * eps), ROUNDING * np.finfo(np.float64).eps * scale / eps
+    moved = np.abs(above[change != 0]).sum() or np.abs(above).max(initial=0)  # where nothing moved, the step was below one unit
+    rounding = ROUNDING * np.finfo(np.float64).eps * moved
+    return change.sum() / (2 * eps), rounding / eps
 
 
 def _relative_error(analytic, numeric, floor):

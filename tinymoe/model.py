@@ -19,6 +19,15 @@ from .tensor import Tensor, no_grad
 ACTIVATIONS = ("gelu", "silu", "relu")
 
 
+def whole_number(value, least=1):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+
+def finite(value, most=np.inf):
+    """Whether a setting is a finite number from 0 to most."""
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and 0 <= value <= most and bool(np.isfinite(value))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that makes a model. Raises ValueError where the numbers do not fit together."""
@@ -44,18 +53,28 @@ class ModelConfig:
     expert_backend: str = "numba"
 
     def __post_init__(self):
-        object.__setattr__(self, "moe_layers", tuple(sorted(self.moe_layers)))
         for name in ("vocab_size", "n_layers", "d_model", "n_heads", "d_ff", "seq_len", "n_experts"):
-            if not isinstance(getattr(self, name), (int, np.integer)) or getattr(self, name) < 1:
+            if not whole_number(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 1")
+            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers are no JSON
+        if not isinstance(self.moe_layers, (tuple, list)) or not all(whole_number(i, 0) and i < self.n_layers for i in self.moe_layers):
+            raise ValueError(f"moe_layers {self.moe_layers!r} must be a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
+        object.__setattr__(self, "moe_layers", tuple(sorted(set(map(int, self.moe_layers)))))
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        if not 0 < self.top_k <= self.n_experts:
-            raise ValueError(f"top_k {self.top_k} must be above 0 and at most n_experts {self.n_experts}")
-        if not all(isinstance(i, (int, np.integer)) and 0 <= i < self.n_layers for i in self.moe_layers):
-            raise ValueError(f"moe_layers {self.moe_layers} must lie between 0 and n_layers - 1 = {self.n_layers - 1}")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor {self.capacity_factor} must be above 0, or None for no limit")
+        if not finite(self.top_k, self.n_experts) or self.top_k == 0 or (self.router != "expert_choice" and self.top_k != int(self.top_k)):
+            raise ValueError(f"top_k {self.top_k!r} must be a whole number (for expert_choice any) above 0 and at most n_experts {self.n_experts}")
+        if self.capacity_factor is not None and not (finite(self.capacity_factor) and self.capacity_factor > 0):
+            raise ValueError(f"capacity_factor {self.capacity_factor!r} must be a number above 0, or None for no limit")
+        for name in ("aux_coef", "z_coef", "importance_coef", "load_coef"):
+            if not finite(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a finite number of at least 0")
+        if self.renormalise not in (None, True, False):
+            raise ValueError(f"renormalise {self.renormalise!r} must be true, false, or null for true where top_k > 1")
+        if self.router == "expert_choice" and self.renormalise is not None:
+            raise ValueError(f"renormalise {self.renormalise} has no meaning for expert_choice: leave it None")
+        if self.load_coef and self.router != "noisy_top_k":
+            raise ValueError(f"load_coef {self.load_coef} needs the smooth load of noisy_top_k, not router {self.router!r}: set it to 0")
         for name, known in (("router", ROUTERS), ("activation", ACTIVATIONS),
                             ("drop_policy", DROP_POLICIES), ("expert_backend", BACKENDS)):
             if getattr(self, name) not in known:
@@ -179,7 +198,8 @@ class Transformer(Module):
                                                 ("z", c.z_coef, losses.z_loss, True),
                                                 ("importance", c.importance_coef, losses.importance_loss, False),
                                                 ("load", c.load_coef, losses.load_loss, False)):
-            if output.routings and (always or coefficient):
+            measured = name != "load" or all(r.soft_load is not None for r in output.routings)  # only while training
+            if output.routings and measured and (always or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total
         return LossTerms(total, cross_entropy, **terms)

@@ -62,5 +62,5 @@ def learning_rate(step, steps, peak, warmup=0.05, floor=0.1):
     rising = max(1, round(warmup * steps))
     if step <= rising:
         return peak * step / rising
-    progress = (step - rising) / max(1, steps - rising)
+    progress = min(1, (step - rising) / max(1, steps - rising))
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

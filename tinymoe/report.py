@@ -1,311 +1,261 @@
 """FINDINGS.md and summary.csv of a study, from its result rows alone.
 
-No outcome is written here: every number is computed, and every word of judgement follows from a criterion of
-analysis.py that the document states. The leaky loss of a router that sees later tokens is printed beside the causal
-one and ranks nothing.
+No outcome is written here: numbers are computed, and words of judgement follow from criteria the document states.
 """
 
 import csv
 import io
 import math
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 
-from .analysis import LEAKY, LOSS, closest_domains, read_study, slope, states
 from .files import write_whole
-from .prose import (NAMES, bits, comparison_table, counted, describe, ends, exponentiated, figures, pairs, perplexity,
-                    plus_minus, run_ids, signed, source, table, told_apart, with_leaky)
-from .rows import load_runs, measure, over_seeds, t_interval
+from .rows import Interval, coefficient_sweep, complete_runs, load_runs, measure, over_seeds, t_interval
 
-CSV_NUMBERS = (
-    "val_cross_entropy", "val_perplexity", "val_bits_per_byte", "causal_cross_entropy", "causal_perplexity",
-    "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch", "load_entropy", "effective_experts",
-    "dead_experts", "router_entropy", "marginal_entropy", "drop_rate", "token_coverage", "weight_divergence",
-    "repetition", "mutual_information", "mutual_information_null", "byte_information", "byte_information_null",
-)
-DEFINITIONS = """**How to read this.** A difference is *clear* where its 95% interval excludes zero and it survives Holm's \
-correction over all comparisons of this document, *suggestive* where only the first is true, *undecided* where the interval \
-includes zero, *not tested* with fewer than two common seeds. A layer is *collapsed* where its effective experts (exp of \
-the load's entropy) are fewer than half of its experts, otherwise *starved* where an expert is dead (under 1% of its \
-fair share), otherwise *in use*. Loss is validation cross-entropy in nats per byte, causal (routing decided on the prefix \
-alone) unless called leaky. ± and brackets are 95% Student t intervals over seeds. Perplexity is per byte: exp of the mean \
-loss, with the ends of its interval. Numbers about experts are means over the MoE layers."""
-METHODS = """- Load CV: std / mean of the experts' assignments over the validation set. MaxVio: max / mean - 1, over the set, and \
-as a mean over its batches. Repetition: share of assignments whose expert also serves the next token; chance is about K/E \
-under a balanced load, more otherwise. Weight divergence: mean pairwise 1 - cosine of the experts' weights, relative \
-to initialisation. Coverage: share of tokens with an expert. All with routing as in training, whichever loss stands beside them.
-- I(expert; domain), I(expert; byte): plug-in mutual information, in nats, between the expert of an assignment and the domain \
-or the input byte, minus its mean under shuffled labels (domains over windows, bytes over tokens), since the plug-in \
-estimate is biased upwards. A byte often tells the domain, so information about the domain does not show that experts \
-follow topics. Neither can exceed the entropy of the load.
-- Intervals: mean ± t(0.975, n - 1) · s / √n over n seeds. Differences are paired by seed. The seed of a run sets its weights, \
-its data order (a generator of its own: configs of one seed see the same batches) and its routing noise. All runs are \
-judged on the same validation windows, so an interval covers the choice of seed and not the choice of text.
-- Slope: a straight line through the causal validation loss over the last third of the steps."""
-
-
-# ---- the three questions ----
-
-
-def introduction(study):
-    """What the document is, what it was computed from, and how to read it."""
-    alone = [name for name, runs in study.groups.items() if len(runs) == 1]
-    lines = [f"# Findings of the study `{study.name}`",
-             "Computed by `tinymoe/report.py` from the result rows in `runs/` and nothing else. "
-             f"{len(study.finished)} finished runs: {run_ids(study.finished)}."]
-    if len(alone) == len(study.groups):
-        lines.append("**One seed: there is no interval, no difference is tested, and nothing here says that two configs "
-                     "differ. The numbers describe these runs.**")
-    elif alone:
-        lines.append(f"**One seed only, so no interval and no test: {', '.join(alone)}.**")
-    return [*lines, DEFINITIONS]
+LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
+NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain information (nats)",
+         "byte_excess": "byte information (nats)", "repetition": "repetition", "weight_divergence": "weight divergence"}
+CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity
+    causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy
+    marginal_entropy drop_rate token_coverage weight_divergence repetition mutual_information
+    mutual_information_null byte_information byte_information_null""".split()
+HOW_TO_READ = """**How to read.** Loss is validation cross-entropy in nats per byte, perplexity its exponential; both are \
+causal (each byte routed on its prefix alone) unless called leaky. ± and brackets are 95% t-intervals over seeds (no ±: \
+one seed, or all alike); differences are paired by seed. A difference is *clear* when its interval excludes 0 after Holm's \
+correction over the {n} comparisons made here, *suggestive* when it excludes 0 before it only, otherwise *undecided*, \
+which does not mean equal. A layer is *collapsed* when its load is as uneven as if fewer than half of its experts \
+shared it (exp of its entropy), else *starved* with a dead expert (under 1% of its fair share), else *in use*."""
+METHODS = """Load CV: std / mean of the experts' assignments over the validation set. MaxVio: max / mean - 1, over the set \
+and as a mean over batches. Repetition: share of assignments whose expert also serves the next byte (chance: about K/E). \
+Weight divergence: mean pairwise 1 - cosine of the experts' weights, over its value at initialisation. Coverage: share of \
+bytes with an expert. Information: plug-in mutual information with the expert minus its mean under shuffled labels \
+(domains over windows, bytes over positions). Numbers about experts: means over MoE layers, routed as in training. A seed \
+sets weights, data order (the same for every config) and noise; intervals cover the seed, not the choice of text."""
+QUESTIONS = {  # title: (numbers compared, figures, caution)
+    "Which balance coefficient, and what does it do?": (
+        (LOSS, "load_cv", "mi_excess"), ("imbalance", "expert_load"),
+        "Information cannot exceed the entropy of the load: where layers collapsed, little of it is part of the collapse."),
+    "Do the routers lead to different specialisation?": (
+        ("mi_excess", "byte_excess", "repetition", "weight_divergence"),
+        ("domain_by_expert", "router_entropy", "weight_divergence"),
+        "A byte often gives its domain away, so domain information does not show that experts follow topics. The configs have "
+        "equal K but other balance losses too: a difference belongs to the config, not to its router alone."),
+    "What does guaranteed balance cost?": (
+        (LOSS,), ("final_perplexity", "coverage_and_drops"),
+        "Compared at equal K. The leaky loss is routed over the whole batch, later bytes included, as in training; the causal "
+        "one must change the rule as well, so the gap between them is the leak and that change together."),
+}
 
 
-def answer_balance(study):
-    """Question 1: how the layers ended, the lowest loss, and whether it was told apart from the others."""
-    if not study.sweep:
-        return "**Which balance coefficient?** Not answered: no two configs differ in the balance coefficient alone."
-    coefficient = {name: f"{name} (coefficient {study.groups[name][0].model['aux_coef']:g})" for name in study.sweep}
-    ended = "; ".join(f"{coefficient[name]}: {ends(study.groups[name])}" for name in study.sweep)
-    healthy = [name for name in study.sweep if set(states(study.groups[name])) == {"in use"}]
-    smallest = f"The smallest that left every layer of every run in use is {coefficient[healthy[0]]}." if healthy else (
-        "None left every layer of every run in use.")
-    best = min(study.sweep, key=lambda name: over_seeds(study.groups[name], LOSS).mean)
-    runs = study.groups[best]
-    tests = [one for one in study.find("balance", LOSS) if best in (one.first, one.second)]
-    return (f"**Which balance coefficient?** At the end, {ended}. {smallest} The lowest mean loss is that of "
-            f"{coefficient[best]}: {plus_minus(over_seeds(runs, LOSS))} nats, perplexity {perplexity(runs)}, {bits(runs)} "
-            f"bits per byte; {pairs(tests)}. **{preference(best, tests)}** Information between expert and domain above "
-            f"its null, in nats: {pairs(study.find('balance', 'mi_excess'))}.")
+@dataclass(frozen=True)
+class Comparison:
+    """A difference first - second, paired by seed, that a section of the report asks for."""
+
+    section: str
+    metric: str
+    first: str
+    second: str
+    interval: Interval
+    survives: bool = False  # Holm's correction over all comparisons of the study
+
+    @property
+    def word(self):
+        """The verdict, by the criteria of HOW_TO_READ; "not tested" without two common seeds."""
+        if not math.isfinite(self.interval.half):
+            return "not tested"
+        if self.interval.low <= 0 <= self.interval.high:
+            return "undecided"
+        return "clear" if self.survives else "suggestive"
+
+    def __str__(self):
+        """`A - B +0.367 [+0.223, +0.510], clear`; more digits for small numbers."""
+        mean, low, high = (f"{x:+.{3 if abs(self.interval.mean) >= 0.01 else 4}f}"
+                           for x in (self.interval.mean, self.interval.low, self.interval.high))
+        ends = "" if self.word == "not tested" else f" [{low}, {high}]"
+        return f"{self.first} - {self.second} {mean}{ends}, {self.word}"
 
 
-def preference(best, tests):
-    """The lowest loss is called the best only if it was told apart from every other coefficient."""
-    if not all(one.tested for one in tests):
-        return "One seed: by loss no coefficient is preferred."
-    rivals = sorted(({one.first, one.second} - {best}).pop() for one in tests if one.word == "undecided")
-    if rivals:
-        return f"By loss the choice between {' and '.join([best, *rivals])} is undecided."
-    return f"By loss {best} is ahead of every other coefficient ({counted(tests)})."
+def holm(comparisons, level=0.05):
+    """The same comparisons, each told whether it survives Holm's (1979) step-down correction for their number."""
+    tested = sorted((one for one in comparisons if one.word != "not tested"), key=lambda one: one.interval.p)
+    surviving = set()
+    for rank, one in enumerate(tested):
+        if one.interval.p > level / (len(tested) - rank):
+            break
+        surviving.add(id(one))
+    return [replace(one, survives=id(one) in surviving) for one in comparisons]
 
 
-def section_balance(study):
-    lines = ["## 1. Which balance coefficient, and what does it do?"]
-    if not study.sweep:
-        return [*lines, "No two configs differ in the balance coefficient alone."]
-    numbers = ("load_cv", "max_violation", "max_violation_batch", "dead_experts", "effective_experts", "mi_excess")
-    rows = [[name, f"{runs[0].model['aux_coef']:g}", ends(runs), *(plus_minus(over_seeds(runs, one)) for one in numbers),
-             perplexity(runs), bits(runs)] for name, runs in ((name, study.groups[name]) for name in study.sweep)]
-    lines += [table(["config", "coefficient", "at the end", "load CV", "MaxVio, set", "MaxVio, batch", "dead a layer",
-                     "effective experts", NAMES["mi_excess"], "perplexity", "bits per byte"], rows),
-              comparison_table(study.find("balance"))]
-    for name in study.sweep:
-        counts = states(study.groups[name])
-        if max(counts, key=counts.get) != "collapsed":
-            continue
-        experts = over_seeds(study.groups[name], "effective_experts").mean
-        lines.append(f"With {experts:.2f} effective experts, an expert of {name} can tell at most about {math.log(experts):.3f} "
-                     "nats of anything: low information under collapse is part of the collapse.")
-    return [*lines, figures("imbalance", "expert_load"), source(study, study.sweep)]
+class Study:
+    """The runs of a study and every comparison made of them. ValueError where no run is finished.
+
+    What is compared follows from the configs, before any result is looked at.
+    """
+
+    def __init__(self, study_dir):
+        self.runs, self.groups = load_runs(study_dir), complete_runs(study_dir)
+        models, by_k = {name: runs[0].model for name, runs in self.groups.items() if runs[0].is_moe}, {}
+        for name, model in models.items():
+            by_k.setdefault(model["top_k"], {}).setdefault(model["router"], name)
+        self.moe, self.sweep = list(models), coefficient_sweep(self.groups)
+        self.balanced = [name for name, model in models.items() if model["router"] == "expert_choice"]
+        rivals = [(one, other) for one, other in product(self.balanced, self.moe)
+                  if other not in self.balanced and models[one]["top_k"] == models[other]["top_k"]]
+        routers = max(by_k.values(), key=len, default={}).values()  # different routers at equal K
+        pairs = dict(zip(QUESTIONS, (list(combinations(self.sweep, 2)), list(combinations(routers, 2)), rivals)))
+        self.tests = holm([*(self.compare(title, metric, *pair) for title, (metrics, *_) in QUESTIONS.items()
+                             for metric, pair in product(metrics, pairs[title])), *self.claims()])
+
+    def compare(self, section, metric, first, second, factor=1):
+        ours, theirs = ({run.seed: measure(run.final, metric) for run in self.groups[name]} for name in (first, second))
+        gaps = [ours[seed] - factor * theirs[seed] for seed in ours if seed in theirs]
+        return Comparison(section, metric, first, f"{factor} · " * (factor > 1) + second, t_interval(gaps))
+
+    def claims(self):
+        """Published claims, each that a difference is above 0."""
+        for name in self.balanced:
+            gaps = [measure(run.final, LOSS) - measure(run.final, LEAKY) for run in self.groups[name]]
+            yield Comparison("Loss is lower where routes may see later bytes", LOSS, f"causal {name}", f"leaky {name}",
+                             t_interval(gaps))
+        if self.sweep and self.groups[self.sweep[0]][0].model["aux_coef"] == 0:
+            yield self.compare("Without a balance loss the load CV is over 3 times that of light balancing", "load_cv",
+                               *self.sweep[:2], factor=3)
+        gaps = {}
+        for run in self.finished(self.moe):
+            gaps.setdefault(run.seed, []).append(measure(run.final, "byte_excess") - measure(run.final, "mi_excess"))
+        if gaps:
+            yield Comparison("In every config experts tell more of the byte than of the domain (least of any config, by seed)",
+                             "byte_excess", "byte", "domain", t_interval([min(one) for one in gaps.values()]))
+
+    def finished(self, names):
+        return [run for name in names for run in self.groups[name]]
 
 
-def answer_routers(study):
-    """Question 2: information about the domain, and how many of the differences in specialisation hold up."""
-    if not study.routers:
-        return "**Do routers specialise differently?** Not answered: no two routers with equally many experts per token."
-    tests = study.find("routers")
-    found = (f"{describe(study.groups[name][0])} {plus_minus(over_seeds(study.groups[name], 'mi_excess'))}"
-             for name in study.routers)
-    return (f"**Do routers specialise differently?** Information between expert and domain above its null, in nats: "
-            f"{'; '.join(found)}. Of {len(tests)} comparisons of these routers in {len({one.metric for one in tests})} "
-            f"numbers: {counted(tests)}. **Told apart: {told_apart(tests)}.**")
+# ---- numbers as text ----
 
 
-def section_routers(study):
-    lines = ["## 2. Do the routers lead to different specialisation?"]
-    if not study.moe:
-        return [*lines, "No config has experts."]
-    numbers = ("mi_excess", "byte_excess", "load_entropy", "repetition", "weight_divergence", "router_entropy")
-    rows = [[name, *(plus_minus(over_seeds(runs, one)) for one in numbers), *closest_domains(runs)]
-            for name, runs in study.moe.items()]
-    lines.append(table(["config", NAMES["mi_excess"], NAMES["byte_excess"], NAMES["load_entropy"], "repetition",
-                        "weight divergence", "router entropy (nats)", "domains most alike", "domains least alike"], rows))
-    n_domains = len(next(iter(study.moe.values()))[0].config["domains"])
-    null = "; ".join(f"{one.first} {'above' if one.interval.mean > 0 else 'below'}, {one.word}" for one in study.find("null"))
-    lines.append(f"Information about {n_domains} domains cannot exceed ln {n_domains} = {math.log(n_domains):.3f} nats. Against "
-                 f"its null it is: {null}. Domains are alike by the total variation between their loads: 0 for the same "
-                 "experts, 1 for none in common, no null taken off.")
-    if study.routers:
-        lines.append(f"Compared at equal K: {', '.join(study.routers)}. Their balance losses differ too, so a difference "
-                     "belongs to the config and not to its router alone.")
-        lines.append(comparison_table(study.find("routers")))
-    return [*lines, figures("domain_by_expert", "router_entropy", "weight_divergence"), source(study, study.moe)]
+def text(runs, metric):
+    """`mean ± half width` over seeds, the leaky number beside a causal one where they differ, a dash for no number."""
+    one, digits = over_seeds(runs, metric), 2 if metric.endswith("perplexity") else 3
+    if not math.isfinite(one.mean):
+        return "–"
+    number = f"{one.mean:.{digits}f}" + (f" ± {one.half:.{digits}f}" if one.half > 0 else "")
+    if metric.startswith("causal_") and runs[0].leaky:
+        number += f" (leaky {text(runs, metric.replace('causal', 'val'))})"
+    return number
 
 
-def answer_cost(study):
-    """Question 3: what expert choice gets and pays, both losses side by side, judged by the causal one."""
-    if not study.balanced:
-        return "**What does guaranteed balance cost?** Not answered: no config has a router that guarantees balance."
-    texts = []
-    for name in study.balanced:
-        runs = study.groups[name]
-        tests = [one for one in study.find("cost", LOSS) if one.first == name]
-        equal = [one for one in tests if study.groups[one.second][0].model.get("top_k") == runs[0].model["top_k"]] or tests
-        texts.append(f"{describe(runs[0])} has load CV {plus_minus(over_seeds(runs, 'load_cv'))} and gives an expert to "
-                     f"{plus_minus(over_seeds(runs, 'token_coverage'))} of the tokens. Its perplexity is "
-                     f"{perplexity(runs)}, {bits(runs)} bits per byte. By causal loss, against equal K where there is one: "
-                     f"{pairs(equal) or 'nothing to compare with'}. **{cost(equal)}**")
-    return "**What does guaranteed balance cost?** " + " ".join(texts)
+def run_ids(runs):
+    """Run ids, with the seeds of a config in braces: `A-seed{0,1,2}`."""
+    seeds = {run.config_id: [] for run in runs}
+    for run in runs:
+        seeds[run.config_id].append(str(run.seed))
+    return ", ".join(f"`{name}-seed{n[0] if len(n) == 1 else '{' + ','.join(n) + '}'}`" for name, n in seeds.items())
 
 
-def cost(tests):
-    """A cost or a gain only where every comparison says so."""
-    if not all(one.tested for one in tests) or not tests:
-        return "Not tested: no two common seeds."
-    if all(one.interval.low > 0 for one in tests):
-        return f"Guaranteed balance raised the loss here ({counted(tests)})."
-    if all(one.interval.high < 0 for one in tests):
-        return f"Guaranteed balance lowered the loss here ({counted(tests)})."
-    return f"Whether guaranteed balance raises the loss is undecided or depends on the rival ({counted(tests)})."
+def table(header, rows):
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def section_cost(study):
-    lines = ["## 3. What does guaranteed balance cost?"]
-    if not study.balanced:
-        return [*lines, "No config has a router that guarantees balance."]
+def told_apart(tests):
+    """The differences whose interval excludes 0."""
+    found = "; ".join(str(one) for one in tests if one.word in ("clear", "suggestive"))
+    return found or ("not tested" if all(one.word == "not tested" for one in tests) else "no pair told apart")
+
+
+def layer_states(runs):
+    """{state: how many layers, over the runs of a config, ended in it}, by the criteria of HOW_TO_READ."""
+    counts = {"collapsed": 0, "starved": 0, "in use": 0}
+    for layer in (layer for run in runs for layer in run.final["layers"]):
+        collapsed = len(layer["load"]) ** layer["load_entropy"] < len(layer["load"]) / 2
+        counts["collapsed" if collapsed else "starved" if layer["dead_experts"] else "in use"] += 1
+    return {state: n for state, n in counts.items() if n}
+
+
+# ---- the parts of the document ----
+
+
+def question(study, title):
+    """(the answer in short, the paragraphs of the section) of one of QUESTIONS."""
+    metrics, figures, caution = QUESTIONS[title]
+    tests = [one for one in study.tests if one.section == title]
+    names = list(dict.fromkeys(name for one in tests for name in (one.first, one.second)))
+    images = "\n".join(f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in figures * bool(study.moe))
+    if not tests:
+        return "Not answered: these configs hold nothing to compare for it.", ["Nothing to compare.", *[images] * bool(images)]
+    rows = [[NAMES[metric], *(text(study.groups[name], metric) for name in names),
+             "<br>".join(str(one) for one in tests if one.metric == metric)] for metric in metrics]
+    first, *rest = (f"{NAMES[metric]}: {told_apart([one for one in tests if one.metric == metric])}" for metric in metrics)
+    levels, source = ", ".join(map(" ".join, zip(names, rows[0][1:]))), run_ids(study.finished(names))
+    if title == list(QUESTIONS)[0]:
+        alive = [name for name in names if set(layer_states(study.groups[name])) == {"in use"}]
+        rest.append(f"smallest coefficient with every layer of every run in use: {alive[0] if alive else 'none'}")
+    if LOSS in metrics:
+        rest += [f"{name}: perplexity {text(study.groups[name], 'causal_perplexity')}, load CV "
+                 f"{text(study.groups[name], 'load_cv')}, coverage {text(study.groups[name], 'token_coverage')}" for name in names]
+    return (f"**{first}** ({levels}). {'; '.join(rest)}. From {source}.",
+            [table(["", *names, "difference [95%], verdict"], rows), caution, images, f"Runs: {source}."])
+
+
+def configs(study):
     rows = []
-    for name, runs in study.groups.items():
-        numbers = (over_seeds(runs, one) for one in ("token_coverage", "drop_rate", "load_cv"))
-        rows.append([name, f"{runs[0].config['parameters']['active']:,}", exponentiated(runs, LEAKY), exponentiated(runs, LOSS),
-                     *map(plus_minus, numbers)])
-    lines += [table(["config", "active parameters", "perplexity, routed as in training (leaky if it differs)",
-                     "perplexity, causal", "coverage", "dropped", "load CV"], rows), comparison_table(study.find("cost"))]
-    for one in study.find("leak"):
-        lines.append(f"Leaky minus causal loss of {one.first}: {signed(one.interval)} nats, {one.word}. This gap holds the leak "
-                     "and also a change of rule, since a capacity on the prefix is not the capacity over the batch that "
-                     "was trained; the two parts are not told apart here. Only the causal number is compared.")
-    return [*lines, figures("final_perplexity", "coverage_and_drops"), source(study, study.groups)]
+    for runs in study.groups.values():
+        cells = [text(runs, one) for one in (
+            LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch",
+            "dead_experts", "mi_excess", "token_coverage", "drop_rate")]
+        states = ", ".join(f"{n} {state}" for state, n in layer_states(runs).items()) or "–"
+        rows.append([runs[0].label, *cells[:4], " / ".join(cells[4:6]), cells[6], states, *cells[7:]])
+    return table(["config", "loss (nats)", "perplexity", "bits per byte", "load CV", "MaxVio, set / per batch",
+                  "dead a layer", "layers of all runs", NAMES["mi_excess"], "coverage", "dropped"], rows)
 
 
-# ---- claims, table, limits, methods ----
-
-
-def outcome(one, sign=1):
-    """Of a claim that a difference has this sign: held, did not hold, undecided or not tested."""
-    if one.word in ("not tested", "undecided"):
-        return one.word
-    return f"{'held' if one.interval.mean * sign > 0 else 'did not hold'} ({one.word})"
-
-
-def claim_rows(study):
-    """Published claims that these configs can test: claim, outcome, number, runs."""
-    rows, groups = [], study.groups
+def claims(study):
+    rows = [[one.section, one.word if one.word in ("undecided", "not tested") else
+             f"{'held' if one.interval.mean > 0 else 'did not hold'} ({one.word})", str(one)]
+            for one in study.tests if one.section not in QUESTIONS]
     for name in study.balanced:
-        worst = [(max(layer["load_cv"] for layer in run.final["layers"]), measure(run.final, "token_coverage"))
-                for run in groups[name]]
-        held = sum(cv <= 0.01 and coverage < 1 for cv, coverage in worst)
-        rows.append([f"{name} has load CV 0 (at most 0.01 in every layer) and leaves tokens uncovered",
-                     f"held in {held} of {len(worst)} runs", f"largest CV {max(worst)[0]:.3f}, coverage "
-                     f"{plus_minus(over_seeds(groups[name], 'token_coverage'))}", run_ids(groups[name])])
-    for one in study.find("cv_ratio"):
-        first, second, last = groups[one.first], groups[one.second], groups[study.sweep[-1]]
-        low, high = (f"{runs[0].model['aux_coef']:g}" for runs in (second, last))
-        rows.append([f"Without a balance loss the load CV is over 3 times that at {low}", outcome(one),
-                     f"CV({one.first}) - 3 · CV({one.second}) = {signed(one.interval)}", run_ids(first + second)])
-        dead, alive = (sum(measure(run.final, "dead_experts") > 0 for run in runs) for runs in (first, last))
-        rows.append([f"Experts die at 0 and none at {high}", "held in these runs" if dead == len(first) and not alive else
-                     "did not hold in these runs", f"runs with a dead expert: {dead} of {len(first)} at 0, {alive} of "
-                     f"{len(last)} at {high}", run_ids(first + last)])
-    for one in study.find("leak"):
-        rows.append([f"The loss of {one.first} is lower where routes may see later tokens", outcome(one, sign=-1),
-                     f"{signed(one.interval)} nats (leak and change of rule)", run_ids(groups[one.first])])
-    for one in study.find("token_over_topic"):
-        rows.append([f"Experts of {one.first} follow the byte more than the domain, nulls taken off", outcome(one),
-                     f"{signed(one.interval)} nats", run_ids(groups[one.first])])
-    return rows
+        held = sum(measure(run.final, "load_cv") < 0.01 and measure(run.final, "token_coverage") < 1 for run in study.groups[name])
+        rows.append([f"{name} has load CV 0 (below 0.01) and leaves bytes uncovered", f"held in {held} of "
+                     f"{len(study.groups[name])} runs", f"coverage {text(study.groups[name], 'token_coverage')}"])
+    return table(["claim", "outcome", "number"], rows) + f"\n\nRuns: {run_ids(study.finished(study.moe))}." if rows else "None."
 
 
-def section_claims(study):
-    rows = claim_rows(study)
-    trained = ", ".join(sorted({runs[0].model["router"] for runs in study.moe.values()})) or "none"
-    return ["## 4. Published claims that these configs can test",
-            table(["claim", "outcome", "number", "runs"], rows) if rows else "None.",
-            f"Routers trained here: {trained}; claims about others are open. A byte takes more values than a domain and "
-            "has more to tell, so the last claim is about how much an expert reveals and not about why."]
+def limits(study):
+    """What the runs were too short or too small to show, what they do not share, and those left out."""
+    def slope(log):  # nats in 100 steps: a straight line through the last third
+        points = [(row["step"], row[LOSS]) for row in log if row["step"] >= log[-1]["step"] * 2 / 3]
+        return 100 * float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
 
-
-def section_configs(study):
-    numbers = ("load_cv", "dead_experts", "mi_excess", "token_coverage", "drop_rate")
-    rows = [[describe(runs[0]), len(runs), with_leaky(runs, LOSS, LEAKY), perplexity(runs), bits(runs),
-             *(plus_minus(over_seeds(runs, one)) for one in numbers)] for runs in study.groups.values()]
-    return ["## 5. All configs", table(["config", "seeds", "loss (nats)", "perplexity", "bits per byte", "load CV",
-                                        "dead a layer", NAMES["mi_excess"], "coverage", "dropped"], rows),
-            figures("perplexity_over_steps", "final_perplexity"), source(study, study.groups)]
-
-
-def limit_length(study):
-    """Bytes seen against the corpus, and whether the loss was still falling."""
-    lines = []
-    for steps, run in sorted({run.summary["steps"]: run for run in study.finished}.items()):
-        seen = steps * run.config["training"]["batch_size"] * run.model["seq_len"]
-        text = sum(part.get("train_bytes", part["bytes"]) for part in run.config["corpus"].values())
-        lines.append(f"- {steps:,} steps of {seen // steps:,} bytes: {seen:,} bytes seen, {seen / text:.2f} times the "
-                     f"{text:,} bytes of training text.")
-    slopes = {name: t_interval([slope(run) for run in runs]) for name, runs in study.groups.items()}
-    falling = [name for name, one in slopes.items() if (one.high if one.n > 1 else one.mean) < 0]
-    listed = "; ".join(f"{name} {signed(one)}" for name, one in slopes.items())
-    return [*lines, f"- Over the last third the validation loss was still falling (interval below zero, or one seed's slope) in "
-            f"{len(falling)} of {len(slopes)} configs; nats in 100 steps: {listed}. The learning rate was falling too and "
-            "flattens the end. A longer run may shrink, widen or reverse any difference above."]
-
-
-def limit_tests(study):
-    """How many comparisons, how many of them may be chance, and what could not have been seen."""
-    tested = [one for one in study.comparisons if one.tested]
-    halves = [one.interval.half for one in tested if one.metric == LOSS]
-    lines = [f"- {len(study.comparisons)} comparisons follow from the configs, decided before any result: "
-             f"{counted(study.comparisons)}."]
-    if tested:
-        lines[0] += (f" If nothing differed, about {0.05 * len(tested):.1f} of {len(tested)} intervals would exclude zero by "
-                     "chance: read *suggestive* with that in mind.")
-    if halves:
-        lines.append(f"- Half of the paired loss intervals are wider than ± {np.median(halves):.3f} nats; smaller differences "
-                     "mostly stay undecided, which does not mean equal.")
-    seeds = ", ".join(map(str, sorted({len(runs) for runs in study.groups.values()})))
-    return [*lines, f"- Seeds a config: {seeds}. A t interval assumes that seeds scatter normally, which few seeds cannot check."]
-
-
-def limit_settings(study):
-    """What all runs share and so cannot be a finding, what they should share and do not, and the runs left out."""
-    rates = ", ".join(f"{rate:g}" for rate in sorted({run.config["training"]["learning_rate"] for run in study.finished}))
-    lines = [f"- Learning rate {rates}, one corpus, one size of model: configs may prefer other rates, and those "
-             "with another K above all."]
-    for key in ("training", "corpus", "versions", "threads"):
-        if len({repr(run.config.get(key)) for run in study.finished}) > 1:
-            lines.append(f"- **The runs do not share the same {key} (see their config.json): compare with care.**")
-    for run in study.runs:
-        if run.state == "failed":
-            why = ", ".join(f"{key} {run.failure.get(key)}" for key in ("step", "layer", "reason"))
-            lines.append(f"- **`{run.run_id}` failed ({why}) and is in no number above**; the seeds that finished may flatter "
-                         "its config.")
-        elif run.state == "incomplete":
-            lines.append(f"- **`{run.run_id}` is incomplete and in no number above.**")
-    return lines
-
-
-def section_limits(study):
-    return ["## 6. What this study was too short or too small to show",
-            "\n".join(limit_length(study) + limit_tests(study) + limit_settings(study))]
-
-
-def section_methods(study):
-    first = study.finished[0].config
-    tokens = ", ".join(f"{n:,}" for n in sorted({run.final["validation_tokens"] for run in study.finished}))
-    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
-    minutes = sum(run.summary["seconds"] for run in study.finished) / 60
-    return ["## 7. Methods", f"{METHODS}\n- Final numbers are over {tokens} validation bytes. Training took {minutes:.1f} minutes "
-            f"in all, threads a run {first['threads']}, {versions}."]
+    runs, tested = study.finished(study.groups), sum(one.word != "not tested" for one in study.tests)
+    config, steps = runs[0].config, runs[0].summary["steps"]
+    seen = steps * config["training"]["batch_size"] * config["model"]["seq_len"]
+    corpus = sum(part["train_bytes"] for part in config["corpus"].values())
+    slopes = [t_interval([slope(run.log) for run in group]) for group in study.groups.values()]
+    falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
+    lines = [
+        f"{steps:,} steps saw {seen:,} bytes, {seen / corpus:.2f} times the {corpus:,} bytes of training text "
+        f"(domains: {', '.join(config['domains'])}).",
+        f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} configs (steepest: "
+        f"{min(falling, default=0):.3f} nats in 100 steps): a longer run may shrink, widen or reverse any difference.",
+        f"{len(study.tests)} comparisons, {tested} of them tested: if nothing differed, about {0.05 * tested:.1f} intervals "
+        "would exclude 0 by chance, so a *suggestive* difference may be luck.",
+        f"{min(map(len, study.groups.values()))} to {max(map(len, study.groups.values()))} seeds a config. A t-interval assumes "
+        "normal scatter, which few seeds cannot check, and may cross a bound (coverage 1, dead experts 0).",
+        f"Learning rate {config['training']['learning_rate']:g}, one corpus, one size: configs may prefer other rates, above "
+        "all those with another K, which have other active parameters too."]
+    if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
+        lines.append("In the default corpus the domain `tables` is partly memorisable: font files are near duplicates, and "
+                     "about half of its validation lines also stand in the training text.")
+    lines += [f"**The runs do not share the same {key} (see their config.json): compare with care.**"
+              for key in ("training", "corpus", "versions", "threads") if any(run.config[key] != config[key] for run in runs)]
+    for run in (run for run in study.runs if run.state != "complete"):
+        why = ", ".join(f"{key} {value}" for key, value in (run.failure or {}).items() if key != "run_id")
+        lines.append(f"**`{run.run_id}` {f'failed ({why})' if why else 'is incomplete'} and is in no number above.**")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 # ---- files ----
@@ -313,31 +263,35 @@ def section_methods(study):
 
 def write_findings(study_dir):
     """Write STUDY/FINDINGS.md from the study's result rows; returns its path. ValueError without a finished run."""
-    study = read_study(study_dir)
-    answers = (answer_balance, answer_routers, answer_cost)
-    parts = [*introduction(study), "## In short", "\n".join(f"- {answer(study)}" for answer in answers)]
-    for section in (section_balance, section_routers, section_cost, section_claims, section_configs, section_limits,
-                    section_methods):
-        parts += section(study)
-    path = Path(study_dir, "FINDINGS.md")
+    study, path = Study(study_dir), Path(study_dir, "FINDINGS.md")
+    runs, found = study.finished(study.groups), {title: question(study, title) for title in QUESTIONS}
+    alone = ", ".join(name for name, group in study.groups.items() if len(group) == 1)
+    versions = ", ".join(f"{name} {number}" for name, number in runs[0].config["versions"].items())
+    parts = [f"# Findings of the study `{path.resolve().parent.name}`", f"Computed from the rows in `runs/` alone: {len(runs)} "
+             f"finished runs, {run_ids(runs)}. Figures are drawn with `--plot`.", HOW_TO_READ.format(n=len(study.tests)),
+             *[f"**One seed, so no interval and no test: {alone}. Such numbers describe single runs.**"] * bool(alone),
+             "## In short", "\n".join(f"- *{title}* {answer}" for title, (answer, _) in found.items()),
+             "## All configs", configs(study), "![perplexity over steps](figures/perplexity_over_steps.png)"]
+    for number, (title, (_, section)) in enumerate(found.items(), 1):
+        parts += [f"## {number}. {title}", *section]
+    parts += ["## Published claims that these configs can test", claims(study),
+              "## What this was too short or too small to show", limits(study), "## Methods",
+              f"{METHODS} Final numbers: {runs[0].final['validation_tokens']:,} validation bytes; {versions}."]
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
 
 
 def write_summary_csv(study_dir):
     """Write STUDY/summary.csv, a line a run whatever its state, layer numbers as means; returns its path."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    settings = ("router", "top_k", "aux_coef")
-    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "seconds", "validation_tokens",
-                     "parameters_total", "parameters_active", *CSV_NUMBERS])
+    out, path, settings = io.StringIO(), Path(study_dir, "summary.csv"), ("router", "top_k", "aux_coef")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "seconds", "parameters_total",
+                     "parameters_active", *CSV_NUMBERS])
     for run in load_runs(study_dir):
         summary, sizes = run.summary or {"final": {"layers": []}}, run.config.get("parameters", {})
         numbers = (measure(summary["final"], name) for name in CSV_NUMBERS)
         writer.writerow([run.run_id, run.config_id, run.seed, run.state, *map(run.model.get, settings),
-                         summary.get("steps"), summary.get("seconds"), summary["final"].get("validation_tokens"),
-                         sizes.get("total"), sizes.get("active"),
+                         summary.get("steps"), summary.get("seconds"), sizes.get("total"), sizes.get("active"),
                          *("" if math.isnan(number) else f"{number:.6g}" for number in numbers)])
-    path = Path(study_dir, "summary.csv")
-    write_whole(path, text.getvalue())
+    write_whole(path, out.getvalue())
     return path

@@ -48,6 +48,9 @@ class Routing:
         if self.offsets[0] != 0 or self.offsets[-1] != n_assignments or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
 
+        if n_assignments and not (0 <= self.token.min() and self.token.max() < self.n_tokens):
+            raise ValueError(f"token runs from {self.token.min()} to {self.token.max()}, but the tokens are 0 to {self.n_tokens - 1}")
+
     @property
     def n_tokens(self):
         return self.probs.shape[0]

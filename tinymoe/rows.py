@@ -1,8 +1,4 @@
-"""Result rows: what a study left on disk, read back, and the statistics over its seeds.
-
-plots.py and report.py both stand on this file, so that a figure and a sentence about the same runs
-cannot come from two loaders or two kinds of interval.
-"""
+"""Result rows: what a study left on disk, read back, and the statistics over its seeds, for plots.py and report.py."""
 
 import json
 import math
@@ -18,7 +14,6 @@ from .files import read_rows
 DERIVED = {
     "mi_excess": lambda layer: layer["mutual_information"] - layer["mutual_information_null"],
     "byte_excess": lambda layer: layer["byte_information"] - layer["byte_information_null"],
-    "effective_experts": lambda layer: len(layer["load"]) ** layer["load_entropy"],
     "router_entropy_share": lambda layer: layer["router_entropy"] / math.log(max(2, len(layer["load"]))),
     "marginal_entropy_share": lambda layer: layer["marginal_entropy"] / math.log(max(2, len(layer["load"]))),
 }
@@ -34,36 +29,38 @@ class Run:
     summary: dict | None = None
     failure: dict | None = None
 
+    config_id = property(lambda self: self.config["config_id"])
+    seed = property(lambda self: self.config["seed"])
+    model = property(lambda self: self.config["model"])
+    final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
+    is_moe = property(lambda self: bool(self.final["layers"]))
+
     @property
     def state(self):
         """"complete", "failed" (its loss was not finite) or "incomplete" (stopped, or still running)."""
         return "complete" if self.summary else "failed" if self.failure else "incomplete"
 
     @property
-    def config_id(self):
-        return self.config["config_id"]
-
-    @property
-    def seed(self):
-        return self.config["seed"]
-
-    @property
-    def model(self):
-        return self.config["model"]
-
-    @property
-    def final(self):
-        """The last measurement, on the larger validation set."""
-        return self.summary["final"]
-
-    @property
-    def is_moe(self):
-        return bool(self.final["layers"])
-
-    @property
     def leaky(self):
         """Whether routing on the prefix alone gives another loss: read off the rows, not off the router's name."""
         return any(row["val_cross_entropy"] != row["causal_cross_entropy"] for row in [*self.log, self.final])
+
+    @property
+    def label(self):
+        """The config's name: its id, router, experts per token and balance coefficient."""
+        made_of = "{router}, K={top_k}, aux {aux_coef:g}".format_map(self.model) if self.is_moe else "dense"
+        return f"{self.config_id} {made_of}"
+
+
+def load_runs(study_dir):
+    """Every run under `study_dir/runs`, whatever its state, by config and seed. Without a config: incomplete."""
+    runs = []
+    for folder in sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir()):
+        config, summary, failure = (_read_json(folder / f"{name}.json") for name in ("config", "summary", "failure"))
+        log = {row["step"]: row for row in read_rows(folder / "log.jsonl")}  # a step written twice: the later row
+        known = config or {"config_id": folder.name, "seed": -1, "model": {}}
+        runs.append(Run(folder.name, known, [log[step] for step in sorted(log)], summary if config else None, failure))
+    return sorted(runs, key=lambda run: (run.config_id, run.seed))
 
 
 def _read_json(path):
@@ -71,18 +68,6 @@ def _read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def load_runs(study_dir):
-    """Every run under `study_dir/runs`, whatever its state, sorted by config and seed. Without a config: incomplete."""
-    runs = []
-    for folder in sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir()):
-        config = _read_json(folder / "config.json") or {"config_id": folder.name, "seed": -1, "model": {}}
-        summary = _read_json(folder / "summary.json") if "run_id" in config else None
-        log = {row["step"]: row for row in read_rows(folder / "log.jsonl")}  # a step written twice: the later row
-        rows = [log[step] for step in sorted(log)]
-        runs.append(Run(folder.name, config, rows, summary, _read_json(folder / "failure.json")))
-    return sorted(runs, key=lambda run: (run.config_id, run.seed))
 
 
 def complete_runs(study_dir):
@@ -99,18 +84,16 @@ def complete_runs(study_dir):
 def coefficient_sweep(groups):
     """Ids of the configs that are one model but for the balance coefficient, by rising coefficient; [] for none."""
     families = {}
-    for config_id, runs in ((name, runs) for name, runs in groups.items() if runs[0].is_moe):
+    for name, runs in groups.items():
         rest = {key: value for key, value in runs[0].model.items() if key != "aux_coef"}
-        families.setdefault(json.dumps(rest, sort_keys=True), []).append(config_id)
-    largest = max(families.values(), key=len, default=[])
-    return sorted(largest, key=lambda one: groups[one][0].model["aux_coef"]) if len(largest) > 1 else []
+        if runs[0].is_moe:
+            families.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(runs[0].model["aux_coef"], name)
+    largest = max(families.values(), key=len, default={})
+    return [largest[coefficient] for coefficient in sorted(largest)] if len(largest) > 1 else []
 
 
 def measure(row, name, layer=None):
-    """One number of a row: its own field, or a field of its MoE layers (their mean, or the one at index `layer`).
-
-    nan where the row has no such number: a dense model has no load, and step 0 no training loss.
-    """
+    """A field of a row, or of its MoE layers (their mean, or the one at index `layer`); nan for a dense model's."""
     if name in row:
         return math.nan if row[name] is None else float(row[name])
     layers = row["layers"] if layer is None else row["layers"][layer : layer + 1]
@@ -127,13 +110,8 @@ class Interval:
     n: int
     p: float = math.nan  # two-sided, against a mean of zero
 
-    @property
-    def low(self):
-        return self.mean - self.half
-
-    @property
-    def high(self):
-        return self.mean + self.half
+    low = property(lambda self: self.mean - self.half)
+    high = property(lambda self: self.mean + self.half)
 
 
 def t_interval(values, level=0.95):
@@ -144,9 +122,9 @@ def t_interval(values, level=0.95):
     if n < 2 or not np.isfinite(values).all():
         return Interval(mean, math.nan, n)
     error = float(values.std(ddof=1)) / math.sqrt(n)
-    half = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
     if error == 0.0:
-        return Interval(mean, 0.0, n, 1.0 if mean == 0.0 else 0.0)
+        return Interval(mean, 0.0, n, float(mean == 0.0))
+    half = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
     return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
 
 

@@ -7,7 +7,6 @@ thread. A run gives the same bits on any number of threads, so how they are spre
 import multiprocessing
 import os
 import queue
-import shutil
 import signal
 import threading
 import time
@@ -53,8 +52,10 @@ def runs(ids, n_seeds, training, overrides=None):
     """The runs of the configs `ids` with seeds 0..n_seeds-1, seed by seed, as a list of Run.
 
     overrides: dict of ModelConfig fields for all of them; it wins over the table.
-    Raises ValueError where ModelConfig does.
+    Raises ValueError where ModelConfig does, and for a vocabulary that does not hold every byte.
     """
+    if (overrides or {}).get("vocab_size", 256) < 256:
+        raise ValueError(f"vocab_size {overrides['vocab_size']} must be at least 256, since the tokens of a study are bytes")
     return [Run(s.id, s.purpose, seed, s.model_config(overrides or {}), training)
             for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
 
@@ -80,8 +81,6 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     corpus = load_corpus(text, seq_len=all_runs[0].model.seq_len)
     folders = {run.run_id: Path(out) / "runs" / run.run_id for run in all_runs}
     Path(out).mkdir(parents=True, exist_ok=True)
-    for folder in folders.values() if fresh else ():
-        shutil.rmtree(folder, ignore_errors=True)
     run_all = _side_by_side if jobs > 1 and len(all_runs) > 1 else _one_by_one
     failures = {}
 
@@ -90,28 +89,28 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
             failures[event.run_id] = event.message
         on_event(event)
 
-    run_all(all_runs, folders, corpus, jobs, note)
+    run_all(all_runs, folders, corpus, jobs, fresh, note)
     return failures
 
 
-def _attempt(run, corpus, folder, send):
+def _attempt(run, corpus, folder, fresh, send):
     """Train one run and report on it; only errors that are nobody's business here escape."""
     def on_step(step, loss):
         send(Event("step", run.run_id, step, loss))
 
     try:
-        train(run, corpus, folder, on_step)
+        train(run, corpus, folder, on_step, fresh)
         send(Event("done", run.run_id))
     except (NonFiniteLoss, RunError, CheckpointError, OSError, MemoryError) as error:
         send(Event("failed", run.run_id, message=str(error) or type(error).__name__))
 
 
-def _one_by_one(all_runs, folders, corpus, jobs, note):
+def _one_by_one(all_runs, folders, corpus, jobs, fresh, note):
     for run in all_runs:
-        _attempt(run, corpus, folders[run.run_id], note)
+        _attempt(run, corpus, folders[run.run_id], fresh, note)
 
 
-def _side_by_side(all_runs, folders, corpus, jobs, note):
+def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
     """One process a run, at most `jobs` at once. They are killed with this process, however it ends."""
     kernels.compile_all(np.float32)  # once, before many processes would do it at the same time
     context = multiprocessing.get_context("spawn")
@@ -120,7 +119,10 @@ def _side_by_side(all_runs, folders, corpus, jobs, note):
         while waiting or working:
             while waiting and len(working) < jobs:
                 run = waiting.pop(0)
-                working[run.run_id] = _start(context, (run, corpus, folders[run.run_id], events))
+                if (folders[run.run_id] / "summary.json").exists() and not fresh:  # not worth a process
+                    _attempt(run, corpus, folders[run.run_id], fresh, note)
+                    continue
+                working[run.run_id] = _start(context, (run, corpus, folders[run.run_id], fresh, events))
             for event in _drain(events):
                 note(event)
                 if event.kind != "step":
@@ -137,9 +139,12 @@ def _start(context, args):
     process = context.Process(target=_worker, args=args, daemon=True)
     before = os.environ.get("NUMBA_NUM_THREADS")
     os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the new process loads numba: no idle threads that spin
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
-        process.start()
+        process.start()  # which inherits the mask: Ctrl-C while it still imports is not its business either
     finally:
+        if masked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         del os.environ["NUMBA_NUM_THREADS"]
         if before is not None:
             os.environ["NUMBA_NUM_THREADS"] = before
@@ -155,7 +160,7 @@ def _drain(events, seconds=0.2):
         return
 
 
-def _worker(run, corpus, folder, events):
+def _worker(run, corpus, folder, fresh, events):
     """The body of a process: no reaction to Ctrl-C (the parent kills it), and no life after its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -172,4 +177,4 @@ def _worker(run, corpus, folder, events):
             last = time.monotonic()
             events.put(event)
 
-    _attempt(run, corpus, folder, send)
+    _attempt(run, corpus, folder, fresh, send)

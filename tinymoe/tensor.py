@@ -118,6 +118,8 @@ class Tensor:
                 if share is None or not parent.requires_grad:
                     continue
                 share = np.asarray(share, dtype=parent.dtype)
+                if share.shape != parent.shape:
+                    raise ValueError(f"a VJP gave a gradient of shape {share.shape} for an input of shape {parent.shape}")
                 gradients[parent] = np.asarray(gradients[parent] + share) if parent in gradients else share
 
     # -- elementwise arithmetic ----------------------------------------------------------------
@@ -216,7 +218,7 @@ class Tensor:
 
     def sum(self, axis=None, keepdims=False):
         """Sum over one axis, several (a tuple) or all (None)."""
-        value = self.data.sum(axis=axis, keepdims=keepdims, dtype=self.dtype)
+        value = self.data.sum(axis=axis, keepdims=keepdims)
         return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim), self.shape)))
 
     def mean(self, axis=None, keepdims=False):
@@ -244,8 +246,9 @@ class Tensor:
     def transpose(self, *axes):
         """Permute the axes; without arguments, reverse them."""
         axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
-        axes = tuple(a % self.ndim for a in axes) or tuple(reversed(range(self.ndim)))
-        return primitive(self.data.transpose(axes), (self, lambda g: g.transpose(np.argsort(axes))))
+        value = self.data.transpose(axes or None)
+        order = [a % self.ndim for a in axes] or range(self.ndim)[::-1]
+        return primitive(value, (self, lambda g: g.transpose(np.argsort(order))))
 
     def __getitem__(self, index):
         """Slices, integers, None, ..., masks and integer arrays. Where an index repeats, gradients add up."""
@@ -322,7 +325,9 @@ def _seed(tensor, gradient):
 def _broadcast(ufunc, a, b):
     try:
         return ufunc(a.data, b.data)
-    except ValueError:
+    except ValueError as error:
+        if "broadcast" not in str(error):  # integers to a negative power
+            raise
         raise ValueError(f"cannot {ufunc.__name__} shapes {a.shape} and {b.shape}: counted from the right, sizes must be "
                          "equal or 1; line them up with .reshape or by indexing with None") from None
 

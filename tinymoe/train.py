@@ -25,7 +25,7 @@ except ImportError:  # not a POSIX system: runs are not locked against a second 
 from . import kernels, metrics
 from .evaluation import Validation, evaluate
 from .files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
-from .model import ModelConfig, Transformer
+from .model import ModelConfig, Transformer, finite, whole_number
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 
 
@@ -57,10 +57,14 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "n_evaluations", "eval_windows", "final_windows"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not whole_number(getattr(self, name)):
                 raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 1")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate {self.learning_rate} must be a finite number above 0")
+        for name in ("learning_rate", "max_norm"):
+            if not finite(getattr(self, name)) or getattr(self, name) == 0:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a finite number above 0")
+        for name, most in (("weight_decay", math.inf), ("warmup", 1)):
+            if not finite(getattr(self, name), most):
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a finite number from 0 to {most}")
 
     def evaluation_steps(self):
         """The steps after which the model is evaluated and saved; the last is always among them."""
@@ -94,7 +98,17 @@ def describe(run, corpus, model):
             "processor": platform.processor() or platform.machine()}
 
 
-SAME = ("run_id", "model", "training", "corpus")  # what must agree for a folder to be this run
+FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
+SAME = ("model", "training", "corpus")  # what must agree for a folder to be this run
+
+
+def finite_json(value):
+    """Whether a row holds finite numbers only: JSON knows no others."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 class Trainer:
@@ -137,7 +151,11 @@ class Trainer:
         c, length = self.run.training, self.run.model.seq_len
         ids, targets, domain = self.corpus.validation(windows, length)
         valid = Validation(ids, targets, domain, self.corpus.names, c.batch_size)
-        return evaluate(self.model, valid, self.initial_divergence)
+        with np.errstate(all="ignore"):
+            row = evaluate(self.model, valid, self.initial_divergence)
+        if not finite_json(row):
+            raise NonFiniteLoss(self.step, self.model.first_nonfinite(ids) or "the loss", "the validation loss is not finite")
+        return row
 
     def log_row(self):
         """Evaluate, and add a row to the log: training means since the last row, then validation."""
@@ -161,9 +179,13 @@ class Trainer:
         path = folder / "checkpoint.npz"
         arrays, header = load_arrays(path, "checkpoint")
         rows = read_rows(folder / "log.jsonl")
-        if header.get("run_id") != self.run.run_id or header.get("model") != self.run.model.to_dict() or len(rows) < header["n_rows"]:
+        if header.get("run_id") != self.run.run_id or header.get("model") != self.run.model.to_dict() or len(rows) < header.get("n_rows", math.inf):
             raise CheckpointError(f"{path} belongs to another run, or its log.jsonl is incomplete: start again with --fresh")
+        missing = [key for key in ("step", "seconds", "optimizer_steps", "generators") if key not in header]
         parts = {part: {n[2:]: a for n, a in arrays.items() if n[:2] == part + "/"} for part in "pmv"}
+        shapes = {part: {n: a.shape for n, a in of.items()} for part, of in parts.items()}
+        if missing or shapes["m"] != shapes["p"] or shapes["v"] != shapes["p"]:
+            raise CheckpointError(f"{path} is not a whole checkpoint ({', '.join(missing) or 'moments'} missing): start again with --fresh")
         self.model.set_weights(parts["p"], path)
         self.optimizer.m, self.optimizer.v = parts["m"], parts["v"]
         self.optimizer.steps = header["optimizer_steps"]
@@ -188,33 +210,37 @@ def locked(folder):
         yield
 
 
-def train(run, corpus, folder, on_step=lambda step, loss: None):
+def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     """Train `run` in `folder`, from its checkpoint if there is one; a complete run is left as it is.
 
-    on_step(step, cross_entropy) is called after every step. Returns the summary, a dict.
+    on_step(step, cross_entropy) is called after every step. fresh: throw away what the folder holds. Returns the summary, a dict.
     Raises NonFiniteLoss (recorded in failure.json), RunError, files.CheckpointError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         trainer = Trainer(run, corpus)
+        for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
+            (folder / name).unlink(missing_ok=True)
+        for temporary in folder.glob(".*.*"):  # of a process that was killed while it wrote
+            temporary.unlink(missing_ok=True)
         _claim(folder, describe(run, corpus, trainer.model))
-        if (folder / "summary.json").exists():
-            return json.loads((folder / "summary.json").read_text())
+        if (folder / "summary.json").exists() and (folder / "log.jsonl").exists():
+            return _read(folder / "summary.json")
         (folder / "failure.json").unlink(missing_ok=True)
-        if (folder / "checkpoint.npz").exists():
-            trainer.restore(folder)
-        else:
-            trainer.log_row()
         try:
+            if (folder / "checkpoint.npz").exists():
+                trainer.restore(folder)
+            else:
+                trainer.log_row()
             _loop(trainer, folder, on_step)
+            final = {"step": trainer.step, **trainer.evaluate(run.training.final_windows)}
         except NonFiniteLoss as error:
             write_json(folder / "failure.json",
                        {"run_id": run.run_id, "step": error.step, "layer": error.layer, "reason": error.reason})
             raise
         summary = {"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "steps": trainer.step,
-                   "status": "complete", "seconds": round(trainer.seconds, 3),
-                   "final": {"step": trainer.step, **trainer.evaluate(run.training.final_windows)}}
+                   "status": "complete", "seconds": round(trainer.seconds, 3), "final": final}
         write_json(folder / "summary.json", summary)
         return summary
 
@@ -230,15 +256,23 @@ def _loop(trainer, folder, on_step):
         on_step(trainer.step, loss)
 
 
+def _read(path):
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is not a JSON object: move the folder away, or start again with --fresh")
+    return value
+
+
 def _claim(folder, config):
     """Write config.json, or check that the one there is of the same run."""
     path = folder / "config.json"
     if not path.exists():
         return write_json(path, config)
-    try:
-        there = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise RunError(f"{path} is not JSON: move the folder away, or start again with --fresh") from None
-    different = [key for key in SAME if there.get(key) != config[key]]
+    there = _read(path)
+    different = ["run_id"] if there.get("run_id") != config["run_id"] else []
+    different += [f"{part} {name}" for part in SAME for name, value in config[part].items() if (there.get(part) or {}).get(name) != value]
     if different:
-        raise RunError(f"{folder} holds a run with another {' and '.join(different)}: choose another --out, or start again with --fresh")
+        raise RunError(f"{folder} holds a run with another {', '.join(different)}: choose another --out, or start again with --fresh")

@@ -1,0 +1,61 @@
+"""Compiled kernels: arrays in, arrays out. The only folder that imports numba.
+
+The plan, the same for every kernel:
+
+- **One thread pool.** Threads are numba's; BLAS runs inside them at one thread (`tinymoe/__init__.py` sees to
+  that), because two pools that spin starve each other. A matrix product is `np.dot(a, b, out)` on contiguous
+  operands, as fast in a kernel as from NumPy.
+- **Pieces.** Work is cut into pieces of rows that fit in cache, and a piece is carried through everything that
+  can be done with it: for an expert, gather, multiply, add the bias, activate, multiply. A piece never crosses
+  from one expert to the next, and an expert with many tokens is simply many pieces, so collapsed routing costs
+  no more than balanced routing.
+- **Ownership.** A piece's rows belong to one thread. Where many rows add into one place, either each piece
+  writes a partial sum of its own (weight gradients), or each thread owns columns of the result and takes all
+  rows in order (the sum over a token's experts).
+- **Determinism.** Where pieces begin and end depends on sizes and routing, never on the number of threads, and
+  partial sums are added in a fixed order: the same bits on every run and for every thread count.
+
+A public function makes its inputs contiguous, allocates and plans; the compiled functions above it compute.
+Nothing is validated here.
+
+Axes: N tokens, D width, F hidden width, E experts, A assignments, P pieces, S partial sums (slots),
+B batch, T time, H heads, G groups of heads that share keys and values.
+"""
+import time
+
+import numpy as np
+
+from .activations import activation, activation_backward
+from .attention import QUERIES, causal_attention, causal_attention_backward
+from .dense import SEGMENT, layer_norm, layer_norm_backward, linear, linear_backward
+from .experts import experts_backward, experts_forward
+from .threads import PIECE, SLICE, get_threads, set_threads, thread_info
+from .updates import COLUMNS, adamw, add_rows, sum_of_squares
+
+__all__ = ["COLUMNS", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation", "activation_backward", "adamw",
+           "add_rows", "causal_attention", "causal_attention_backward", "compile_all", "experts_backward",
+           "experts_forward", "get_threads", "layer_norm", "layer_norm_backward", "linear", "linear_backward",
+           "set_threads", "sum_of_squares", "thread_info"]
+
+
+def compile_all(dtype):
+    """Call every kernel once on tiny arrays, so that all is compiled (or read from the cache) -> seconds"""
+    started = time.perf_counter()
+    x, w, b = np.ones((2, 2), dtype), np.ones((2, 2), dtype), np.ones(2, dtype)
+    segments = np.ones((SEGMENT + 1, 2), dtype)                  # two, so that partial sums are added
+    linear_backward(linear(segments, w, b), segments, w)
+    activation_backward(activation(x, "gelu"), x, "gelu")
+    y, mean, rstd = layer_norm(x, b, b, 1e-5)
+    layer_norm_backward(y, x, b, mean, rstd)
+    heads = np.ones((1, 2, 1, 2), dtype)
+    out, probs = causal_attention(heads, heads, heads)
+    causal_attention_backward(out, heads, heads, heads, probs)
+    weights = np.ones((2, 2, 2), dtype)
+    routed = x, np.array([0, 1]), np.array([0, 2, 2]), b, weights, x, weights, x, "gelu"
+    y, saved = experts_forward(*routed)
+    experts_backward(y, *routed, saved)
+    add_rows(2, np.array([0, 0]), x)
+    for size in (1, 4 * SLICE + 1):
+        adamw(*(np.ones(size, dtype) for _ in range(4)), 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
+    sum_of_squares(x)
+    return time.perf_counter() - started

@@ -1,0 +1,142 @@
+"""A mixture's experts: each assigned row through its expert, and back."""
+import numpy as np
+from numba import prange
+
+from .activations import ACTIVATIONS, activate, activate_backward
+from .dense import add_bias, column_sums, segment_rows, sum_partials
+from .threads import PIECE, get_threads, loop, plain, pool
+from .updates import scatter_add
+
+
+def _pieces(offsets, limit):
+    """Cut each expert's assignments into equal pieces of at most `limit` -> pieces (P,4), first (E+1,)
+
+    A piece is expert, start, stop, slot. The slot is where its weight gradient goes: an expert's first piece
+    writes straight to slot e, the gradient; the others to slots first[e]:first[e+1], added to it later.
+    """
+    count, E = np.diff(offsets), len(offsets) - 1
+    pieces = -(-count // limit)
+    expert = np.repeat(np.arange(E), pieces)
+    number = np.arange(len(expert)) - np.repeat(np.cumsum(pieces) - pieces, pieces)     # within the expert
+    start = offsets[expert] + count[expert] * number // pieces[expert]
+    stop = offsets[expert] + count[expert] * (number + 1) // pieces[expert]
+    first = E + np.concatenate([[0], np.cumsum(np.maximum(pieces - 1, 0))])
+    slot = np.where(number == 0, expert, first[expert] + number - 1)
+    return np.stack([expert, start, stop, slot], axis=1), first
+
+
+def _shares(pieces):
+    """Bounds of contiguous ranges of pieces, one for each thread, near equal in rows; a piece costs 16 more."""
+    n = get_threads()
+    cost = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1] + 16)])
+    return np.searchsorted(cost[:-1] + cost[1:], 2 * cost[-1] * np.arange(n + 1) // n)
+
+
+@loop
+def _gather(x, token, out):
+    for i in range(token.size):
+        for j in range(out.shape[1]):
+            out[i, j] = x[token[i], j]
+
+
+@loop
+def _expert_piece(x, token, w1, b1, w2, b2, kind, rows, before, after, out):
+    """rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2"""
+    _gather(x, token, rows)
+    np.dot(rows, w1, before)
+    for i in range(token.size):
+        for j in range(before.shape[1]):
+            before[i, j] += b1[j]
+        activate(before[i], after[i], kind)
+    np.dot(after, w2, out)
+    add_bias(out, b2)
+
+
+@pool
+def _experts_forward(x, token, pieces, shares, w1, b1, w2, b2, kind, rows, before, out):
+    for thread in prange(shares.size - 1):
+        after = np.empty((PIECE, before.shape[1]), x.dtype)
+        for p in range(shares[thread], shares[thread + 1]):
+            e, start, stop, _ = pieces[p]
+            part = slice(start, stop)
+            _expert_piece(x, token[part], w1[e], b1[e], w2[e], b2[e], kind,
+                          rows[part], before[part], after[:stop - start], out[part])
+
+
+@loop
+def _gate_backward(dy, token, gate, out, dout, dgate):
+    """dout = gate dy[token], the gradient of an expert's output; dgate = dy[token] . out"""
+    for i in range(token.size):
+        inner = gate[i] - gate[i]
+        for j in range(out.shape[1]):
+            g = dy[token[i], j]
+            inner += g * out[i, j]
+            dout[i, j] = gate[i] * g
+        dgate[i] = inner
+
+
+@loop
+def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_before, d_rows, dw1, db1, dw2, db2):
+    """From the gradient of a piece's output to everything else, while its rows are in cache."""
+    np.dot(dout, w2.T, d_before)
+    for i in range(before.shape[0]):
+        activate_backward(before[i], after[i], d_before[i], kind)
+    np.dot(after.T, dout, dw2)
+    np.dot(rows.T, d_before, dw1)
+    np.dot(d_before, w1.T, d_rows)
+    column_sums(dout, db2)
+    column_sums(d_before, db1)
+
+
+@pool
+def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, before, out,
+                      d_rows, dgate, dw1, db1, dw2, db2):
+    for thread in prange(shares.size - 1):
+        first, last, most = shares[thread], shares[thread + 1], 0
+        for p in range(first, last):
+            most = max(most, pieces[p, 2] - pieces[p, 1])
+        dout, after = np.empty((most, dy.shape[1]), dy.dtype), np.empty((most, before.shape[1]), dy.dtype)
+        d_before = np.empty((most, before.shape[1]), dy.dtype)
+        for p in range(first, last):
+            e, start, stop, slot = pieces[p]
+            part, n = slice(start, stop), stop - start
+            _gate_backward(dy, token[part], gate[part], out[part], dout[:n], dgate[part])
+            _expert_piece_backward(dout[:n], w1[e], w2[e], kind, rows[part], before[part], after[:n],
+                                   d_before[:n], d_rows[part], dw1[slot], db1[slot], dw2[slot], db2[slot])
+
+
+def experts_forward(x, token, offsets, gate, w1, b1, w2, b2, name):
+    """y[n] = the sum of gate[a] (f(x[n] w1[e] + b1[e]) w2[e] + b2[e]) over the assignments a of token n
+
+    x (N,D); token (A,) sorted by expert, then by token; expert e has offsets[e]:offsets[e+1]; gate (A,);
+    w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D). Returns y (N,D), zero for a token without assignment, and what
+    experts_backward needs.
+    """
+    x, gate, w1, b1, w2, b2 = map(plain, (x, gate, w1, b1, w2, b2))
+    token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
+    rows, before = np.empty((len(token), x.shape[1]), x.dtype), np.empty((len(token), w1.shape[2]), x.dtype)
+    out = np.empty_like(rows)
+    pieces, _ = _pieces(offsets, PIECE)
+    _experts_forward(x, token, pieces, _shares(pieces), w1, b1, w2, b2, ACTIVATIONS[name], rows, before, out)
+    y = np.zeros_like(x)
+    scatter_add(y, token, gate, out)
+    return y, (rows, before, out)
+
+
+def experts_backward(dy, x, token, offsets, gate, w1, b1, w2, b2, name, saved):
+    """-> dx, dgate, dw1, db1, dw2, db2; zeros for the weights of an expert without assignments"""
+    dy, gate, w1, w2 = map(plain, (dy, gate, w1, w2))
+    token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
+    rows, before, out = saved
+    E, empty = len(w1), np.diff(offsets) == 0
+    pieces, first = _pieces(offsets, segment_rows(len(token)))
+    dw1, db1, dw2, db2 = (np.empty((first[-1], *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2))
+    d_rows, dgate = np.empty_like(rows), np.empty_like(gate)
+    _experts_backward(dy, token, gate, pieces, _shares(pieces), w1, w2, ACTIVATIONS[name], rows, before, out,
+                      d_rows, dgate, dw1, db1, dw2, db2)
+    if first[-1] > E or empty.any():
+        sum_partials(dw1.reshape(len(dw1), -1), db1, first, empty)
+        sum_partials(dw2.reshape(len(dw2), -1), db2, first, empty)
+    dx = np.zeros_like(dy)
+    scatter_add(dx, token, np.ones_like(gate), d_rows)
+    return dx, dgate, dw1[:E], db1[:E], dw2[:E], db2[:E]

@@ -1,0 +1,84 @@
+"""How kernels are compiled, kept and spread over threads."""
+import hashlib
+import tempfile
+from pathlib import Path
+
+import numba
+import numpy as np
+import threadpoolctl
+
+PIECE = 128             # rows carried together: their hidden activations stay in the second-level cache
+SLICE = 1 << 13         # elements in a piece of an elementwise pass
+
+
+def _cache_folder():
+    """A writable folder for compiled code, or None: then every process compiles anew.
+
+    Its name holds a hash of this folder's sources, because numba compares only the file that a kernel stands
+    in, and would not notice a change to a function that the kernel uses from another file.
+    """
+    here = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    name = "numba-" + hashlib.sha256(sources).hexdigest()[:12]
+    asked = numba.config.CACHE_DIR
+    for place in [Path(asked)] if asked else [here / "__pycache__", Path("~/.cache/tinymoe").expanduser()]:
+        try:
+            (place / name).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place / name).close()
+            return str(place / name)
+        except OSError:
+            continue
+    return None
+
+
+_CACHE = _cache_folder()
+
+
+def _compiled(**options):
+    """A decorator: numba's njit with these options, its code kept in our folder."""
+    def decorate(function):
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE or ""
+        try:
+            return numba.njit(cache=_CACHE is not None, error_model="numpy", **options)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+    return decorate
+
+
+# Fast arithmetic without 'nnan' and 'ninf': a NaN must stay a NaN. 'reassoc' lets sums vectorise.
+loop = _compiled(fastmath={"contract", "nsz", "reassoc"})
+# Only explicit prange loops become parallel: the search for others would cost compile time and find nothing.
+pool = _compiled(parallel={"prange": True} | dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False))
+
+
+def set_threads(n):
+    """Use n threads from now on, at most the cores there were when numba was loaded (else ValueError)."""
+    numba.set_num_threads(n)
+
+
+def get_threads():
+    return numba.get_num_threads()
+
+
+def thread_info():
+    """What a timing depends on -> threads, threading layer (None before the first kernel), BLAS, numba"""
+    try:
+        layer = numba.threading_layer()
+    except ValueError:
+        layer = None
+    blas = [{"name": pool["internal_api"], "version": pool["version"], "threads": pool["num_threads"]}
+            for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+    return {"threads": get_threads(), "threading_layer": layer, "blas": blas, "numba": numba.__version__}
+
+
+def plain(x):
+    """C-contiguous and writeable: a read-only array is another type to numba, and would compile all anew."""
+    x = np.asarray(x, order="C")
+    return x if x.flags.writeable else x.copy()
+
+
+@loop
+def blocks(n, size):
+    """How many blocks of at most `size` cover n."""
+    return (n + size - 1) // size
