@@ -108,7 +108,7 @@ def test_findings_regenerate_byte_for_byte(tmp_path):
 def test_a_flipped_outcome_flips_the_sentence(tmp_path):
     worse = findings(write_study(tmp_path / "worse"))
     better = findings(write_study(tmp_path / "better", losses=LOSSES | {"E": (1.0, 1.1, 1.2), "A": (1.2, 1.2, 1.3)}))
-    assert "causal loss (nats): E - D +0.300 D" in worse and "causal loss (nats): E - D -0.400 D" in better
+    assert "causal loss (nats): E - D +0.300" in worse and "causal loss (nats): E - D -0.400" in better
     assert "**causal loss (nats): A - B +0.367" in worse and "**causal loss (nats): A - B -0.400" in better
 
 

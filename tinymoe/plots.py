@@ -92,7 +92,7 @@ def perplexity_over_steps(groups):
     """Validation perplexity: the whole run, and its last third enlarged."""
     fig = Figure(figsize=(DOUBLE, 3.0), layout="constrained")
     whole, end = fig.subplots(1, 2)
-    last = max(row["step"] for runs in groups.values() for run in runs for row in run.log)
+    last = max((row["step"] for runs in groups.values() for run in runs for row in run.log), default=0)
     for name, runs in groups.items():
         for axes, start in ((whole, 0), (end, last * 2 / 3)):
             draw_curve(axes, groups, name, "causal_perplexity", start=start)

@@ -33,7 +33,7 @@ and as a mean over batches. Repetition: share of assignments whose expert also s
 Weight divergence: mean pairwise 1 - cosine of the experts' weights, over its value at initialisation. Coverage: share of \
 bytes with an expert. Information: plug-in mutual information with the expert minus its mean under shuffled labels \
 (domains over windows, bytes over positions). Numbers about experts: means over MoE layers, routed as in training. A seed \
-sets weights, data order (the same for every config) and noise; intervals cover the seed, not the choice of text."""
+sets weights, data order (the same for every config of one seed) and noise; intervals cover the seed, not the choice of text."""
 QUESTIONS = {  # title: (numbers compared, figures, caution)
     "Which balance coefficient, and what does it do?": (
         (LOSS, "load_cv", "mi_excess"), ("imbalance", "expert_load"),
@@ -75,7 +75,7 @@ class Comparison:
         mean, low, high = (f"{x:+.{3 if abs(self.interval.mean) >= 0.01 else 4}f}"
                            for x in (self.interval.mean, self.interval.low, self.interval.high))
         ends = "" if self.word == "not tested" else f" [{low}, {high}]"
-        return f"{self.first} - {self.second} {mean}{ends}, {self.word}"
+        return f"{self.first} - {self.second} {mean}{ends}, {self.word}" if self.interval.n else "no common seed"
 
 
 def holm(comparisons, level=0.05):
@@ -134,9 +134,6 @@ class Study:
         return [run for name in names for run in self.groups[name]]
 
 
-# ---- numbers as text ----
-
-
 def text(runs, metric):
     """`mean ± half width` over seeds, the leaky number beside a causal one where they differ, a dash for no number."""
     one, digits = over_seeds(runs, metric), 2 if metric.endswith("perplexity") else 3
@@ -176,9 +173,6 @@ def layer_states(runs):
     return {state: n for state, n in counts.items() if n}
 
 
-# ---- the parts of the document ----
-
-
 def question(study, title):
     """(the answer in short, the paragraphs of the section) of one of QUESTIONS."""
     metrics, figures, caution = QUESTIONS[title]
@@ -189,15 +183,20 @@ def question(study, title):
         return "Not answered: these configs hold nothing to compare for it.", ["Nothing to compare.", *[images] * bool(images)]
     rows = [[NAMES[metric], *(text(study.groups[name], metric) for name in names),
              "<br>".join(str(one) for one in tests if one.metric == metric)] for metric in metrics]
+    def listed(metric):
+        return ", ".join(f"{name} {text(study.groups[name], metric)}" for name in names)
+
     first, *rest = (f"{NAMES[metric]}: {told_apart([one for one in tests if one.metric == metric])}" for metric in metrics)
-    levels, source = ", ".join(map(" ".join, zip(names, rows[0][1:]))), run_ids(study.finished(names))
+    source = run_ids(study.finished(names))
     if title == list(QUESTIONS)[0]:
         alive = [name for name in names if set(layer_states(study.groups[name])) == {"in use"}]
         rest.append(f"smallest coefficient with every layer of every run in use: {alive[0] if alive else 'none'}")
+    elif LOSS in metrics:
+        caution += "".join(f" Here {one}." for one in study.tests if one.first.startswith("causal"))
+        rest.append("coverage " + listed("token_coverage"))
     if LOSS in metrics:
-        rest += [f"{name}: perplexity {text(study.groups[name], 'causal_perplexity')}, load CV "
-                 f"{text(study.groups[name], 'load_cv')}, coverage {text(study.groups[name], 'token_coverage')}" for name in names]
-    return (f"**{first}** ({levels}). {'; '.join(rest)}. From {source}.",
+        rest += ["perplexity " + listed("causal_perplexity"), "load CV " + listed("load_cv")]
+    return (f"**{first}** ({listed(metrics[0])}). {'; '.join(rest)}. From {source}.",
             [table(["", *names, "difference [95%], verdict"], rows), caution, images, f"Runs: {source}."])
 
 
@@ -243,7 +242,7 @@ def limits(study):
         f"{min(falling, default=0):.3f} nats in 100 steps): a longer run may shrink, widen or reverse any difference.",
         f"{len(study.tests)} comparisons, {tested} of them tested: if nothing differed, about {0.05 * tested:.1f} intervals "
         "would exclude 0 by chance, so a *suggestive* difference may be luck.",
-        f"{min(map(len, study.groups.values()))} to {max(map(len, study.groups.values()))} seeds a config. A t-interval assumes "
+        f"Seeds a config: {', '.join(map(str, sorted({len(group) for group in study.groups.values()})))}. A t-interval assumes "
         "normal scatter, which few seeds cannot check, and may cross a bound (coverage 1, dead experts 0).",
         f"Learning rate {config['training']['learning_rate']:g}, one corpus, one size: configs may prefer other rates, above "
         "all those with another K, which have other active parameters too."]
@@ -256,9 +255,6 @@ def limits(study):
         why = ", ".join(f"{key} {value}" for key, value in (run.failure or {}).items() if key != "run_id")
         lines.append(f"**`{run.run_id}` {f'failed ({why})' if why else 'is incomplete'} and is in no number above.**")
     return "\n".join(f"- {line}" for line in lines)
-
-
-# ---- files ----
 
 
 def write_findings(study_dir):

@@ -68,7 +68,7 @@ def _softmax_backward(probs, scale, p, dp):
 
 @loop
 def _attend(q, k, v, scale, out, probs, h):
-    """Head h of q (T,H,d) with keys k (T,d), values v (T,dv): a block of queries sees the keys up to its end."""
+    """Head h of q (T,H,d) with keys k (T,d), values v (T,dv): a block of queries sees keys up to its end."""
     T = len(k)
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)

@@ -4,7 +4,7 @@ from numba import prange
 
 from .threads import PIECE, SLICE, blocks, loop, plain, pool
 
-SEGMENT = 256           # rows summed into one partial weight gradient
+SEGMENT = 256           # rows multiplied at once, and summed into one partial weight gradient
 
 
 @loop
@@ -24,8 +24,8 @@ def column_sums(rows, out):
 
 @pool
 def _linear(x, w, b, y):
-    for block in prange(blocks(x.shape[0], PIECE)):
-        part = slice(block * PIECE, min(x.shape[0], (block + 1) * PIECE))
+    for block in prange(blocks(x.shape[0], SEGMENT)):
+        part = slice(block * SEGMENT, min(x.shape[0], (block + 1) * SEGMENT))
         np.dot(x[part], w, y[part])
         if b.size > 0:
             add_bias(y[part], b)
@@ -55,7 +55,7 @@ def _add_slots(total, slots, lo, hi, empty):
 def sum_partials(dw, db, first, empty):
     """Add slots first[e]:first[e+1] of dw (S,W) and db (S,O) to slot e, for every expert e.
 
-    A job is a slice of one expert's weights, so that threads share the sum of an expert that has all the slots.
+    A job is a slice of one expert's weights, so that threads share the sum of an expert that has all slots.
     """
     jobs = blocks(dw.shape[1], SLICE)
     for job in prange(empty.size * jobs):

@@ -4,32 +4,40 @@ from numba import prange
 
 from .activations import ACTIVATIONS, activate, activate_backward
 from .dense import add_bias, column_sums, segment_rows, sum_partials
-from .threads import PIECE, get_threads, loop, plain, pool
+from .threads import PIECE, blocks, get_threads, loop, plain, pool
 from .updates import scatter_add
 
 
-def _pieces(offsets, limit):
-    """Cut each expert's assignments into equal pieces of at most `limit` -> pieces (P,4), first (E+1,)
+@loop
+def _plan(offsets, limit, n_threads):
+    """Cut each expert's assignments into equal pieces of at most `limit` -> pieces (P,4), first (E+1,), shares
 
     A piece is expert, start, stop, slot. The slot is where its weight gradient goes: an expert's first piece
     writes straight to slot e, the gradient; the others to slots first[e]:first[e+1], added to it later.
+    Thread t takes pieces shares[t]:shares[t+1], near equal in rows; a piece costs 16 rows more than it has.
     """
-    count, E = np.diff(offsets), len(offsets) - 1
-    pieces = -(-count // limit)
-    expert = np.repeat(np.arange(E), pieces)
-    number = np.arange(len(expert)) - np.repeat(np.cumsum(pieces) - pieces, pieces)     # within the expert
-    start = offsets[expert] + count[expert] * number // pieces[expert]
-    stop = offsets[expert] + count[expert] * (number + 1) // pieces[expert]
-    first = E + np.concatenate([[0], np.cumsum(np.maximum(pieces - 1, 0))])
-    slot = np.where(number == 0, expert, first[expert] + number - 1)
-    return np.stack([expert, start, stop, slot], axis=1), first
-
-
-def _shares(pieces):
-    """Bounds of contiguous ranges of pieces, one for each thread, near equal in rows; a piece costs 16 more."""
-    n = get_threads()
-    cost = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1] + 16)])
-    return np.searchsorted(cost[:-1] + cost[1:], 2 * cost[-1] * np.arange(n + 1) // n)
+    E, P, cost = offsets.size - 1, 0, 0
+    first, shares = np.empty(E + 1, np.int64), np.zeros(n_threads + 1, np.int64)
+    pieces = np.empty((blocks(offsets[E], limit) + E, 4), np.int64)      # at most so many
+    first[0] = E
+    for e in range(E):
+        start, count = offsets[e], offsets[e + 1] - offsets[e]
+        n = blocks(count, limit)
+        for i in range(n):
+            pieces[P, 0], pieces[P, 1], pieces[P, 2] = e, start + count * i // n, start + count * (i + 1) // n
+            pieces[P, 3] = e if i == 0 else first[e] + i - 1
+            cost += pieces[P, 2] - pieces[P, 1] + 16
+            P += 1
+        first[e + 1] = first[e] + max(n - 1, 0)
+    done, t = 0, 1
+    for p in range(P):
+        rows = pieces[p, 2] - pieces[p, 1] + 16
+        while t < n_threads and (2 * done + rows) * n_threads > 2 * cost * t:    # its middle is past the bound
+            shares[t] = p
+            t += 1
+        done += rows
+    shares[t:] = P
+    return pieces[:P], first, shares
 
 
 @loop
@@ -116,8 +124,8 @@ def experts_forward(x, token, offsets, gate, w1, b1, w2, b2, name):
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
     rows, before = np.empty((len(token), x.shape[1]), x.dtype), np.empty((len(token), w1.shape[2]), x.dtype)
     out = np.empty_like(rows)
-    pieces, _ = _pieces(offsets, PIECE)
-    _experts_forward(x, token, pieces, _shares(pieces), w1, b1, w2, b2, ACTIVATIONS[name], rows, before, out)
+    pieces, _, shares = _plan(offsets, PIECE, get_threads())
+    _experts_forward(x, token, pieces, shares, w1, b1, w2, b2, ACTIVATIONS[name], rows, before, out)
     y = np.zeros_like(x)
     scatter_add(y, token, gate, out)
     return y, (rows, before, out)
@@ -129,10 +137,10 @@ def experts_backward(dy, x, token, offsets, gate, w1, b1, w2, b2, name, saved):
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
     rows, before, out = saved
     E, empty = len(w1), np.diff(offsets) == 0
-    pieces, first = _pieces(offsets, segment_rows(len(token)))
+    pieces, first, shares = _plan(offsets, segment_rows(len(token)), get_threads())
     dw1, db1, dw2, db2 = (np.empty((first[-1], *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2))
     d_rows, dgate = np.empty_like(rows), np.empty_like(gate)
-    _experts_backward(dy, token, gate, pieces, _shares(pieces), w1, w2, ACTIVATIONS[name], rows, before, out,
+    _experts_backward(dy, token, gate, pieces, shares, w1, w2, ACTIVATIONS[name], rows, before, out,
                       d_rows, dgate, dw1, db1, dw2, db2)
     if first[-1] > E or empty.any():
         sum_partials(dw1.reshape(len(dw1), -1), db1, first, empty)

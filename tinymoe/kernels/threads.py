@@ -1,13 +1,19 @@
 """How kernels are compiled, kept and spread over threads."""
+import ctypes
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 
-import numba
-import numpy as np
-import threadpoolctl
+# A waiting thread sleeps. If it spins, as is OpenMP's way, on cores that something else needs too, it
+# keeps its own partner from running: regions of 30 us take 8 ms. Read when numba starts its threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-PIECE = 128             # rows carried together: their hidden activations stay in the second-level cache
+import numba  # noqa: E402
+import numpy as np  # noqa: E402
+import threadpoolctl  # noqa: E402
+
+PIECE = 192             # rows carried together: their hidden activations stay in the second-level cache
 SLICE = 1 << 13         # elements in a piece of an elementwise pass
 
 
@@ -50,6 +56,20 @@ loop = _compiled(fastmath={"contract", "nsz", "reassoc"})
 # Only explicit prange loops become parallel: the search for others would cost compile time and find nothing.
 pool = _compiled(parallel={"prange": True} | dict.fromkeys(
     ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False))
+
+
+def _keep_freed_memory():
+    """Ask glibc to keep the memory of freed arrays: the next step wants it back, at a fault a page."""
+    trim_threshold, mmap_threshold = -1, -3                 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):            # another C library
+        return
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_threshold, 1 << 30)
+
+
+_keep_freed_memory()
 
 
 def set_threads(n):

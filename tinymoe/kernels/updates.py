@@ -7,15 +7,19 @@ from .threads import SLICE, blocks, loop, plain, pool
 COLUMNS = 32            # columns one thread owns in a scatter-add: two cache lines of float32
 
 
+@loop
+def _add_scaled(row, scale, out):
+    for j in range(out.size):
+        out[j] += scale * row[j]
+
+
 @pool
 def scatter_add(out, index, scale, rows):
     """out[index[i]] += scale[i] rows[i]; a thread owns columns and takes the rows in order."""
     for block in prange(blocks(rows.shape[1], COLUMNS)):
-        stop = min(rows.shape[1], (block + 1) * COLUMNS)
+        part = slice(block * COLUMNS, min(rows.shape[1], (block + 1) * COLUMNS))
         for i in range(index.size):
-            n, s = index[i], scale[i]
-            for j in range(block * COLUMNS, stop):
-                out[n, j] += s * rows[i, j]
+            _add_scaled(rows[i, part], scale[i], out[index[i], part])
 
 
 def add_rows(out_rows, index, rows):

@@ -1,0 +1,52 @@
+"""The README says what is so: its example, its router, its file map and its commands are run or counted here."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import tinymoe as tm
+from tinymoe import routers
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+
+
+def test_the_example_prints_what_it_says():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(next(text for language, text in BLOCKS if language == "python"), {})
+    assert printed.getvalue() == next(text for language, text in BLOCKS if language == "")
+
+
+def test_the_router_in_ten_lines_trains(monkeypatch):
+    scope = dict(vars(routers))
+    exec(next(text for language, text in BLOCKS if "class AboveMean" in text), scope)
+    monkeypatch.setitem(routers.ROUTERS, "above_mean", scope["AboveMean"])
+    model = tm.Transformer(tm.ModelConfig(vocab_size=9, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=4, moe_layers=(1,),
+                                          router="above_mean"), dtype=np.float64)
+    ids = np.arange(8).reshape(2, 4)
+    weight = model.parameters()["blocks.1.feed_forward.router.weight"]
+    assert tm.gradcheck(lambda _: model.loss(ids, ids).total, weight).ok
+    model.loss(ids, ids).cross_entropy.backward()
+    assert np.abs(weight.grad).max() > 0
+
+
+def test_the_file_map_names_every_file_with_its_length():
+    said = {name: int(lines) for name, lines in re.findall(r"^\| `tinymoe/([\w./]+)` \| (\d+) \|", README, re.M)}
+    counted = {str(p.relative_to(ROOT / "tinymoe")): p.read_text().count("\n") for p in (ROOT / "tinymoe").rglob("*.py")}
+    folders = {}
+    for name, lines in counted.items():
+        place = name.split("/")[0] + "/" if "/" in name else name
+        folders[place] = folders.get(place, 0) + lines
+    assert said.keys() == folders.keys()
+    assert all(abs(said[name] - lines) <= 0.1 * lines + 3 for name, lines in folders.items()), folders
+
+
+def test_every_command_it_names_exists():
+    named = set(re.findall(r"`python cli\.py (\w+)", README))
+    assert named and named <= set(cli.main.commands)
