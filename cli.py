@@ -120,8 +120,9 @@ class _Progress:
 
 def _write_up(out, plot):
     """Figures, summary.csv and FINDINGS.md of the runs under `out`, and a table of them on the screen."""
-    from tinymoe import report
+    from tinymoe import report, rows
     try:
+        groups = rows.complete_runs(out)
         findings = report.write_findings(out)
         report.write_summary_csv(out)
         if plot:
@@ -129,6 +130,11 @@ def _write_up(out, plot):
             click.echo(f"{len(plots.draw_all(out))} figures in {out / 'figures'}")
     except (ValueError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
+    numbers = ("causal_perplexity", "val_perplexity", "causal_bits_per_byte", "load_cv")
+    click.echo("config  seeds  perplexity  (leaky)  bits per byte  load CV")
+    for config_id, runs in groups.items():
+        causal, leaky, bits, cv = (rows.over_seeds(runs, name).mean for name in numbers)
+        click.echo(f"{config_id:6}  {len(runs):5}  {causal:10.3f}  {f'{leaky:.3f}' if leaky != causal else '':7}  {bits:13.3f}  {cv:7.3f}")
     click.echo(f"findings in {findings}")
 
 

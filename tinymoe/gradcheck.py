@@ -14,7 +14,7 @@ from .tensor import Tensor
 
 MAX_ENTRIES = 64  # an input with more entries is checked along random directions
 N_DIRECTIONS = 8
-ROUNDING = 4  # units in the last place by which an evaluated function may be off
+ROUNDING = 16  # units in the last place by which an evaluated function may be off
 
 
 @dataclass(frozen=True)
