@@ -3,13 +3,14 @@
 import contextlib
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 import cli
 import tinymoe as tm
-from tinymoe import routers
+from tinymoe import report, routers
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,6 +46,17 @@ def test_the_file_map_names_every_file_with_its_length():
         folders[place] = folders.get(place, 0) + lines
     assert said.keys() == folders.keys()
     assert all(abs(said[name] - lines) <= 0.1 * lines + 3 for name, lines in folders.items()), folders
+
+
+def test_its_numbers_stand_in_the_published_findings():
+    findings = (ROOT / "results/published/quick/FINDINGS.md").read_text()
+    assert all(number in findings for number in re.findall(r"[\d.]+ ± [\d.]+", README))
+
+
+def test_the_published_findings_follow_from_the_published_rows(tmp_path):
+    shutil.copytree(ROOT / "results/published/quick/runs", tmp_path / "quick/runs")
+    again = report.write_findings(tmp_path / "quick").read_text()
+    assert again == (ROOT / "results/published/quick/FINDINGS.md").read_text()
 
 
 def test_every_command_it_names_exists():
