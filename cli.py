@@ -32,11 +32,14 @@ def main():
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps of each run.")
 @click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEF"), case_sensitive=False),
               help="Train only this config; repeat for several.  [default: all]")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each config, seeds 0 to N - 1.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Runs of each config, seeds 0 to N - 1.")
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="number of cores",
               help="Runs side by side, each in a process with one thread.")
-@click.option("--text", type=click.Path(), help="A file, or a folder whose entries are domains, instead of the default corpus.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: results/quick or results/full]")
+@click.option("--text", type=click.Path(),
+              help="A file, or a folder whose entries are domains, instead of the default corpus.")
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder of the results.  [default: results/quick or results/full]")
 @click.option("--plot", is_flag=True, help="Draw the figures at the end.")
 @click.option("--plot-only", is_flag=True, help="Train nothing: draw figures and write findings from what is in --out.")
 @click.option("--fresh", is_flag=True, help="Throw away what these runs left before, instead of going on from it.")
@@ -53,7 +56,10 @@ def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh,
     from tinymoe import study as s
     from tinymoe.data import CorpusError
     all_runs = _runs(s, configs, seeds, steps or (s.QUICK_STEPS if quick else None), overrides)
-    click.echo(f"{len(all_runs)} runs of {all_runs[0].training.steps} steps, {min(jobs, len(all_runs))} at a time -> {out}")
+    steps, at_once = all_runs[0].training.steps, min(jobs, len(all_runs))
+    click.echo(f"{len(all_runs)} run(s) of {steps} steps, {at_once} at a time -> {out}")
+    if not s.kernels.is_compiled("float32"):
+        click.echo("The kernels are compiled first, once on this machine: about a minute without progress.")
     try:
         with _Progress(all_runs) as progress:
             failures = s.run_study(all_runs, out, text, jobs, fresh, progress.note)
@@ -73,18 +79,18 @@ def _runs(s, configs, seeds, steps, overrides):
     """The runs that the options describe; click.UsageError for values that fit no model."""
     import dataclasses
     model, training = {}, {} if steps is None else {"steps": steps}
-    known = {f.name: (part, f) for cls, part in ((s.ModelConfig, model), (s.TrainConfig, training)) for f in dataclasses.fields(cls)}
+    known = {field.name: part for cls, part in ((s.ModelConfig, model), (s.TrainConfig, training))
+             for field in dataclasses.fields(cls)}
     for text in overrides:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
             raise click.UsageError(f"--set {text}: write NAME=VALUE with one of {', '.join(sorted(known))}")
         try:
-            known[name][0][name] = json.loads(value)
+            known[name][name] = json.loads(value)
         except json.JSONDecodeError:
-            known[name][0][name] = value
+            known[name][name] = value
     try:
-        ids = [c.upper() for c in dict.fromkeys(configs)] or list(s.CONFIGS)
-        return s.runs(ids, seeds, s.TrainConfig(**training), model)
+        return s.runs(list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS), seeds, s.TrainConfig(**training), model)
     except (ValueError, TypeError) as error:
         raise click.UsageError(_one_line(error)) from None
 
@@ -109,7 +115,7 @@ class _Progress:
         else:
             self.losses.pop(event.run_id, None)
             if not os.isatty(1):  # nobody watches the bar: one line a run
-                click.echo(f"{event.run_id}: {event.message or 'done'}")
+                click.echo(f"{event.run_id}: {event.kind}")
         reached = event.step if event.kind == "step" else self.each
         before, self.steps[event.run_id] = self.steps[event.run_id], reached
         self.bar.update(reached - before, event)
@@ -123,11 +129,11 @@ def _write_up(out, plot):
     from tinymoe import report, rows
     try:
         groups = rows.complete_runs(out)
-        findings = report.write_findings(out)
-        report.write_summary_csv(out)
         if plot:
             from tinymoe import plots
             click.echo(f"{len(plots.draw_all(out))} figures in {out / 'figures'}")
+        findings = report.write_findings(out)  # after the figures, which it shows
+        report.write_summary_csv(out)
     except (ValueError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
     numbers = ("causal_perplexity", "val_perplexity", "causal_bits_per_byte", "load_cv")
@@ -161,7 +167,8 @@ def gradcheck(only):
     if not rows:
         raise click.UsageError(f"--only {only}: nothing has this in its name; run without it for the list")
     failed = [row.name for row in rows if not row.ok]
-    click.echo(f"\n{len(rows)} checks, largest relative error {max(row.error for row in rows):.1e}, {len(failed)} failed")
+    worst = max(row.error for row in rows)
+    click.echo(f"\n{len(rows)} checks, largest relative error {worst:.1e}, {len(failed)} failed")
     if failed:
         raise SystemExit(1)
 
@@ -171,14 +178,17 @@ def gradcheck(only):
 @main.command()
 @click.option("--quick", is_flag=True, help="The two smallest sizes only.")
 @click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
-@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True, help="Timings of each rung; the median counts.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench", help="Folder of the rows and figures.")
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True,
+              help="Timings of each rung; the median counts.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench",
+              help="Folder of the rows and figures.")
 def bench(quick, profile, repeats, out):
     """Time the expert backends against each other, and a training step operation by operation."""
     from tinymoe import bench as b
     from tinymoe import kernels
     try:
-        click.echo(f"compiled in {kernels.compile_all('float32'):.1f} s (kept for the next time); {_describe(b.machine())}")
+        seconds = kernels.compile_all("float32")
+        click.echo(f"compiled in {seconds:.1f} s (kept for the next time); {_describe(b.machine())}")
         if not profile:
             _ladder(b, out, b.SIZES[:2] if quick else b.SIZES, repeats)
         _profile(b, out)
@@ -188,13 +198,15 @@ def bench(quick, profile, repeats, out):
 
 
 def _describe(machine):
-    blas = ", ".join(f"{pool['name']} {pool['version']} at {pool['threads']} thread(s)" for pool in machine["thread_info"]["blas"])
-    return (f"{machine['threads']} numba threads ({machine['thread_info']['threading_layer']}), {blas}; "
+    info = machine["thread_info"]
+    blas = ", ".join("{name} {version} at {threads} thread(s)".format_map(pool) for pool in info["blas"])
+    return (f"{machine['threads']} numba threads ({info['threading_layer']}), {blas}; "
             f"{machine['processor']}, {machine['cores']} cores")
 
 
 def _ladder(b, out, sizes, repeats):
-    click.echo(f"\n{'N':>5} {'D':>4} {'E':>3} {'K':>2}  {'backend':8} {'pass':20} {'first ms':>9} {'ms':>9} {'to naive':>9} {'difference':>11}")
+    click.echo(f"\n{'N':>5} {'D':>4} {'E':>3} {'K':>2}  {'backend':8} {'pass':20} {'first ms':>9} {'ms':>9} "
+               f"{'to naive':>9} {'difference':>11}")
     rows, naive = [], {}
     for row in b.ladder(sizes, repeats):
         rows.append(row)
@@ -202,8 +214,8 @@ def _ladder(b, out, sizes, repeats):
         if row["backend"] == "naive":
             naive[size] = row["ms"]
         faster = f"{naive[size] / row['ms']:8.1f}x" if size in naive else ""
-        click.echo("{:5} {:4} {:3} {:2}  ".format(*size) + f"{row['backend']:8} {row['pass']:20} {row['first_ms']:9.1f} {row['ms']:9.2f} "
-                   f"{faster:>9} {row['difference']:11.1e}")
+        click.echo("{:5} {:4} {:3} {:2}  ".format(*size) + f"{row['backend']:8} {row['pass']:20} "
+                   f"{row['first_ms']:9.1f} {row['ms']:9.2f} {faster:>9} {row['difference']:11.1e}")
     b.write(out, "ladder", rows)
     b.draw_ladder(rows, out / "ladder.png")
     if max(row["difference"] for row in rows) > 1e-3:
@@ -213,9 +225,10 @@ def _ladder(b, out, sizes, repeats):
 def _profile(b, out):
     rows, peak = b.step_profile(), b.sgemm_gflops()
     b.write(out, "profile", [row | {"sgemm_gflops": peak} for row in rows])
-    click.echo(f"\n{'one training step':28} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}   (sgemm on one core: {peak:.0f})")
+    click.echo(f"\n{'one training step':28} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}   "
+               f"(sgemm on one core: {peak:.0f})")
     for row in rows:
-        click.echo(f"{row['operation']:28} {row['calls']:6.0f} {row['ms']:8.2f} {row['share']:6.1%} {row['gflops']:8.1f}")
+        click.echo("{operation:28} {calls:6.0f} {ms:8.2f} {share:6.1%} {gflops:8.1f}".format_map(row))
 
 
 if __name__ == "__main__":

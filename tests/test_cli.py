@@ -198,8 +198,8 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--set renormalise=maybe": (2, "renormalise 'maybe'"),
     "--set vocab_size=10": (2, "vocab_size 10 "),
     "--set seq_len=100000": (1, "seq_len 100000"),
-    "--set learning_rate=0.5": (1, "B-seed0 failed.*another training.*--fresh"),
-    "--set d_ff=8": (1, "B-seed0 failed.*another model.*--fresh"),
+    "--set learning_rate=0.5": (1, "B-seed0 failed.*training learning_rate is.*--fresh"),
+    "--set d_ff=8": (1, "B-seed0 failed.*model d_ff is.*--fresh"),
 }
 
 

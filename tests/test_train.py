@@ -187,13 +187,13 @@ def refuses(error, match, run, corpus, folder):
 
 @pytest.mark.parametrize("other", [tiny(steps=7), tiny(model={"d_ff": 8}), replace(tiny(), seed=1)], ids=["training", "model", "seed"])
 def test_other_settings_in_the_same_folder(corpus, stopped, other):
-    refuses(t.RunError, "another .*choose another --out, or start again with --fresh", other, corpus, stopped)
+    refuses(t.RunError, "other settings .*choose another --out, or start again with --fresh", other, corpus, stopped)
 
 
 def test_another_text_in_the_same_folder(stopped, tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "words.txt"
     text.write_text(WORDS[::-1])
-    refuses(t.RunError, "another corpus", tiny(), load_corpus(text, 16), stopped)
+    refuses(t.RunError, "corpus .* is .*, not ", tiny(), load_corpus(text, 16), stopped)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"], ids=["empty", "cut", "a list", "not text"])

@@ -1,33 +1,21 @@
 """What `python cli.py bench` measures: the ladder of expert backends, and where a training step spends its time."""
 
 import contextlib
-import io
-import os
-import platform
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from . import kernels
 from .experts import BACKENDS, ExpertBank
-from .files import write_rows, write_whole
+from .files import write_rows
 from .model import ModelConfig, Transformer
 from .optim import AdamW, clip_gradients
+from .train import machine
 
 SIZES = (  # n_tokens, d_model, n_experts, top_k; d_ff is 4 d_model
     (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4))
-
-
-def machine():
-    """What every timing depends on, for each row: threads, processor, versions."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(), "thread_info": kernels.thread_info(),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "numba", "scipy")}}}
 
 
 def ladder(sizes=SIZES, repeats=5):
@@ -56,21 +44,20 @@ FLOPS = {
     "causal_attention_backward": lambda dout, *qkv: 2 * _attention_flops(*qkv),
     "experts_forward": _experts_flops,
     "experts_backward": lambda dy, *rest: 2 * _experts_flops(*rest),
-} | dict.fromkeys(("activation", "activation_backward", "layer_norm", "layer_norm_backward", "add_rows", "adamw", "sum_of_squares"),
-                  lambda *args: 0)
+} | dict.fromkeys(("activation", "activation_backward", "layer_norm", "layer_norm_backward", "add_rows", "adamw",
+                   "sum_of_squares"), lambda *args: 0)
 
 
 @contextlib.contextmanager
 def timed_kernels():
-    """Inside, every kernel call adds to the dict that is yielded: name -> [calls, seconds, flops]."""
-    spent, originals = defaultdict(lambda: [0, 0.0, 0]), {name: getattr(kernels, name) for name in FLOPS}
+    """Inside, every kernel call adds to the dict that is yielded: name -> calls, seconds, flops (3,)."""
+    spent, originals = defaultdict(lambda: np.zeros(3)), {name: getattr(kernels, name) for name in FLOPS}
 
     def timing(name, kernel):
         def call(*args):
             start = time.perf_counter()
             result = kernel(*args)
-            entry = spent[name]
-            entry[0], entry[1], entry[2] = entry[0] + 1, entry[1] + time.perf_counter() - start, entry[2] + FLOPS[name](*args)
+            spent[name] += 1, time.perf_counter() - start, FLOPS[name](*args)
             return result
         return call
 
@@ -102,7 +89,7 @@ def training_step(config, batch_size=8, seed=0):
 def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
     """Rows {"operation", "calls", "ms", "share", "gflops"} of one training step, the slowest first.
 
-    ms and calls are means over `repeats` steps; the last row is all that is no kernel: NumPy and Python.
+    ms and calls are means over `repeats` steps. "NumPy and Python" is all that is no kernel; the whole step is last.
     """
     step = training_step(config, batch_size)
     for _ in range(3):
@@ -112,12 +99,11 @@ def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
         for _ in range(repeats):
             step()
         total = time.perf_counter() - start
-    spent["NumPy and Python"] = [repeats, total - sum(s for _, s, _ in spent.values()), 0]
-    rows = [{"operation": name, "calls": calls / repeats, "ms": 1e3 * s / repeats, "share": s / total, "gflops": flops / s / 1e9}
-            for name, (calls, s, flops) in spent.items()]
-    rows.sort(key=lambda row: -row["ms"])
-    flops = sum(f for _, _, f in spent.values())
-    return rows + [{"operation": "whole step", "calls": 1, "ms": 1e3 * total / repeats, "share": 1.0, "gflops": flops / total / 1e9}]
+    spent["NumPy and Python"] = repeats, total - sum(seconds for _, seconds, _ in spent.values()), 0
+    spent = dict(sorted(spent.items(), key=lambda item: -item[1][1]))
+    spent["whole step"] = repeats, total, sum(flops for _, _, flops in spent.values())
+    return [{"operation": name, "calls": calls / repeats, "ms": 1e3 * seconds / repeats, "share": seconds / total,
+             "gflops": flops / seconds / 1e9} for name, (calls, seconds, flops) in spent.items()]
 
 
 def sgemm_gflops(n=1024, repeats=10):
@@ -138,25 +124,27 @@ def draw_ladder(rows, path):
     import matplotlib
     from matplotlib.figure import Figure
 
-    from .plots import COLOURS, DOUBLE, STYLE
+    from .plots import COLOURS, DOUBLE, STYLE, save
+
+    def size_of(row):
+        return row["n_tokens"], row["d_model"], row["n_experts"], row["top_k"]
+
     rows = [row for row in rows if row["pass"] == "forward + backward"]
-    sizes = list(dict.fromkeys((r["n_tokens"], r["d_model"], r["n_experts"], r["top_k"]) for r in rows))
+    sizes = list(dict.fromkeys(map(size_of, rows)))
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
         axes = fig.subplots()
         for i, (backend, hatch) in enumerate(zip(BACKENDS, ("..", "//", "\\\\", ""))):
-            mine = {(r["n_tokens"], r["d_model"], r["n_experts"], r["top_k"]): r["ms"] for r in rows if r["backend"] == backend}
-            places = [sizes.index(size) + 0.2 * (i - 1.5) for size in mine]
-            bars = axes.bar(places, mine.values(), 0.18, label=backend, color=COLOURS[i], hatch=hatch, edgecolor="white", linewidth=0.5)
+            mine = {sizes.index(size_of(row)): row["ms"] for row in rows if row["backend"] == backend}
+            bars = axes.bar([place + 0.2 * (i - 1.5) for place in mine], mine.values(), 0.18, label=backend,
+                            color=COLOURS[i], hatch=hatch, edgecolor="white", linewidth=0.5)
             axes.bar_label(bars, fmt="{:.3g}", fontsize=6, padding=1)
         axes.set(yscale="log", ylabel="forward + backward (ms)", xticks=range(len(sizes)),
                  xticklabels=[f"N {n}, D {d}\nE {e}, K {k}" for n, d, e, k in sizes])
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.12)
         fig.legend(loc="outside upper center", ncols=4)
-        image = io.BytesIO()
-        fig.savefig(image, format="png", metadata={"Software": None})
-    write_whole(path, image.getvalue())
+        save(fig, path)
 
 
 def write(out, name, rows):

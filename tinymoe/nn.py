@@ -41,11 +41,6 @@ class Module:
                     found |= {f"{path}.{inner}": p for inner, p in item.parameters().items()}
         return found
 
-    def zero_grad(self):
-        """Forget all gradients."""
-        for p in self.parameters().values():
-            p.grad = None
-
 
 class Linear(Module):
     """x (..., n_in) -> x @ weight + bias (..., n_out)."""

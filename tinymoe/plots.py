@@ -194,11 +194,13 @@ def by_layer(groups, numbers):
 FOR_ALL = {"perplexity_over_steps": perplexity_over_steps, "final_perplexity": final_perplexity}
 FOR_EXPERTS = {
     "expert_load": expert_load, "imbalance": imbalance, "domain_by_expert": domain_by_expert,
-    "router_entropy": lambda groups: by_layer(groups, {"router_entropy_share": "entropy per token\n(share of ln E)",
-                                                       "marginal_entropy_share": "entropy of the mean\n(share of ln E)"}),
-    "weight_divergence": lambda groups: by_layer(groups, {"weight_divergence": "weight divergence\n(1 = initialisation)"}),
-    "coverage_and_drops": lambda groups: by_layer(groups, {"token_coverage": "share of tokens\nwith an expert",
-                                                           "drop_rate": "share of assignments\ndropped"}),
+    "router_entropy": lambda groups: by_layer(groups, {
+        "router_entropy_share": "entropy per token\n(share of ln E)",
+        "marginal_entropy_share": "entropy of the mean\n(share of ln E)"}),
+    "weight_divergence": lambda groups: by_layer(groups, {
+        "weight_divergence": "weight divergence\n(1 = initialisation)"}),
+    "coverage_and_drops": lambda groups: by_layer(groups, {
+        "token_coverage": "share of tokens\nwith an expert", "drop_rate": "share of assignments\ndropped"}),
 }
 
 
@@ -213,8 +215,13 @@ def draw_all(study_dir, only=None):
     with matplotlib.rc_context(STYLE):
         for name, draw in (FOR_ALL | FOR_EXPERTS if experts else FOR_ALL).items():
             if only is None or name in only:
-                image = io.BytesIO()
-                draw(groups if name in FOR_ALL else experts).savefig(image, format="png", metadata={"Software": None})
                 paths.append(Path(study_dir, "figures", f"{name}.png"))
-                write_whole(paths[-1], image.getvalue())
+                save(draw(groups if name in FOR_ALL else experts), paths[-1])
     return paths
+
+
+def save(fig, path):
+    """Write a figure as PNG, whole or not at all, and the same bytes for the same figure."""
+    image = io.BytesIO()
+    fig.savefig(image, format="png", metadata={"Software": None})
+    write_whole(path, image.getvalue())

@@ -22,31 +22,36 @@ CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross
     causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy
     marginal_entropy drop_rate token_coverage weight_divergence repetition mutual_information
     mutual_information_null byte_information byte_information_null""".split()
-HOW_TO_READ = """**How to read.** Loss is validation cross-entropy in nats per byte, perplexity its exponential; both are \
-causal (each byte routed on its prefix alone) unless called leaky. ± and brackets are 95% t-intervals over seeds (no ±: \
-one seed, or all alike); differences are paired by seed. A difference is *clear* when its interval excludes 0 after Holm's \
-correction over the {n} comparisons made here, *suggestive* when it excludes 0 before it only, otherwise *undecided*, \
-which does not mean equal. A layer is *collapsed* when its load is as uneven as if fewer than half of its experts \
-shared it (exp of its entropy), else *starved* with a dead expert (under 1% of its fair share), else *in use*."""
-METHODS = """Load CV: std / mean of the experts' assignments over the validation set. MaxVio: max / mean - 1, over the set \
-and as a mean over batches. Repetition: share of assignments whose expert also serves the next byte (chance: about K/E). \
-Weight divergence: mean pairwise 1 - cosine of the experts' weights, over its value at initialisation. Coverage: share of \
-bytes with an expert. Information: plug-in mutual information with the expert minus its mean under shuffled labels \
-(domains over windows, bytes over positions). Numbers about experts: means over MoE layers, routed as in training. A seed \
-sets weights, data order (the same for every config of one seed) and noise; intervals cover the seed, not the choice of text."""
+HOW_TO_READ = """**How to read.** Loss is validation cross-entropy in nats per byte, perplexity its exponential; \
+both are causal (each byte routed on its prefix alone) unless called leaky. ± and brackets are 95% t-intervals \
+over seeds (no ±: one seed, or all alike); differences are paired by seed. A difference is *clear* when its \
+interval excludes 0 after Holm's correction over the {n} comparisons made here, *suggestive* when it excludes 0 \
+before it only, otherwise *undecided*, which does not mean equal. A layer is *collapsed* when its load is as \
+uneven as if fewer than half of its experts shared it (exp of its entropy), else *starved* with a dead expert \
+(under 1% of its fair share), else *in use*."""
+METHODS = """Load CV: std / mean of the experts' assignments over the validation set. MaxVio: max / mean - 1, \
+over the set and as a mean over batches. Repetition: share of assignments whose expert also serves the next byte \
+(chance: about K/E). Weight divergence: mean pairwise 1 - cosine of the experts' weights, over its value at \
+initialisation. Coverage: share of bytes with an expert. Information: plug-in mutual information with the expert \
+minus its mean under shuffled labels (domains over windows, bytes over positions). Numbers about experts: means over MoE \
+layers, routed by the rule of training (expert choice over the whole batch, so its load and coverage are not those of its \
+causal loss) but without router noise. A seed sets weights, data order (the same for every config of one seed) \
+and noise; intervals cover the seed, not the choice of text."""
 QUESTIONS = {  # title: (numbers compared, figures, caution)
     "Which balance coefficient, and what does it do?": (
         (LOSS, "load_cv", "mi_excess"), ("imbalance", "expert_load"),
-        "Information cannot exceed the entropy of the load: where layers collapsed, little of it is part of the collapse."),
+        "Information cannot exceed the entropy of the load, and an uneven load may carry much of it: more information "
+        "is not better routing."),
     "Do the routers lead to different specialisation?": (
         ("mi_excess", "byte_excess", "repetition", "weight_divergence"),
         ("domain_by_expert", "router_entropy", "weight_divergence"),
-        "A byte often gives its domain away, so domain information does not show that experts follow topics. The configs have "
-        "equal K but other balance losses too: a difference belongs to the config, not to its router alone."),
+        "A byte often gives its domain away, so domain information does not show that experts follow topics. The "
+        "configs have equal K but other balance losses too: a difference belongs to the config, not to its router "
+        "alone."),
     "What does guaranteed balance cost?": (
         (LOSS,), ("final_perplexity", "coverage_and_drops"),
-        "Compared at equal K. The leaky loss is routed over the whole batch, later bytes included, as in training; the causal "
-        "one must change the rule as well, so the gap between them is the leak and that change together."),
+        "Compared at equal K. The leaky loss is routed over the whole batch, later bytes included, as in training; "
+        "the causal one must change the rule as well, so the gap between them is the leak and that change together."),
 }
 
 
@@ -96,6 +101,7 @@ class Study:
     """
 
     def __init__(self, study_dir):
+        self.folder = Path(study_dir)
         self.runs, self.groups = load_runs(study_dir), complete_runs(study_dir)
         models, by_k = {name: runs[0].model for name, runs in self.groups.items() if runs[0].is_moe}, {}
         for name, model in models.items():
@@ -118,7 +124,8 @@ class Study:
         """Published claims, each that a difference is above 0."""
         for name in self.balanced:
             gaps = [measure(run.final, LOSS) - measure(run.final, LEAKY) for run in self.groups[name]]
-            yield Comparison("Loss is lower where routes may see later bytes", LOSS, f"causal {name}", f"leaky {name}",
+            claim = "Loss is lower routed over the batch, as trained, than on the prefix alone (leak and change of rule)"
+            yield Comparison(claim, LOSS, f"causal {name}", f"leaky {name}",
                              t_interval(gaps))
         if self.sweep and self.groups[self.sweep[0]][0].model["aux_coef"] == 0:
             yield self.compare("Without a balance loss the load CV is over 3 times that of light balancing", "load_cv",
@@ -127,8 +134,13 @@ class Study:
         for run in self.finished(self.moe):
             gaps.setdefault(run.seed, []).append(measure(run.final, "byte_excess") - measure(run.final, "mi_excess"))
         if gaps:
-            yield Comparison("In every config experts tell more of the byte than of the domain (least of any config, by seed)",
-                             "byte_excess", "byte", "domain", t_interval([min(one) for one in gaps.values()]))
+            yield Comparison("In every config experts tell more of the byte than of the domain (least of any config, "
+                             "by seed)", "byte_excess", "byte", "domain", t_interval(list(map(min, gaps.values()))))
+
+    def image(self, name):
+        """The figure of this name, as Markdown, where it has been drawn."""
+        place = f"figures/{name}.png"
+        return f"![{name.replace('_', ' ')}]({place})" if (self.folder / place).exists() else ""
 
     def finished(self, names):
         return [run for name in names for run in self.groups[name]]
@@ -178,15 +190,18 @@ def question(study, title):
     metrics, figures, caution = QUESTIONS[title]
     tests = [one for one in study.tests if one.section == title]
     names = list(dict.fromkeys(name for one in tests for name in (one.first, one.second)))
-    images = "\n".join(f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in figures * bool(study.moe))
+    images = "\n".join(map(study.image, figures)).strip()
     if not tests:
-        return "Not answered: these configs hold nothing to compare for it.", ["Nothing to compare.", *[images] * bool(images)]
-    rows = [[NAMES[metric], *(text(study.groups[name], metric) for name in names),
-             "<br>".join(str(one) for one in tests if one.metric == metric)] for metric in metrics]
+        return ("Not answered: these configs hold nothing to compare for it.",
+                ["Nothing to compare.", *[images] * bool(images)])
+
     def listed(metric):
         return ", ".join(f"{name} {text(study.groups[name], metric)}" for name in names)
 
-    first, *rest = (f"{NAMES[metric]}: {told_apart([one for one in tests if one.metric == metric])}" for metric in metrics)
+    of = {metric: [one for one in tests if one.metric == metric] for metric in metrics}
+    rows = [[NAMES[metric], *(text(study.groups[name], metric) for name in names), "<br>".join(map(str, of[metric]))]
+            for metric in metrics]
+    first, *rest = (f"{NAMES[metric]}: {told_apart(of[metric])}" for metric in metrics)
     source = run_ids(study.finished(names))
     if title == list(QUESTIONS)[0]:
         alive = [name for name in names if set(layer_states(study.groups[name])) == {"in use"}]
@@ -217,10 +232,13 @@ def claims(study):
              f"{'held' if one.interval.mean > 0 else 'did not hold'} ({one.word})", str(one)]
             for one in study.tests if one.section not in QUESTIONS]
     for name in study.balanced:
-        held = sum(measure(run.final, "load_cv") < 0.01 and measure(run.final, "token_coverage") < 1 for run in study.groups[name])
+        held = sum(measure(run.final, "load_cv") < 0.01 and measure(run.final, "token_coverage") < 1
+                   for run in study.groups[name])
         rows.append([f"{name} has load CV 0 (below 0.01) and leaves bytes uncovered", f"held in {held} of "
                      f"{len(study.groups[name])} runs", f"coverage {text(study.groups[name], 'token_coverage')}"])
-    return table(["claim", "outcome", "number"], rows) + f"\n\nRuns: {run_ids(study.finished(study.moe))}." if rows else "None."
+    if not rows:
+        return "None."
+    return table(["claim", "outcome", "number"], rows) + f"\n\nRuns: {run_ids(study.finished(study.moe))}."
 
 
 def limits(study):
@@ -238,23 +256,34 @@ def limits(study):
     lines = [
         f"{steps:,} steps saw {seen:,} bytes, {seen / corpus:.2f} times the {corpus:,} bytes of training text "
         f"(domains: {', '.join(config['domains'])}).",
-        f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} configs (steepest: "
-        f"{min(falling, default=0):.3f} nats in 100 steps): a longer run may shrink, widen or reverse any difference.",
-        f"{len(study.tests)} comparisons, {tested} of them tested: if nothing differed, about {0.05 * tested:.1f} intervals "
-        "would exclude 0 by chance, so a *suggestive* difference may be luck.",
-        f"Seeds a config: {', '.join(map(str, sorted({len(group) for group in study.groups.values()})))}. A t-interval assumes "
-        "normal scatter, which few seeds cannot check, and may cross a bound (coverage 1, dead experts 0).",
-        f"Learning rate {config['training']['learning_rate']:g}, one corpus, one size: configs may prefer other rates, above "
-        "all those with another K, which have other active parameters too."]
+        f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} configs "
+        f"(steepest: {min(falling, default=0):.3f} nats in 100 steps): a longer run may shrink, widen or "
+        "reverse any difference.",
+        f"{len(study.tests)} comparisons, {tested} of them tested: if nothing differed, about {0.05 * tested:.1f} "
+        "intervals would exclude 0 by chance, so a *suggestive* difference may be luck.",
+        f"Seeds a config: {', '.join(map(str, sorted({len(group) for group in study.groups.values()})))}. "
+        "A t-interval assumes normal scatter, which few seeds cannot check, and may cross a bound (coverage 1, "
+        "dead experts 0).",
+        f"Learning rate {config['training']['learning_rate']:g}, one corpus, one size: configs may prefer other "
+        "rates, above all those with another K, which have other active parameters too."]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
-        lines.append("In the default corpus the domain `tables` is partly memorisable: font files are near duplicates, and "
-                     "about half of its validation lines also stand in the training text.")
+        lines.append("In the default corpus the domain `tables` is partly memorisable: font files are near duplicates, "
+                     "and about half of its validation lines also stand in the training text.")
     lines += [f"**The runs do not share the same {key} (see their config.json): compare with care.**"
-              for key in ("training", "corpus", "versions", "threads") if any(run.config[key] != config[key] for run in runs)]
+              for key in ("training", "corpus", "versions", "threads")
+              if any(run.config[key] != config[key] for run in runs)]
     for run in (run for run in study.runs if run.state != "complete"):
         why = ", ".join(f"{key} {value}" for key, value in (run.failure or {}).items() if key != "run_id")
         lines.append(f"**`{run.run_id}` {f'failed ({why})' if why else 'is incomplete'} and is in no number above.**")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def settings(run):
+    """What the configs share, as a sentence: the sizes of model and training."""
+    model, training = run.model, run.config["training"]
+    names = ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff", "seq_len")
+    return (f"Settings: steps {training['steps']}, batch_size {training['batch_size']}, "
+            + ", ".join(f"{name} {model[name]}" for name in names if name in model) + ".")
 
 
 def write_findings(study_dir):
@@ -263,16 +292,17 @@ def write_findings(study_dir):
     runs, found = study.finished(study.groups), {title: question(study, title) for title in QUESTIONS}
     alone = ", ".join(name for name, group in study.groups.items() if len(group) == 1)
     versions = ", ".join(f"{name} {number}" for name, number in runs[0].config["versions"].items())
-    parts = [f"# Findings of the study `{path.resolve().parent.name}`", f"Computed from the rows in `runs/` alone: {len(runs)} "
-             f"finished runs, {run_ids(runs)}. Figures are drawn with `--plot`.", HOW_TO_READ.format(n=len(study.tests)),
+    parts = [f"# Findings of the study `{path.resolve().parent.name}`",
+             f"Computed from the rows in `runs/` alone; finished: {run_ids(runs)}. {settings(runs[0])}", HOW_TO_READ.format(n=len(study.tests)),
              *[f"**One seed, so no interval and no test: {alone}. Such numbers describe single runs.**"] * bool(alone),
              "## In short", "\n".join(f"- *{title}* {answer}" for title, (answer, _) in found.items()),
-             "## All configs", configs(study), "![perplexity over steps](figures/perplexity_over_steps.png)"]
+             "## All configs", configs(study), study.image("perplexity_over_steps") or "No figures yet: `study --plot-only` draws them."]
     for number, (title, (_, section)) in enumerate(found.items(), 1):
         parts += [f"## {number}. {title}", *section]
     parts += ["## Published claims that these configs can test", claims(study),
               "## What this was too short or too small to show", limits(study), "## Methods",
-              f"{METHODS} Final numbers: {runs[0].final['validation_tokens']:,} validation bytes; {versions}."]
+              f"{METHODS} Tables: {runs[0].final['validation_tokens']:,} validation bytes. Curves over steps, and the slope "
+              f"above: {runs[0].log[-1]['validation_tokens']:,}, so the two differ at the last step; {versions}."]
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
 

@@ -43,13 +43,13 @@ class Routing:
     def __post_init__(self):
         n_assignments, n_experts = len(self.token), self.probs.shape[1]
         if self.gate.shape != (n_assignments,) or self.offsets.shape != (n_experts + 1,):
-            raise ValueError(f"{n_assignments} assignments to {n_experts} experts need gates ({n_assignments},) and offsets "
-                             f"({n_experts + 1},), not {self.gate.shape} and {self.offsets.shape}")
+            raise ValueError(f"{n_assignments} assignments to {n_experts} experts need gates ({n_assignments},) and "
+                             f"offsets ({n_experts + 1},), not {self.gate.shape} and {self.offsets.shape}")
         if self.offsets[0] != 0 or self.offsets[-1] != n_assignments or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
-
         if n_assignments and not (0 <= self.token.min() and self.token.max() < self.n_tokens):
-            raise ValueError(f"token runs from {self.token.min()} to {self.token.max()}, but the tokens are 0 to {self.n_tokens - 1}")
+            raise ValueError(f"token runs from {self.token.min()} to {self.token.max()}, but the tokens are 0 to "
+                             f"{self.n_tokens - 1}")
 
     @property
     def n_tokens(self):
@@ -110,8 +110,8 @@ def merge(routings):
 
     The routings of a validation set's batches become one whose metrics speak of the whole set.
     """
-    chosen, gates, logits, probs = (
-        np.concatenate(parts) for parts in zip(*((r.mask(), r.to_dense().data, r.logits.data, r.probs.data) for r in routings)))
+    parts = zip(*((r.mask(), r.to_dense().data, r.logits.data, r.probs.data) for r in routings))
+    chosen, gates, logits, probs = map(np.concatenate, parts)
     return from_mask(chosen, Tensor(gates), Tensor(logits), Tensor(probs), n_dropped=sum(r.n_dropped for r in routings))
 
 

@@ -55,7 +55,7 @@ def runs(ids, n_seeds, training, overrides=None):
     Raises ValueError where ModelConfig does, and for a vocabulary that does not hold every byte.
     """
     if (overrides or {}).get("vocab_size", 256) < 256:
-        raise ValueError(f"vocab_size {overrides['vocab_size']} must be at least 256, since the tokens of a study are bytes")
+        raise ValueError(f"vocab_size {overrides['vocab_size']} must be at least 256: the tokens of a study are bytes")
     return [Run(s.id, s.purpose, seed, s.model_config(overrides or {}), training)
             for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
 
@@ -128,8 +128,8 @@ def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
                 if event.kind != "step":
                     working.pop(event.run_id).join()
             for run_id in [r for r, p in working.items() if not p.is_alive() and events.empty()]:
-                code = working.pop(run_id).exitcode
-                note(Event("failed", run_id, message=f"its process ended with exit code {code}: run the same command again"))
+                message = f"its process ended with exit code {working.pop(run_id).exitcode}: run the same command again"
+                note(Event("failed", run_id, message=message))
     finally:
         for process in working.values():
             process.kill()

@@ -16,6 +16,7 @@ Gradient arrays are never changed in place while they travel, so they may be sha
 
 import contextlib
 import itertools
+import operator
 
 import numpy as np
 
@@ -32,6 +33,11 @@ def no_grad():
         yield
     finally:
         _recording = before
+
+
+def _reflected(operation):
+    """The method for an array or a number on the left: x + tensor, where x knows nothing of tensors."""
+    return lambda self, other: operation(self._operand(other), self)
 
 
 class Tensor:
@@ -104,7 +110,8 @@ class Tensor:
         Raises ValueError for a missing or misshapen gradient, RuntimeError if nothing is recorded.
         """
         if not self.requires_grad:
-            raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or it was made under no_grad()")
+            raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or it was made under "
+                               "no_grad()")
         gradients = {self: _seed(self, gradient)}
         for node in sorted(_reachable(self), key=lambda t: t._order, reverse=True):
             g = gradients.pop(node, None)
@@ -119,7 +126,7 @@ class Tensor:
                     continue
                 share = np.asarray(share, dtype=parent.dtype)
                 if share.shape != parent.shape:
-                    raise ValueError(f"a VJP gave a gradient of shape {share.shape} for an input of shape {parent.shape}")
+                    raise ValueError(f"a VJP gave shape {share.shape} for an input of shape {parent.shape}")
                 gradients[parent] = np.asarray(gradients[parent] + share) if parent in gradients else share
 
     # -- elementwise arithmetic ----------------------------------------------------------------
@@ -161,23 +168,8 @@ class Tensor:
     def __neg__(self):
         return primitive(-self.data, (self, lambda g: -g))
 
-    def __radd__(self, other):
-        return self._operand(other) + self
-
-    def __rsub__(self, other):
-        return self._operand(other) - self
-
-    def __rmul__(self, other):
-        return self._operand(other) * self
-
-    def __rtruediv__(self, other):
-        return self._operand(other) / self
-
-    def __rpow__(self, other):
-        return self._operand(other) ** self
-
-    def __rmatmul__(self, other):
-        return self._operand(other) @ self
+    __radd__, __rsub__, __rmul__, __rtruediv__, __rpow__, __rmatmul__ = map(_reflected, (
+        operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul))
 
     def exp(self):
         value = np.exp(self.data)
@@ -210,9 +202,13 @@ class Tensor:
             g = np.expand_dims(g, -1) if b.ndim == 1 else g
             return np.expand_dims(g, -2) if a.ndim == 1 else g
 
-        return primitive(_broadcast(np.matmul, self, other),
-                         (self, lambda g: _unbroadcast(restore(g) @ columns.swapaxes(-1, -2), rows.shape).reshape(a.shape)),
-                         (other, lambda g: _unbroadcast(rows.swapaxes(-1, -2) @ restore(g), columns.shape).reshape(b.shape)))
+        def vjp_a(g):
+            return _unbroadcast(restore(g) @ columns.swapaxes(-1, -2), rows.shape).reshape(a.shape)
+
+        def vjp_b(g):
+            return _unbroadcast(rows.swapaxes(-1, -2) @ restore(g), columns.shape).reshape(b.shape)
+
+        return primitive(_broadcast(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
 
     # -- reductions ----------------------------------------------------------------------------
 
@@ -318,7 +314,7 @@ def _seed(tensor, gradient):
         return np.ones(tensor.shape, tensor.dtype)
     gradient = np.array(_raw(gradient), dtype=tensor.dtype)
     if gradient.shape != tensor.shape:
-        raise ValueError(f"the gradient has shape {gradient.shape}, but the tensor has shape {tensor.shape}: they must be equal")
+        raise ValueError(f"the gradient has shape {gradient.shape}, but must have the tensor's, {tensor.shape}")
     return gradient
 
 
@@ -328,8 +324,8 @@ def _broadcast(ufunc, a, b):
     except ValueError as error:
         if "broadcast" not in str(error):  # integers to a negative power
             raise
-        raise ValueError(f"cannot {ufunc.__name__} shapes {a.shape} and {b.shape}: counted from the right, sizes must be "
-                         "equal or 1; line them up with .reshape or by indexing with None") from None
+        raise ValueError(f"cannot {ufunc.__name__} shapes {a.shape} and {b.shape}: counted from the right, sizes must "
+                         "be equal or 1; line them up with .reshape or by indexing with None") from None
 
 
 def _unbroadcast(gradient, shape):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ except ImportError:  # not a POSIX system: runs are not locked against a second 
 from . import kernels, metrics
 from .evaluation import Validation, evaluate
 from .files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
-from .model import ModelConfig, Transformer, finite, whole_number
+from .model import ModelConfig, Transformer, finite, require, whole
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
+
+
+FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
 
 
 class RunError(Exception):
@@ -56,15 +60,11 @@ class TrainConfig:
     final_windows: int = 64  # of each domain at the end
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "n_evaluations", "eval_windows", "final_windows"):
-            if not whole_number(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 1")
-        for name in ("learning_rate", "max_norm"):
-            if not finite(getattr(self, name)) or getattr(self, name) == 0:
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a finite number above 0")
-        for name, most in (("weight_decay", math.inf), ("warmup", 1)):
-            if not finite(getattr(self, name), most):
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a finite number from 0 to {most}")
+        require(self, "steps batch_size n_evaluations eval_windows final_windows", whole,
+                "a whole number of at least 1")
+        require(self, "learning_rate max_norm", lambda value: finite(value) and value > 0, "a finite number above 0")
+        require(self, "weight_decay", finite, "a finite number of at least 0")
+        require(self, "warmup", lambda value: finite(value) and value <= 1, "a number from 0 to 1")
 
     def evaluation_steps(self):
         """The steps after which the model is evaluated and saved; the last is always among them."""
@@ -87,28 +87,21 @@ class Run:
         return f"{self.config_id}-seed{self.seed}"
 
 
+def machine():
+    """What a timing depends on, and in the last bits a result: processor, threads, versions. Ready for JSON."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
+            "thread_info": kernels.thread_info(),
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "numba", "scipy")}}}
+
+
 def describe(run, corpus, model):
     """config.json: everything that makes the run."""
-    sizes = model.count_parameters()
     return {"run_id": run.run_id, "config_id": run.config_id, "purpose": run.purpose, "seed": run.seed,
-            "model": run.model.to_dict(), "training": dataclasses.asdict(run.training),
-            "corpus": corpus.describe(), "domains": list(corpus.names), "parameters": sizes,
-            "threads": kernels.get_threads(), "thread_info": kernels.thread_info(),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "numba", "scipy")}},
-            "processor": platform.processor() or platform.machine()}
-
-
-FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
-SAME = ("model", "training", "corpus")  # what must agree for a folder to be this run
-
-
-def finite_json(value):
-    """Whether a row holds finite numbers only: JSON knows no others."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return False
-    return True
+            "model": run.model.to_dict(), "training": dataclasses.asdict(run.training), "corpus": corpus.describe(),
+            "domains": corpus.names, "parameters": model.count_parameters(), **machine()}
 
 
 class Trainer:
@@ -122,7 +115,8 @@ class Trainer:
         self.optimizer = AdamW(self.parameters, weight_decay=run.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
         self.generators = {"data": np.random.default_rng([seed, 1]), "noise": np.random.default_rng([seed, 2])}
-        self.step, self.seconds, self.rows, self.sums = 0, 0.0, [], []
+        self.step, self.seconds, self.rows = 0, 0.0, []
+        self.since = []  # numbers of each step since the last row
         self.initial_divergence = list(map(metrics.weight_divergence, self.model.expert_banks()))
 
     def advance(self):
@@ -139,10 +133,12 @@ class Trainer:
         norm = clip_gradients(self.parameters, c.max_norm)
         if not math.isfinite(norm):
             bad = [name for name, p in self.parameters.items() if p.grad is not None and not np.isfinite(p.grad).all()]
+            # the last by name is the first in the backward pass
             raise NonFiniteLoss(self.step, (bad or ["the norm"])[-1], "the gradient is not finite")
         self.optimizer.step()
         value = terms.cross_entropy.item()
-        self.sums.append([terms.total.item(), value, *(0.0 if t is None else t.item() for t in (terms.balance, terms.z)), norm])
+        routers = [0.0 if term is None else term.item() for term in (terms.balance, terms.z)]
+        self.since.append([terms.total.item(), value, *routers, norm])
         self.seconds += time.perf_counter() - started
         return value
 
@@ -153,41 +149,47 @@ class Trainer:
         valid = Validation(ids, targets, domain, self.corpus.names, c.batch_size)
         with np.errstate(all="ignore"):
             row = evaluate(self.model, valid, self.initial_divergence)
-        if not finite_json(row):
-            raise NonFiniteLoss(self.step, self.model.first_nonfinite(ids) or "the loss", "the validation loss is not finite")
+        try:
+            json.dumps(row, allow_nan=False)
+        except ValueError:
+            layer = self.model.first_nonfinite(ids) or "the loss"
+            raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
         return row
 
     def log_row(self):
         """Evaluate, and add a row to the log: training means since the last row, then validation."""
-        means = np.mean(self.sums, axis=0).tolist() if self.sums else [None] * 5
+        means = np.mean(self.since, axis=0).tolist() if self.since else [None] * 5
         training = dict(zip(("train_loss", "cross_entropy", "balance", "z", "gradient_norm"), means))
-        self.sums = []
-        self.rows.append({"step": self.step, "seconds": round(self.seconds, 3), "learning_rate": self.optimizer.lr if self.step else None,
+        self.since = []
+        self.rows.append({"step": self.step, "seconds": round(self.seconds, 3),
+                          "learning_rate": self.optimizer.lr if self.step else None,
                           **training, **self.evaluate(self.run.training.eval_windows)})
+
+    def arrays(self):
+        """Every array of the state, by name: parameters p/..., and the optimizer's moments m/... and v/..."""
+        weights = {name: p.data for name, p in self.parameters.items()}
+        parts = {"p": weights, "m": self.optimizer.m, "v": self.optimizer.v}
+        return {f"{part}/{name}": array for part, of in parts.items() for name, array in of.items()}
 
     def save(self, path):
         """Write the whole state to a checkpoint."""
-        arrays = {f"{part}/{name}": array for part, of in (("m", self.optimizer.m), ("v", self.optimizer.v)) for name, array in of.items()}
-        arrays |= {f"p/{name}": p.data for name, p in self.parameters.items()}
-        save_arrays(path, arrays, {
+        save_arrays(path, self.arrays(), {
             "kind": "checkpoint", "run_id": self.run.run_id, "model": self.run.model.to_dict(), "step": self.step,
             "seconds": self.seconds, "n_rows": len(self.rows), "optimizer_steps": self.optimizer.steps,
             "generators": {name: g.bit_generator.state for name, g in self.generators.items()}})
 
     def restore(self, folder):
         """Take up the state of folder/checkpoint.npz. Raises CheckpointError where it does not belong to this run."""
-        path = folder / "checkpoint.npz"
-        arrays, header = load_arrays(path, "checkpoint")
-        rows = read_rows(folder / "log.jsonl")
-        if header.get("run_id") != self.run.run_id or header.get("model") != self.run.model.to_dict() or len(rows) < header.get("n_rows", math.inf):
-            raise CheckpointError(f"{path} belongs to another run, or its log.jsonl is incomplete: start again with --fresh")
-        missing = [key for key in ("step", "seconds", "optimizer_steps", "generators") if key not in header]
-        parts = {part: {n[2:]: a for n, a in arrays.items() if n[:2] == part + "/"} for part in "pmv"}
-        shapes = {part: {n: a.shape for n, a in of.items()} for part, of in parts.items()}
-        if missing or shapes["m"] != shapes["p"] or shapes["v"] != shapes["p"]:
-            raise CheckpointError(f"{path} is not a whole checkpoint ({', '.join(missing) or 'moments'} missing): start again with --fresh")
-        self.model.set_weights(parts["p"], path)
-        self.optimizer.m, self.optimizer.v = parts["m"], parts["v"]
+        path, rows, own = folder / "checkpoint.npz", read_rows(folder / "log.jsonl"), self.arrays()
+        stored, header = load_arrays(path, "checkpoint")
+        complete = {"step", "seconds", "n_rows", "optimizer_steps", "generators"} <= header.keys()
+        if not complete or {n: a.shape for n, a in stored.items()} != {n: a.shape for n, a in own.items()}:
+            raise CheckpointError(f"{path} lacks a part of this run's state: start again with --fresh")
+        same = (header.get("run_id"), header.get("model")) == (self.run.run_id, self.run.model.to_dict())
+        if not same or len(rows) < header["n_rows"]:
+            raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: start again with --fresh")
+        for name, array in own.items():
+            array[...] = stored[name]
         self.optimizer.steps = header["optimizer_steps"]
         self.step, self.seconds, self.rows = header["step"], header["seconds"], rows[:header["n_rows"]]
         for name, generator in self.generators.items():
@@ -198,28 +200,29 @@ class Trainer:
 def locked(folder):
     """Hold the folder's lock, so that two processes never write one run; it ends with the process."""
     with open(folder / ".lock", "w") as lock:
-        for _ in range(100 if fcntl else 0):  # a killed study's worker needs a moment to notice
+        for _ in range(100):  # ten seconds: a killed study's worker needs a moment to notice
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.1)
         else:
-            if fcntl:
-                raise RunError(f"{folder} is being written by another process: wait for it, or choose another --out")
+            raise RunError(f"{folder} is being written by another process: wait for it, or choose another --out")
         yield
 
 
 def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     """Train `run` in `folder`, from its checkpoint if there is one; a complete run is left as it is.
 
-    on_step(step, cross_entropy) is called after every step. fresh: throw away what the folder holds. Returns the summary, a dict.
+    on_step(step, cross_entropy) is called after every step. fresh: throw away what the folder holds.
+    Returns the summary, a dict.
     Raises NonFiniteLoss (recorded in failure.json), RunError, files.CheckpointError.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        trainer = Trainer(run, corpus)
+        trainer = Trainer(run, corpus)  # before anything is thrown away: memory may not hold it
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
             (folder / name).unlink(missing_ok=True)
         for temporary in folder.glob(".*.*"):  # of a process that was killed while it wrote
@@ -228,6 +231,7 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
         if (folder / "summary.json").exists() and (folder / "log.jsonl").exists():
             return _read(folder / "summary.json")
         (folder / "failure.json").unlink(missing_ok=True)
+        kernels.compile_all(np.float32)  # read back, never compiled here: so that every process has the same bits
         try:
             if (folder / "checkpoint.npz").exists():
                 trainer.restore(folder)
@@ -272,7 +276,15 @@ def _claim(folder, config):
     if not path.exists():
         return write_json(path, config)
     there = _read(path)
-    different = ["run_id"] if there.get("run_id") != config["run_id"] else []
-    different += [f"{part} {name}" for part in SAME for name, value in config[part].items() if (there.get(part) or {}).get(name) != value]
+    wanted, found = _identity(config), _identity(there)
+    different = [f"{name} is {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
     if different:
-        raise RunError(f"{folder} holds a run with another {', '.join(different)}: choose another --out, or start again with --fresh")
+        raise RunError(f"{folder} holds a run with other settings ({'; '.join(different)}): choose another --out, "
+                       "or start again with --fresh")
+
+
+def _identity(config):
+    """What makes a run itself, as a flat dict: its id, its settings, and the hashes of its texts."""
+    texts = {f"corpus {name}": text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()}
+    return {"run_id": config.get("run_id")} | texts | {
+        f"{part} {name}": value for part in ("model", "training") for name, value in config.get(part, {}).items()}

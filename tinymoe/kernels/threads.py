@@ -2,6 +2,7 @@
 import ctypes
 import hashlib
 import os
+import platform
 import tempfile
 from pathlib import Path
 
@@ -70,6 +71,13 @@ def _keep_freed_memory():
 
 
 _keep_freed_memory()
+
+
+def compiled_mark(dtype):
+    """The file that says that all kernels are kept for a dtype name on this machine; None where nothing is kept."""
+    if _CACHE is None or numba.config.DISABLE_JIT:
+        return None
+    return Path(_CACHE) / f"{dtype}-{numba.__version__}-{platform.node()}"
 
 
 def set_threads(n):
