@@ -181,7 +181,8 @@ def test_a_study_killed_outright_takes_its_workers_along_and_goes_on_with_the_sa
 @linux
 @pytest.mark.parametrize("moment", ["importing", "training"])
 def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
-    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
     try:
         if moment == "importing":
             wait_for(lambda: len(children(process.pid)) == 3)  # two workers and multiprocessing's own helper
