@@ -216,6 +216,7 @@ def question(study, title):
 
 
 def configs(study):
+    """The table of all configs: means over seeds with their intervals, as Markdown."""
     rows = []
     for runs in study.groups.values():
         cells = [text(runs, one) for one in (
@@ -228,6 +229,7 @@ def configs(study):
 
 
 def claims(study):
+    """The table of published claims and what became of them here, as Markdown."""
     rows = [[one.section, one.word if one.word in ("undecided", "not tested") else
              f"{'held' if one.interval.mean > 0 else 'did not hold'} ({one.word})", str(one)]
             for one in study.tests if one.section not in QUESTIONS]

@@ -9,6 +9,7 @@ SEGMENT = 256           # rows multiplied at once, and summed into one partial w
 
 @loop
 def add_bias(rows, bias):
+    """rows (N,O) += bias (O,), in place"""
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
             rows[i, j] += bias[j]
@@ -16,6 +17,7 @@ def add_bias(rows, bias):
 
 @loop
 def column_sums(rows, out):
+    """out (O,) = the sum of rows (N,O) over N"""
     out[:] = 0
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):

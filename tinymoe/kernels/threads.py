@@ -86,6 +86,7 @@ def set_threads(n):
 
 
 def get_threads():
+    """How many threads the kernels use now."""
     return numba.get_num_threads()
 
 
