@@ -78,7 +78,7 @@ def test_plain_operand_on_either_side(op, other):
     lambda x: x.exp().log().sqrt().tanh(), lambda x: x[[0, 0, 1]], lambda x: x.reshape(-1).transpose()])
 def test_dtype_is_kept(function, dtype):
     x = leaf(positive(2, 3), dtype)
-    y = function(x)
+    y = function(x).retain_grad()
     y.sum().backward()
     assert y.dtype == y.grad.dtype == x.grad.dtype == dtype
 
@@ -190,19 +190,37 @@ def test_diamonds_double_at_each_step():
 
 def test_fan_out_to_uses_of_different_depth():
     x = leaf(3.0)
-    a = x * x           # x enters y as x^3 + x^2 + x
+    a = (x * x).retain_grad()           # x enters y as x^3 + x^2 + x
     (a * x + a + x).backward()
     assert x.grad == 27 + 6 + 1 and a.grad == 4
 
 
 def test_backward_twice_is_exact():
     x = leaf([1.0, 2])
-    h = x * x
+    h = (x * x).retain_grad()
     y = (h * h).sum()
     for calls in (1, 2, 3):
         y.backward()
         np.testing.assert_array_equal(x.grad, calls * 4 * x.data**3)
         np.testing.assert_array_equal(h.grad, 2 * h.data)
+
+
+def test_a_tensor_between_keeps_its_gradient_only_where_asked_to():
+    x = leaf([1.0, 2])
+    h, kept = x * 2, (x * 3).retain_grad()
+    (h + kept).sum().backward()
+    assert h.grad is None and kept.grad.tolist() == [1, 1] and x.grad.tolist() == [5, 5]
+
+
+def test_a_graph_that_is_not_retained_gives_the_same_gradient_once():
+    x = leaf([1.0, 2])
+    h = x * x
+    y = (h * h).sum()
+    y.backward(retain_graph=False)
+    np.testing.assert_array_equal(x.grad, 4 * x.data**3)
+    for again in (y, h.sum()):
+        with pytest.raises(RuntimeError, match="freed"):
+            again.backward()
 
 
 def test_two_graphs_accumulate_into_one_leaf_until_its_gradient_is_none():
@@ -218,7 +236,7 @@ def test_two_graphs_accumulate_into_one_leaf_until_its_gradient_is_none():
 @pytest.mark.parametrize("function", [lambda x, y: x + y, lambda x, y: x - -y, lambda x, y: (x + y).reshape(2, 1), lambda x, y: (x + y)[::1]])
 def test_leaves_own_their_gradients(function):
     x, y, seed = leaf([1.0, 2]), leaf([3.0, 4]), np.ones(2)
-    out = function(x, y)
+    out = function(x, y).retain_grad()
     out.backward(seed.reshape(out.shape))
     x.grad *= 7  # as clip_gradients does
     assert y.grad.tolist() == seed.tolist() == [1, 1] and out.grad.ravel().tolist() == [1, 1]

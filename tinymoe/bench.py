@@ -80,7 +80,7 @@ def training_step(config, batch_size=8, seed=0):
         ids = rng.integers(0, config.vocab_size, (batch_size, config.seq_len + 1))
         loss = model.loss(ids[:, :-1], ids[:, 1:], training=True, rng=rng).total
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(retain_graph=False)
         clip_gradients(parameters, 1.0)
         optimizer.step()
     return step

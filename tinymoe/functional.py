@@ -10,6 +10,7 @@ from scipy.special import expit, ndtr
 from . import kernels
 from .tensor import Tensor, primitive, record
 
+COMPILED = (np.dtype(np.float32), np.dtype(np.float64))  # what the kernels take
 
 def _rows(x):
     """(..., D) as rows (N, D)."""
@@ -18,9 +19,10 @@ def _rows(x):
 
 def _compilable(name, *tensors):
     """TypeError for what the kernels are not compiled for: they know two dtypes and do not mix them."""
-    found = sorted({t.dtype.name for t in tensors})
-    if found not in (["float32"], ["float64"]):
-        raise TypeError(f"{name} takes float32 or float64 alone, not {' and '.join(found)}: convert with .astype first")
+    dtype = tensors[0].dtype
+    if dtype not in COMPILED or any(t.dtype != dtype for t in tensors):
+        found = " and ".join(sorted({t.dtype.name for t in tensors}))
+        raise TypeError(f"{name} takes float32 or float64 alone, not {found}: convert with .astype first")
 
 
 def _same_width(name, x, *vectors):
@@ -125,14 +127,15 @@ def cross_entropy(logits, targets):
     if n == 0 or targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= v:
         raise ValueError(f"targets must be at least one integer, each from 0 to {v - 1}")
     rows = np.arange(n)
-    value = -_log_softmax(logits.data, -1)[rows, targets].mean()
+    log_probs = _log_softmax(logits.data, -1)
 
     def vjp(g):
-        d = _softmax(logits.data, -1)
+        d = np.exp(log_probs)
         d[rows, targets] -= 1
-        return d * (g / n)
+        d *= g / n
+        return d
 
-    return primitive(value, (logits, vjp))
+    return primitive(-log_probs[rows, targets].mean(), (logits, vjp))
 
 
 # -- layers' arithmetic -------------------------------------------------------------------------
@@ -196,8 +199,8 @@ def causal_attention(q, k, v):
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
                          f"not {q.shape}, {k.shape}, {v.shape}")
     _compilable("causal_attention", q, k, v)
-    value, probs = kernels.causal_attention(q.data, k.data, v.data)
-    return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, probs))
+    value, saved = kernels.causal_attention(q.data, k.data, v.data)
+    return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
 
 
 # -- lookups and joins --------------------------------------------------------------------------

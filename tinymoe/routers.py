@@ -36,10 +36,10 @@ class RouteContext:
 
 def largest(scores, k, axis=-1):
     """Boolean mask of the k largest scores along an axis; ties go to the lowest index."""
-    order = np.argsort(-scores, axis=axis, kind="stable")
-    mask = np.zeros(scores.shape, bool)
-    np.put_along_axis(mask, np.take(order, np.arange(k), axis=axis), True, axis=axis)
-    return mask
+    kth = np.take(np.partition(scores, -k, axis), [-k], axis)
+    above, ties = scores > kth, scores == kth
+    room = k - above.sum(axis, keepdims=True)
+    return above | ties & (ties.cumsum(axis) <= room)
 
 
 class TopK(Module):

@@ -51,7 +51,7 @@ class Tensor:
     number takes the tensor's dtype; arrays follow NumPy's promotion.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "_parents", "_vjp", "_order", "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "_retains_grad", "_parents", "_vjp", "_order", "__weakref__")
     __array_ufunc__ = None  # array + tensor calls Tensor.__radd__ instead of looping over entries
 
     def __init__(self, array, requires_grad=False):
@@ -62,6 +62,7 @@ class Tensor:
             raise TypeError(f"dtype {self.data.dtype} has no gradient: convert with .astype(np.float32) first")
         self.grad = None
         self.requires_grad = requires_grad
+        self._retains_grad = False
         self._parents = ()
         self._vjp = None
         self._order = next(_order)
@@ -101,33 +102,50 @@ class Tensor:
 
     # -- the backward pass ---------------------------------------------------------------------
 
-    def backward(self, gradient=None):
+    def backward(self, gradient=None, retain_graph=True):
         """Add d(self)/d(leaf), weighted by `gradient`, to `.grad` of every leaf below.
 
         gradient: same shape as self; may be left out for a tensor of one element (it is 1 then).
-        Tensors between self and the leaves get a fresh `.grad` in each call. The graph is kept,
-        so a second call is exact and adds the same amount to the leaves again.
-        Raises ValueError for a missing or misshapen gradient, RuntimeError if nothing is recorded.
+        retain_graph: then a second call is exact, and adds the same amount to the leaves again. Without it,
+            what an operation saved is freed as soon as it is used: memory that the next gradient takes.
+        Tensors between self and the leaves have no `.grad`, unless `retain_grad` asked for it.
+        Raises ValueError for a missing or misshapen gradient, RuntimeError if nothing is recorded or all is freed.
         """
         if not self.requires_grad:
             raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or it was made under "
                                "no_grad()")
-        gradients = {self: _seed(self, gradient)}
-        for node in sorted(_reachable(self), key=lambda t: t._order, reverse=True):
+        gradients, owned, summed = {self: _seed(self, gradient)}, set(), set()
+        nodes = sorted(_reachable(self), key=lambda t: t._order)
+        while nodes:
+            node = nodes.pop()  # the newest, so nothing that is left depends on it
             g = gradients.pop(node, None)
             if g is None:
                 continue
             if node._vjp is None:
-                node.grad = np.array(g) if node.grad is None else np.asarray(node.grad + g)
+                node.grad = _own(g, owned) if node.grad is None else np.asarray(node.grad + g)
                 continue
-            node.grad = g
+            if node._retains_grad:
+                node.grad = np.array(g)
             for parent, share in zip(node._parents, node._vjp(g)):
                 if share is None or not parent.requires_grad:
                     continue
                 share = np.asarray(share, dtype=parent.dtype)
                 if share.shape != parent.shape:
                     raise ValueError(f"a VJP gave shape {share.shape} for an input of shape {parent.shape}")
-                gradients[parent] = np.asarray(gradients[parent] + share) if parent in gradients else share
+                if parent in summed:
+                    gradients[parent] += share  # the array is nobody else's
+                elif parent in gradients:
+                    gradients[parent] = np.asarray(gradients[parent] + share)
+                    summed.add(parent)
+                else:
+                    gradients[parent] = share
+            if not retain_graph:
+                node._parents, node._vjp = (), _freed
+
+    def retain_grad(self):
+        """Have every `backward` leave this tensor's gradient in `.grad`, though it is no leaf; returns self."""
+        self._retains_grad = True
+        return self
 
     # -- elementwise arithmetic ----------------------------------------------------------------
 
@@ -316,6 +334,17 @@ def _seed(tensor, gradient):
     if gradient.shape != tensor.shape:
         raise ValueError(f"the gradient has shape {gradient.shape}, but must have the tensor's, {tensor.shape}")
     return gradient
+
+
+def _freed(g):
+    raise RuntimeError("this graph was freed by backward(retain_graph=False): run the forward pass again")
+
+
+def _own(g, owned):
+    """g itself for a leaf to keep, or a copy where other tensors may share it. owned: ids of those given away."""
+    g = g if g.flags.owndata and g.flags.writeable and id(g) not in owned else np.array(g)
+    owned.add(id(g))
+    return g
 
 
 def _broadcast(ufunc, a, b):

@@ -129,7 +129,7 @@ class Trainer:
         if not np.isfinite(terms.total.data):
             raise NonFiniteLoss(self.step, self.model.first_nonfinite(ids) or "the loss", "the loss is not finite")
         self.optimizer.zero_grad()
-        terms.total.backward()
+        terms.total.backward(retain_graph=False)
         norm = clip_gradients(self.parameters, c.max_norm)
         if not math.isfinite(norm):
             bad = [name for name, p in self.parameters.items() if p.grad is not None and not np.isfinite(p.grad).all()]
@@ -137,7 +137,7 @@ class Trainer:
             raise NonFiniteLoss(self.step, (bad or ["the norm"])[-1], "the gradient is not finite")
         self.optimizer.step()
         value = terms.cross_entropy.item()
-        routers = [0.0 if term is None else term.item() for term in (terms.balance, terms.z)]
+        routers = [math.nan if term is None else term.item() for term in (terms.balance, terms.z)]
         self.since.append([terms.total.item(), value, *routers, norm])
         self.seconds += time.perf_counter() - started
         return value
@@ -159,6 +159,7 @@ class Trainer:
     def log_row(self):
         """Evaluate, and add a row to the log: training means since the last row, then validation."""
         means = np.mean(self.since, axis=0).tolist() if self.since else [None] * 5
+        means = [None if m is None or math.isnan(m) else m for m in means]  # a dense model has no balance and no z
         training = dict(zip(("train_loss", "cross_entropy", "balance", "z", "gradient_norm"), means))
         self.since = []
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 3),

@@ -75,8 +75,8 @@ def call_all(dtype):
     y, mean, rstd = layer_norm(x, b, b, 1e-5)
     layer_norm_backward(y, x, b, mean, rstd)
     heads = np.ones((1, 2, 1, 2), dtype)
-    out, probs = causal_attention(heads, heads, heads)
-    causal_attention_backward(out, heads, heads, heads, probs)
+    out, saved = causal_attention(heads, heads, heads)
+    causal_attention_backward(out, heads, heads, heads, saved)
     weights = np.ones((2, 2, 2), dtype)
     routed = x, np.array([0, 1]), np.array([0, 2, 2]), b, weights, x, weights, x, "gelu"
     y, saved = experts_forward(*routed)

@@ -34,13 +34,14 @@ def _linear(x, w, b, y):
 
 
 @pool
-def _linear_backward(dy, x, w, dx, dw, db):
-    """dw (S,I,O) and db (S,O) hold one partial sum for each segment of rows."""
-    for s in prange(dw.shape[0]):
-        part = slice(x.shape[0] * s // dw.shape[0], x.shape[0] * (s + 1) // dw.shape[0])
-        np.dot(x[part].T, dy[part], dw[s])
+def _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots):
+    """dw (I,O) and db (O,) hold the sums over the first segment of rows, a slot those over each of the others."""
+    segments = 1 + dw_slots.shape[0]
+    for s in prange(segments):
+        part = slice(x.shape[0] * s // segments, x.shape[0] * (s + 1) // segments)
+        np.dot(x[part].T, dy[part], dw if s == 0 else dw_slots[s - 1])
         np.dot(dy[part], w.T, dx[part])
-        column_sums(dy[part], db[s])
+        column_sums(dy[part], db if s == 0 else db_slots[s - 1])
 
 
 @loop
@@ -54,17 +55,19 @@ def _add_slots(total, slots, lo, hi, empty):
 
 
 @pool
-def sum_partials(dw, db, first, empty):
-    """Add slots first[e]:first[e+1] of dw (S,W) and db (S,O) to slot e, for every expert e.
-
-    A job is a slice of one expert's weights, so that threads share the sum of an expert that has all slots.
-    """
+def _add_partials(dw, db, dw_slots, db_slots, first, empty):
+    """A job is a slice of one expert's weights, so that threads share the sum of an expert that has all slots."""
     jobs = blocks(dw.shape[1], SLICE)
     for job in prange(empty.size * jobs):
         e, lo = job // jobs, job % jobs * SLICE
-        _add_slots(dw[e], dw[first[e]:first[e + 1]], lo, min(lo + SLICE, dw.shape[1]), empty[e])
+        _add_slots(dw[e], dw_slots[first[e]:first[e + 1]], lo, min(lo + SLICE, dw.shape[1]), empty[e])
         if lo == 0:
-            _add_slots(db[e], db[first[e]:first[e + 1]], 0, db.shape[1], empty[e])
+            _add_slots(db[e], db_slots[first[e]:first[e + 1]], 0, db.shape[1], empty[e])
+
+
+def add_partials(dw, db, dw_slots, db_slots, first, empty):
+    """dw[e] (E,...) += the slots first[e]:first[e+1] of dw_slots, db (E,O) likewise; zero where `empty` (E,)."""
+    _add_partials(dw.reshape(len(dw), -1), db, dw_slots.reshape(len(dw_slots), dw[0].size), db_slots, first, empty)
 
 
 def linear(x, w, b):
@@ -78,13 +81,13 @@ def linear(x, w, b):
 def linear_backward(dy, x, w):
     """-> dx (N,I), dw (I,O), db (O,)"""
     dy, x, w = plain(dy), plain(x), plain(w)
-    n_segments = max(1, blocks(len(x), segment_rows(len(x))))
-    dx, dw = np.empty_like(x), np.empty((n_segments, *w.shape), x.dtype)
-    db = np.empty((n_segments, w.shape[1]), x.dtype)
-    _linear_backward(dy, x, w, dx, dw, db)
-    if n_segments > 1:
-        sum_partials(dw.reshape(n_segments, -1), db, np.array([1, n_segments]), np.array([False]))
-    return dx, dw[0], db[0]
+    n_slots = max(1, blocks(len(x), segment_rows(len(x)))) - 1
+    dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
+    dw_slots, db_slots = np.empty((n_slots, *dw.shape), x.dtype), np.empty((n_slots, *db.shape), x.dtype)
+    _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots)
+    if n_slots:
+        add_partials(dw[None], db[None], dw_slots, db_slots, np.array([0, n_slots]), np.array([False]))
+    return dx, dw, db
 
 
 def segment_rows(n):

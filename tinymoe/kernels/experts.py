@@ -3,7 +3,7 @@ import numpy as np
 from numba import prange
 
 from .activations import ACTIVATIONS, activate, activate_backward
-from .dense import add_bias, column_sums, segment_rows, sum_partials
+from .dense import add_bias, add_partials, column_sums, segment_rows
 from .threads import PIECE, blocks, get_threads, loop, plain, pool
 from .updates import scatter_add
 
@@ -12,20 +12,20 @@ from .updates import scatter_add
 def _plan(offsets, limit, n_threads):
     """Cut each expert's assignments into equal pieces of at most `limit` -> pieces (P,4), first (E+1,), shares
 
-    A piece is expert, start, stop, slot. The slot is where its weight gradient goes: an expert's first piece
-    writes straight to slot e, the gradient; the others to slots first[e]:first[e+1], added to it later.
+    A piece is expert, start, stop, slot. An expert's first piece writes its weight gradient straight to where
+    it belongs, with slot -1; the others to the partial sums first[e]:first[e+1], which are added later.
     Thread t takes pieces shares[t]:shares[t+1], near equal in rows; a piece costs 16 rows more than it has.
     """
     E, P, cost = offsets.size - 1, 0, 0
     first, shares = np.empty(E + 1, np.int64), np.zeros(n_threads + 1, np.int64)
     pieces = np.empty((blocks(offsets[E], limit) + E, 4), np.int64)      # at most so many
-    first[0] = E
+    first[0] = 0
     for e in range(E):
         start, count = offsets[e], offsets[e + 1] - offsets[e]
         n = blocks(count, limit)
         for i in range(n):
             pieces[P, 0], pieces[P, 1], pieces[P, 2] = e, start + count * i // n, start + count * (i + 1) // n
-            pieces[P, 3] = e if i == 0 else first[e] + i - 1
+            pieces[P, 3] = first[e] + i - 1 if i > 0 else -1
             cost += pieces[P, 2] - pieces[P, 1] + 16
             P += 1
         first[e + 1] = first[e] + max(n - 1, 0)
@@ -97,8 +97,7 @@ def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_before, d_
 
 
 @pool
-def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, before, out,
-                      d_rows, dgate, dw1, db1, dw2, db2):
+def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, before, out, d_rows, dgate, dw, partial):
     for thread in prange(shares.size - 1):
         first, last, most = shares[thread], shares[thread + 1], 0
         for p in range(first, last):
@@ -108,9 +107,11 @@ def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, befor
         for p in range(first, last):
             e, start, stop, slot = pieces[p]
             part, n = slice(start, stop), stop - start
+            dw1, db1, dw2, db2 = dw if slot < 0 else partial
+            to = e if slot < 0 else slot
             _gate_backward(dy, token[part], gate[part], out[part], dout[:n], dgate[part])
             _expert_piece_backward(dout[:n], w1[e], w2[e], kind, rows[part], before[part], after[:n],
-                                   d_before[:n], d_rows[part], dw1[slot], db1[slot], dw2[slot], db2[slot])
+                                   d_before[:n], d_rows[part], dw1[to], db1[to], dw2[to], db2[to])
 
 
 def experts_forward(x, token, offsets, gate, w1, b1, w2, b2, name):
@@ -138,13 +139,13 @@ def experts_backward(dy, x, token, offsets, gate, w1, b1, w2, b2, name, saved):
     rows, before, out = saved
     E, empty = len(w1), np.diff(offsets) == 0
     pieces, first, shares = _plan(offsets, segment_rows(len(token)), get_threads())
-    dw1, db1, dw2, db2 = (np.empty((first[-1], *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2))
+    dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2)) for n in (E, first[-1]))
     d_rows, dgate = np.empty_like(rows), np.empty_like(gate)
     _experts_backward(dy, token, gate, pieces, shares, w1, w2, ACTIVATIONS[name], rows, before, out,
-                      d_rows, dgate, dw1, db1, dw2, db2)
-    if first[-1] > E or empty.any():
-        sum_partials(dw1.reshape(len(dw1), -1), db1, first, empty)
-        sum_partials(dw2.reshape(len(dw2), -1), db2, first, empty)
+                      d_rows, dgate, dw, partial)
+    if len(partial[0]) or empty.any():
+        add_partials(*dw[:2], *partial[:2], first, empty)
+        add_partials(*dw[2:], *partial[2:], first, empty)
     dx = np.zeros_like(dy)
     scatter_add(dx, token, np.ones_like(gate), d_rows)
-    return dx, dgate, dw1[:E], db1[:E], dw2[:E], db2[:E]
+    return dx, dgate, *dw

@@ -6,13 +6,9 @@ import platform
 import tempfile
 from pathlib import Path
 
-# A waiting thread sleeps. If it spins, as is OpenMP's way, on cores that something else needs too, it
-# keeps its own partner from running: regions of 30 us take 8 ms. Read when numba starts its threads.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import numba  # noqa: E402
-import numpy as np  # noqa: E402
-import threadpoolctl  # noqa: E402
+import numba
+import numpy as np
+import threadpoolctl
 
 PIECE = 192             # rows carried together: their hidden activations stay in the second-level cache
 SLICE = 1 << 13         # elements in a piece of an elementwise pass

@@ -52,7 +52,7 @@ def adamw(parameter, gradient, m, v, lr, beta1, beta2, eps, weight_decay, step):
     flat = [z.reshape(-1) for z in (parameter, plain(gradient), m, v)]
     rate, root = lr / (1 - beta1**step), (1 - beta2**step)**-0.5         # corrected for the zero start
     scalars = map(parameter.dtype.type, (1 - lr * weight_decay, beta1, beta2, rate, root, eps))
-    kernel = _adamw if parameter.size > 4 * SLICE else _adamw_slice      # waking threads has a price
+    kernel = _adamw if parameter.size > 4 * SLICE else _adamw_slice
     kernel(*flat, *scalars)
 
 
@@ -73,6 +73,8 @@ def _sum_of_squares(x, partial):
 def sum_of_squares(x):
     """Summed in float64 over fixed slices, which are then added."""
     x = plain(x).reshape(-1)
+    if x.size <= 4 * SLICE:                         # waking threads has a price
+        return _square_slice(x)
     partial = np.empty(blocks(x.size, SLICE))
     _sum_of_squares(x, partial)
     return float(partial.sum())
