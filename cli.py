@@ -176,14 +176,14 @@ def gradcheck(only):
 # -- bench --------------------------------------------------------------------------------------
 
 @main.command()
-@click.option("--quick", is_flag=True, help="The two smallest sizes only.")
+@click.option("--quick", is_flag=True, help="The two smallest sizes of the ladder, and no scaling.")
 @click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True,
-              help="Timings of each rung; the median counts.")
+              help="Timings of each number; the median counts.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench",
               help="Folder of the rows and figures.")
 def bench(quick, profile, repeats, out):
-    """Time the expert backends against each other, and a training step operation by operation."""
+    """Time the expert backends against each other, a training step operation by operation, and how both scale."""
     from tinymoe import bench as b
     from tinymoe import kernels
     try:
@@ -191,7 +191,9 @@ def bench(quick, profile, repeats, out):
         click.echo(f"compiled in {seconds:.1f} s (kept for the next time); {_describe(b.machine())}")
         if not profile:
             _ladder(b, out, b.SIZES[:2] if quick else b.SIZES, repeats)
-        _profile(b, out)
+        _profile(b, out, repeats)
+        if not (profile or quick):
+            _scaling(b, out, repeats)
     except OSError as error:
         raise click.ClickException(_one_line(error)) from None
     click.echo(f"\nrows and figures in {out}")
@@ -222,13 +224,25 @@ def _ladder(b, out, sizes, repeats):
         raise click.ClickException("the backends disagree: see the column difference")
 
 
-def _profile(b, out):
-    rows, peak = b.step_profile(), b.sgemm_gflops()
-    b.write(out, "profile", [row | {"sgemm_gflops": peak} for row in rows])
+def _profile(b, out, repeats):
+    rows, peak = b.step_profile(repeats=3 * repeats), b.sgemm_gflops()
+    rows = [row | {"sgemm_gflops": peak} for row in rows]
+    b.write(out, "profile", rows)
+    b.draw_profile(rows, out / "profile.png")
     click.echo(f"\n{'one training step':28} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}   "
-               f"(sgemm on one core: {peak:.0f})")
+               f"(sgemm alone: {peak:.0f})")
     for row in rows:
         click.echo("{operation:28} {calls:6.0f} {ms:8.2f} {share:6.1%} {gflops:8.1f}".format_map(row))
+
+
+def _scaling(b, out, repeats):
+    rows = b.scaling(repeats=repeats)
+    b.write(out, "scaling", rows)
+    b.draw_scaling(rows, out / "scaling.png")
+    click.echo(f"\n{'against':10} {'value':>6} {'ms':>9} {'relative':>9}")
+    for row in rows:
+        click.echo("{against:10} {value:6g} {ms:9.1f} {relative:8.2f}x".format_map(row))
+
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What `python cli.py bench` measures: the ladder of expert backends, and where a training step spends its time."""
+"""What `python cli.py bench` measures: the ladder of expert backends, where a training step spends its time, and how
+that grows with experts, tokens and imbalance.
+
+What is compared is timed in turn, so that a noisy moment of the machine hits all alike; medians count.
+"""
 
 import contextlib
 import time
@@ -6,12 +10,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import threadpoolctl
 
 from . import kernels
 from .experts import BACKENDS, ExpertBank
 from .files import write_rows
 from .model import ModelConfig, Transformer
 from .optim import AdamW, clip_gradients
+from .routers import largest
+from .routing import from_mask
+from .tensor import Tensor
 from .train import machine
 
 SIZES = (  # n_tokens, d_model, n_experts, top_k; d_ff is 4 d_model
@@ -107,33 +115,90 @@ def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
 
 
 def sgemm_gflops(n=1024, repeats=10):
-    """GFLOP/s of one float32 matrix product on one thread: what a core can do at best."""
+    """GFLOP/s of one float32 matrix product on as many threads as the kernels use: what the machine can do at best."""
     a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / float(np.median(times)) / 1e9
+    with threadpoolctl.threadpool_limits(kernels.get_threads(), "blas"):
+        return 2 * n ** 3 / _medians({"": lambda: a @ a}, repeats)[""] / 1e6
+
+
+# -- how the time grows -------------------------------------------------------------------------
+
+def _medians(functions, repeats):
+    """dict name -> milliseconds, the median over rounds in which each function is called once."""
+    times = {name: [] for name in functions}
+    for round_ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(ms)) for name, ms in times.items()}
+
+
+def skewed_layer(share, n_tokens=2048, d_model=128, n_experts=8, top_k=2, seed=0):
+    """A function that runs one expert layer forward and backward; `share` of the tokens have expert 0 among their K.
+
+    K / E is balance. The other choices are uniform.
+    """
+    rng = np.random.default_rng(seed)
+    scores = rng.random((n_tokens, n_experts), dtype=np.float32)
+    scores[:, 0] = rng.permutation(n_tokens) < round(share * n_tokens)  # 1 beats every score, 0 none
+    gates = Tensor(scores, requires_grad=True)
+    routing = from_mask(largest(scores, top_k), gates, gates, gates)
+    bank = ExpertBank(n_experts, d_model, 4 * d_model, seed=seed)
+    x = Tensor(rng.standard_normal((n_tokens, d_model)).astype(np.float32), requires_grad=True)
+
+    def both():
+        for leaf in (x, gates, *bank.parameters().values()):
+            leaf.grad = None
+        bank(x, routing).backward(x.data)
+    return both
+
+
+def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), shares=(0.25, 0.5, 0.8, 1.0), repeats=7):
+    """Rows {"against", "value", "ms", "relative"} of three scans; relative is to the first value of each.
+
+    experts: a training step with E experts, at equal active parameters. tokens: a training step on batches of
+    so many tokens. shares: one expert layer in which expert 0 serves that share of the tokens.
+    """
+    length = ModelConfig().seq_len
+    scans = {"experts": {e: training_step(ModelConfig(n_experts=e)) for e in experts},
+             "tokens": {n: training_step(ModelConfig(), n // length) for n in tokens},
+             "imbalance": {share: skewed_layer(share) for share in shares}}
+    rows = []
+    for against, functions in scans.items():
+        ms = _medians(functions, repeats)
+        rows += [{"against": against, "value": value, "ms": ms[value], "relative": ms[value] / ms[next(iter(ms))]}
+                 for value in functions]
+    return rows
 
 
 # -- writing it up ------------------------------------------------------------------------------
 
-def draw_ladder(rows, path):
-    """A bar for each size and backend: forward + backward in milliseconds, logarithmic."""
+def _figure(path, height, panels, draw):
+    """Call draw(figure, axes) in the style of the study's figures and save; nothing of matplotlib before this."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    from .plots import COLOURS, DOUBLE, STYLE, save
+    from .plots import DOUBLE, STYLE, save
+
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(DOUBLE, height), layout="constrained")
+        draw(fig, fig.subplots(1, panels))
+        save(fig, path)
+
+
+def draw_ladder(rows, path):
+    """A bar for each size and backend: forward + backward in milliseconds, logarithmic."""
+    from .plots import COLOURS
 
     def size_of(row):
         return row["n_tokens"], row["d_model"], row["n_experts"], row["top_k"]
 
     rows = [row for row in rows if row["pass"] == "forward + backward"]
     sizes = list(dict.fromkeys(map(size_of, rows)))
-    with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
-        axes = fig.subplots()
+
+    def draw(fig, axes):
         for i, (backend, hatch) in enumerate(zip(BACKENDS, ("..", "//", "\\\\", ""))):
             mine = {sizes.index(size_of(row)): row["ms"] for row in rows if row["backend"] == backend}
             bars = axes.bar([place + 0.2 * (i - 1.5) for place in mine], mine.values(), 0.18, label=backend,
@@ -144,7 +209,45 @@ def draw_ladder(rows, path):
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.12)
         fig.legend(loc="outside upper center", ncols=4)
-        save(fig, path)
+
+    _figure(path, 2.8, 1, draw)
+
+
+def draw_profile(rows, path):
+    """A bar for each operation of the step, the slowest above, with its rate where it multiplies matrices."""
+    def draw(fig, axes):
+        operations, whole = rows[:-1], rows[-1]
+        bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color="#0072B2")
+        axes.bar_label(bars, [f"{row['share']:.0%}" + (f", {row['gflops']:.0f} GFLOP/s" if row["gflops"] else "")
+                              for row in operations], fontsize=6, padding=2)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.15)
+        axes.set(xlabel=f"milliseconds of a training step of {whole['ms']:.0f} ms, {whole['gflops']:.0f} GFLOP/s; "
+                        f"sgemm alone {whole['sgemm_gflops']:.0f} GFLOP/s")
+
+    _figure(path, 2.8, 1, draw)
+
+
+def draw_scaling(rows, path):
+    """Three panels: time against experts, tokens and imbalance, with the time that each should have."""
+    labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
+              "imbalance": "share of tokens at expert 0"}
+
+    def draw(fig, panels):
+        for axes, (against, label) in zip(panels, labels.items()):
+            values, ms = zip(*((row["value"], row["ms"]) for row in rows if row["against"] == against))
+            ideal = [ms[0] * v / values[0] if against == "tokens" else ms[0] for v in values]
+            axes.plot(values, ms, "o-", color="#0072B2", label="measured")
+            axes.plot(values, ideal, "--", color="#000000", label="in proportion to the work")
+            if against != "imbalance":
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(values, [f"{v:g}" for v in values], minor=False)
+            axes.set(xlabel=label, ylim=(0, 1.15 * max(*ms, *ideal)), ylabel="layer, forward + backward (ms)" if against == "imbalance"
+                     else "training step (ms)")
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+    _figure(path, 2.4, 3, draw)
 
 
 def write(out, name, rows):

@@ -111,10 +111,13 @@ def shuffled_information(counts_by_unit, labels, n_labels, rng, n_shuffles=N_SHU
 
     counts_by_unit: (U, E) assignments of each unit (a window, or a token) to each expert.
     """
+    unit, expert = np.nonzero(counts_by_unit)
+    counts, n_experts = counts_by_unit[unit, expert], counts_by_unit.shape[1]
+
     def shuffled():
-        table = np.zeros((n_labels, counts_by_unit.shape[1]))
-        np.add.at(table, rng.permutation(labels), counts_by_unit)
-        return mutual_information(table)
+        place = rng.permutation(labels)[unit] * n_experts + expert
+        table = np.bincount(place, weights=counts, minlength=n_labels * n_experts)
+        return mutual_information(table.reshape(n_labels, n_experts))
 
     return float(np.mean([shuffled() for _ in range(n_shuffles)]))
 

@@ -1,0 +1,59 @@
+"""The benchmark counts, compares and draws what it says; how fast anything is, no test can know."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tinymoe import bench, kernels
+from tinymoe.model import ModelConfig
+
+SMALL = ModelConfig(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=16, seq_len=4, moe_layers=(1,), n_experts=4)
+
+
+def test_the_profile_counts_the_floating_point_work_of_a_step():
+    """N = 2 * 4 tokens, multiply and add: forward 2 N in out, backward twice that; attention over the half that it sees."""
+    rows = {row["operation"]: row for row in bench.step_profile(SMALL, batch_size=2, repeats=2)}
+    n, d, f, v, t = 8, 8, 16, 11, 4
+    linear = 2 * n * (2 * 4 * d * d + 2 * d * f + d * 4 + d * v)  # two attentions, one dense layer, router, head
+    experts, attention = 2 * (2 * n) * 2 * d * f, 2 * 2 * n * t * d  # K = 2; two layers, scores and values, halved
+    work = {name: row["gflops"] * row["ms"] * 1e6 for name, row in rows.items()}
+    assert work["linear"] == pytest.approx(linear) and work["linear_backward"] == pytest.approx(2 * linear)
+    assert work["experts_forward"] == pytest.approx(experts)
+    assert work["experts_backward"] == pytest.approx(2 * experts)
+    assert work["causal_attention"] == pytest.approx(attention)
+    assert work["causal_attention_backward"] == pytest.approx(2 * attention)
+    assert work["whole step"] == pytest.approx(3 * (linear + experts + attention))
+    shares = [row["share"] for name, row in rows.items() if name != "whole step"]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+
+
+def test_timing_leaves_the_kernels_as_they_were():
+    before = vars(kernels).copy()
+    with pytest.raises(KeyError), bench.timed_kernels():
+        raise KeyError
+    assert vars(kernels) == before
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.8, 1])
+def test_a_skewed_layer_has_the_imbalance_that_was_asked_for(share, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench.ExpertBank, "forward", lambda bank, x, routing: seen.append(routing) or x)
+    bench.skewed_layer(share, n_tokens=40, d_model=4)()
+    assert seen[0].load[0] == round(40 * share) and (seen[0].coverage == 2).all()
+
+
+def test_scaling_is_relative_to_the_first_of_each_scan(tmp_path):
+    rows = bench.scaling(experts=(2, 4), tokens=(128, 256), shares=(0.25, 1.0), repeats=1)
+    assert [(row["against"], row["value"]) for row in rows] == [
+        ("experts", 2), ("experts", 4), ("tokens", 128), ("tokens", 256), ("imbalance", 0.25), ("imbalance", 1.0)]
+    assert [row["relative"] for row in rows[::2]] == [1, 1, 1]
+    assert all(row["relative"] == row["ms"] / first["ms"] for first, row in zip(rows[::2], rows[1::2]))
+    bench.draw_scaling(rows, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_say_where_they_were_measured(tmp_path):
+    path = bench.write(tmp_path, "profile", [{"ms": 1.0}])
+    row = json.loads(path.read_text())
+    assert row["threads"] == kernels.get_threads() and row["processor"] and row["versions"]["numpy"] == np.__version__
