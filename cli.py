@@ -153,6 +153,24 @@ def _one_line(error):
     return " ".join(str(error).split())
 
 
+# -- routers ------------------------------------------------------------------------------------
+
+@main.command()
+def routers():
+    """List the routers: who chooses, what is balanced, what is causal, what is learned, what it costs."""
+    from tinymoe.routers import ROUTERS
+    lines = [("name", "who chooses", "equal load", "causal", "learned", "cost a layer", "paper")]
+    for name, router in ROUTERS.items():
+        causal = {(True, True): "yes", (True, False): "not while training", (False, False): "no"}[
+            router.causal, router.causal_training]
+        lines.append((name, router.chooses, router.balanced, causal, "yes" if router.learned else "no", router.cost, router.paper))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    click.echo("\nN tokens, D width, E experts. Causal: a token's route depends on its own prefix alone.\n"
+               "python cli.py study --config D --set router=NAME --out results/NAME trains one.")
+
+
 # -- gradcheck ----------------------------------------------------------------------------------
 
 @main.command()

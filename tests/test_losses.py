@@ -72,6 +72,71 @@ def test_layers_are_never_pooled_before_the_product():
     assert terms.total.item() == pytest.approx(np.log(5) + .1 * 4)
 
 
+# -- within sequences, over devices ---------------------------------------------------------------
+
+def test_sequence_balance_by_hand():
+    """Two sequences of two tokens. The first has both on expert 0, P = (.8, .2): 2 * .8 = 1.6; the second is even, P = (.4, .6): 1."""
+    r = routing([[1, 0], [1, 0], [1, 0], [0, 1]], [[.9, .1], [.7, .3], [.6, .4], [.2, .8]])
+    assert losses.sequence_balance_loss(r, 2).item() == pytest.approx((1.6 + 1) / 2)
+    assert losses.sequence_balance_loss(r, 4).item() == pytest.approx(losses.load_balancing_loss(r).item())
+
+
+def test_each_sequence_may_collapse_though_the_batch_is_balanced():
+    r = routing([[1, 0]] * 3 + [[0, 1]] * 3)
+    assert losses.load_balancing_loss(r).item() == 1 and losses.sequence_balance_loss(r, 3).item() == 2
+
+
+def test_device_balance_by_hand():
+    """Four experts on two devices, K = 2: five of six assignments lie on device 0; P over devices (.7, .3): 2 (5/6 .7 + 1/6 .3)."""
+    r = routing([[.5, .5, 0, 0], [.5, .5, 0, 0], [0, .5, .5, 0]], [[.4, .3, .2, .1]] * 3)
+    assert losses.device_balance_loss(r, 2).item() == pytest.approx(2 * (5 / 6 * .7 + 1 / 6 * .3))
+    assert losses.device_balance_loss(r, 4).item() == pytest.approx(losses.load_balancing_loss(r).item())
+    assert losses.device_balance_loss(r, 1).item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="n_devices 3.*n_experts 4"):
+        losses.device_balance_loss(r, 3)
+
+
+def test_communication_balance_counts_tokens_not_assignments():
+    """As above: all three tokens reach device 0, one reaches device 1 too; two devices allowed: 2/2 (1 * .7 + 1/3 * .3)."""
+    r = routing([[.5, .5, 0, 0], [.5, .5, 0, 0], [0, .5, .5, 0]], [[.4, .3, .2, .1]] * 3)
+    assert losses.communication_balance_loss(r, 2, 2).item() == pytest.approx(.7 + .1)
+    even = routing([[1, 0, 0, 0], [0, 0, 0, 1]], [[.25] * 4] * 2)
+    assert losses.communication_balance_loss(even, 2, 1).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["switch", "megatron", "hf_mixtral", "deepseek"])
+def test_equivalent_coefficients_give_the_same_gradient(name):
+    """Three layers of equal load, K = 2: the other conventions as they are written, against the mean over layers."""
+    L, K, N, E = 3, 2, 6, 4
+    gates = circulant(4, 2)[[0, 1, 1, 2, 3, 0]] / 2
+    layers = [Tensor(np.random.default_rng(i).dirichlet(np.ones(E), N), requires_grad=True) for i in range(L)]
+    count = (gates > 0).sum(axis=0)
+
+    def published():
+        if name == "hf_mixtral":
+            pooled = F.concatenate(layers)                                        # (L N, E)
+            return E * (Tensor(L * count / (L * N)) * pooled.mean(axis=0)).sum()
+        f = count / N if name == "switch" else count / (N * K)
+        return sum(E * (Tensor(f) * p.mean(axis=0)).sum() for p in layers)
+
+    def gradient(loss):
+        for p in layers:
+            p.grad = None
+        loss.backward()
+        return [p.grad for p in layers]
+
+    ours = .01 * sum(losses.load_balancing_loss(routing(gates, p)) for p in layers) * (1 / L)
+    theirs = losses.equivalent_coefficient(.01, "tinymoe", name, L, K) * published()
+    np.testing.assert_allclose(gradient(ours), gradient(theirs), rtol=1e-12)
+    there = losses.equivalent_coefficient(.01, "tinymoe", name, L, K)
+    assert losses.equivalent_coefficient(there, name, "tinymoe", L, K) == pytest.approx(.01)
+
+
+def test_unknown_conventions_are_refused():
+    with pytest.raises(ValueError, match="'gshard'.*megatron"):
+        losses.equivalent_coefficient(.01, "tinymoe", "gshard", 3, 2)
+
+
 # -- z, importance, load ------------------------------------------------------------------------
 
 def test_z_by_hand():

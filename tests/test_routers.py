@@ -7,7 +7,7 @@ from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, routers
 from tinymoe import functional as F
 from tinymoe.routers import RouteContext
 
-NAMES = list(routers.ROUTERS)
+NAMES = ["top_k", "noisy_top_k", "expert_choice"]          # those of the study
 P = np.array([[.5, .3, .2],
               [.1, .6, .3],
               [.2, .2, .6]])
@@ -86,7 +86,7 @@ def test_impossible_top_k(name, k):
 
 
 def test_unknown_router_lists_the_known():
-    with pytest.raises(ValueError, match="'topk'.*top_k, noisy_top_k, expert_choice"):
+    with pytest.raises(ValueError, match="'topk'.*top_k, noisy_top_k.*expert_choice"):
         routers.make("topk", 4, 3)
 
 

@@ -86,11 +86,13 @@ def training_step(config, batch_size=8, seed=0):
 
     def step():
         ids = rng.integers(0, config.vocab_size, (batch_size, config.seq_len + 1))
-        loss = model.loss(ids[:, :-1], ids[:, 1:], training=True, rng=rng).total
+        output = model.forward(ids[:, :-1], training=True, rng=rng)
+        loss = model.loss_terms(output, ids[:, 1:]).total
         optimizer.zero_grad()
         loss.backward(retain_graph=False)
         clip_gradients(parameters, 1.0)
         optimizer.step()
+        model.after_step(output.routings)
     return step
 
 

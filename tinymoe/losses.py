@@ -4,7 +4,31 @@ Published codes scale the balance loss differently (by K, or by the number of la
 at perfect balance whatever K is, one value for each layer; the model takes the mean over layers.
 """
 
+import numpy as np
+
 from . import functional as F
+
+# What a coefficient of the balance loss is multiplied by, for one layer, in units of sum over e of E f_e P_e with
+# f_e = n_e / (N K): by the number of layers L and of experts per token K.
+CONVENTIONS = {
+    "tinymoe": lambda n_layers, top_k: 1 / n_layers,  # mean over layers
+    "switch": lambda n_layers, top_k: top_k,  # f_e = n_e / N; a loss for each layer, summed
+    "megatron": lambda n_layers, top_k: 1,  # a loss for each layer, summed
+    "hf_mixtral": lambda n_layers, top_k: top_k / n_layers,  # f_e = n_e / N; tokens of all layers in one mean
+    "deepseek": lambda n_layers, top_k: 1,  # a loss for each layer, summed
+}
+
+
+def equivalent_coefficient(coefficient, source, target, n_layers, top_k):
+    """The coefficient of the balance loss that gives `target` the gradient that `coefficient` gives `source`.
+
+    source, target: names in CONVENTIONS, else ValueError; n_layers: MoE layers. For "hf_mixtral", which pools the
+    layers before the product, it is exact where all layers have the same load.
+    """
+    for name in (source, target):
+        if name not in CONVENTIONS:
+            raise ValueError(f"unknown convention {name!r}: choose one of {', '.join(CONVENTIONS)}")
+    return coefficient * CONVENTIONS[source](n_layers, top_k) / CONVENTIONS[target](n_layers, top_k)
 
 
 def load_balancing_loss(routing):
@@ -17,6 +41,49 @@ def load_balancing_loss(routing):
     demand = routing.load if routing.demand is None else routing.demand
     share = (demand / max(demand.sum(), 1)).astype(routing.probs.dtype)
     return routing.n_experts * (share * routing.probs.mean(axis=0)).sum()
+
+
+def sequence_balance_loss(routing, seq_len):
+    """The mean over sequences of load_balancing_loss within each (DeepSeek-V3, eq. 17 to 20); 1 where all balance.
+
+    The routing's N tokens are whole sequences of seq_len. Assignments that a capacity limit dropped do not count.
+    """
+    chosen = routing.mask().reshape(-1, seq_len, routing.n_experts).sum(axis=1)  # (B, E)
+    share = (chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1)).astype(routing.probs.dtype)
+    probs = routing.probs.reshape(-1, seq_len, routing.n_experts).mean(axis=1)
+    return routing.n_experts * (share * probs).sum(axis=1).mean()
+
+
+def device_balance_loss(routing, n_devices):
+    """D * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
+
+    Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
+    device d, without gradient; P_d: the sum of P_e over its experts.
+    """
+    per_device = _by_device(routing.load, n_devices).sum(axis=1)
+    return _device_product(per_device / max(per_device.sum(), 1), routing, n_devices)
+
+
+def communication_balance_loss(routing, n_devices, max_devices):
+    """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 where every token goes to M devices evenly.
+
+    f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
+    token may reach.
+    """
+    sent = _by_device(routing.mask().T, n_devices).any(axis=1)  # (D, N)
+    return _device_product(sent.mean(axis=1) / max_devices, routing, n_devices)
+
+
+def _by_device(per_expert, n_devices):
+    """(E, ...) -> (devices, E / devices, ...)"""
+    if len(per_expert) % n_devices:
+        raise ValueError(f"n_devices {n_devices} must divide n_experts {len(per_expert)}")
+    return per_expert.reshape(n_devices, -1, *per_expert.shape[1:])
+
+
+def _device_product(share, routing, n_devices):
+    probs = _by_device(routing.probs.mean(axis=0), n_devices).sum(axis=1)
+    return n_devices * (share.astype(routing.probs.dtype) * probs).sum()
 
 
 def z_loss(routing):

@@ -11,8 +11,8 @@ from .attention import CausalSelfAttention
 from .experts import ACTIVATIONS, BACKENDS
 from .files import CheckpointError, load_arrays, save_arrays
 from .moe import MoELayer
-from .nn import INIT_STD, Embedding, FeedForward, LayerNorm, Linear, Module
-from .routers import ROUTERS, RouteContext
+from .nn import INIT_STD, Embedding, FeedForward, LayerNorm, Linear, Module, freeze
+from .routers import ROUTERS, RouteContext, check, make
 from .routing import DROP_POLICIES, Routing
 from .tensor import Tensor, no_grad
 
@@ -50,17 +50,35 @@ class ModelConfig:
     n_experts: int = 8
     router: str = "top_k"
     top_k: int = 2  # experts per token; for expert_choice the mean, which may be a fraction
-    renormalise: bool | None = None  # gates sum to 1 over the chosen; None: where top_k > 1
     capacity_factor: float | None = None  # None: no token is dropped
     drop_policy: str = "order"  # which assignments exceed the capacity: "order" or "gate"
     aux_coef: float = 0.01  # of the load-balancing loss, mean over MoE layers
     z_coef: float = 0.0  # of the router z-loss
     importance_coef: float = 0.0  # of the importance loss
     load_coef: float = 0.0  # of the smooth load loss (noisy_top_k)
+    sequence_coef: float = 0.0  # of the balance loss within each sequence
+    device_coef: float = 0.0  # of the balance loss over devices
+    communication_coef: float = 0.0  # of the balance of what devices receive
+    n_devices: int = 1  # that the experts lie on, in equal runs
+    max_devices: int = 1  # that a token may reach: the group_limit of a router with as many groups
     expert_backend: str = "numba"
+    freeze: tuple = ()  # parts that are not trained: pieces of parameter names, such as "router" or "experts"
+    # options of the router, None for its own default; routers/ says what they do
+    renormalise: bool | None = None
+    router_std: float | None = None
+    jitter: float | None = None
+    n_groups: int | None = None
+    group_limit: int | None = None
+    second_expert: str | None = None
+    second_threshold: float | None = None
+    bias_rate: float | None = None
+    gate_scale: float | None = None
+    sinkhorn_iterations: int | None = None
+    sequence_pool: str | None = None
+    sequence_scope: str | None = None
 
     def __post_init__(self):
-        sizes = "vocab_size n_layers d_model n_heads d_ff seq_len n_experts"
+        sizes = "vocab_size n_layers d_model n_heads d_ff seq_len n_experts n_devices max_devices"
         require(self, sizes, whole, "a whole number of at least 1")
         for name in sizes.split():
             object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers are no JSON
@@ -70,21 +88,39 @@ class ModelConfig:
         object.__setattr__(self, "moe_layers", tuple(sorted(set(map(int, self.moe_layers)))))
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        for name, known in (("router", ROUTERS), ("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
+        for name, known in (("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
                             ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
             require(self, name, lambda value: value in known, f"one of {', '.join(map(str, known))}")
-        by_expert = self.router == "expert_choice"
-        require(self, "top_k", lambda k: finite(k) and 0 < k <= self.n_experts and (by_expert or k == int(k)),
-                f"a whole number (for expert_choice any) above 0 and at most n_experts {self.n_experts}")
+        require(self, "top_k", finite, "a finite number above 0")
+        self._check_router()
         require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
                 "a number above 0, or None for no limit")
-        require(self, "aux_coef z_coef importance_coef load_coef", finite, "a finite number of at least 0")
-        require(self, "renormalise", lambda value: value is None or not by_expert, "None with expert_choice")
-        require(self, "load_coef", lambda value: value == 0 or self.router == "noisy_top_k", "0 but for noisy_top_k")
+        require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef", finite,
+                "a finite number of at least 0")
+        require(self, "n_devices", lambda n: self.n_experts % n == 0, f"a divisor of n_experts {self.n_experts}")
+        require(self, "load_coef", lambda value: value == 0 or ROUTERS[self.router].has_soft_load,
+                f"0 but for {', '.join(name for name, r in ROUTERS.items() if r.has_soft_load)}")
+        require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and all(isinstance(p, str) for p in parts),
+                "a list of pieces of parameter names")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+
+    def _check_router(self):
+        """Make the router once, at a width of 1: it refuses what does not fit, numbers of another kind included."""
+        given = {name: value for name in ROUTER_OPTIONS if (value := getattr(self, name)) is not None}
+        check(self.router, self.n_experts, self.top_k, given)
+        for kind, fits, expected in ((int, whole, "a whole number of at least 1"), (float, finite, "a finite number of at least 0")):
+            names = [f.name for f in dataclasses.fields(self) if f.name in given and f.type == kind | None]
+            require(self, " ".join(names), fits, f"{expected}, or None")
+        make(self.router, 1, self.n_experts, self.top_k, **self.router_options())
+
+    def router_options(self):
+        """The keyword arguments that the router takes from this config."""
+        wanted = ROUTERS[self.router].options
+        return {name: value for name in wanted if (value := getattr(self, name, None)) is not None}
 
     def to_dict(self):
         """A JSON-able dict that from_dict takes back."""
-        return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers)}
+        return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers), "freeze": list(self.freeze)}
 
     @classmethod
     def from_dict(cls, values):
@@ -93,6 +129,10 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"unknown ModelConfig keys: {', '.join(unknown)}")
         return cls(**values)
+
+
+ROUTER_OPTIONS = [field.name for field in dataclasses.fields(ModelConfig)]
+ROUTER_OPTIONS = ROUTER_OPTIONS[ROUTER_OPTIONS.index("renormalise"):]
 
 
 @dataclass(frozen=True)
@@ -107,7 +147,7 @@ class ModelOutput:
 class LossTerms:
     """Scalar Tensors. total = cross_entropy + each coefficient * its term; the terms are means over MoE layers.
 
-    importance and load are None where their coefficient is 0; balance and z are None in a dense model.
+    balance and z are None in a dense model, the others also where their coefficient is 0.
     """
 
     total: Tensor
@@ -116,6 +156,9 @@ class LossTerms:
     z: Tensor | None = None
     importance: Tensor | None = None
     load: Tensor | None = None
+    sequence: Tensor | None = None
+    device: Tensor | None = None
+    communication: Tensor | None = None
 
 
 class Block(Module):
@@ -149,10 +192,20 @@ class Transformer(Module):
         self.blocks = [Block(config, i in config.moe_layers, rng, dtype) for i in range(config.n_layers)]
         self.norm = LayerNorm(config.d_model, dtype)
         self.head = Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
+        freeze(self, config.freeze)
+
+    def moe_parts(self):
+        """The MoELayer of each block that has one, in order."""
+        return [b.feed_forward for b in self.blocks if b.is_moe]
+
+    def after_step(self, routings):
+        """Tell each router the Routing (one for each MoE layer) of the training step that was just taken."""
+        for layer, routing in zip(self.moe_parts(), routings, strict=True):
+            layer.router.after_step(routing)
 
     def expert_banks(self):
         """The ExpertBank of each MoE layer, in order."""
-        return [b.feed_forward.experts for b in self.blocks if b.is_moe]
+        return [layer.experts for layer in self.moe_parts()]
 
     def count_parameters(self):
         """{"total", "active"}: all parameters, and those a token meets (K of E experts; embeddings included)."""
@@ -164,7 +217,7 @@ class Transformer(Module):
     @property
     def causal(self):
         """Whether no token's route depends on later tokens or on other sequences."""
-        return all(b.feed_forward.causal for b in self.blocks if b.is_moe)
+        return all(layer.causal for layer in self.moe_parts())
 
     def embed(self, ids):
         """(B, T) ids -> (B, T, D). Raises ValueError for sequences longer than config.seq_len."""
@@ -196,14 +249,18 @@ class Transformer(Module):
         c = self.config
         logits = output.logits.reshape(-1, c.vocab_size)
         total = cross_entropy = F.cross_entropy(logits, np.asarray(targets).reshape(-1))
-        terms = {}
+        terms, length = {}, output.logits.shape[1]
         soft = all(r.soft_load is not None for r in output.routings)  # only while training
-        for name, wanted, coefficient, loss in (("balance", True, c.aux_coef, losses.load_balancing_loss),
-                                                ("z", True, c.z_coef, losses.z_loss),
-                                                ("importance", c.importance_coef, c.importance_coef,
-                                                 losses.importance_loss),
-                                                ("load", c.load_coef and soft, c.load_coef, losses.load_loss)):
-            if output.routings and wanted:
+        for name, wanted, coefficient, loss in (
+                ("balance", True, c.aux_coef, losses.load_balancing_loss),
+                ("z", True, c.z_coef, losses.z_loss),
+                ("importance", False, c.importance_coef, losses.importance_loss),
+                ("load", False, c.load_coef * soft, losses.load_loss),
+                ("sequence", False, c.sequence_coef, lambda r: losses.sequence_balance_loss(r, length)),
+                ("device", False, c.device_coef, lambda r: losses.device_balance_loss(r, c.n_devices)),
+                ("communication", False, c.communication_coef,
+                 lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices))):
+            if output.routings and (wanted or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total
         return LossTerms(total, cross_entropy, **terms)

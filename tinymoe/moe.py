@@ -10,8 +10,8 @@ class MoELayer(Module):
     """x (B, T, D) -> (y (B, T, D), Routing). `config` is a ModelConfig, `rng` draws the initial weights."""
 
     def __init__(self, config, rng, out_std, dtype):
-        options = {} if config.renormalise is None else {"renormalise": config.renormalise}
-        self.router = routers.make(config.router, config.d_model, config.n_experts, config.top_k, rng, dtype, **options)
+        self.router = routers.make(config.router, config.d_model, config.n_experts, config.top_k, rng, dtype,
+                                   **config.router_options())
         self.experts = ExpertBank(config.n_experts, config.d_model, config.d_ff, config.activation,
                                   config.expert_backend, rng, dtype, out_std)
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k

@@ -42,6 +42,13 @@ class Module:
         return found
 
 
+def freeze(module, names=("",)):
+    """Take the gradient from the parameters whose dotted name holds one of `names`; by default from all."""
+    for path, parameter in module.parameters().items():
+        if any(name in path for name in names):
+            parameter.requires_grad = False
+
+
 class Linear(Module):
     """x (..., n_in) -> x @ weight + bias (..., n_out)."""
 

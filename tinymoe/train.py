@@ -125,7 +125,8 @@ class Trainer:
         self.step += 1
         self.optimizer.lr = learning_rate(self.step, c.steps, c.learning_rate, c.warmup)
         ids, targets = self.corpus.batch(self.generators["data"], c.batch_size, self.run.model.seq_len)
-        terms = self.model.loss(ids, targets, training=True, rng=self.generators["noise"])
+        output = self.model.forward(ids, training=True, rng=self.generators["noise"])
+        terms = self.model.loss_terms(output, targets)
         if not np.isfinite(terms.total.data):
             raise NonFiniteLoss(self.step, self.model.first_nonfinite(ids) or "the loss", "the loss is not finite")
         self.optimizer.zero_grad()
@@ -136,6 +137,7 @@ class Trainer:
             # the last by name is the first in the backward pass
             raise NonFiniteLoss(self.step, (bad or ["the norm"])[-1], "the gradient is not finite")
         self.optimizer.step()
+        self.model.after_step(output.routings)
         value = terms.cross_entropy.item()
         routers = [math.nan if term is None else term.item() for term in (terms.balance, terms.z)]
         self.since.append([terms.total.item(), value, *routers, norm])

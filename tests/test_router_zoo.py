@@ -1,0 +1,309 @@
+"""The routers beyond the study's three: choices and gates by hand, and what every router promises of itself."""
+import itertools
+
+import numpy as np
+import pytest
+
+from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, metrics, routers
+from tinymoe import functional as F
+from tinymoe.optim import AdamW
+from tinymoe.routers import ROUTERS, RouteContext
+
+ALL = list(ROUTERS)
+
+
+def context(training=False, ids=None, seed=0, **fields):
+    return RouteContext(ids, training, np.random.default_rng(seed), **fields)
+
+
+def route(logits, name, k=1, where=RouteContext(), bias=None, **options):
+    """The Routing of a router whose logits are exactly known: identity weights."""
+    logits = np.array(logits, float)
+    router = routers.make(name, logits.shape[1], logits.shape[1], k, dtype=np.float64, **options)
+    router.weight.data = np.eye(logits.shape[1])
+    if bias is not None:
+        router.bias.data = np.array(bias, float)
+    return router(Tensor(logits), where)
+
+
+def logit(p):
+    return np.log(p) - np.log1p(-np.array(p))
+
+
+# -- sigmoid scores with a bias -----------------------------------------------------------------
+
+S = [[.8, .6, .2], [.5, .4, .3]]
+
+
+def test_sigmoid_gates_by_hand():
+    r = route(logit(S), "sigmoid_bias", 2)
+    np.testing.assert_allclose(r.to_dense().data, [[.8 / 1.4, .6 / 1.4, 0], [.5 / .9, .4 / .9, 0]])
+    np.testing.assert_allclose(r.probs.data, [[.5, .375, .125], [5 / 12, 4 / 12, 3 / 12]])
+    np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 1).gate.data, [.8, .5])
+    np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 2, gate_scale=2.5).gate.data.sum(), 5)
+
+
+def test_the_bias_chooses_and_is_not_in_the_gate():
+    """With b = (0, 0, .15): .35 and .45 for the last expert. Token 1 now takes it, ahead of .4; its gates are of s."""
+    r = route(logit(S), "sigmoid_bias", 2, bias=[0, 0, .15])
+    np.testing.assert_allclose(r.to_dense().data, [[.8 / 1.4, .6 / 1.4, 0], [.5 / .8, 0, .3 / .8]])
+
+
+def test_the_bias_moves_against_the_load():
+    router = routers.make("sigmoid_bias", 3, 3, 1, dtype=np.float64, bias_rate=.01)
+    router.weight.data = np.eye(3)
+    routing = router(Tensor(logit([[.9, .1, .1]] * 3 + [[.1, .9, .1]] * 2 + [[.1, .1, .9]])), context(training=True))
+    router.after_step(routing)                                     # load (3, 2, 1), mean 2
+    np.testing.assert_array_equal(router.bias.data, [-.01, 0, .01])
+    assert not router.bias.requires_grad
+
+
+def test_the_bias_alone_balances_a_collapsed_router():
+    rng = np.random.default_rng(0)
+    router = routers.make("sigmoid_bias", 4, 4, 1, dtype=np.float64, bias_rate=.005)
+    router.weight.data, x = np.eye(4), Tensor(rng.standard_normal((256, 4)) + [3, 0, 0, 0])
+    before = metrics.max_violation(router(x, RouteContext()))
+    for _ in range(400):
+        router.after_step(router(x, RouteContext()))
+    assert before > 2 and metrics.max_violation(router(x, RouteContext())) < .2
+
+
+# -- options of the token-choice routers --------------------------------------------------------
+
+def test_the_best_groups_stay():
+    """Groups (0, 1) and (2, 3). By its best expert the second wins; by its two best the first does, 1.2 against 1.1."""
+    p = [[.6, .6, .9, .2]]
+    assert route(np.log(p), "top_k", 2, n_groups=2, group_limit=1).mask().tolist() == [[False, False, True, True]]
+    assert route(logit(p), "sigmoid_bias", 2, n_groups=2, group_limit=1).mask().tolist() == [[True, True, False, False]]
+    assert route(np.log(p), "top_k", 2, n_groups=2, group_limit=2).mask().tolist() == [[True, False, True, False]]
+
+
+def test_a_masked_group_loses_even_to_negative_scores():
+    r = route(logit([[.5, .4, .6, .1]]), "sigmoid_bias", 2, bias=[-1, -1, -2, -2], n_groups=2, group_limit=1)
+    assert r.mask().tolist() == [[True, True, False, False]]        # scores -.5 and -.6: above the mask, if below 0
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(n_groups=3), "n_groups 3 .*n_experts 4"), (dict(n_groups=2, group_limit=3), "group_limit 3"),
+    (dict(n_groups=4, group_limit=1), "leaves 1 experts, fewer than top_k 2"), (dict(second_expert="none"), "'none'.*threshold"),
+    (dict(bias_rate=.1), "bias_rate is no option of top_k, which takes router_std")])
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        routers.make("top_k", 4, 4, 2, **options)
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(n_experts=4, **options)
+
+
+@pytest.mark.parametrize("policy, kept", [("all", [2, 2]), ("threshold", [2, 1])])
+def test_second_expert_by_hand(policy, kept):
+    """Gates .6 and .4, or .9 and .1, against a threshold of .25; only while training."""
+    p, options = np.log([[.6, .4], [.9, .1]]), dict(second_expert=policy, second_threshold=.25)
+    r = route(p, "top_k", 2, context(training=True), **options)
+    assert r.coverage.tolist() == kept
+    np.testing.assert_allclose(r.to_dense().data[:, 0], [.6, .9])            # the first keeps its gate
+    assert route(p, "top_k", 2, **options).coverage.tolist() == [2, 2]
+
+
+def test_a_random_second_expert_is_kept_in_proportion_to_its_gate():
+    r = route(np.tile(np.log([[.8, .2]]), (4000, 1)), "top_k", 2, context(training=True), second_expert="random")
+    assert r.load[0] == 4000 and abs(r.load[1] / 4000 - .2 / .5) < .04       # 5 standard deviations
+
+
+def test_jitter_multiplies_the_inputs_while_training():
+    x = np.tile([[1., 2]], (500, 1))
+    noisy = route(x, "top_k", 1, context(training=True), jitter=.1).logits.data
+    ratio = noisy / x
+    assert .9 <= ratio.min() < .91 and 1.09 < ratio.max() <= 1.1
+    np.testing.assert_array_equal(route(x, "top_k", 1, jitter=.1).logits.data, x)
+    with pytest.raises(ValueError, match="rng"):
+        route(x, "top_k", 1, RouteContext(training=True), jitter=.1)
+
+
+# -- nobody learns to choose --------------------------------------------------------------------
+
+def test_hash_goes_by_the_id_alone():
+    router, ids = routers.make("hash", 3, 8, 2), np.array([[5, 200, 5], [0, 5, 255]])
+    mask = router(Tensor(np.random.default_rng(0).standard_normal((6, 3)).astype("f")), context(ids=ids)).mask()
+    assert (mask.sum(axis=1) == 2).all() and (mask[[0, 2, 4]] == mask[0]).all()
+    assert len(np.unique(router.table.data, axis=0)) > 20                    # of 28 pairs, by 256 ids
+    with pytest.raises(ValueError, match="ids"):
+        router(Tensor(np.ones((6, 3))), RouteContext())
+
+
+def test_the_hash_table_is_saved_with_the_model(tmp_path):
+    model = Transformer(small("hash"), seed=3)
+    model.save(tmp_path / "model.npz")
+    ids = np.arange(12).reshape(2, 6) % 11
+    again = Transformer.load(tmp_path / "model.npz").forward(ids)
+    np.testing.assert_array_equal(model.forward(ids).logits.data, again.logits.data)
+
+
+@pytest.mark.parametrize("name", ["hash", "random"])
+def test_choices_without_a_score_have_equal_gates_and_probabilities_that_say_so(name):
+    r = routers.make(name, 3, 4, 2, dtype=np.float64)(Tensor(np.ones((6, 3))), context(ids=np.arange(6)[None]))
+    assert (r.gate.data == .5).all() and not r.gate.requires_grad
+    np.testing.assert_allclose(r.probs.data, r.mask() / 2)
+    np.testing.assert_allclose(F.softmax(r.logits).data, r.probs.data, atol=1e-12)
+
+
+def test_random_is_fresh_while_training_and_the_same_at_each_evaluation():
+    router, x, rng = routers.make("random", 3, 8, 2), Tensor(np.ones((800, 3))), np.random.default_rng(1)
+    first, second = (router(x, RouteContext(training=True, rng=rng)) for _ in range(2))
+    assert (first.mask() != second.mask()).any() and np.abs(first.load - 200).max() < 62       # 5 standard deviations
+    np.testing.assert_array_equal(*(router(x, RouteContext()).mask() for _ in range(2)))
+
+
+def test_a_frozen_router_is_top_k_that_never_learns():
+    x, frozen = Tensor(np.random.default_rng(0).standard_normal((6, 3)), True), routers.make("frozen", 3, 4, 2, dtype=np.float64)
+    learned = routers.make("top_k", 3, 4, 2, dtype=np.float64)
+    np.testing.assert_array_equal(*(router(x, RouteContext()).to_dense().data for router in (frozen, learned)))
+    (frozen(x, RouteContext()).gate * np.arange(12)).sum().backward()
+    assert frozen.weight.grad is None and np.abs(x.grad).max() > 0           # but the layers below do
+
+
+def test_freezing_takes_the_gradient_from_what_is_named():
+    model = Transformer(small("top_k", freeze=("router", "attention")))
+    ids = np.arange(12).reshape(2, 6) % 11
+    model.loss(ids, ids).total.backward()
+    named = {name for name in model.parameters() if "router" in name or "attention" in name}
+    assert named and {name for name, p in model.parameters().items() if p.grad is None} == named
+
+
+# -- matchings ----------------------------------------------------------------------------------
+
+def test_sinkhorn_by_hand():
+    """exp(logits) = (4, 1), (2, 1) has the odds ratio 2, which scaling keeps: a / (1 - a) = sqrt 2 on the diagonal.
+
+    So token 1 is sent to expert 1, though it likes expert 0 better; gates are sigmoids of its logits, log 4 and 0.
+    """
+    logits, a = np.log([[4., 1], [2, 1]]), np.sqrt(2) / (1 + np.sqrt(2))
+    np.testing.assert_allclose(routers.sinkhorn_plan(logits, 50), [[a, 1 - a], [1 - a, a]])
+    np.testing.assert_allclose(route(logits, "sinkhorn", 1, context(training=True)).to_dense().data, [[.8, 0], [0, .5]])
+    np.testing.assert_allclose(route(logits, "sinkhorn", 1).to_dense().data, [[.8, 0], [2 / 3, 0]])
+    top_2 = route(np.log([[.5, .3, .2]]), "sinkhorn", 2)
+    np.testing.assert_allclose(top_2.to_dense().data, [[.5, .3, 0]])         # the softmax, as it is
+
+
+def test_a_sinkhorn_plan_is_balanced_whatever_the_scores():
+    scores = np.random.default_rng(0).standard_normal((40, 5)) * 3 + [4, 0, 0, 0, -4]
+    plan = routers.sinkhorn_plan(scores, 200)
+    np.testing.assert_allclose(plan.sum(axis=0), 8)
+    np.testing.assert_allclose(plan.sum(axis=1), 1, atol=1e-3)
+
+
+def test_greedy_falls_short_of_the_exact_assignment():
+    """Greedy takes the 5 and is left with the 0; the best pair is 4 + 4."""
+    scores = np.array([[5., 4], [4, 0]])
+    assert routers.balanced_assignment(scores).tolist() == [[False, True], [True, False]]
+    assert routers.greedy_assignment(scores).tolist() == [[True, False], [False, True]]
+    assert routers.shortfall(scores, routers.greedy_assignment(scores)) == 1.5
+    assert routers.shortfall(scores, routers.balanced_assignment(scores)) == 0
+
+
+@pytest.mark.parametrize("n", [6, 5])
+def test_the_assignment_is_the_best_of_all(n):
+    """Against every way of giving 6 (or 5) tokens to 3 experts with room for 2 each."""
+    scores = np.random.default_rng(n).standard_normal((n, 3))
+    ways = [w for w in itertools.product(range(3), repeat=n) if max(map(w.count, range(3))) <= 2]
+    best = max(sum(scores[i, e] for i, e in enumerate(w)) for w in ways)
+    for solve, equal in ((routers.balanced_assignment, True), (routers.greedy_assignment, False)):
+        chosen = solve(scores)
+        assert (chosen.sum(axis=1) == 1).all() and chosen.sum(axis=0).max() <= 2
+        assert (scores * chosen).sum() == pytest.approx(best) if equal else (scores * chosen).sum() <= best
+
+
+def test_base_assignment_balances_while_training_only():
+    x = np.random.default_rng(0).standard_normal((12, 3)) + [3, 0, 0]
+    training, evaluated = route(x, "base_assignment", 1, context(training=True)), route(x, "base_assignment", 1)
+    assert training.load.tolist() == [4, 4, 4] and evaluated.load[0] > 8
+    np.testing.assert_allclose(evaluated.gate.data, 1 / (1 + np.exp(-x[evaluated.token, evaluated.expert])))
+    with pytest.raises(ValueError, match="top_k 2 must be 1 .*base_assignment"):
+        routers.make("base_assignment", 3, 3, 2)
+
+
+# -- one decision for a sequence ----------------------------------------------------------------
+
+def test_sequence_routing_by_hand():
+    """Tokens (3, 0), (0, 1), (0, 4): prefix means (3, 0), (1.5, .5), (1, 5/3). The mean over all is the last of them."""
+    x, ids = [[3, 0], [0, 1], [0, 4]], np.zeros((1, 3), int)
+    assert route(x, "sequence", 1, context(ids=ids)).mask()[:, 0].tolist() == [True, True, False]
+    mean = route(x, "sequence", 1, context(ids=ids), sequence_pool="mean")
+    assert mean.mask()[:, 1].all()
+    np.testing.assert_allclose(mean.logits.data, [[1, 5 / 3]] * 3)
+    causal = route(x, "sequence", 1, context(ids=ids, causal=True), sequence_pool="mean")
+    assert causal.mask()[:, 0].tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="ids"):
+        route(x, "sequence", 1)
+
+
+def test_one_decision_for_all_layers():
+    config = dict(n_layers=3, moe_layers=(0, 1, 2))
+    ids = np.arange(12).reshape(2, 6) % 11
+    layers = Transformer(small("sequence", sequence_scope="global", **config)).forward(ids).routings
+    assert layers[0] is layers[1] is layers[2]
+    layers = Transformer(small("sequence", router_std=1.0, **config)).forward(ids).routings
+    assert (layers[0].mask() != layers[2].mask()).any()
+
+
+def test_prefix_mean_has_the_right_gradient():
+    assert gradcheck(routers.sequence.prefix_mean, Tensor(np.random.default_rng(0).standard_normal((2, 4, 3))))
+
+
+# -- what every router promises -----------------------------------------------------------------
+
+def small(name, **changes):
+    k = 1 if ROUTERS[name].top_1_only else 2
+    return ModelConfig(**dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=6, moe_layers=(1,), n_experts=4,
+                              router=name, top_k=k) | changes)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_router_trains_the_small_model(name):
+    """Without a special case: the loss on one batch falls, and a learned router's weights move by the text alone."""
+    model, rng = Transformer(small(name, aux_coef=0), seed=1), np.random.default_rng(0)
+    ids, optimizer = rng.integers(0, 11, (4, 7)), AdamW(model.parameters(), lr=1e-2)
+    before, losses = [p.data.copy() for p in model.moe_parts()[0].router.parameters().values()], []
+    for _ in range(30):
+        output = model.forward(ids[:, :-1], training=True, rng=rng)
+        terms = model.loss_terms(output, ids[:, 1:])
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        model.after_step(output.routings)
+        losses.append(terms.cross_entropy.item())
+    assert losses[-1] < losses[0] - .5
+    after = [p.data for p in model.moe_parts()[0].router.parameters().values()]
+    assert ROUTERS[name].learned == any((a != b).any() for a, b in zip(before, after))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_a_router_is_as_causal_as_it_says(name, training):
+    """Change the last tokens of each sequence: a causal router routes the others as before, another one does not."""
+    rng, ids, e = np.random.default_rng(0), np.zeros((8, 6), int), 4
+    router = routers.make(name, 5, e, 1, dtype=np.float64, **({"router_std": 1.0} if name != "expert_choice" and
+                                                                 ROUTERS[name].learned else {}))
+    x = rng.standard_normal((8, 6, 5))
+    later = x.copy()
+    later[:, 3:] += 3 * rng.standard_normal((8, 3, 5))
+    before, after = (router(Tensor(z.reshape(48, 5)), context(training, ids)).mask().reshape(8, 6, e)[:, :3] for z in (x, later))
+    promised = router.causal_training if training else router.causal
+    assert (before == after).all() == promised
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_token_one_expert_and_all_experts(name):
+    k = 1 if ROUTERS[name].top_1_only else 4
+    one_expert = routers.make(name, 3, 1, 1)(Tensor(np.ones((5, 3), "f")), context(True, np.zeros((1, 5), int)))
+    assert one_expert.load.tolist() == [5]
+    all_experts = routers.make(name, 3, 4, k)(Tensor(np.ones((1, 3), "f")), context(True, np.zeros((1, 1), int)))
+    assert all_experts.coverage.tolist() == [k] or name == "expert_choice"
+    assert all_experts.gate.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_router_says_what_it_is(name):
+    router = ROUTERS[name]
+    assert router.name == name and router.cost and router.chooses and router.balanced
+    assert (router.paper != "–") == (name != "random") and (router.__doc__ != routers.Router.__doc__)
+    assert set(router.options) <= {f for f in ModelConfig.__dataclass_fields__}

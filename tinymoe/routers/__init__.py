@@ -1,0 +1,22 @@
+"""Routers: hidden states in, a Routing out. `ROUTERS` lists them by name.
+
+A router scores every token against every expert, chooses places in that (N, E) matrix, and gives
+each chosen place a gate. Choosing has no gradient; the language-model loss trains the router
+through the gates alone, so a gate must depend on the scores (a renormalised top-1 gate is the
+constant 1 and would never train).
+
+To add a router, write `class Mine(Router, name="mine")` with `forward(x, context)` that returns a Routing, in
+one of these files or in your own: from then on its name is known everywhere.
+"""
+
+from .base import ROUTERS, LinearRouter, RouteContext, Router, check, largest, make
+from .token_choice import Frozen, NoisyTopK, SigmoidBias, TopK  # noqa: I001 (the order of the table)
+from .expert_choice import ExpertChoice
+from .fixed import Hash, Random
+from .assignment import (BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall,
+                         sinkhorn_plan)
+from .sequence import Sequence
+
+__all__ = ["ROUTERS", "BaseAssignment", "ExpertChoice", "Frozen", "Hash", "LinearRouter", "NoisyTopK", "Random",
+           "RouteContext", "Router", "Sequence", "SigmoidBias", "Sinkhorn", "TopK", "balanced_assignment", "check",
+           "greedy_assignment", "largest", "make", "shortfall", "sinkhorn_plan"]

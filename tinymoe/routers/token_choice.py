@@ -1,0 +1,184 @@
+"""Each token chooses its K experts."""
+
+import numpy as np
+
+from .. import functional as F
+from ..nn import INIT_STD, freeze, zeros
+from ..routing import from_mask
+from ..tensor import Tensor
+from .base import LinearRouter, largest
+
+SECOND_EXPERT = ("all", "random", "threshold")
+
+
+class TopK(LinearRouter, name="top_k"):
+    """Each token takes its K experts of largest probability (Switch, Fedus et al. 2021; Mixtral, Jiang et al. 2024).
+
+    Gates are the softmax over all experts: as it is for K = 1 (Switch eq. 2), renormalised over the
+    chosen ones for K > 1 (Mixtral), which equals a softmax over the chosen logits alone.
+    renormalise: False with K > 1 leaves gates raw, as Grok-1 does; True with K = 1 makes them the constant 1.
+    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch, section 2.4).
+    n_groups, group_limit: experts in equal groups, of which the best group_limit stay, a group being as good
+        as its best expert (DeepSeek-V2, section 2.2.2).
+    second_expert, with K = 2, while training: "all" keeps every second expert; "threshold" those whose
+        gate is above second_threshold; "random" keeps one with probability gate / second_threshold (GShard,
+        Lepikhin et al. 2020, algorithm 1, where the threshold is 0.5).
+    Raises ValueError for groups that do not divide, or training with noise but without an rng.
+    """
+
+    paper = "Fedus 2021; Jiang 2024"
+    options = ("router_std", "renormalise", "jitter", "n_groups", "group_limit", "second_expert", "second_threshold")
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, renormalise=None, router_std=INIT_STD, jitter=0.0,
+                 n_groups=1, group_limit=None, second_expert="all", second_threshold=0.5):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
+        check_groups(n_experts, top_k, n_groups, group_limit)
+        if second_expert not in SECOND_EXPERT or (second_expert != "all" and top_k != 2):
+            raise ValueError(f"second_expert {second_expert!r} must be one of {', '.join(SECOND_EXPERT)}, "
+                             f"and all unless top_k is 2")
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.jitter, self.n_groups, self.group_limit = jitter, n_groups, group_limit
+        self.second_expert, self.second_threshold = second_expert, second_threshold
+
+    def forward(self, x, context):
+        return self._choose(self.scores(self._jittered(x, context)), context)
+
+    def _jittered(self, x, context):
+        if not (self.jitter and context.training):
+            return x
+        noise = noise_source(self, context).uniform(1 - self.jitter, 1 + self.jitter, x.shape)
+        return x * noise.astype(x.dtype)
+
+    def _choose(self, logits, context, soft_load=None):
+        probs = F.softmax(logits)
+        allowed = best_groups(logits.data, self.n_groups, self.group_limit, 1)
+        chosen = largest(np.where(allowed, logits.data, -np.inf), self.top_k)
+        gates = probs * chosen
+        if self.renormalise:
+            gates = gates / gates.sum(axis=-1, keepdims=True)
+        if context.training and self.second_expert != "all":
+            chosen = chosen & self._keeps_second(gates.data, context)
+        return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
+
+    def _keeps_second(self, gates, context):
+        """(N, E) bool: all but the second choices that the policy drops."""
+        limit = np.full(len(gates), self.second_threshold)
+        if self.second_expert == "random":
+            limit *= noise_source(self, context).random(len(gates))
+        return largest(gates, 1) | (gates > limit[:, None])
+
+
+class NoisyTopK(TopK, name="noisy_top_k"):
+    """Top-K of logits with learned Gaussian noise while training (Shazeer et al. 2017, eq. 3 to 5).
+
+    H = x W + epsilon * (softplus(x W_noise) + 0.01), epsilon ~ N(0, 1); without noise at evaluation.
+    Both weights start at zero. While training, the Routing carries the smooth load of appendix A.
+    Raises ValueError when training without an rng.
+    """
+
+    paper = "Shazeer 2017"
+    cost = "4 N D E"
+    has_soft_load = True
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=0.0, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std=router_std, **options)
+        self.noise = zeros((d_model, n_experts), dtype)
+
+    def forward(self, x, context):
+        x = self._jittered(x, context)
+        clean = self.scores(x)
+        if not context.training:
+            return self._choose(clean, context)
+        sigma = F.softplus(F.linear(x, self.noise)) + 0.01
+        epsilon = noise_source(self, context).standard_normal(clean.shape).astype(clean.dtype)
+        noisy = clean + epsilon * sigma
+        return self._choose(noisy, context, self._soft_load(clean, noisy, sigma))
+
+    def _soft_load(self, clean, noisy, sigma):
+        """(E,): sum over tokens of P(expert i is in the top K if its own noise is drawn again), eq. 8 to 10."""
+        n, n_experts = clean.shape
+        if self.top_k == n_experts:
+            return Tensor(np.full(n_experts, n, clean.dtype))
+        order = np.argsort(-noisy.data, axis=-1, kind="stable")
+        kth, next_best = order[:, self.top_k - 1:self.top_k], order[:, self.top_k:self.top_k + 1]
+        # the K-th largest among the others: the (K+1)-th of all for those inside, the K-th for those outside
+        rival = np.where(largest(noisy.data, self.top_k), next_best, kth)
+        return F.normal_cdf((clean - F.gather(noisy, rival)) / sigma).sum(axis=0)
+
+
+class SigmoidBias(LinearRouter, name="sigmoid_bias"):
+    """Sigmoid scores, and a bias that balances the load without a loss (DeepSeek-V3, eq. 12 to 16; Wang et al. 2024).
+
+    s = sigmoid(x W). Each token takes the K experts of largest s + b; its gates are s / (sum of the chosen s)
+    * gate_scale, in which b has no part. After each training step b_e += bias_rate * sign(mean load - load_e).
+    `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss. With K = 1 the gate is s itself.
+    n_groups, group_limit: a group is as good as the sum of its two best s + b.
+    """
+
+    paper = "DeepSeek-AI 2024; Wang 2024"
+    balanced = "in the long run"
+    options = ("router_std", "bias_rate", "gate_scale", "n_groups", "group_limit")
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD, bias_rate=1e-3, gate_scale=1.0,
+                 n_groups=1, group_limit=None):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
+        check_groups(n_experts, top_k, n_groups, group_limit)
+        self.bias = Tensor(np.zeros(n_experts, dtype))  # no gradient, but part of the model that is saved
+        self.bias_rate, self.gate_scale = bias_rate, gate_scale
+        self.n_groups, self.group_limit = n_groups, group_limit
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        s = F.sigmoid(logits)
+        biased = s.data + self.bias.data
+        allowed = best_groups(biased, self.n_groups, self.group_limit, 2)
+        chosen = largest(np.where(allowed, biased, -np.inf), self.top_k)  # -inf: a biased score may be below 0
+        gates = s * chosen
+        if self.top_k > 1:
+            gates = gates / gates.sum(axis=-1, keepdims=True)
+        return from_mask(chosen, gates * self.gate_scale, logits, s / s.sum(axis=-1, keepdims=True))
+
+    def after_step(self, routing):
+        load = routing.load if routing.demand is None else routing.demand
+        self.bias.data = self.bias.data + (self.bias_rate * np.sign(load.mean() - load)).astype(self.bias.dtype)
+
+
+class Frozen(TopK, name="frozen"):
+    """Top-K whose weights stay as they were drawn (Fan et al. 2024, arXiv 2402.13089): must a router learn?
+
+    Its gates still depend on the hidden states, so the layers below learn through them. Any other router is
+    frozen by `freeze=("router",)` in ModelConfig.
+    """
+
+    paper = "Fan 2024"
+    learned = False
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        freeze(self)
+
+
+def noise_source(router, context):
+    """The context's generator. ValueError where there is none."""
+    if context.rng is None:
+        raise ValueError(f"{router.name} draws noise while training: give RouteContext an rng")
+    return context.rng
+
+
+def check_groups(n_experts, top_k, n_groups, group_limit):
+    """Raise ValueError unless the groups are equal and those that stay hold top_k experts."""
+    if n_experts % n_groups or not 1 <= (n_groups if group_limit is None else group_limit) <= n_groups:
+        raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {group_limit} "
+                         f"be from 1 to n_groups")
+    if group_limit is not None and top_k > group_limit * (n_experts // n_groups):
+        raise ValueError(f"group_limit {group_limit} leaves {group_limit * (n_experts // n_groups)} experts, "
+                         f"fewer than top_k {top_k}")
+
+
+def best_groups(scores, n_groups, group_limit, n_best):
+    """(N, E) bool: experts in a token's best group_limit groups, scored by the sum of their n_best best experts."""
+    if group_limit is None:
+        return np.ones(scores.shape, bool)
+    grouped = scores.reshape(len(scores), n_groups, -1)
+    value = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)  # (N, groups)
+    return np.repeat(largest(value, group_limit), grouped.shape[-1], axis=-1)
