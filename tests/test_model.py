@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, losses
+from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck, losses
 from tinymoe.files import CheckpointError, save_arrays
+from tinymoe.routing import from_mask
 
 SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=3, top_k=2)
 IDS = np.array([[0, 3, 6, 2, 5], [1, 1, 4, 0, 2]])
@@ -217,3 +218,53 @@ def test_the_first_place_that_is_not_finite(name, value, where):
     if name:
         m.parameters()[name].data[:] = value
     assert m.first_nonfinite(IDS) == where
+
+
+# -- shared experts, other widths, upcycling ----------------------------------------------------
+
+def test_a_shared_expert_is_a_column_of_ones():
+    """A shared expert added to what the others give equals a bank in which expert 0 serves every token with gate 1."""
+    layer = Transformer(ModelConfig(**SMALL | dict(n_shared=1, d_expert=3)), seed=1, dtype=np.float64).moe_parts()[0]
+    x = Tensor(np.random.default_rng(0).standard_normal((2, 5, 4)))
+    y, routing = layer(x, RouteContext())
+    bank, shared = ExpertBank(4, 4, 3, dtype=np.float64), layer.shared
+    for name, own in (("w1", shared.up.weight), ("b1", shared.up.bias), ("w2", shared.down.weight), ("b2", shared.down.bias)):
+        getattr(bank, name).data = np.concatenate([own.data[None], getattr(layer.experts, name).data])
+    gates = Tensor(np.concatenate([np.ones((10, 1)), routing.to_dense().data], axis=1))
+    both = bank(x.reshape(10, 4), from_mask(gates.data > 0, gates, gates, gates))
+    np.testing.assert_allclose(y.data.reshape(10, 4), both.data, atol=1e-14)
+
+
+def test_fine_grained_experts_cost_what_the_coarse_ones_do():
+    """Twice as many experts of half the width, twice as many active: the same weights, active and in all, but for biases and router."""
+    coarse = Transformer(ModelConfig(**SMALL | dict(d_expert=6, top_k=1))).count_parameters()
+    fine = Transformer(ModelConfig(**SMALL | dict(d_expert=3, top_k=2, n_experts=6))).count_parameters()
+    d, e = 4, 3
+    assert fine["total"] - coarse["total"] == d * e + d * e            # the router's columns, and a second b2 for each expert
+    assert fine["active"] - coarse["active"] == d * e + d
+
+
+@pytest.mark.parametrize("router", ["top_k", "sigmoid_bias"])
+def test_an_upcycled_model_starts_as_the_dense_one(router):
+    dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())), seed=1, dtype=np.float64)
+    model = Transformer.upcycle(dense, ModelConfig(**SMALL | dict(router=router, moe_layers=(0, 1))), seed=5)
+    np.testing.assert_allclose(model.forward(IDS).logits.data, dense.forward(IDS).logits.data, atol=1e-12)
+    model.loss(IDS, TARGETS).total.backward()
+    assert all(np.abs(p.grad).max() > 0 for name, p in model.parameters().items() if "w1" in name or "router.weight" in name)
+    model.moe_parts()[0].experts.w1.data += 1                           # copies, not views
+    assert (dense.forward(IDS).logits.data != model.forward(IDS).logits.data).any()
+
+
+def test_top_1_is_not_renormalised_so_it_does_not_start_as_the_dense_one():
+    dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())), seed=1, dtype=np.float64)
+    model = Transformer.upcycle(dense, ModelConfig(**SMALL | dict(top_k=1)))
+    assert not np.allclose(model.forward(IDS).logits.data, dense.forward(IDS).logits.data)
+
+
+@pytest.mark.parametrize("changes", [dict(d_ff=8), dict(n_shared=1), dict(d_expert=3), dict(n_layers=3)])
+def test_what_does_not_fit_is_not_upcycled(changes):
+    dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())))
+    with pytest.raises(ValueError, match="same sizes"):
+        Transformer.upcycle(dense, ModelConfig(**SMALL | changes))
+    with pytest.raises(ValueError, match="dense model"):
+        Transformer.upcycle(Transformer(ModelConfig(**SMALL)), ModelConfig(**SMALL))

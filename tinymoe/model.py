@@ -43,11 +43,13 @@ class ModelConfig:
     n_layers: int = 6
     d_model: int = 128
     n_heads: int = 4
-    d_ff: int = 512  # hidden width of the dense layers and of each expert
+    d_ff: int = 512  # hidden width of the dense layers
     seq_len: int = 128  # the longest sequence: there are this many position embeddings
     activation: str = "gelu"
     moe_layers: tuple = (1, 3, 5)  # layers with experts, counted from 0; () is a dense model
     n_experts: int = 8
+    d_expert: int | None = None  # hidden width of each expert; None: d_ff
+    n_shared: int = 0  # experts that serve every token, ungated, besides the n_experts
     router: str = "top_k"
     top_k: int = 2  # experts per token; for expert_choice the mean, which may be a fraction
     capacity_factor: float | None = None  # None: no token is dropped
@@ -91,6 +93,8 @@ class ModelConfig:
         for name, known in (("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
                             ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
             require(self, name, lambda value: value in known, f"one of {', '.join(map(str, known))}")
+        require(self, "d_expert", lambda width: width is None or whole(width), "a whole number of at least 1, or None for d_ff")
+        require(self, "n_shared", lambda n: whole(n, 0), "a whole number of at least 0")
         require(self, "top_k", finite, "a finite number above 0")
         self._check_router()
         require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
@@ -103,6 +107,11 @@ class ModelConfig:
         require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and all(isinstance(p, str) for p in parts),
                 "a list of pieces of parameter names")
         object.__setattr__(self, "freeze", tuple(self.freeze))
+
+    @property
+    def expert_width(self):
+        """The hidden width of an expert."""
+        return self.d_ff if self.d_expert is None else self.d_expert
 
     def _check_router(self):
         """Make the router once, at a width of 1: it refuses what does not fit, numbers of another kind included."""
@@ -117,6 +126,10 @@ class ModelConfig:
         """The keyword arguments that the router takes from this config."""
         wanted = ROUTERS[self.router].options
         return {name: value for name in wanted if (value := getattr(self, name, None)) is not None}
+
+    def sizes(self):
+        """What the shapes of the dense parts follow from."""
+        return (self.vocab_size, self.n_layers, self.d_model, self.n_heads, self.d_ff, self.seq_len, self.activation)
 
     def to_dict(self):
         """A JSON-able dict that from_dict takes back."""
@@ -193,6 +206,31 @@ class Transformer(Module):
         self.norm = LayerNorm(config.d_model, dtype)
         self.head = Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
         freeze(self, config.freeze)
+
+    @classmethod
+    def upcycle(cls, dense, config, seed=0):
+        """A mixture that starts as a trained dense model (Komatsuzaki et al. 2023).
+
+        Every expert is a copy of the dense feed-forward layer; routers are drawn anew. Where the gates of each token
+        sum to 1, the output is the dense model's at the start.
+        dense: a Transformer without MoE layers; config: a ModelConfig of the same sizes, with MoE layers.
+        Raises ValueError where they do not fit together.
+        """
+        if config.sizes() != dense.config.sizes() or dense.config.moe_layers or config.n_shared \
+                or config.expert_width != config.d_ff:
+            raise ValueError("upcycling takes a dense model and a config of the same sizes, with experts as wide as "
+                             "its feed-forward layers and none shared")
+        model, known = cls(config, seed, dense.head.weight.dtype), dense.parameters()
+        for name, p in model.parameters().items():
+            if name in known:
+                p.data = known[name].data.copy()
+        for i, block in enumerate(model.blocks):
+            if block.is_moe:
+                bank, layer = block.feed_forward.experts, dense.blocks[i].feed_forward
+                for p, q in ((bank.w1, layer.up.weight), (bank.b1, layer.up.bias), (bank.w2, layer.down.weight),
+                             (bank.b2, layer.down.bias)):
+                    p.data = np.repeat(q.data[None], config.n_experts, axis=0)
+        return model
 
     def moe_parts(self):
         """The MoELayer of each block that has one, in order."""

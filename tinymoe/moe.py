@@ -1,8 +1,8 @@
-"""The mixture-of-experts layer: route, limit, run the experts."""
+"""The mixture-of-experts layer: route, limit, run the experts, add those that are shared."""
 
 from . import routers
 from .experts import ExpertBank
-from .nn import Module
+from .nn import FeedForward, Module
 from .routing import limit_capacity
 
 
@@ -12,8 +12,11 @@ class MoELayer(Module):
     def __init__(self, config, rng, out_std, dtype):
         self.router = routers.make(config.router, config.d_model, config.n_experts, config.top_k, rng, dtype,
                                    **config.router_options())
-        self.experts = ExpertBank(config.n_experts, config.d_model, config.d_ff, config.activation,
+        self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, config.activation,
                                   config.expert_backend, rng, dtype, out_std)
+        # always on and ungated (DeepSeekMoE, Dai et al. 2024, eq. 9): side by side they are one wider layer
+        self.shared = FeedForward(config.d_model, config.n_shared * config.expert_width, rng, config.activation,
+                                  out_std, dtype) if config.n_shared else None
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
 
     @property
@@ -26,4 +29,5 @@ class MoELayer(Module):
         routing = self.router(rows, context)
         if self.capacity_factor is not None and not context.causal:  # who is dropped depends on the whole batch
             routing = limit_capacity(routing, self.capacity_factor, self.top_k, self.drop_policy)
-        return self.experts(rows, routing).reshape(x.shape), routing
+        y = self.experts(rows, routing).reshape(x.shape)
+        return (y if self.shared is None else y + self.shared(x)), routing
