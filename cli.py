@@ -77,9 +77,22 @@ def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh,
 
 def _runs(s, configs, seeds, steps, overrides):
     """The runs that the options describe; click.UsageError for values that fit no model."""
+    model, training = _settings(overrides)
+    training = ({} if steps is None else {"steps": steps}) | training
+    try:
+        return s.runs(list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS), seeds, s.TrainConfig(**training), model)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(_one_line(error)) from None
+
+
+def _settings(overrides):
+    """NAME=VALUE texts as (fields of ModelConfig, fields of TrainConfig); click.UsageError for what is neither."""
     import dataclasses
-    model, training = {}, {} if steps is None else {"steps": steps}
-    known = {field.name: part for cls, part in ((s.ModelConfig, model), (s.TrainConfig, training))
+
+    from tinymoe.model import ModelConfig
+    from tinymoe.train import TrainConfig
+    model, training = {}, {}
+    known = {field.name: part for cls, part in ((ModelConfig, model), (TrainConfig, training))
              for field in dataclasses.fields(cls)}
     for text in overrides:
         name, equals, value = text.partition("=")
@@ -89,10 +102,7 @@ def _runs(s, configs, seeds, steps, overrides):
             known[name][name] = json.loads(value)
         except json.JSONDecodeError:
             known[name][name] = value
-    try:
-        return s.runs(list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS), seeds, s.TrainConfig(**training), model)
-    except (ValueError, TypeError) as error:
-        raise click.UsageError(_one_line(error)) from None
+    return model, training
 
 
 class _Progress:
@@ -169,6 +179,52 @@ def routers():
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     click.echo("\nN tokens, D width, E experts. Causal: a token's route depends on its own prefix alone.\n"
                "python cli.py study --config D --set router=NAME --out results/NAME trains one.")
+
+
+# -- probe --------------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("router")
+@click.option("--steps", type=click.IntRange(min=0), default=50, show_default=True, help="Training steps before the probes.")
+@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE",
+              help="Change any field of ModelConfig or TrainConfig.")
+def probe(router, steps, overrides):
+    """Try what a router does to a small model: causality, neighbours in the batch, gradients, collapse."""
+    import numpy as np
+
+    from tinymoe import metrics, probes
+    from tinymoe.data import CorpusError, load_corpus
+    from tinymoe.model import ModelConfig
+    from tinymoe.routers import ROUTERS
+    from tinymoe.train import NonFiniteLoss, TrainConfig
+    small = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": router,
+             "top_k": 1 if router in ROUTERS and ROUTERS[router].top_1_only else 2}
+    model, training = _settings(overrides)
+    try:
+        config, training = ModelConfig(**small | model), TrainConfig(**{"steps": max(1, steps)} | training)
+        model, ids, targets = probes.trained(config, load_corpus(None, seq_len=config.seq_len), steps, training)
+    except (ValueError, TypeError, CorpusError, NonFiniteLoss) as error:
+        raise click.ClickException(_one_line(error)) from None
+
+    def influence(what, found):
+        click.echo(f"  {what:44} {found.tokens:6.1%} of tokens rerouted, logits change by up to {found.logits:.1e}")
+
+    click.echo(f"{router} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes\n\nA later token changes an earlier one")
+    influence("as evaluated", probes.causality(model, ids))
+    influence("as trained", probes.causality(model, ids, training=True))
+    influence("routed on the prefix alone", probes.causality(model, ids, causal=True))
+    click.echo(f"  {'loss on the prefix alone, less as evaluated':44} {probes.flattery(model, ids, targets):+.5f} nats")
+    click.echo("\nA sequence depends on its batch")
+    for what, found in probes.batch_independence(model, ids).items():
+        influence(what, found)
+    click.echo("\nNorm of the router's gradient, from")
+    for term, (coefficient, norm) in probes.gradient_path(model, ids, targets).items():
+        click.echo(f"  {f'{term}, coefficient {coefficient:g}':44} {norm:.2e}" + ("  exactly zero" if norm == 0 else ""))
+    click.echo("\nAlarms")
+    model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
+    warnings = [warning for i, part, routing in zip(config.moe_layers, model.moe_parts(), model.forward(ids).routings)
+                for warning in metrics.alarms(i, routing.load, part.router)]
+    click.echo("\n".join(f"  {warning}" for warning in warnings or ["none"]))
 
 
 # -- gradcheck ----------------------------------------------------------------------------------

@@ -25,9 +25,8 @@ def test_the_example_prints_what_it_says():
 
 
 def test_the_router_in_ten_lines_trains(monkeypatch):
-    scope = dict(vars(routers))
-    exec(next(text for language, text in BLOCKS if "class AboveMean" in text), scope)
-    monkeypatch.setitem(routers.ROUTERS, "above_mean", scope["AboveMean"])
+    monkeypatch.setitem(routers.ROUTERS, "above_mean", None)  # which takes the name out again at the end
+    exec(next(text for language, text in BLOCKS if "class AboveMean" in text), {"__name__": "mine"})
     model = tm.Transformer(tm.ModelConfig(vocab_size=9, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=4, moe_layers=(1,),
                                           router="above_mean"), dtype=np.float64)
     ids = np.arange(8).reshape(2, 4)

@@ -91,6 +91,25 @@ def weight_divergence(bank, initial=None):
     return divergence / initial if initial else divergence
 
 
+# -- warnings -----------------------------------------------------------------------------------
+
+def alarms(layer, load, router):
+    """Warnings about one MoE layer, as sentences: dead experts, one with over half of the load, a router that gets no gradient.
+
+    layer: its index; load (E,); router: as a backward pass left it, or None before the first.
+    """
+    warnings, load = [], np.asarray(load)
+    dead = dead_experts(load)
+    if dead:
+        warnings.append(f"layer {layer}: {dead} of {len(load)} experts dead (under 1% of their fair share)")
+    if len(load) > 2 and load.max() > 0.5 * load.sum():
+        warnings.append(f"layer {layer}: expert {load.argmax()} has {load.max() / load.sum():.0%} of the load")
+    learning = [p for p in router.parameters().values() if p.requires_grad] if router else []
+    if learning and not any(p.grad is not None and p.grad.any() for p in learning):
+        warnings.append(f"layer {layer}: the router's gradient is exactly zero")
+    return warnings
+
+
 # -- information between experts and labels -----------------------------------------------------
 
 def label_load(routing, labels, n_labels):

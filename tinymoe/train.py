@@ -163,10 +163,12 @@ class Trainer:
         means = np.mean(self.since, axis=0).tolist() if self.since else [None] * 5
         means = [None if m is None or math.isnan(m) else m for m in means]  # a dense model has no balance and no z
         training = dict(zip(("train_loss", "cross_entropy", "balance", "z", "gradient_norm"), means))
-        self.since = []
+        self.since, row = [], self.evaluate(self.run.training.eval_windows)
+        warnings = [warning for part, numbers in zip(self.model.moe_parts(), row["layers"]) for warning in
+                    metrics.alarms(numbers["layer"], numbers["load"], part.router if self.step else None)]
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 3),
                           "learning_rate": self.optimizer.lr if self.step else None,
-                          **training, **self.evaluate(self.run.training.eval_windows)})
+                          **training, **row, "warnings": warnings})
 
     def arrays(self):
         """Every array of the state, by name: parameters p/..., and the optimizer's moments m/... and v/..."""

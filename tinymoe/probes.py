@@ -1,0 +1,116 @@
+"""What a router does to a model, found out by trying: what `python cli.py probe ROUTER` runs.
+
+A small model is trained for a moment on real text, then asked: does a later token, or a neighbour in the batch, change
+what an earlier one gets? Where does the router's gradient come from? Has routing collapsed?
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .evaluation import Validation, losses_and_routings
+from .tensor import no_grad
+from .train import Run, Trainer
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How far something that should not matter changes a model's output.
+
+    tokens: share of the tokens, of those that should not notice, whose experts change in any layer.
+    logits: the largest change of a logit of theirs; below 1e-4 it is rounding.
+    """
+
+    tokens: float
+    logits: float
+
+
+def _compared(model, ids, other_ids, keep, **options):
+    """The Influence on the tokens kept (a function (B, T, ...) -> (M, ...)) of giving other_ids instead of ids."""
+    def look(ids):
+        with no_grad():
+            output = model.forward(ids, **options)
+        chosen = [keep(r.mask().reshape(*ids.shape, -1)) for r in output.routings]
+        return np.concatenate(chosen, axis=-1), keep(output.logits.data)
+
+    (chosen, logits), (other_chosen, other_logits) = look(ids), look(other_ids)
+    return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
+
+
+def causality(model, ids, causal=False, training=False, seed=0):
+    """What the second half of each sequence does to the first: nothing, where routing is causal.
+
+    ids (B, T); their second halves become random tokens. training: as a training step routes, with the same noise
+    both times. Attention is causal, so what changes comes through the routers.
+    """
+    half = ids.shape[1] // 2
+    other = ids.copy()
+    other[:, half:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[:, half:].shape)
+    options = {"causal": causal, "training": training}
+    first_half = _kept(lambda x: x[:, :half])
+    if not training:
+        return _compared(model, ids, other, first_half, **options)
+    return _compared(_SameNoise(model, seed), ids, other, first_half, **options)
+
+
+class _SameNoise:
+    """A model whose every forward pass draws the same noise."""
+
+    def __init__(self, model, seed):
+        self.model, self.seed = model, seed
+
+    def forward(self, ids, **options):
+        return self.model.forward(ids, rng=np.random.default_rng(self.seed), **options)
+
+
+def _kept(part):
+    return lambda x: part(x).reshape(-1, x.shape[-1])
+
+
+def batch_independence(model, ids, seed=0):
+    """{"alone", "other neighbours"}: what its neighbours in the batch do to the first sequence of ids (B, T), as Influences.
+
+    Other neighbours are random tokens.
+    """
+    first, other = _kept(lambda x: x[:1]), ids.copy()
+    other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
+    return {"alone": _compared(model, ids, ids[:1], first), "other neighbours": _compared(model, ids, other, first)}
+
+
+def flattery(model, ids, targets):
+    """Loss routed on the prefix alone less loss routed as in the batch, in nats; 0 where routing is causal at evaluation."""
+    valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
+    leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
+    return float(causal - leaky)
+
+
+def gradient_path(model, ids, targets, seed=0):
+    """The gradient that each part of the loss gives to all routers' weights: dict term -> (coefficient, norm).
+
+    The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
+    router learns nothing from the term.
+    """
+    terms = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed))
+    parts = {"language model": (terms.cross_entropy, 1.0), "balance": (terms.balance, model.config.aux_coef or 1.0),
+             "z": (terms.z, model.config.z_coef or 1.0)}
+    weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
+    norms = {}
+    for name, (term, coefficient) in parts.items():
+        for p in model.parameters().values():
+            p.grad = None
+        if term.requires_grad:
+            (coefficient * term).backward()
+        squares = sum((p.grad.astype(float) ** 2).sum() for p in weights if p.grad is not None)
+        norms[name] = coefficient, float(np.sqrt(squares))
+    for p in model.parameters().values():
+        p.grad = None
+    return norms
+
+
+def trained(config, corpus, steps, training, seed=0):
+    """A model after so many training steps, and validation ids and targets (8, T) of all domains."""
+    trainer = Trainer(Run("probe", "probe", seed, config, training), corpus)
+    for _ in range(steps):
+        trainer.advance()
+    ids, targets, _ = corpus.validation(2, config.seq_len)
+    return trainer.model, ids, targets
