@@ -181,6 +181,35 @@ def routers():
                "python cli.py study --config D --set router=NAME --out results/NAME trains one.")
 
 
+# -- params -------------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("model", metavar="PRESET|FILE.json")
+@click.option("--context", type=click.IntRange(min=0), default=0, show_default=True, help="Positions that a token attends to.")
+@click.option("--bytes", "width", type=click.FloatRange(min=0, min_open=True), default=2, show_default=True,
+              help="Memory of one parameter: 4 for float32, 2 for bfloat16, 0.5 for four bits.")
+def params(model, context, width):
+    """Count parameters, work and memory of a preset or of a model's config file, part by part.
+
+    Active is what one token meets, embedding and head included. FLOPs are of the forward pass of one token: two for
+    each active weight of a matrix product, and attention over --context positions.
+    """
+    from tinymoe import params as p
+    try:
+        config = p.PRESETS[model] if model in p.PRESETS else json.loads(Path(model).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{model} is not a JSON object")
+        parts = p.count(p.architecture(config.get("model", config)), context)  # a run's config.json holds its model
+    except FileNotFoundError:
+        raise click.ClickException(f"no file {model}, and no preset: those are {', '.join(p.PRESETS)}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise click.ClickException(_one_line(error)) from None
+    click.echo(f"{'':16} {'total':>18} {'active':>18} {'MFLOP a token':>14} {'GB':>9}")
+    for part in parts:
+        if part.total or part.flops:
+            click.echo(f"{part.name:16} {part.total:18,} {part.active:18,.0f} {part.flops / 1e6:14,.1f} {part.total * width / 1e9:9.3f}")
+
+
 # -- probe --------------------------------------------------------------------------------------
 
 @main.command()

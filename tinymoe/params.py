@@ -1,0 +1,156 @@
+"""Counting a model that nobody has to allocate: parameters, floating-point work and memory, part by part.
+
+The conventions, since published figures differ in theirs: *total* is every trained number, tied embeddings once.
+*Active* is what one token meets: K of E experts, all shared ones, the router, norms, and both embedding and head in
+whole (some papers leave these out: read the parts). Work is for the forward pass of one token: two operations for each
+active weight of a matrix product, none for looking up an embedding, and scores and values over `context` positions.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from .model import ModelConfig
+from .routers import make
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a decoder. Attention is grouped-query, or multi-head latent where kv_rank is not 0."""
+
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    n_heads: int
+    head_dim: int
+    n_kv_heads: int
+    d_ff: int = 0  # hidden width of dense layers
+    n_dense: int = 0  # layers without experts
+    n_experts: int = 0
+    top_k: float = 0
+    d_expert: int = 0
+    n_shared: int = 0  # shared experts, each d_expert wide
+    gated: bool = True  # a feed-forward layer of three matrices (SwiGLU, GEGLU) instead of two
+    tied: bool = False  # the head is the embedding
+    norms: int = 2  # in a layer
+    qk_norm: bool = False  # over all queries and all keys of a token
+    bias: bool = False  # biases in attention, feed-forward layers and norms
+    router_matrices: int = 1  # (D, E): one for the scores, perhaps one for the noise
+    router_bias: bool = False  # the loss-free bias, a number for each expert
+    n_positions: int = 0  # learned position embeddings
+    q_rank: int = 0  # multi-head latent attention (DeepSeek-V2, eq. 9 to 19): the queries' latent
+    kv_rank: int = 0  # the latent of keys and values
+    rope_dim: int = 0  # of head_dim, the rotary part, whose key all heads share
+    v_dim: int = 0  # of a head's values
+
+    def attention(self):
+        """(weights of matrix products, other parameters) of one attention layer."""
+        D, H, G, d = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim
+        if not self.kv_rank:
+            weights = D * d * (2 * H + 2 * G)
+            return weights, self.bias * (d * (H + 2 * G) + D) + self.qk_norm * d * (H + G)
+        queries = D * self.q_rank + self.q_rank * H * d if self.q_rank else D * H * d
+        keys = D * (self.kv_rank + self.rope_dim) + self.kv_rank * H * (d - self.rope_dim + self.v_dim)
+        return queries + keys + H * self.v_dim * D, self.q_rank + self.kv_rank  # the latents are normalised
+
+    def feed_forward(self, width):
+        """(weights, biases) of one feed-forward layer or expert."""
+        return (3 if self.gated else 2) * self.d_model * width, self.bias * (width + self.d_model)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model: its parameters in all and for one token, and the forward operations of one token."""
+
+    name: str
+    total: int
+    active: float
+    flops: float
+
+
+def count(a, context=0):
+    """The Parts of an Architecture, then their sum, named "all". context: positions that a token attends to."""
+    D, n_moe = a.d_model, a.n_layers - a.n_dense
+    weights, others = a.attention()
+    scores = 2 * context * a.n_heads * (a.head_dim + (a.v_dim or a.head_dim))
+    dense, expert = sum(a.feed_forward(a.d_ff)), sum(a.feed_forward(a.d_expert))
+    shared_width = a.n_shared * a.d_expert  # side by side they are one layer
+    shared, router = (sum(a.feed_forward(shared_width)) if a.n_shared else 0), a.n_experts * a.router_matrices * D
+    vector = (1 + a.bias) * D  # a norm's scale, and its shift
+
+    def part(name, total, active=None, multiplied=None):
+        active = total if active is None else active
+        return Part(name, total, active, 2 * (active if multiplied is None else multiplied))
+
+    attention = part("attention", a.n_layers * (weights + others), None, a.n_layers * weights)
+    parts = [
+        part("embedding", a.vocab_size * D + a.n_positions * D, None, 0),
+        dataclasses.replace(attention, flops=attention.flops + a.n_layers * scores),
+        part("dense layers", a.n_dense * dense, None, a.n_dense * a.feed_forward(a.d_ff)[0]),
+        part("experts", n_moe * a.n_experts * expert, n_moe * a.top_k * expert, n_moe * a.top_k * a.feed_forward(a.d_expert)[0]),
+        part("shared experts", n_moe * shared, None, n_moe * a.feed_forward(shared_width)[0]),
+        part("routers", n_moe * (router + a.router_bias * a.n_experts), None, n_moe * router),
+        part("norms", a.n_layers * a.norms * vector + vector, None, 0),
+        part("head", 0 if a.tied else a.vocab_size * D, None, a.vocab_size * D)]
+    return [*parts, Part("all", *(sum(getattr(p, field) for p in parts) for field in ("total", "active", "flops")))]
+
+
+# -- where the sizes come from ------------------------------------------------------------------
+
+PRESETS = {  # the keys and values of the models' own config files
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "tie_word_embeddings": False},
+    "grok-1": {
+        "model_type": "grok-1", "num_hidden_layers": 64, "hidden_size": 6144, "intermediate_size": 32768,
+        "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 131072, "tie_word_embeddings": True},
+    "olmoe-1b-7b": {
+        "model_type": "olmoe", "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "vocab_size": 50304, "tie_word_embeddings": False},
+    "deepseek-v3": {
+        "model_type": "deepseek_v3", "num_hidden_layers": 61, "first_k_dense_replace": 3, "hidden_size": 7168,
+        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "vocab_size": 129280, "tie_word_embeddings": False},
+}
+NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+def architecture(config):
+    """The Architecture of a dict with the keys of a published config file, or of tinymoe's ModelConfig.
+
+    Raises ValueError for a dict that is neither.
+    """
+    if "d_model" in config:
+        return _own(config)
+    missing = [key for key in NEEDED if key not in config]
+    if missing:
+        raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
+    get, kind = config.get, config.get("model_type", "")
+    n_experts = get("n_routed_experts") or get("num_local_experts") or get("num_experts") or 0
+    n_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    latent = get("kv_lora_rank") or 0
+    rope = get("qk_rope_head_dim", 0) if latent else 0
+    return Architecture(
+        n_layers=n_layers, d_model=config["hidden_size"], vocab_size=config["vocab_size"], n_heads=heads,
+        head_dim=get("qk_nope_head_dim", 0) + rope if latent else get("head_dim") or config["hidden_size"] // heads,
+        n_kv_heads=get("num_key_value_heads") or heads, d_ff=get("intermediate_size", 0),
+        n_dense=get("first_k_dense_replace", 0) if n_experts else n_layers, n_experts=n_experts,
+        top_k=get("num_experts_per_tok", 0), d_expert=get("moe_intermediate_size") or get("intermediate_size", 0),
+        n_shared=get("n_shared_experts") or 0, tied=get("tie_word_embeddings", False), norms=4 if kind == "grok-1" else 2,
+        qk_norm=kind == "olmoe", router_bias=kind == "deepseek_v3", q_rank=get("q_lora_rank") or 0, kv_rank=latent,
+        rope_dim=rope, v_dim=get("v_head_dim", 0) if latent else 0)
+
+
+def _own(config):
+    c = ModelConfig.from_dict(config)
+    router = make(c.router, 1, c.n_experts, c.top_k, **c.router_options()).parameters().values()  # at a width of 1
+    return Architecture(
+        n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads, n_kv_heads=c.n_heads,
+        head_dim=c.d_model // c.n_heads, d_ff=c.d_ff, n_dense=c.n_layers - len(c.moe_layers), n_experts=c.n_experts,
+        top_k=c.top_k, d_expert=c.expert_width, n_shared=c.n_shared, gated=False, bias=True, n_positions=c.seq_len,
+        router_matrices=sum(p.shape == (1, c.n_experts) for p in router),
+        router_bias=any(p.shape == (c.n_experts,) for p in router))
