@@ -1,27 +1,77 @@
-"""Causal multi-head self-attention (Vaswani et al. 2017)."""
+"""Causal self-attention: multi-head, grouped-query, and multi-head latent."""
 
 import numpy as np
 
 from . import functional as F
-from .nn import INIT_STD, Linear, Module
+from .nn import INIT_STD, Linear, Module, RMSNorm
 
 
 class CausalSelfAttention(Module):
-    """x (B, T, D) -> (B, T, D); position t sees positions 0..t.
+    """x (B, T, D) -> (B, T, D); position t sees positions 0..t (Vaswani et al. 2017).
 
-    Raises ValueError where n_heads does not divide d_model.
+    n_kv_heads: groups of heads share keys and values (Ainslie et al. 2023); None for a pair for each head.
+    head_dim: None for d_model / n_heads. rotary: turn queries and keys by their position. qk_norm: RMS-normalise all
+    queries, and all keys, of a token first (OLMoE, Muennighoff et al. 2024).
+    Raises ValueError where n_heads does not divide d_model, or n_kv_heads does not divide n_heads.
     """
 
-    def __init__(self, d_model, n_heads, rng, out_std=INIT_STD, dtype=np.float32):
-        if d_model % n_heads:
+    def __init__(self, d_model, n_heads, rng, out_std=INIT_STD, dtype=np.float32, n_kv_heads=None, head_dim=None,
+                 bias=True, rotary=False, qk_norm=False):
+        if head_dim is None and d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}: change one of them")
-        self.n_heads = n_heads
-        self.query = Linear(d_model, d_model, rng, dtype=dtype)
-        self.key = Linear(d_model, d_model, rng, dtype=dtype)
-        self.value = Linear(d_model, d_model, rng, dtype=dtype)
-        self.out = Linear(d_model, d_model, rng, std=out_std, dtype=dtype)
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
+        if n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}: change one of them")
+        self.head_dim, self.rotary = head_dim or d_model // n_heads, rotary
+        q_width, kv_width = n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.query = Linear(d_model, q_width, rng, bias, dtype=dtype)
+        self.key = Linear(d_model, kv_width, rng, bias, dtype=dtype)
+        self.value = Linear(d_model, kv_width, rng, bias, dtype=dtype)
+        self.out = Linear(q_width, d_model, rng, bias, std=out_std, dtype=dtype)
+        self.query_norm, self.key_norm = (RMSNorm(q_width, dtype), RMSNorm(kv_width, dtype)) if qk_norm else (None, None)
 
     def forward(self, x):
-        heads = (*x.shape[:2], self.n_heads, -1)  # (B, T, H, D / H)
-        q, k, v = self.query(x).reshape(heads), self.key(x).reshape(heads), self.value(x).reshape(heads)
-        return self.out(F.causal_attention(q, k, v).reshape(x.shape))
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (z.reshape(*x.shape[:2], -1, self.head_dim) for z in (q, k, v))  # (B, T, heads, d)
+        if self.rotary:
+            q, k = F.rotary(q), F.rotary(k)
+        return self.out(F.causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+
+
+class LatentAttention(Module):
+    """Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, section 2.1 and eq. 37 to 47): x (B, T, D) -> (B, T, D).
+
+    Keys and values of all heads come out of one latent of kv_rank numbers a token, which is all that a cache
+    would hold besides one rotary key that all heads share. Queries come out of a latent of q_rank numbers (0: out of x).
+    A head has head_dim numbers without position, rope_dim with, and v_dim of values.
+    """
+
+    def __init__(self, d_model, n_heads, rng, out_std=INIT_STD, dtype=np.float32, head_dim=None, q_rank=0, kv_rank=64,
+                 rope_dim=16, v_dim=None):
+        head_dim = head_dim or d_model // n_heads
+        v_dim = v_dim or head_dim
+        self.n_heads, self.head_dim, self.rope_dim, self.kv_rank = n_heads, head_dim, rope_dim, kv_rank
+
+        def linear(n_in, n_out, std=INIT_STD):
+            return Linear(n_in, n_out, rng, bias=False, std=std, dtype=dtype)
+
+        self.query_down = linear(d_model, q_rank) if q_rank else None
+        self.query_norm = RMSNorm(q_rank, dtype) if q_rank else None
+        self.query = linear(q_rank or d_model, n_heads * (head_dim + rope_dim))
+        self.latent = linear(d_model, kv_rank + rope_dim)
+        self.latent_norm = RMSNorm(kv_rank, dtype)
+        self.key_value = linear(kv_rank, n_heads * (head_dim + v_dim))
+        self.out = linear(n_heads * v_dim, d_model, out_std)
+
+    def forward(self, x):
+        heads = (*x.shape[:2], self.n_heads, -1)  # (B, T, H, ...)
+        q = self.query(x if self.query_down is None else self.query_norm(self.query_down(x))).reshape(heads)
+        latent = self.latent(x)
+        kv = self.key_value(self.latent_norm(latent[..., :self.kv_rank])).reshape(heads)
+        shared = F.rotary(latent[..., None, self.kv_rank:])  # (B, T, 1, rope_dim)
+        d = self.head_dim
+        q = F.concatenate([q[..., :d], F.rotary(q[..., d:])], axis=3)
+        k = F.concatenate([kv[..., :d], F.concatenate([shared] * self.n_heads, axis=2)], axis=3)
+        return self.out(F.causal_attention(q, k, kv[..., d:]).reshape(*x.shape[:2], -1))

@@ -78,13 +78,13 @@ class ExpertBank(Module):
     """E experts, each a feed-forward network D -> F -> D. bank(x (N, D), routing) -> (N, D).
 
     activation: gelu, silu or relu. backend: a name in BACKENDS; numba is the fast one.
-    seed: an integer or a NumPy Generator. out_std: standard deviation of the initial w2.
+    seed: an integer or a NumPy Generator. out_std: standard deviation of the initial w2. bias: False for none.
     Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
     Raises ValueError for an unknown backend.
     """
 
     def __init__(self, n_experts, d_model, d_ff, activation="gelu", backend="numba", seed=0, dtype=np.float32,
-                 out_std=INIT_STD):
+                 out_std=INIT_STD, bias=True):
         if backend not in BACKENDS:
             raise ValueError(f"unknown expert backend {backend!r}: choose one of {', '.join(BACKENDS)}")
         if activation not in ACTIVATIONS:
@@ -93,6 +93,12 @@ class ExpertBank(Module):
         self.n_experts, self.activation, self.backend = n_experts, activation, backend
         self.w1, self.b1 = normal(rng, (n_experts, d_model, d_ff), INIT_STD, dtype), zeros((n_experts, d_ff), dtype)
         self.w2, self.b2 = normal(rng, (n_experts, d_ff, d_model), out_std, dtype), zeros((n_experts, d_model), dtype)
+        self.bias = self.b1.requires_grad = self.b2.requires_grad = bias
+
+    def parameters(self):
+        """As of any Module; without bias, b1 and b2 stay zero and are none."""
+        found = super().parameters()
+        return found if self.bias else {name: p for name, p in found.items() if name not in ("b1", "b2")}
 
     def forward(self, x, routing):
         if routing.n_experts != self.n_experts or routing.n_tokens != len(x):

@@ -203,6 +203,26 @@ def causal_attention(q, k, v):
     return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
 
 
+def rotary(x, base=10_000.0):
+    """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape.
+
+    Entries i and i + d/2 of a head at position t turn together by the angle t base^(-2i/d), so that the product of
+    a query and a key depends on their distance alone. (The paper pairs neighbours, 2i and 2i + 1: the same up to the
+    order of the entries.) Raises ValueError for an odd d.
+    """
+    T, d = x.shape[1], x.shape[-1]
+    if d % 2:
+        raise ValueError(f"rotary turns pairs of entries, but a head has {d}")
+    angle = np.arange(T)[:, None] * base ** (-np.arange(0, d, 2) / d)  # (T, d/2)
+    cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
+
+    def turn(z, sin):
+        a, b = z[..., :d // 2], z[..., d // 2:]
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    return primitive(turn(x.data, sin), (x, lambda g: turn(g, -sin)))
+
+
 # -- lookups and joins --------------------------------------------------------------------------
 
 def embedding(table, ids):

@@ -7,11 +7,11 @@ import numpy as np
 
 from . import functional as F
 from . import losses
-from .attention import CausalSelfAttention
+from .attention import CausalSelfAttention, LatentAttention
 from .experts import ACTIVATIONS, BACKENDS
 from .files import CheckpointError, load_arrays, save_arrays
 from .moe import MoELayer
-from .nn import INIT_STD, Embedding, FeedForward, LayerNorm, Linear, Module, freeze
+from .nn import INIT_STD, Embedding, FeedForward, LayerNorm, Linear, Module, RMSNorm, freeze
 from .routers import ROUTERS, RouteContext, check, make
 from .routing import DROP_POLICIES, Routing
 from .tensor import Tensor, no_grad
@@ -35,6 +35,9 @@ def require(config, names, fits, expected):
             raise ValueError(f"{name} {getattr(config, name)!r} must be {expected}")
 
 
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that makes a model. Raises ValueError where the numbers do not fit together."""
@@ -44,8 +47,22 @@ class ModelConfig:
     d_model: int = 128
     n_heads: int = 4
     d_ff: int = 512  # hidden width of the dense layers
-    seq_len: int = 128  # the longest sequence: there are this many position embeddings
+    seq_len: int = 128  # the longest sequence
     activation: str = "gelu"
+    norm: str = "layer"  # "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019)
+    post_norm: bool = False  # normalise what a layer gives before it is added too, as Grok-1 does
+    positions: str = "learned"  # seq_len embeddings, or "rotary"
+    bias: bool = True  # in linear layers and experts
+    tied: bool = False  # the head is the token embedding
+    attention: str = "multi_head"  # or "latent" (DeepSeek-V2), which has rotary positions of its own
+    head_dim: int | None = None  # None: d_model / n_heads
+    n_kv_heads: int | None = None  # groups of heads that share keys and values; None: n_heads
+    qk_norm: bool = False  # RMS-normalise queries and keys
+    q_rank: int = 0  # latent attention: of the queries' latent, 0 for none
+    kv_rank: int = 64  # of the latent of keys and values
+    rope_dim: int = 16  # of the rotary part of a head
+    v_dim: int | None = None  # of a head's values; None: head_dim
+    mtp_coef: float = 0.0  # of the loss of a second head that predicts the token after the next (DeepSeek-V3)
     moe_layers: tuple = (1, 3, 5)  # layers with experts, counted from 0; () is a dense model
     n_experts: int = 8
     d_expert: int | None = None  # hidden width of each expert; None: d_ff
@@ -88,9 +105,20 @@ class ModelConfig:
                 all(whole(i, 0) and i < self.n_layers for i in layers),
                 f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
         object.__setattr__(self, "moe_layers", tuple(sorted(set(map(int, self.moe_layers)))))
-        if self.d_model % self.n_heads:
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        for name, known in (("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
+        require(self, "head_dim v_dim", lambda n: n is None or whole(n), "a whole number of at least 1, or None")
+        require(self, "n_kv_heads", lambda n: n is None or whole(n) and self.n_heads % n == 0,
+                f"a divisor of n_heads {self.n_heads}, or None")
+        require(self, "q_rank", lambda n: whole(n, 0), "a whole number of at least 0")
+        require(self, "kv_rank", whole, "a whole number of at least 1")
+        require(self, "rope_dim", lambda n: whole(n, 2) and n % 2 == 0, "an even number of at least 2")
+        require(self, "post_norm bias tied qk_norm", lambda value: isinstance(value, bool), "true or false")
+        head = self.head_dim or self.d_model // self.n_heads
+        require(self, "positions", lambda p: p == "learned" or self.attention == "latent" or head % 2 == 0,
+                f"learned where a head has an odd number of entries ({head})")
+        for name, known in (("norm", tuple(NORMS)), ("positions", ("learned", "rotary")),
+                            ("attention", ("multi_head", "latent")), ("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
                             ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
             require(self, name, lambda value: value in known, f"one of {', '.join(map(str, known))}")
         require(self, "d_expert", lambda width: width is None or whole(width), "a whole number of at least 1, or None for d_ff")
@@ -99,7 +127,7 @@ class ModelConfig:
         self._check_router()
         require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
                 "a number above 0, or None for no limit")
-        require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef", finite,
+        require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef mtp_coef", finite,
                 "a finite number of at least 0")
         require(self, "n_devices", lambda n: self.n_experts % n == 0, f"a divisor of n_experts {self.n_experts}")
         require(self, "load_coef", lambda value: value == 0 or ROUTERS[self.router].has_soft_load,
@@ -128,8 +156,10 @@ class ModelConfig:
         return {name: value for name in wanted if (value := getattr(self, name, None)) is not None}
 
     def sizes(self):
-        """What the shapes of the dense parts follow from."""
-        return (self.vocab_size, self.n_layers, self.d_model, self.n_heads, self.d_ff, self.seq_len, self.activation)
+        """What the dense parts follow from."""
+        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm post_norm positions bias tied attention head_dim
+            n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim""".split()
+        return [getattr(self, name) for name in names]
 
     def to_dict(self):
         """A JSON-able dict that from_dict takes back."""
@@ -150,10 +180,11 @@ ROUTER_OPTIONS = ROUTER_OPTIONS[ROUTER_OPTIONS.index("renormalise"):]
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """logits (B, T, V) Tensor; routings: one for each MoE layer, in order."""
+    """logits (B, T, V) Tensor; routings: one for each MoE layer, in order; states (B, T, D): before the last norm."""
 
     logits: Tensor
     routings: list[Routing]
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +203,16 @@ class LossTerms:
     sequence: Tensor | None = None
     device: Tensor | None = None
     communication: Tensor | None = None
+    multi_token: Tensor | None = None
+
+
+def make_attention(config, rng, out_std, dtype):
+    """The attention layer of a config."""
+    c = config
+    if c.attention == "latent":
+        return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim, c.v_dim)
+    return CausalSelfAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.n_kv_heads, c.head_dim, c.bias,
+                               c.positions == "rotary", c.qk_norm)
 
 
 class Block(Module):
@@ -179,19 +220,45 @@ class Block(Module):
 
     def __init__(self, config, is_moe, rng, dtype):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
-        self.is_moe = is_moe
-        self.norm1, self.norm2 = LayerNorm(config.d_model, dtype), LayerNorm(config.d_model, dtype)
-        self.attention = CausalSelfAttention(config.d_model, config.n_heads, rng, out_std, dtype)
-        self.feed_forward = (MoELayer(config, rng, out_std, dtype) if is_moe else
-                             FeedForward(config.d_model, config.d_ff, rng, config.activation, out_std, dtype))
+        self.is_moe, norm = is_moe, NORMS[config.norm]
+        self.norm1, self.norm2 = norm(config.d_model, dtype), norm(config.d_model, dtype)
+        self.attention = make_attention(config, rng, out_std, dtype)
+        self.feed_forward = (MoELayer(config, rng, out_std, dtype) if is_moe else FeedForward(
+            config.d_model, config.d_ff, rng, config.activation, out_std, dtype, config.bias))
+        self.post1, self.post2 = (norm(config.d_model, dtype), norm(config.d_model, dtype)) if config.post_norm \
+            else (same, same)
 
     def forward(self, x, context):
         """(B, T, D) -> ((B, T, D), Routing, or None from a dense layer)."""
-        x = x + self.attention(self.norm1(x))
+        x = x + self.post1(self.attention(self.norm1(x)))
         if self.is_moe:
             y, routing = self.feed_forward(self.norm2(x), context)
-            return x + y, routing
-        return x + self.feed_forward(self.norm2(x)), None
+            return x + self.post2(y), routing
+        return x + self.post2(self.feed_forward(self.norm2(x))), None
+
+
+def same(x):
+    """x, where nothing is to be done to it."""
+    return x
+
+
+class NextButOne(Module):
+    """A second head: the token after the next, from a state and the next token (DeepSeek-V3, eq. 21 to 24, depth 1).
+
+    h' = block(W [norm(state), norm(embedding of the next token)]), with a dense block; the model's own last norm and
+    head read it.
+    """
+
+    def __init__(self, config, rng, dtype):
+        norm = NORMS[config.norm]
+        self.state_norm, self.next_norm = norm(config.d_model, dtype), norm(config.d_model, dtype)
+        self.join = Linear(2 * config.d_model, config.d_model, rng, bias=False, dtype=dtype)
+        self.block = Block(config, False, rng, dtype)
+
+    def forward(self, states, following, context):
+        """states (B, T, D) and the embeddings (B, T, D) of the tokens that follow them -> (B, T, D)."""
+        joined = F.concatenate([self.state_norm(states), self.next_norm(following)], axis=2)
+        return self.block(self.join(joined), context)[0]
 
 
 class Transformer(Module):
@@ -201,10 +268,12 @@ class Transformer(Module):
         rng = np.random.default_rng(seed)
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
-        self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype)
+        learned = config.positions == "learned" and config.attention != "latent"
+        self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype) if learned else None
         self.blocks = [Block(config, i in config.moe_layers, rng, dtype) for i in range(config.n_layers)]
-        self.norm = LayerNorm(config.d_model, dtype)
-        self.head = Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
+        self.norm = NORMS[config.norm](config.d_model, dtype)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
+        self.next_but_one = NextButOne(config, rng, dtype) if config.mtp_coef else None
         freeze(self, config.freeze)
 
     @classmethod
@@ -220,7 +289,7 @@ class Transformer(Module):
                 or config.expert_width != config.d_ff:
             raise ValueError("upcycling takes a dense model and a config of the same sizes, with experts as wide as "
                              "its feed-forward layers and none shared")
-        model, known = cls(config, seed, dense.head.weight.dtype), dense.parameters()
+        model, known = cls(config, seed, dense.token_embedding.weight.dtype), dense.parameters()
         for name, p in model.parameters().items():
             if name in known:
                 p.data = known[name].data.copy()
@@ -263,7 +332,13 @@ class Transformer(Module):
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.seq_len:
             raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with T from 1 to "
                              f"seq_len {self.config.seq_len}")
-        return self.token_embedding(ids) + self.position_embedding(np.arange(ids.shape[1]))
+        x = self.token_embedding(ids)
+        return x if self.position_embedding is None else x + self.position_embedding(np.arange(ids.shape[1]))
+
+    def read_out(self, x):
+        """States (B, T, D) -> logits (B, T, V)."""
+        x = self.norm(x)
+        return F.linear(x, self.token_embedding.weight.T) if self.head is None else self.head(x)
 
     def forward(self, ids, training=False, rng=None, causal=False):
         """ids (B, T) integers -> ModelOutput.
@@ -276,7 +351,7 @@ class Transformer(Module):
             x, routing = block(x, context)
             if routing is not None:
                 routings.append(routing)
-        return ModelOutput(self.head(self.norm(x)), routings)
+        return ModelOutput(self.read_out(x), routings, x)
 
     def loss(self, ids, targets, training=False, rng=None):
         """LossTerms of predicting targets (B, T) from ids (B, T)."""
@@ -301,7 +376,17 @@ class Transformer(Module):
             if output.routings and (wanted or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total
+        if c.mtp_coef:
+            terms["multi_token"] = self.multi_token_loss(output.states, targets)
+            total = total + c.mtp_coef * terms["multi_token"]
         return LossTerms(total, cross_entropy, **terms)
+
+    def multi_token_loss(self, states, targets):
+        """Cross-entropy of the second head: from each state (B, T, D) and its target, the target after it."""
+        targets = np.asarray(targets)
+        following = self.token_embedding(targets[:, :-1])
+        x = self.next_but_one(states[:, :-1], following, RouteContext(targets[:, :-1]))
+        return F.cross_entropy(self.read_out(x).reshape(-1, self.config.vocab_size), targets[:, 1:].reshape(-1))
 
     def first_nonfinite(self, ids):
         """The first place where a forward pass is not finite ("layer 3", say), or None."""
@@ -315,7 +400,7 @@ class Transformer(Module):
                 x, _ = block(x, context)
                 if not np.isfinite(x.data).all():
                     return f"layer {i}"
-            return None if np.isfinite(self.head(self.norm(x)).data).all() else "the head"
+            return None if np.isfinite(self.read_out(x).data).all() else "the head"
 
     def save(self, path):
         """Write the weights and the config to an .npz file, whole or not at all."""

@@ -13,10 +13,10 @@ class MoELayer(Module):
         self.router = routers.make(config.router, config.d_model, config.n_experts, config.top_k, rng, dtype,
                                    **config.router_options())
         self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, config.activation,
-                                  config.expert_backend, rng, dtype, out_std)
+                                  config.expert_backend, rng, dtype, out_std, config.bias)
         # always on and ungated (DeepSeekMoE, Dai et al. 2024, eq. 9): side by side they are one wider layer
         self.shared = FeedForward(config.d_model, config.n_shared * config.expert_width, rng, config.activation,
-                                  out_std, dtype) if config.n_shared else None
+                                  out_std, dtype, config.bias) if config.n_shared else None
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
 
     @property

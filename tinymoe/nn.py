@@ -93,10 +93,10 @@ class Embedding(Module):
 class FeedForward(Module):
     """The dense feed-forward layer: activation(x @ up) @ down, x (..., D), hidden width F."""
 
-    def __init__(self, d_model, d_ff, rng, activation="gelu", out_std=INIT_STD, dtype=np.float32):
+    def __init__(self, d_model, d_ff, rng, activation="gelu", out_std=INIT_STD, dtype=np.float32, bias=True):
         self.activation = activation
-        self.up = Linear(d_model, d_ff, rng, dtype=dtype)
-        self.down = Linear(d_ff, d_model, rng, std=out_std, dtype=dtype)
+        self.up = Linear(d_model, d_ff, rng, bias, dtype=dtype)
+        self.down = Linear(d_ff, d_model, rng, bias, std=out_std, dtype=dtype)
 
     def forward(self, x):
         return self.down(F.activation(self.up(x), self.activation))

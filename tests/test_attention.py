@@ -1,0 +1,177 @@
+"""Attention and its variants against plain loops, and the options of the model that they make possible."""
+import numpy as np
+import pytest
+
+from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
+from tinymoe import functional as F
+from tinymoe.attention import CausalSelfAttention, LatentAttention
+
+B, T, D = 2, 5, 8
+
+
+def states(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def decided(layer):
+    """The layer with weights large enough to matter."""
+    for i, p in enumerate(layer.parameters().values()):
+        p.data = states(*p.shape, seed=i) / np.sqrt(p.shape[0])
+    return layer
+
+
+def rms(x, weight):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def turn(x, t):
+    """A vector (d,) turned to position t: complex numbers of entries i and i + d/2."""
+    half = len(x) // 2
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * t * 10_000.0 ** (-np.arange(half) / half))
+    return np.concatenate([z.real, z.imag])
+
+
+def attend(q, k, v):
+    """One head, one sequence: q, k (T, d), v (T, dv), one position at a time."""
+    out = np.zeros((len(q), v.shape[1]))
+    for t in range(len(q)):
+        w = np.exp([q[t] @ k[s] / np.sqrt(q.shape[1]) for s in range(t + 1)])
+        out[t] = sum(w[s] * v[s] for s in range(t + 1)) / w.sum()
+    return out
+
+
+# -- rotary positions ---------------------------------------------------------------------------
+
+def test_rotary_by_hand():
+    """d = 2: one pair, turned by t radians. Position 0 stays; at position 1 (1, 0) becomes (cos 1, sin 1)."""
+    y = F.rotary(Tensor(np.array([[[[1., 0]], [[1., 0]], [[0., 2]]]]))).data[0, :, 0]
+    np.testing.assert_allclose(y, [[1, 0], [np.cos(1), np.sin(1)], [-2 * np.sin(2), 2 * np.cos(2)]])
+
+
+def test_a_product_of_turned_vectors_depends_on_their_distance_alone():
+    q, k = states(6), states(6, seed=1)
+    x = Tensor(np.tile(np.stack([q, k]), (1, 9, 1, 1)))                      # (1, 9, 2, 6)
+    turned = F.rotary(x).data[0]
+    np.testing.assert_allclose(turned[7, 0] @ turned[4, 1], turned[3, 0] @ turned[0, 1])
+    np.testing.assert_allclose(turned[5, 1], turn(k, 5))
+    assert gradcheck(F.rotary, Tensor(states(2, 3, 2, 4)))
+    with pytest.raises(ValueError, match="pairs"):
+        F.rotary(Tensor(states(1, 2, 1, 3)))
+
+
+# -- layers against loops -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("H, G, d, rotary, qk_norm", [(4, 4, 2, False, False), (4, 2, 2, True, False), (4, 1, 6, True, True)])
+def test_grouped_attention_against_a_loop(H, G, d, rotary, qk_norm):
+    layer = decided(CausalSelfAttention(D, H, np.random.default_rng(0), dtype=np.float64, n_kv_heads=G, head_dim=d, bias=False,
+                                        rotary=rotary, qk_norm=qk_norm))
+    x = states(B, T, D)
+    q, k, v = (x @ w.weight.data for w in (layer.query, layer.key, layer.value))
+    if qk_norm:
+        q, k = rms(q, layer.query_norm.weight.data), rms(k, layer.key_norm.weight.data)
+    out = np.zeros((B, T, H * d))
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // G)
+            parts = [z[b][:, i * d:(i + 1) * d] for z, i in ((q, h), (k, g), (v, g))]
+            if rotary:
+                parts[:2] = [np.array([turn(row, t) for t, row in enumerate(z)]) for z in parts[:2]]
+            out[b][:, h * d:(h + 1) * d] = attend(*parts)
+    np.testing.assert_allclose(layer(Tensor(x)).data, out @ layer.out.weight.data, atol=1e-12)
+    assert gradcheck(lambda x, *_: layer(x), Tensor(x), *layer.parameters().values())
+
+
+@pytest.mark.parametrize("q_rank", [0, 3])
+def test_latent_attention_against_a_loop(q_rank):
+    H, d, r, dv, c = 2, 3, 4, 5, 6
+    layer = decided(LatentAttention(D, H, np.random.default_rng(0), dtype=np.float64, head_dim=d, q_rank=q_rank, kv_rank=c, rope_dim=r,
+                                    v_dim=dv))
+    x = states(B, T, D)
+    low = x if not q_rank else rms(x @ layer.query_down.weight.data, layer.query_norm.weight.data)
+    q = (low @ layer.query.weight.data).reshape(B, T, H, d + r)
+    latent = x @ layer.latent.weight.data
+    kv = (rms(latent[..., :c], layer.latent_norm.weight.data) @ layer.key_value.weight.data).reshape(B, T, H, d + dv)
+    out = np.zeros((B, T, H * dv))
+    for b in range(B):
+        for h in range(H):
+            queries = [np.concatenate([q[b, t, h, :d], turn(q[b, t, h, d:], t)]) for t in range(T)]
+            keys = [np.concatenate([kv[b, t, h, :d], turn(latent[b, t, c:], t)]) for t in range(T)]
+            out[b][:, h * dv:(h + 1) * dv] = attend(np.array(queries), np.array(keys), kv[b, :, h, d:])
+    np.testing.assert_allclose(layer(Tensor(x)).data, out @ layer.out.weight.data, atol=1e-12)
+    assert gradcheck(lambda x, *_: layer(x), Tensor(x), *layer.parameters().values())
+
+
+@pytest.mark.parametrize("n_heads, options, message", [(3, {}, "n_heads 3"), (4, dict(n_kv_heads=3), "n_kv_heads 3")])
+def test_heads_must_fit(n_heads, options, message):
+    with pytest.raises(ValueError, match=message):
+        CausalSelfAttention(D, n_heads, np.random.default_rng(0), **options)
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(d_model=D, n_heads=n_heads, **options)
+
+
+# -- in the model -------------------------------------------------------------------------------
+
+SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=3, top_k=2)
+IDS = np.array([[0, 3, 6, 2, 5], [1, 1, 4, 0, 2]])
+OPTIONS = {
+    "rms": dict(norm="rms"), "post norms": dict(post_norm=True), "rotary": dict(positions="rotary"),
+    "grouped, no biases": dict(n_kv_heads=1, bias=False), "qk norm": dict(qk_norm=True), "tied": dict(tied=True),
+    "wide heads": dict(head_dim=3), "latent": dict(attention="latent", kv_rank=3, rope_dim=2, q_rank=2, v_dim=3),
+    "two tokens ahead": dict(mtp_coef=.3), "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True,
+                                                       tied=True, post_norm=True, mtp_coef=.3, n_shared=1)}
+
+
+def model(**changes):
+    m = Transformer(ModelConfig(**SMALL | changes), dtype=np.float64)
+    for p in m.parameters().values():
+        p.data = p.data * 20 if p.ndim > 1 else p.data
+    return m
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+def test_gradients_of_the_whole(changes):
+    m = model(**changes)
+    result = gradcheck(lambda *_: m.loss(IDS, (IDS + 1) % 7).total, *m.parameters().values())
+    assert result, result
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+def test_options_are_causal_and_are_saved(changes, tmp_path):
+    m, later = model(**changes), IDS.copy()
+    later[:, 3:] = (later[:, 3:] + 1) % 7
+    logits = m.forward(IDS).logits.data
+    np.testing.assert_allclose(m.forward(later).logits.data[:, :3], logits[:, :3], atol=1e-12)
+    assert (m.forward(later).logits.data[:, 3:] != logits[:, 3:]).any()
+    m.save(tmp_path / "model.npz")
+    np.testing.assert_array_equal(Transformer.load(tmp_path / "model.npz").forward(IDS).logits.data, logits)
+
+
+def test_without_learned_positions_a_model_has_no_table_of_them():
+    assert "position_embedding.weight" in model().parameters()
+    for changes in (dict(positions="rotary"), dict(attention="latent")):
+        assert "position_embedding.weight" not in model(**changes).parameters()
+
+
+def test_a_tied_model_lists_its_embedding_once():
+    m = model(tied=True)
+    assert "head.weight" not in m.parameters()
+    assert len({id(p) for p in m.parameters().values()}) == len(m.parameters())
+    np.testing.assert_allclose(m.forward(IDS).logits.data, m.norm(m.forward(IDS).states).data @ m.token_embedding.weight.data.T)
+
+
+def test_without_biases_there_are_none():
+    assert not any(name.endswith(("bias", "b1", "b2")) for name in model(bias=False, norm="rms").parameters())
+
+
+def test_the_second_head_is_asked_for_the_token_after_the_next():
+    """Its loss does not change with the first target of a sequence as an answer, only as an input; the last target is only an answer."""
+    m = model(mtp_coef=1.0)
+    targets = (IDS + 1) % 7
+    seen = []
+    original, F.cross_entropy = F.cross_entropy, lambda logits, t: seen.append(np.array(t)) or original(logits, t)
+    try:
+        terms = m.loss(IDS, targets)
+    finally:
+        F.cross_entropy = original
+    np.testing.assert_array_equal(seen[1], targets[:, 1:].reshape(-1))
+    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + .01 * terms.balance.item() + terms.multi_token.item())
