@@ -23,11 +23,21 @@ def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(moe_layers=()), dict(top_k=1, n_shared=2, d_expert=3), dict(moe_layers=(0, 1)),
-                                     dict(router="noisy_top_k"), dict(router="sigmoid_bias")])
+                                     dict(router="noisy_top_k"), dict(router="sigmoid_bias"), dict(norm="rms", bias=False, tied=True),
+                                     dict(n_kv_heads=1, head_dim=6, qk_norm=True, post_norm=True), dict(positions="rotary"),
+                                     dict(attention="latent", q_rank=3, v_dim=5), dict(attention="latent", bias=False)])
 def test_our_own_models(changes):
     config = ModelConfig(**dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=4) | changes)
     counted = params.count(params.architecture(config.to_dict()))[-1]
     assert {"total": counted.total, "active": round(counted.active)} == Transformer(config).count_parameters()
+
+
+def test_a_second_head_is_counted_apart_and_never_active():
+    config = ModelConfig(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=4, mtp_coef=.1)
+    parts = {p.name: p for p in params.count(params.architecture(config.to_dict()))}
+    model = Transformer(config)
+    assert parts["all"].total == model.count_parameters()["total"] and parts["second head"].active == 0
+    assert parts["second head"].total == sum(p.size for p in model.next_but_one.parameters().values())
 
 
 def test_work_by_hand():

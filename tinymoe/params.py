@@ -33,7 +33,9 @@ class Architecture:
     tied: bool = False  # the head is the embedding
     norms: int = 2  # in a layer
     qk_norm: bool = False  # over all queries and all keys of a token
-    bias: bool = False  # biases in attention, feed-forward layers and norms
+    bias: bool = False  # biases in attention and feed-forward layers
+    norm_shift: bool = False  # layer norm, which has a shift besides the scale
+    second_head: bool = False  # tinymoe's multi-token prediction, of use in training alone
     router_matrices: int = 1  # (D, E): one for the scores, perhaps one for the noise
     router_bias: bool = False  # the loss-free bias, a number for each expert
     n_positions: int = 0  # learned position embeddings
@@ -75,7 +77,8 @@ def count(a, context=0):
     dense, expert = sum(a.feed_forward(a.d_ff)), sum(a.feed_forward(a.d_expert))
     shared_width = a.n_shared * a.d_expert  # side by side they are one layer
     shared, router = (sum(a.feed_forward(shared_width)) if a.n_shared else 0), a.n_experts * a.router_matrices * D
-    vector = (1 + a.bias) * D  # a norm's scale, and its shift
+    vector = (1 + a.norm_shift) * D
+    block = weights + others + dense + a.norms * vector
 
     def part(name, total, active=None, multiplied=None):
         active = total if active is None else active
@@ -90,7 +93,8 @@ def count(a, context=0):
         part("shared experts", n_moe * shared, None, n_moe * a.feed_forward(shared_width)[0]),
         part("routers", n_moe * (router + a.router_bias * a.n_experts), None, n_moe * router),
         part("norms", a.n_layers * a.norms * vector + vector, None, 0),
-        part("head", 0 if a.tied else a.vocab_size * D, None, a.vocab_size * D)]
+        part("head", 0 if a.tied else a.vocab_size * D, None, a.vocab_size * D),
+        part("second head", a.second_head * (2 * D * D + 2 * vector + block), 0)]
     return [*parts, Part("all", *(sum(getattr(p, field) for p in parts) for field in ("total", "active", "flops")))]
 
 
@@ -148,9 +152,15 @@ def architecture(config):
 def _own(config):
     c = ModelConfig.from_dict(config)
     router = make(c.router, 1, c.n_experts, c.top_k, **c.router_options()).parameters().values()  # at a width of 1
+    latent, norm_shift = c.attention == "latent", c.norm == "layer"
+    head_dim = c.head_dim or c.d_model // c.n_heads
     return Architecture(
-        n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads, n_kv_heads=c.n_heads,
-        head_dim=c.d_model // c.n_heads, d_ff=c.d_ff, n_dense=c.n_layers - len(c.moe_layers), n_experts=c.n_experts,
-        top_k=c.top_k, d_expert=c.expert_width, n_shared=c.n_shared, gated=False, bias=True, n_positions=c.seq_len,
+        n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads,
+        n_kv_heads=c.n_kv_heads or c.n_heads, head_dim=head_dim + c.rope_dim * latent, d_ff=c.d_ff,
+        n_dense=c.n_layers - len(c.moe_layers), n_experts=c.n_experts, top_k=c.top_k, d_expert=c.expert_width,
+        n_shared=c.n_shared, gated=False, tied=c.tied, norms=4 if c.post_norm else 2, qk_norm=c.qk_norm, bias=c.bias,
+        norm_shift=norm_shift, second_head=c.mtp_coef > 0,
+        n_positions=c.seq_len if c.positions == "learned" and not latent else 0,
         router_matrices=sum(p.shape == (1, c.n_experts) for p in router),
-        router_bias=any(p.shape == (c.n_experts,) for p in router))
+        router_bias=any(p.shape == (c.n_experts,) for p in router),
+        **(dict(q_rank=c.q_rank, kv_rank=c.kv_rank, rope_dim=c.rope_dim, v_dim=c.v_dim or head_dim) if latent else {}))
