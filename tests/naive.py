@@ -40,6 +40,25 @@ def activation_slope(z, name):
     return 1.0 if z > 0 else 0.0
 
 
+GATED = {"geglu": "gelu", "swiglu": "silu"}
+
+
+def hidden_of(before, name):
+    """The activation of a vector; a gated one takes the halves of it."""
+    if name not in GATED:
+        return each(activation, before, name)
+    half = len(before) // 2
+    return each(activation, before[:half], GATED[name]) * before[half:]
+
+
+def hidden_backward(d, before, name):
+    if name not in GATED:
+        return d * each(activation_slope, before, name)
+    half, inner = len(before) // 2, GATED[name]
+    return np.concatenate([d * before[half:] * each(activation_slope, before[:half], inner),
+                           d * each(activation, before[:half], inner)])
+
+
 def each(function, x, name):
     return np.array([function(float(z), name) for z in x.reshape(-1)]).reshape(x.shape)
 
@@ -95,7 +114,7 @@ def assignments(token, offsets):
 def experts(x, token, offsets, gate, w1, b1, w2, b2, name):
     y = np.zeros(x.shape)
     for a, n, e in assignments(token, offsets):
-        hidden = each(activation, x[n] @ w1[e] + b1[e], name)
+        hidden = hidden_of(x[n] @ w1[e] + b1[e], name)
         y[n] += gate[a] * (hidden @ w2[e] + b2[e])
     return y
 
@@ -104,10 +123,10 @@ def experts_backward(dy, x, token, offsets, gate, w1, b1, w2, b2, name):
     dx, dgate, dw1, db1, dw2, db2 = (np.zeros(z.shape) for z in (x, gate, w1, b1, w2, b2))
     for a, n, e in assignments(token, offsets):
         before = x[n] @ w1[e] + b1[e]
-        hidden = each(activation, before, name)
+        hidden = hidden_of(before, name)
         dgate[a] = dy[n] @ (hidden @ w2[e] + b2[e])
         d_out = gate[a] * dy[n]
-        d_before = (w2[e] @ d_out) * each(activation_slope, before, name)
+        d_before = hidden_backward(w2[e] @ d_out, before, name)
         dx[n] += w1[e] @ d_before
         dw1[e] += np.outer(x[n], d_before)
         db1[e] += d_before

@@ -55,7 +55,8 @@ def arrays(*tensors):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("dtype, activation", [(np.float64, "gelu"), (np.float64, "silu"), (np.float64, "relu"), (np.float32, "gelu")])
+@pytest.mark.parametrize("dtype, activation", [(np.float64, "gelu"), (np.float64, "silu"), (np.float64, "relu"), (np.float64, "swiglu"),
+                                               (np.float32, "gelu"), (np.float32, "geglu")])
 def test_output_and_all_gradients(load, dtype, activation, backend):
     if load == "several pieces" and (backend == "loop" or activation != "gelu"):
         return                                   # the loop cuts no pieces, and pieces do not know the activation
@@ -110,7 +111,7 @@ def test_backends_agree_behind_every_router(name, k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "geglu", "swiglu"])
 def test_gradcheck(activation, backend):
     bank, x, r, gate, _ = problem(LOADS["tokens without an expert"], activation=activation, backend=backend)
     result = gradcheck(lambda *_: bank(x, r), x, gate, *(getattr(bank, name) for name in NAMES))

@@ -44,6 +44,12 @@ def check(function, oracle, *arrays, tolerance=1e-10):
 
 # ---- activations ------------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("name, inner", naive.GATED.items())
+def test_gated_activations(name, inner):
+    x = np.asarray(3 * normal(2, 3, 8))
+    check(lambda x: F.activation(x, name), lambda x: naive.each(naive.activation, x[..., :4], inner) * x[..., 4:], x)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 2), (0, 3)])
 def test_activations(name, shape):

@@ -124,20 +124,21 @@ ROUTES = {
 }
 
 
-def routed(experts_of, n_experts=4, D=3, F=5, dtype=np.float64):
+def routed(experts_of, n_experts=4, D=3, F=5, dtype=np.float64, gated=False):
     """-> the arguments of experts_forward, without the activation"""
+    up = 2 * F if gated else F
     pairs = sorted((e, n) for n, experts in enumerate(experts_of) for e in experts)
     token = np.array([n for _, n in pairs], dtype=int)
     offsets = np.searchsorted([e for e, _ in pairs], np.arange(n_experts + 1))
-    return (normal(len(experts_of), D, dtype=dtype), token, offsets, normal(len(token), dtype=dtype), normal(n_experts, D, F, dtype=dtype),
-            normal(n_experts, F, dtype=dtype), normal(n_experts, F, D, dtype=dtype), normal(n_experts, D, dtype=dtype))
+    return (normal(len(experts_of), D, dtype=dtype), token, offsets, normal(len(token), dtype=dtype), normal(n_experts, D, up, dtype=dtype),
+            normal(n_experts, up, dtype=dtype), normal(n_experts, F, D, dtype=dtype), normal(n_experts, D, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *naive.GATED])
 def test_experts(route, name, dtype):
-    arguments = routed(ROUTES[route], dtype=dtype)
+    arguments = routed(ROUTES[route], dtype=dtype, gated=name in naive.GATED)
     y, saved = kernels.experts_forward(*arguments, name)
     all_close([y], [naive.experts(*arguments, name)], dtype)
     dy = normal(*y.shape, dtype=dtype, seed=9)

@@ -23,7 +23,7 @@ def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(moe_layers=()), dict(top_k=1, n_shared=2, d_expert=3), dict(moe_layers=(0, 1)),
-                                     dict(router="noisy_top_k"), dict(router="sigmoid_bias"), dict(norm="rms", bias=False, tied=True),
+                                     dict(router="noisy_top_k"), dict(activation="swiglu"), dict(router="sigmoid_bias"), dict(norm="rms", bias=False, tied=True),
                                      dict(n_kv_heads=1, head_dim=6, qk_norm=True, post_norm=True), dict(positions="rotary"),
                                      dict(attention="latent", q_rank=3, v_dim=5), dict(attention="latent", bias=False)])
 def test_our_own_models(changes):

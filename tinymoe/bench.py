@@ -35,8 +35,8 @@ def ladder(sizes=SIZES, repeats=5):
 
 # -- where a step spends its time ---------------------------------------------------------------
 
-def _experts_flops(x, token, offsets, gate, w1, *rest):
-    return 4 * len(token) * w1.shape[1] * w1.shape[2]
+def _experts_flops(x, token, offsets, gate, w1, b1, w2, *rest):
+    return 2 * len(token) * (w1[0].size + w2[0].size)
 
 
 def _attention_flops(q, k, v, *rest):

@@ -70,14 +70,14 @@ def compiled(bank, x, routing):
     return record(y, parents, lambda g: kernels.experts_backward(g, *inputs, saved))
 
 
-ACTIVATIONS = ("gelu", "silu", "relu")
+ACTIVATIONS = tuple(kernels.ACTIVATIONS)
 BACKENDS = {"loop": loop, "naive": naive, "numpy": sorted_numpy, "numba": compiled}
 
 
 class ExpertBank(Module):
     """E experts, each a feed-forward network D -> F -> D. bank(x (N, D), routing) -> (N, D).
 
-    activation: gelu, silu or relu. backend: a name in BACKENDS; numba is the fast one.
+    activation: gelu, silu, relu, or gated, geglu or swiglu: then w1 and b1 are 2F wide. backend: a name in BACKENDS; numba is the fast one.
     seed: an integer or a NumPy Generator. out_std: standard deviation of the initial w2. bias: False for none.
     Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
     Raises ValueError for an unknown backend.
@@ -91,7 +91,8 @@ class ExpertBank(Module):
             raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         rng = np.random.default_rng(seed)
         self.n_experts, self.activation, self.backend = n_experts, activation, backend
-        self.w1, self.b1 = normal(rng, (n_experts, d_model, d_ff), INIT_STD, dtype), zeros((n_experts, d_ff), dtype)
+        up = d_ff * (1 + (activation in kernels.GATED))
+        self.w1, self.b1 = normal(rng, (n_experts, d_model, up), INIT_STD, dtype), zeros((n_experts, up), dtype)
         self.w2, self.b2 = normal(rng, (n_experts, d_ff, d_model), out_std, dtype), zeros((n_experts, d_model), dtype)
         self.bias = self.b1.requires_grad = self.b2.requires_grad = bias
 

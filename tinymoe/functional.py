@@ -34,7 +34,8 @@ def _same_width(name, x, *vectors):
 # -- activations --------------------------------------------------------------------------------
 
 def activation(x, name):
-    """The named activation: "gelu", "silu" or "relu"."""
+    """The named activation: "gelu", "silu", "relu", or gated, "geglu" or "swiglu": x (..., 2F) -> (..., F), f(a) * b of
+    the halves a and b (Shazeer 2020)."""
     _compilable(name, x)
     return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from . import functional as F
+from . import kernels
 from .tensor import Tensor
 
 INIT_STD = 0.02  # of every weight matrix, as in GPT-2
@@ -91,11 +92,11 @@ class Embedding(Module):
 
 
 class FeedForward(Module):
-    """The dense feed-forward layer: activation(x @ up) @ down, x (..., D), hidden width F."""
+    """The dense feed-forward layer: activation(x @ up) @ down, x (..., D), hidden width F; `up` is 2F wide if gated."""
 
     def __init__(self, d_model, d_ff, rng, activation="gelu", out_std=INIT_STD, dtype=np.float32, bias=True):
         self.activation = activation
-        self.up = Linear(d_model, d_ff, rng, bias, dtype=dtype)
+        self.up = Linear(d_model, d_ff * (1 + (activation in kernels.GATED)), rng, bias, dtype=dtype)
         self.down = Linear(d_ff, d_model, rng, bias, std=out_std, dtype=dtype)
 
     def forward(self, x):

@@ -9,6 +9,7 @@ active weight of a matrix product, none for looking up an embedding, and scores 
 import dataclasses
 from dataclasses import dataclass
 
+from .kernels import GATED
 from .model import ModelConfig
 from .routers import make
 
@@ -56,7 +57,8 @@ class Architecture:
 
     def feed_forward(self, width):
         """(weights, biases) of one feed-forward layer or expert."""
-        return (3 if self.gated else 2) * self.d_model * width, self.bias * (width + self.d_model)
+        up = 2 * width if self.gated else width
+        return self.d_model * (up + width), self.bias * (up + self.d_model)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _own(config):
         n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads,
         n_kv_heads=c.n_kv_heads or c.n_heads, head_dim=head_dim + c.rope_dim * latent, d_ff=c.d_ff,
         n_dense=c.n_layers - len(c.moe_layers), n_experts=c.n_experts, top_k=c.top_k, d_expert=c.expert_width,
-        n_shared=c.n_shared, gated=False, tied=c.tied, norms=4 if c.post_norm else 2, qk_norm=c.qk_norm, bias=c.bias,
+        n_shared=c.n_shared, gated=c.activation in GATED, tied=c.tied, norms=4 if c.post_norm else 2, qk_norm=c.qk_norm, bias=c.bias,
         norm_shift=norm_shift, second_head=c.mtp_coef > 0,
         n_positions=c.seq_len if c.positions == "learned" and not latent else 0,
         router_matrices=sum(p.shape == (1, c.n_experts) for p in router),

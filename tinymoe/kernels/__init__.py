@@ -29,14 +29,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .activations import activation, activation_backward
+from .activations import ACTIVATIONS, GATED, activation, activation_backward
 from .attention import QUERIES, causal_attention, causal_attention_backward
 from .dense import SEGMENT, layer_norm, layer_norm_backward, linear, linear_backward
 from .experts import experts_backward, experts_forward
 from .threads import PIECE, SLICE, compiled_mark, get_threads, set_threads, thread_info
 from .updates import COLUMNS, adamw, add_rows, sum_of_squares
 
-__all__ = ["COLUMNS", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation", "activation_backward", "adamw",
+__all__ = ["ACTIVATIONS", "COLUMNS", "GATED", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation", "activation_backward", "adamw",
            "add_rows", "call_all", "causal_attention", "causal_attention_backward", "compile_all", "experts_backward",
            "experts_forward", "get_threads", "is_compiled", "layer_norm", "layer_norm_backward", "linear", "linear_backward",
            "set_threads", "sum_of_squares", "thread_info"]

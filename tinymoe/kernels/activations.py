@@ -8,8 +8,9 @@ from numba.extending import overload
 
 from .threads import SLICE, blocks, loop, plain, pool
 
-GELU, SILU, RELU = range(3)
-ACTIVATIONS = {"gelu": GELU, "silu": SILU, "relu": RELU}
+GELU, SILU, RELU, GEGLU, SWIGLU = range(5)
+ACTIVATIONS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWIGLU}
+GATED = {"geglu": "gelu", "swiglu": "silu"}         # the function of the first half, which the second half multiplies
 
 
 def exp(x):
@@ -68,21 +69,32 @@ def _relu(x):
 
 @loop
 def activate(x, y, kind):
-    """y = f(x), in one dimension. The branch is outside the loops so that each of them vectorises."""
+    """y = f(x), in one dimension, or f(first half of x) times the second for the gated kinds.
+
+    The branch is outside the loops so that each of them vectorises.
+    """
+    n = y.size
     if kind == GELU:
         for i in range(x.size):
             y[i] = _gelu(x[i])[0]
     elif kind == SILU:
         for i in range(x.size):
             y[i] = _silu(x[i])[0]
+    elif kind == GEGLU:
+        for i in range(n):
+            y[i] = _gelu(x[i])[0] * x[n + i]
+    elif kind == SWIGLU:
+        for i in range(n):
+            y[i] = _silu(x[i])[0] * x[n + i]
     else:
         for i in range(x.size):
             y[i] = _relu(x[i])[0]
 
 
 @loop
-def activate_backward(x, y, d, kind):
-    """y = f(x) again, and d *= f'(x)."""
+def activate_backward(x, y, d, dx, kind):
+    """y = f(x) again, and from its gradient d that of x: in place, d *= f'(x), or in dx for the gated kinds."""
+    n = y.size
     if kind == GELU:
         for i in range(x.size):
             y[i], slope = _gelu(x[i])
@@ -91,6 +103,14 @@ def activate_backward(x, y, d, kind):
         for i in range(x.size):
             y[i], slope = _silu(x[i])
             d[i] *= slope
+    elif kind == GEGLU:
+        for i in range(n):
+            value, slope = _gelu(x[i])
+            y[i], dx[i], dx[n + i] = value * x[n + i], d[i] * x[n + i] * slope, d[i] * value
+    elif kind == SWIGLU:
+        for i in range(n):
+            value, slope = _silu(x[i])
+            y[i], dx[i], dx[n + i] = value * x[n + i], d[i] * x[n + i] * slope, d[i] * value
     else:
         for i in range(x.size):
             y[i], slope = _relu(x[i])
@@ -108,11 +128,17 @@ def _activation(x, y, kind):
 def _activation_backward(x, dx, kind):
     for block in prange(blocks(x.size, SLICE)):
         part = slice(block * SLICE, min(x.size, (block + 1) * SLICE))
-        activate_backward(x[part], np.empty_like(x[part]), dx[part], kind)
+        activate_backward(x[part], np.empty_like(x[part]), dx[part], dx[part], kind)
 
 
 def activation(x, name):
-    """f(x), any shape; f is "gelu" (the tanh form, Hendrycks & Gimpel 2016), "silu" or "relu"."""
+    """f(x), any shape; f is "gelu" (the tanh form, Hendrycks & Gimpel 2016), "silu" or "relu".
+
+    Gated, "geglu" or "swiglu" (Shazeer 2020): x (...,2F) -> f(a) b (...,F) of the halves a and b.
+    """
+    if name in GATED:
+        a, b = np.split(x, 2, axis=-1)
+        return activation(a, GATED[name]) * b
     x = plain(x)
     y = np.empty_like(x)
     _activation(x.reshape(-1), y.reshape(-1), ACTIVATIONS[name])
@@ -120,7 +146,10 @@ def activation(x, name):
 
 
 def activation_backward(dy, x, name):
-    """dy f'(x), any shape"""
+    """dy f'(x), any shape; for the gated both halves of it"""
+    if name in GATED:
+        a, b = np.split(x, 2, axis=-1)
+        return np.concatenate([activation_backward(dy * b, a, GATED[name]), dy * activation(a, GATED[name])], axis=-1)
     x, dx = plain(x), np.array(dy, order="C")
     _activation_backward(x.reshape(-1), dx.reshape(-1), ACTIVATIONS[name])
     return dx

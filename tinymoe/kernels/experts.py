@@ -63,7 +63,7 @@ def _expert_piece(x, token, w1, b1, w2, b2, kind, rows, before, after, out):
 @pool
 def _experts_forward(x, token, pieces, shares, w1, b1, w2, b2, kind, rows, before, out):
     for thread in prange(shares.size - 1):
-        after = np.empty((PIECE, before.shape[1]), x.dtype)
+        after = np.empty((PIECE, w2.shape[1]), x.dtype)
         for p in range(shares[thread], shares[thread + 1]):
             e, start, stop, _ = pieces[p]
             part = slice(start, stop)
@@ -84,11 +84,14 @@ def _gate_backward(dy, token, gate, out, dout, dgate):
 
 
 @loop
-def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_before, d_rows, dw1, db1, dw2, db2):
-    """From the gradient of a piece's output to everything else, while its rows are in cache."""
-    np.dot(dout, w2.T, d_before)
+def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_after, d_before, d_rows, dw1, db1, dw2, db2):
+    """From the gradient of a piece's output to everything else, while its rows are in cache.
+
+    Where the activation is not gated, d_after becomes d_before in place: they are the same array.
+    """
+    np.dot(dout, w2.T, d_after)
     for i in range(before.shape[0]):
-        activate_backward(before[i], after[i], d_before[i], kind)
+        activate_backward(before[i], after[i], d_after[i], d_before[i], kind)
     np.dot(after.T, dout, dw2)
     np.dot(rows.T, d_before, dw1)
     np.dot(d_before, w1.T, d_rows)
@@ -102,8 +105,9 @@ def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, befor
         first, last, most = shares[thread], shares[thread + 1], 0
         for p in range(first, last):
             most = max(most, pieces[p, 2] - pieces[p, 1])
-        dout, after = np.empty((most, dy.shape[1]), dy.dtype), np.empty((most, before.shape[1]), dy.dtype)
+        dout, after = np.empty((most, dy.shape[1]), dy.dtype), np.empty((most, w2.shape[1]), dy.dtype)
         d_before = np.empty((most, before.shape[1]), dy.dtype)
+        d_after = d_before if after.shape == d_before.shape else np.empty_like(after)
         for p in range(first, last):
             e, start, stop, slot = pieces[p]
             part, n = slice(start, stop), stop - start
@@ -111,14 +115,14 @@ def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, befor
             to = e if slot < 0 else slot
             _gate_backward(dy, token[part], gate[part], out[part], dout[:n], dgate[part])
             _expert_piece_backward(dout[:n], w1[e], w2[e], kind, rows[part], before[part], after[:n],
-                                   d_before[:n], d_rows[part], dw1[to], db1[to], dw2[to], db2[to])
+                                   d_after[:n], d_before[:n], d_rows[part], dw1[to], db1[to], dw2[to], db2[to])
 
 
 def experts_forward(x, token, offsets, gate, w1, b1, w2, b2, name):
     """y[n] = the sum of gate[a] (f(x[n] w1[e] + b1[e]) w2[e] + b2[e]) over the assignments a of token n
 
     x (N,D); token (A,) sorted by expert, then by token; expert e has offsets[e]:offsets[e+1]; gate (A,);
-    w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D). Returns y (N,D), zero for a token without assignment, and what
+    w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D); w1 and b1 are twice as wide for "geglu" and "swiglu". Returns y (N,D), zero for a token without assignment, and what
     experts_backward needs.
     """
     x, gate, w1, b1, w2, b2 = map(plain, (x, gate, w1, b1, w2, b2))
