@@ -196,10 +196,14 @@ def params(model, context, width):
     """
     from tinymoe import params as p
     try:
-        config = p.PRESETS[model] if model in p.PRESETS else json.loads(Path(model).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{model} is not a JSON object")
-        parts = p.count(p.architecture(config.get("model", config)), context)  # a run's config.json holds its model
+        if model in p.PRESETS:
+            config = p.PRESETS[model]
+        else:
+            config = json.loads(Path(model).read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError(f"{model} is not a JSON object")
+            config = config.get("model", config)  # a run's config.json holds its model
+        parts = p.count(p.architecture(config), context)
     except FileNotFoundError:
         raise click.ClickException(f"no file {model}, and no preset: those are {', '.join(p.PRESETS)}") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:

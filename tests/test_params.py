@@ -1,7 +1,31 @@
 """Counting: exact for the published models, and the same as counting the arrays for our own."""
+import dataclasses
+
+import numpy as np
 import pytest
 
 from tinymoe import ModelConfig, Transformer, params
+
+PUBLISHED = {  # the keys and values of the models' own config files
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "tie_word_embeddings": False},
+    "grok-1": {
+        "model_type": "grok-1", "num_hidden_layers": 64, "hidden_size": 6144, "intermediate_size": 32768,
+        "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 131072, "tie_word_embeddings": True},
+    "olmoe-1b-7b": {
+        "model_type": "olmoe", "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 1024,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "vocab_size": 50304, "tie_word_embeddings": False},
+    "deepseek-v3": {
+        "model_type": "deepseek_v3", "num_hidden_layers": 61, "first_k_dense_replace": 3, "hidden_size": 7168,
+        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "vocab_size": 129280, "tie_word_embeddings": False},
+}
 
 
 def whole(preset, **options):
@@ -14,6 +38,7 @@ def whole(preset, **options):
 def test_the_published_models(preset, total, active):
     counted = whole(preset)
     assert counted.total == total
+    assert params.count(params.architecture(PUBLISHED[preset])) == params.count(params.architecture(params.PRESETS[preset]))
     assert active is None or counted.active == pytest.approx(active, rel=.02)
 
 
@@ -55,3 +80,18 @@ def test_work_by_hand():
 def test_what_is_no_config_is_refused():
     with pytest.raises(ValueError, match="lacks .*hidden_size"):
         params.architecture({"num_hidden_layers": 3})
+
+
+@pytest.mark.parametrize("preset", params.PRESETS)
+def test_a_small_model_of_the_same_kind_is_a_setting(preset):
+    """Sizes shrunk, everything else as in the preset: it runs forwards and backwards, and its arrays are what was counted."""
+    big = params.PRESETS[preset]
+    config = dataclasses.replace(big, vocab_size=11, n_layers=2, moe_layers=(1,), d_model=8, d_ff=6, n_heads=4, seq_len=5, n_experts=8,
+                                 d_expert=big.d_expert and 4, n_kv_heads=big.n_kv_heads and 2, head_dim=big.head_dim and 4,
+                                 q_rank=min(big.q_rank, 3), kv_rank=3, rope_dim=2, v_dim=big.v_dim and 2, top_k=2,
+                                 n_groups=big.n_groups and 4, group_limit=big.group_limit and 2)
+    model, ids = Transformer(config), np.arange(10).reshape(2, 5) % 11
+    model.loss(ids, ids).total.backward()
+    assert all(np.isfinite(p.grad).all() for p in model.parameters().values() if p.requires_grad and p.grad is not None)
+    counted = params.count(params.architecture(config))[-1]
+    assert {"total": counted.total, "active": round(counted.active)} == model.count_parameters()

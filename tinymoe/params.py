@@ -102,36 +102,34 @@ def count(a, context=0):
 
 # -- where the sizes come from ------------------------------------------------------------------
 
-PRESETS = {  # the keys and values of the models' own config files
-    "mixtral-8x7b": {
-        "model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "vocab_size": 32000, "tie_word_embeddings": False},
-    "grok-1": {
-        "model_type": "grok-1", "num_hidden_layers": 64, "hidden_size": 6144, "intermediate_size": 32768,
-        "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 8,
-        "num_experts_per_tok": 2, "vocab_size": 131072, "tie_word_embeddings": True},
-    "olmoe-1b-7b": {
-        "model_type": "olmoe", "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 1024,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-        "vocab_size": 50304, "tie_word_embeddings": False},
-    "deepseek-v3": {
-        "model_type": "deepseek_v3", "num_hidden_layers": 61, "first_k_dense_replace": 3, "hidden_size": 7168,
-        "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
-        "num_experts_per_tok": 8, "num_attention_heads": 128, "num_key_value_heads": 128, "q_lora_rank": 1536,
-        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "vocab_size": 129280, "tie_word_embeddings": False},
+MODERN = {"norm": "rms", "positions": "rotary", "bias": False}  # what the published models have in common
+PRESETS = {  # published models at their real sizes; dataclasses.replace makes a small one of the same kind
+    "mixtral-8x7b": ModelConfig(  # Jiang et al. 2024
+        n_layers=32, moe_layers=tuple(range(32)), d_model=4096, d_ff=14336, n_heads=32, n_kv_heads=8, vocab_size=32000,
+        seq_len=32768, n_experts=8, top_k=2, activation="swiglu", **MODERN),
+    "grok-1": ModelConfig(  # its published code, 2024
+        n_layers=64, moe_layers=tuple(range(64)), d_model=6144, d_ff=32768, n_heads=48, n_kv_heads=8, head_dim=128,
+        vocab_size=131072, seq_len=8192, n_experts=8, top_k=2, renormalise=False, activation="geglu", post_norm=True,
+        tied=True, **MODERN),
+    "olmoe-1b-7b": ModelConfig(  # Muennighoff et al. 2024
+        n_layers=16, moe_layers=tuple(range(16)), d_model=2048, d_ff=1024, n_heads=16, vocab_size=50304, seq_len=4096,
+        n_experts=64, top_k=8, renormalise=False, activation="swiglu", qk_norm=True, z_coef=0.001, **MODERN),
+    "deepseek-v3": ModelConfig(  # DeepSeek-AI 2024, without its second head
+        n_layers=61, moe_layers=tuple(range(3, 61)), d_model=7168, d_ff=18432, d_expert=2048, n_heads=128, head_dim=128,
+        attention="latent", q_rank=1536, kv_rank=512, rope_dim=64, v_dim=128, vocab_size=129280, seq_len=4096,
+        n_experts=256, n_shared=1, top_k=8, router="sigmoid_bias", gate_scale=2.5, n_groups=8, group_limit=4,
+        aux_coef=0.0, sequence_coef=0.0001, activation="swiglu", **MODERN),
 }
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def architecture(config):
-    """The Architecture of a dict with the keys of a published config file, or of tinymoe's ModelConfig.
+    """The Architecture of a ModelConfig, of a dict of its fields, or of a dict with the keys of a published config file.
 
     Raises ValueError for a dict that is neither.
     """
-    if "d_model" in config:
-        return _own(config)
+    if isinstance(config, ModelConfig) or "d_model" in config:
+        return _own(config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config))
     missing = [key for key in NEEDED if key not in config]
     if missing:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
@@ -151,8 +149,7 @@ def architecture(config):
         rope_dim=rope, v_dim=get("v_head_dim", 0) if latent else 0)
 
 
-def _own(config):
-    c = ModelConfig.from_dict(config)
+def _own(c):
     router = make(c.router, 1, c.n_experts, c.top_k, **c.router_options()).parameters().values()  # at a width of 1
     latent, norm_shift = c.attention == "latent", c.norm == "layer"
     head_dim = c.head_dim or c.d_model // c.n_heads
