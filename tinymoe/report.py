@@ -50,7 +50,7 @@ QUESTIONS = {  # title: (numbers compared, figures, caution)
         "alone."),
     "What does guaranteed balance cost?": (
         (LOSS,), ("final_perplexity", "coverage_and_drops"),
-        "Compared at equal K. The leaky loss is routed over the whole batch, later bytes included, as in training; "
+        "Compared at equal K; differences between routers without that guarantee stand beside it, for scale. The leaky loss is routed over the whole batch, later bytes included, as in training; "
         "the causal one must change the rule as well, so the gap between them is the leak and that change together."),
 }
 
@@ -111,7 +111,8 @@ class Study:
         rivals = [(one, other) for one, other in product(self.balanced, self.moe)
                   if other not in self.balanced and models[one]["top_k"] == models[other]["top_k"]]
         routers = max(by_k.values(), key=len, default={}).values()  # different routers at equal K
-        pairs = dict(zip(QUESTIONS, (list(combinations(self.sweep, 2)), list(combinations(routers, 2)), rivals)))
+        for_scale = list(combinations((name for name in routers if name not in self.balanced), 2)) if rivals else []
+        pairs = dict(zip(QUESTIONS, (list(combinations(self.sweep, 2)), list(combinations(routers, 2)), rivals + for_scale)))
         self.tests = holm([*(self.compare(title, metric, *pair) for title, (metrics, *_) in QUESTIONS.items()
                              for metric, pair in product(metrics, pairs[title])), *self.claims()])
 
