@@ -89,7 +89,7 @@ def _settings(overrides):
     """NAME=VALUE texts as (fields of ModelConfig, fields of TrainConfig); click.UsageError for what is neither."""
     import dataclasses
 
-    from tinymoe.model import ModelConfig
+    from tinymoe.config import ModelConfig
     from tinymoe.train import TrainConfig
     model, training = {}, {}
     known = {field.name: part for cls, part in ((ModelConfig, model), (TrainConfig, training))
@@ -227,7 +227,7 @@ def probe(router, steps, overrides):
 
     from tinymoe import metrics, probes
     from tinymoe.data import CorpusError, load_corpus
-    from tinymoe.model import ModelConfig
+    from tinymoe.config import ModelConfig
     from tinymoe.routers import ROUTERS
     from tinymoe.train import NonFiniteLoss, TrainConfig
     small = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": router,

@@ -1,6 +1,7 @@
 """The command line: fast help, one clear line for each mistake, and the smallest study from end to end."""
 
 import csv
+import json
 import os
 import re
 import resource
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 
 import cli
 from test_train import MODEL, TRAINING, WORDS, results, snapshot
-from tinymoe import files, plots, report, train
+from tinymoe import ModelConfig, files, plots, report, train
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -219,3 +220,36 @@ def test_a_mistake_ends_in_one_clear_line_and_loses_nothing(typed, finished, tex
 def test_a_usage_error_of_the_real_program():
     result = subprocess.run([sys.executable, ROOT / "cli.py", "study", "--steps", "0"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.splitlines()[-1].startswith("Error: Invalid value for '--steps'")
+
+
+# -- routers, probe, params --
+
+
+def test_routers_are_listed():
+    code, output = invoke("routers")
+    assert code == 0 and all(name in output for name in ("top_k", "base_assignment", "not while training"))
+
+
+def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
+    small = [x for name in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2") for x in ("--set", name)]
+    code, output = invoke("probe", "expert_choice", "--steps", 1, *small)
+    assert code == 0 and "exactly zero" not in output and "nats" in output
+    code, output = invoke("probe", "hash", "--steps", 1, *small)
+    assert code == 0 and output.count("exactly zero") == 3
+    code, output = invoke("probe", "topk")
+    assert code == 1 and "unknown router 'topk'" in output
+
+
+@pytest.mark.parametrize("text, message", [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", "")])
+def test_params_refuses_what_is_no_config(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    code, output = invoke("params", path)
+    assert code == 1 and output.startswith("Error: ") and message in output
+
+
+def test_params_counts_a_preset_and_the_config_of_a_run(tmp_path):
+    assert "671,026,419,200" in invoke("params", "deepseek-v3")[1]
+    (tmp_path / "config.json").write_text(json.dumps({"model": ModelConfig().to_dict()}))
+    assert "4,040,832" in invoke("params", tmp_path / "config.json")[1]

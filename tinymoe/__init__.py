@@ -20,12 +20,13 @@ from . import files, tensor  # noqa: E402
 from .tensor import Tensor, no_grad  # noqa: E402
 from . import kernels, functional  # noqa: E402
 from .gradcheck import GradcheckResult, gradcheck  # noqa: E402
-from . import nn, attention, routing, routers, losses, experts, comm, moe, model  # noqa: E402
+from . import nn, attention, routing, routers, losses, experts, comm, config, moe, model, params  # noqa: E402
 from .routing import Routing  # noqa: E402
 from .routers import RouteContext  # noqa: E402
 from .experts import ExpertBank  # noqa: E402
+from .config import ModelConfig  # noqa: E402
 from .moe import MoELayer  # noqa: E402
-from .model import LossTerms, ModelConfig, ModelOutput, Transformer  # noqa: E402
+from .model import LossTerms, ModelOutput, Transformer  # noqa: E402
 from . import data, optim, metrics  # noqa: E402
 
 __version__ = "0.1.0"

@@ -13,9 +13,10 @@ import numpy as np
 import threadpoolctl
 
 from . import kernels
+from .config import ModelConfig
 from .experts import BACKENDS, ExpertBank
 from .files import write_rows
-from .model import ModelConfig, Transformer
+from .model import Transformer
 from .optim import AdamW, clip_gradients
 from .routers import largest
 from .routing import from_mask

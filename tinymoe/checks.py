@@ -11,9 +11,10 @@ import numpy as np
 from . import functional as F
 from . import kernels, losses, routers
 from .attention import CausalSelfAttention
+from .config import ModelConfig
 from .experts import BACKENDS, ExpertBank
 from .gradcheck import GradcheckResult, gradcheck
-from .model import ModelConfig, Transformer
+from .model import Transformer
 from .moe import MoELayer
 from .nn import Embedding, FeedForward, LayerNorm, Linear, RMSNorm
 from .routers import RouteContext

@@ -9,8 +9,8 @@ active weight of a matrix product, none for looking up an embedding, and scores 
 import dataclasses
 from dataclasses import dataclass
 
+from .config import ModelConfig
 from .kernels import GATED
-from .model import ModelConfig
 from .routers import make
 
 

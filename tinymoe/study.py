@@ -18,7 +18,7 @@ import numpy as np
 from . import kernels
 from .data import load_corpus
 from .files import CheckpointError
-from .model import ModelConfig
+from .config import ModelConfig
 from .train import NonFiniteLoss, Run, RunError, TrainConfig, train
 
 

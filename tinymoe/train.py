@@ -24,9 +24,10 @@ except ImportError:  # not a POSIX system: runs are not locked against a second 
     fcntl = None
 
 from . import kernels, metrics
+from .config import ModelConfig, finite, require, whole
 from .evaluation import Validation, evaluate
 from .files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
-from .model import ModelConfig, Transformer, finite, require, whole
+from .model import Transformer
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 
 
