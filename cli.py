@@ -173,7 +173,8 @@ def routers():
     for name, router in ROUTERS.items():
         causal = {(True, True): "yes", (True, False): "not while training", (False, False): "no"}[
             router.causal, router.causal_training]
-        lines.append((name, router.chooses, router.balanced, causal, "yes" if router.learned else "no", router.cost, router.paper))
+        learned = "yes" if router.learned else "no"
+        lines.append((name, router.chooses, router.balanced, causal, learned, router.cost, router.paper))
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -185,7 +186,8 @@ def routers():
 
 @main.command()
 @click.argument("model", metavar="PRESET|FILE.json")
-@click.option("--context", type=click.IntRange(min=0), default=0, show_default=True, help="Positions that a token attends to.")
+@click.option("--context", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Positions that a token attends to.")
 @click.option("--bytes", "width", type=click.FloatRange(min=0, min_open=True), default=2, show_default=True,
               help="Memory of one parameter: 4 for float32, 2 for bfloat16, 0.5 for four bits.")
 def params(model, context, width):
@@ -211,14 +213,16 @@ def params(model, context, width):
     click.echo(f"{'':16} {'total':>18} {'active':>18} {'MFLOP a token':>14} {'GB':>9}")
     for part in parts:
         if part.total or part.flops:
-            click.echo(f"{part.name:16} {part.total:18,} {part.active:18,.0f} {part.flops / 1e6:14,.1f} {part.total * width / 1e9:9.3f}")
+            click.echo(f"{part.name:16} {part.total:18,} {part.active:18,.0f} {part.flops / 1e6:14,.1f} "
+                       f"{part.total * width / 1e9:9.3f}")
 
 
 # -- probe --------------------------------------------------------------------------------------
 
 @main.command()
 @click.argument("router")
-@click.option("--steps", type=click.IntRange(min=0), default=50, show_default=True, help="Training steps before the probes.")
+@click.option("--steps", type=click.IntRange(min=0), default=50, show_default=True,
+              help="Training steps before the probes.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE",
               help="Change any field of ModelConfig or TrainConfig.")
 def probe(router, steps, overrides):
@@ -242,7 +246,8 @@ def probe(router, steps, overrides):
     def influence(what, found):
         click.echo(f"  {what:44} {found.tokens:6.1%} of tokens rerouted, logits change by up to {found.logits:.1e}")
 
-    click.echo(f"{router} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes\n\nA later token changes an earlier one")
+    click.echo(f"{router} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes")
+    click.echo("\nA later token changes an earlier one")
     influence("as evaluated", probes.causality(model, ids))
     influence("as trained", probes.causality(model, ids, training=True))
     influence("routed on the prefix alone", probes.causality(model, ids, causal=True))
@@ -252,7 +257,11 @@ def probe(router, steps, overrides):
         influence(what, found)
     click.echo("\nNorm of the router's gradient, from")
     for term, (coefficient, norm) in probes.gradient_path(model, ids, targets).items():
-        click.echo(f"  {f'{term}, coefficient {coefficient:g}':44} {norm:.2e}" + ("  exactly zero" if norm == 0 else ""))
+        exactly = "  exactly zero" if norm == 0 else ""
+        click.echo(f"  {f'{term}, coefficient {coefficient:g}':44} {norm:.2e}{exactly}")
+    click.echo("\nMean score, short of the exact balanced assignment's")
+    for way, short in probes.assignment_shortfall(model, ids).items():
+        click.echo(f"  {way:44} {short:+.5f}")
     click.echo("\nAlarms")
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
     warnings = [warning for i, part, routing in zip(config.moe_layers, model.moe_parts(), model.forward(ids).routings)

@@ -55,6 +55,11 @@ def test_gradient_path(changes, zero):
     assert found["balance"][0] == .01 and found["z"][0] == 1
 
 
+def test_only_an_unbalanced_choice_beats_the_exact_assignment():
+    short = probes.assignment_shortfall(model(), IDS)
+    assert short["best expert"] < 0 <= short["greedy"] and short["Sinkhorn"] > short["best expert"]
+
+
 def test_alarms():
     router = routers.make("top_k", 3, 4)
     router.weight.grad = np.ones((3, 4), np.float32)

@@ -169,6 +169,21 @@ def test_freezing_takes_the_gradient_from_what_is_named():
     assert named and {name for name, p in model.parameters().items() if p.grad is None} == named
 
 
+# -- expert choice by a softmax over tokens -----------------------------------------------------
+
+def test_expert_choice_over_tokens_by_hand():
+    """Columns (2, 1, 1) / 4 and (1, 6, 1) / 8; C = 1: expert 0 takes token 0, expert 1 token 1. Over experts, token 2 is as good
+    for expert 0 (1/2) as it is for expert 1, and token 0 best (2/3)."""
+    r = route(np.log([[2., 1], [1, 6], [1, 1]]), "expert_choice", 2 / 3, softmax_over="tokens")
+    np.testing.assert_allclose(r.to_dense().data, [[.5, 0], [0, .75], [0, 0]])
+    np.testing.assert_allclose(r.probs.data, [[2 / 3, 1 / 3], [1 / 7, 6 / 7], [.5, .5]])
+    causal = route(np.log([[2., 1], [1, 6], [1, 1]]), "expert_choice", 2 / 3, RouteContext(np.zeros((1, 3), int), causal=True),
+                   softmax_over="tokens")
+    np.testing.assert_allclose(causal.to_dense().data, [[1, 1], [0, 6 / 7], [0, 0]])       # of the sequence so far
+    with pytest.raises(ValueError, match="softmax_over 'rows'"):
+        routers.make("expert_choice", 2, 2, 1, softmax_over="rows")
+
+
 # -- matchings ----------------------------------------------------------------------------------
 
 def test_sinkhorn_by_hand():

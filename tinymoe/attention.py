@@ -28,7 +28,8 @@ class CausalSelfAttention(Module):
         self.key = Linear(d_model, kv_width, rng, bias, dtype=dtype)
         self.value = Linear(d_model, kv_width, rng, bias, dtype=dtype)
         self.out = Linear(q_width, d_model, rng, bias, std=out_std, dtype=dtype)
-        self.query_norm, self.key_norm = (RMSNorm(q_width, dtype), RMSNorm(kv_width, dtype)) if qk_norm else (None, None)
+        self.query_norm = RMSNorm(q_width, dtype) if qk_norm else None
+        self.key_norm = RMSNorm(kv_width, dtype) if qk_norm else None
 
     def forward(self, x):
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -41,10 +42,11 @@ class CausalSelfAttention(Module):
 
 
 class LatentAttention(Module):
-    """Multi-head latent attention (DeepSeek-V2, DeepSeek-AI 2024, section 2.1 and eq. 37 to 47): x (B, T, D) -> (B, T, D).
+    """Multi-head latent attention, x (B, T, D) -> (B, T, D) (DeepSeek-V2, DeepSeek-AI 2024, eq. 37 to 47).
 
     Keys and values of all heads come out of one latent of kv_rank numbers a token, which is all that a cache
-    would hold besides one rotary key that all heads share. Queries come out of a latent of q_rank numbers (0: out of x).
+    would hold besides one rotary key that all heads share. Queries come out of a latent of q_rank numbers, or
+    out of x where q_rank is 0.
     A head has head_dim numbers without position, rope_dim with, and v_dim of values.
     """
 

@@ -246,8 +246,8 @@ def draw_scaling(rows, path):
             if against != "imbalance":
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(values, [f"{v:g}" for v in values], minor=False)
-            axes.set(xlabel=label, ylim=(0, 1.15 * max(*ms, *ideal)), ylabel="layer, forward + backward (ms)" if against == "imbalance"
-                     else "training step (ms)")
+            axes.set(xlabel=label, ylim=(0, 1.15 * max(*ms, *ideal)), ylabel="layer, forward + backward (ms)"
+                     if against == "imbalance" else "training step (ms)")
         fig.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
     _figure(path, 2.4, 3, draw)

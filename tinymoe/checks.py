@@ -173,6 +173,8 @@ ROUTERS = {
     "sequence, mean": _routed("sequence", _gates, sequence_pool="mean"),
     "expert_choice": _routed("expert_choice", _gates),
     "expert_choice, on the prefix": _routed("expert_choice", _gates, causal=True),
+    "expert_choice, over tokens": _routed("expert_choice", _gates, softmax_over="tokens"),
+    "expert_choice, over tokens, on the prefix": _routed("expert_choice", _gates, causal=True, softmax_over="tokens"),
 }
 
 LOSSES = {

@@ -89,6 +89,7 @@ class ModelConfig:
     sinkhorn_iterations: int | None = None
     sequence_pool: str | None = None
     sequence_scope: str | None = None
+    softmax_over: str | None = None
 
     def __post_init__(self):
         sizes = "vocab_size n_layers d_model n_heads d_ff seq_len n_experts n_devices max_devices"
@@ -112,21 +113,24 @@ class ModelConfig:
         require(self, "positions", lambda p: p == "learned" or self.attention == "latent" or head % 2 == 0,
                 f"learned where a head has an odd number of entries ({head})")
         for name, known in (("norm", tuple(NORMS)), ("positions", ("learned", "rotary")),
-                            ("attention", ("multi_head", "latent")), ("activation", ACTIVATIONS), ("drop_policy", DROP_POLICIES),
+                            ("attention", ("multi_head", "latent")), ("activation", ACTIVATIONS),
+                            ("drop_policy", DROP_POLICIES),
                             ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
             require(self, name, lambda value: value in known, f"one of {', '.join(map(str, known))}")
-        require(self, "d_expert", lambda width: width is None or whole(width), "a whole number of at least 1, or None for d_ff")
+        require(self, "d_expert", lambda width: width is None or whole(width),
+                "a whole number of at least 1, or None for d_ff")
         require(self, "n_shared", lambda n: whole(n, 0), "a whole number of at least 0")
         require(self, "top_k", finite, "a finite number above 0")
         self._check_router()
         require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
                 "a number above 0, or None for no limit")
-        require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef mtp_coef", finite,
-                "a finite number of at least 0")
+        require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef "
+                "mtp_coef", finite, "a finite number of at least 0")
         require(self, "n_devices", lambda n: self.n_experts % n == 0, f"a divisor of n_experts {self.n_experts}")
         require(self, "load_coef", lambda value: value == 0 or ROUTERS[self.router].has_soft_load,
                 f"0 but for {', '.join(name for name, r in ROUTERS.items() if r.has_soft_load)}")
-        require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and all(isinstance(p, str) for p in parts),
+        require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and
+                all(isinstance(part, str) for part in parts),
                 "a list of pieces of parameter names")
         object.__setattr__(self, "freeze", tuple(self.freeze))
 
@@ -139,7 +143,8 @@ class ModelConfig:
         """Make the router once, at a width of 1: it refuses what does not fit, numbers of another kind included."""
         given = {name: value for name in ROUTER_OPTIONS if (value := getattr(self, name)) is not None}
         check(self.router, self.n_experts, self.top_k, given)
-        for kind, fits, expected in ((int, whole, "a whole number of at least 1"), (float, finite, "a finite number of at least 0")):
+        for kind, fits, expected in ((int, whole, "a whole number of at least 1"),
+                                     (float, finite, "a finite number of at least 0")):
             names = [f.name for f in dataclasses.fields(self) if f.name in given and f.type == kind | None]
             require(self, " ".join(names), fits, f"{expected}, or None")
         make(self.router, 1, self.n_experts, self.top_k, **self.router_options())
@@ -151,8 +156,8 @@ class ModelConfig:
 
     def sizes(self):
         """What the dense parts follow from."""
-        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm post_norm positions bias tied attention head_dim
-            n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim""".split()
+        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm post_norm positions bias tied
+            attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim""".split()
         return [getattr(self, name) for name in names]
 
     def to_dict(self):

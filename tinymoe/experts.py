@@ -77,7 +77,8 @@ BACKENDS = {"loop": loop, "naive": naive, "numpy": sorted_numpy, "numba": compil
 class ExpertBank(Module):
     """E experts, each a feed-forward network D -> F -> D. bank(x (N, D), routing) -> (N, D).
 
-    activation: gelu, silu, relu, or gated, geglu or swiglu: then w1 and b1 are 2F wide. backend: a name in BACKENDS; numba is the fast one.
+    activation: gelu, silu, relu, or gated, geglu or swiglu: then w1 and b1 are 2F wide.
+    backend: a name in BACKENDS; numba is the fast one.
     seed: an integer or a NumPy Generator. out_std: standard deviation of the initial w2. bias: False for none.
     Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
     Raises ValueError for an unknown backend.

@@ -94,7 +94,7 @@ def weight_divergence(bank, initial=None):
 # -- warnings -----------------------------------------------------------------------------------
 
 def alarms(layer, load, router):
-    """Warnings about one MoE layer, as sentences: dead experts, one with over half of the load, a router that gets no gradient.
+    """Warnings about one MoE layer, as sentences: dead experts, one expert with over half of the load, no gradient.
 
     layer: its index; load (E,); router: as a backward pass left it, or None before the first.
     """

@@ -48,7 +48,8 @@ def make_attention(config, rng, out_std, dtype):
     """The attention layer of a config."""
     c = config
     if c.attention == "latent":
-        return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim, c.v_dim)
+        return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim,
+                               c.v_dim)
     return CausalSelfAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.n_kv_heads, c.head_dim, c.bias,
                                c.positions == "rotary", c.qk_norm)
 

@@ -91,7 +91,8 @@ def count(a, context=0):
         part("embedding", a.vocab_size * D + a.n_positions * D, None, 0),
         dataclasses.replace(attention, flops=attention.flops + a.n_layers * scores),
         part("dense layers", a.n_dense * dense, None, a.n_dense * a.feed_forward(a.d_ff)[0]),
-        part("experts", n_moe * a.n_experts * expert, n_moe * a.top_k * expert, n_moe * a.top_k * a.feed_forward(a.d_expert)[0]),
+        part("experts", n_moe * a.n_experts * expert, n_moe * a.top_k * expert,
+             n_moe * a.top_k * a.feed_forward(a.d_expert)[0]),
         part("shared experts", n_moe * shared, None, n_moe * a.feed_forward(shared_width)[0]),
         part("routers", n_moe * (router + a.router_bias * a.n_experts), None, n_moe * router),
         part("norms", a.n_layers * a.norms * vector + vector, None, 0),
@@ -124,7 +125,7 @@ NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size
 
 
 def architecture(config):
-    """The Architecture of a ModelConfig, of a dict of its fields, or of a dict with the keys of a published config file.
+    """The Architecture of a ModelConfig, of a dict of its fields, or of one with the keys of a published config file.
 
     Raises ValueError for a dict that is neither.
     """
@@ -144,21 +145,21 @@ def architecture(config):
         n_kv_heads=get("num_key_value_heads") or heads, d_ff=get("intermediate_size", 0),
         n_dense=get("first_k_dense_replace", 0) if n_experts else n_layers, n_experts=n_experts,
         top_k=get("num_experts_per_tok", 0), d_expert=get("moe_intermediate_size") or get("intermediate_size", 0),
-        n_shared=get("n_shared_experts") or 0, tied=get("tie_word_embeddings", False), norms=4 if kind == "grok-1" else 2,
+        n_shared=get("n_shared_experts") or 0, tied=get("tie_word_embeddings", False),
+        norms=4 if kind == "grok-1" else 2,
         qk_norm=kind == "olmoe", router_bias=kind == "deepseek_v3", q_rank=get("q_lora_rank") or 0, kv_rank=latent,
         rope_dim=rope, v_dim=get("v_head_dim", 0) if latent else 0)
 
 
 def _own(c):
     router = make(c.router, 1, c.n_experts, c.top_k, **c.router_options()).parameters().values()  # at a width of 1
-    latent, norm_shift = c.attention == "latent", c.norm == "layer"
-    head_dim = c.head_dim or c.d_model // c.n_heads
+    latent, head_dim = c.attention == "latent", c.head_dim or c.d_model // c.n_heads
     return Architecture(
         n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads,
         n_kv_heads=c.n_kv_heads or c.n_heads, head_dim=head_dim + c.rope_dim * latent, d_ff=c.d_ff,
         n_dense=c.n_layers - len(c.moe_layers), n_experts=c.n_experts, top_k=c.top_k, d_expert=c.expert_width,
-        n_shared=c.n_shared, gated=c.activation in GATED, tied=c.tied, norms=4 if c.post_norm else 2, qk_norm=c.qk_norm, bias=c.bias,
-        norm_shift=norm_shift, second_head=c.mtp_coef > 0,
+        n_shared=c.n_shared, gated=c.activation in GATED, tied=c.tied, norms=4 if c.post_norm else 2,
+        qk_norm=c.qk_norm, bias=c.bias, norm_shift=c.norm == "layer", second_head=c.mtp_coef > 0,
         n_positions=c.seq_len if c.positions == "learned" and not latent else 0,
         router_matrices=sum(p.shape == (1, c.n_experts) for p in router),
         router_bias=any(p.shape == (c.n_experts,) for p in router),

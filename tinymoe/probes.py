@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .evaluation import Validation, losses_and_routings
+from .routers import greedy_assignment, largest, shortfall, sinkhorn_plan
 from .tensor import no_grad
 from .train import Run, Trainer
 
@@ -68,9 +69,9 @@ def _kept(part):
 
 
 def batch_independence(model, ids, seed=0):
-    """{"alone", "other neighbours"}: what its neighbours in the batch do to the first sequence of ids (B, T), as Influences.
+    """What its neighbours in the batch do to the first sequence of ids (B, T): dict of Influences.
 
-    Other neighbours are random tokens.
+    "alone": without them; "other neighbours": random tokens in their place.
     """
     first, other = _kept(lambda x: x[:1]), ids.copy()
     other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
@@ -78,7 +79,7 @@ def batch_independence(model, ids, seed=0):
 
 
 def flattery(model, ids, targets):
-    """Loss routed on the prefix alone less loss routed as in the batch, in nats; 0 where routing is causal at evaluation."""
+    """Loss routed on the prefix alone less loss routed as in the batch, in nats; 0 for a causal router."""
     valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
     leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
     return float(causal - leaky)
@@ -105,6 +106,17 @@ def gradient_path(model, ids, targets, seed=0):
     for p in model.parameters().values():
         p.grad = None
     return norms
+
+
+def assignment_shortfall(model, ids):
+    """How far each way to give every token one expert falls short, in mean score, of the exact balanced assignment.
+
+    dict of numbers, from the first MoE layer's logits on ids (B, T). "best expert" is below 0: it is better, but unbalanced.
+    """
+    with no_grad():
+        scores = model.forward(ids).routings[0].logits.data.astype(float)
+    ways = {"best expert": largest(scores, 1), "Sinkhorn": largest(sinkhorn_plan(scores), 1), "greedy": greedy_assignment(scores)}
+    return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
 
 
 def trained(config, corpus, steps, training, seed=0):

@@ -36,10 +36,9 @@ from .experts import experts_backward, experts_forward
 from .threads import PIECE, SLICE, compiled_mark, get_threads, set_threads, thread_info
 from .updates import COLUMNS, adamw, add_rows, sum_of_squares
 
-__all__ = ["ACTIVATIONS", "COLUMNS", "GATED", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation", "activation_backward", "adamw",
-           "add_rows", "call_all", "causal_attention", "causal_attention_backward", "compile_all", "experts_backward",
-           "experts_forward", "get_threads", "is_compiled", "layer_norm", "layer_norm_backward", "linear", "linear_backward",
-           "set_threads", "sum_of_squares", "thread_info"]
+__all__ = """ACTIVATIONS COLUMNS GATED PIECE QUERIES SEGMENT SLICE activation activation_backward adamw add_rows call_all
+    causal_attention causal_attention_backward compile_all experts_backward experts_forward get_threads is_compiled layer_norm
+    layer_norm_backward linear linear_backward set_threads sum_of_squares thread_info""".split()
 
 
 def compile_all(dtype):

@@ -122,8 +122,8 @@ def experts_forward(x, token, offsets, gate, w1, b1, w2, b2, name):
     """y[n] = the sum of gate[a] (f(x[n] w1[e] + b1[e]) w2[e] + b2[e]) over the assignments a of token n
 
     x (N,D); token (A,) sorted by expert, then by token; expert e has offsets[e]:offsets[e+1]; gate (A,);
-    w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D); w1 and b1 are twice as wide for "geglu" and "swiglu". Returns y (N,D), zero for a token without assignment, and what
-    experts_backward needs.
+    w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D); w1 and b1 are twice as wide for "geglu" and "swiglu". Returns
+    y (N,D), zero for a token without assignment, and what experts_backward needs.
     """
     x, gate, w1, b1, w2, b2 = map(plain, (x, gate, w1, b1, w2, b2))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .. import functional as F
+from ..nn import INIT_STD
 from ..routing import capacity, from_mask
 from .base import LinearRouter, largest
 
@@ -15,6 +16,10 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     but a token's route depends on later tokens and on its neighbours in the batch. With
     context.causal, a token is taken by an expert where it is among the best ceil(n * K / E) of the
     n tokens of its own sequence so far.
+
+    softmax_over: "experts", as in the paper, or "tokens": an expert ranks tokens by its logit, and its gates are the
+        softmax over all tokens of the batch (with context.causal, over the sequence so far).
+    Raises ValueError for another softmax_over, or context.causal without ids.
     """
 
     paper = "Zhou 2022"
@@ -22,19 +27,35 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     balanced = "yes"
     causal = causal_training = False
     mean_k = True
+    options = ("router_std", "softmax_over")
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD, softmax_over="experts"):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
+        if softmax_over not in ("experts", "tokens"):
+            raise ValueError(f"softmax_over {softmax_over!r} must be experts or tokens")
+        self.over_tokens = softmax_over == "tokens"
 
     def forward(self, x, context):
+        if context.causal and context.ids is None:
+            raise ValueError("causal expert choice needs RouteContext.ids to know where sequences begin")
         logits = self.scores(x)
         probs = F.softmax(logits)
-        chosen = self._prefix_choice(probs.data, context) if context.causal else self._batch_choice(probs.data)
-        return from_mask(chosen, probs, logits, probs)
+        gates = self._softmax_over_tokens(logits, context) if self.over_tokens else probs
+        scores = logits.data if self.over_tokens else probs.data
+        chosen = self._prefix_choice(scores, context) if context.causal else self._batch_choice(scores)
+        return from_mask(chosen, gates, logits, probs)
+
+    def _softmax_over_tokens(self, logits, context):
+        if not context.causal:
+            return F.softmax(logits, axis=0)
+        length = context.ids.shape[1]
+        e = (logits - logits.data.max(axis=0)).exp().reshape(-1, length, logits.shape[1])  # (B, T, E)
+        return (e / (np.tri(length, dtype=logits.dtype) @ e)).reshape(logits.shape)
 
     def _batch_choice(self, p):
         return largest(p, capacity(*p.shape, self.top_k), axis=0)
 
     def _prefix_choice(self, p, context):
-        if context.ids is None:
-            raise ValueError("causal expert choice needs RouteContext.ids to know where sequences begin")
         length, n_experts = context.ids.shape[1], p.shape[1]
         room = np.array([capacity(t + 1, n_experts, self.top_k) for t in range(length)])
         chosen = np.empty((len(p) // length, length, n_experts), bool)

@@ -11,7 +11,7 @@ class Hash(Router, name="hash"):
     """A token's K experts are read from a random table of its id, wherever it stands (Roller et al. 2021).
 
     Gates are 1 / K. The load is as even as the ids are: a byte that makes up a sixth of the text overloads its
-    experts. Logits are 0 at the chosen experts and -30 elsewhere, so that probs (their softmax) say what the router does.
+    experts. Logits are 0 at the chosen experts and -30 elsewhere, so that probs, their softmax, say what it does.
     vocab_size: ids run from 0 to vocab_size - 1. Raises ValueError without RouteContext.ids.
     """
 
@@ -23,7 +23,8 @@ class Hash(Router, name="hash"):
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, vocab_size=256):
         chosen = largest(rng.random((vocab_size, n_experts)), top_k)
-        self.top_k, self.table = top_k, Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
+        self.top_k = top_k
+        self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
 
     def forward(self, x, context):
         if context.ids is None:

@@ -15,7 +15,8 @@ class Sequence(TopK, name="sequence"):
 
     sequence_pool: "mean" decides once, on the mean over the sequence, which later tokens take part in; "prefix" decides
         at each token on the mean over its prefix, and is causal.
-    sequence_scope: "layer" decides in each layer; "global" takes the first layer's decision, gates and all, in every layer.
+    sequence_scope: "layer" decides in each layer; "global" takes the first layer's decision, gates and all, in
+        every layer.
     Raises ValueError without RouteContext.ids, which say where sequences begin.
     """
 
