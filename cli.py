@@ -295,7 +295,7 @@ def gradcheck(only):
 @click.option("--quick", is_flag=True, help="The two smallest sizes of the ladder, and no scaling.")
 @click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True,
-              help="Timings of each number; the median counts.")
+              help="Timings of each number, of which the median counts; the profile is a mean of 3 times as many steps.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench",
               help="Folder of the rows and figures.")
 def bench(quick, profile, repeats, out):
@@ -342,7 +342,7 @@ def _ladder(b, out, sizes, repeats):
 
 def _profile(b, out, repeats):
     rows, peak = b.step_profile(repeats=3 * repeats), b.sgemm_gflops()
-    rows = [row | {"sgemm_gflops": peak} for row in rows]
+    rows = [row | {"sgemm_gflops": peak, "sgemm_threads": b.kernels.get_threads()} for row in rows]
     b.write(out, "profile", rows)
     b.draw_profile(rows, out / "profile.png")
     click.echo(f"\n{'one training step':28} {'calls':>6} {'ms':>8} {'share':>6} {'GFLOP/s':>8}   "
@@ -358,7 +358,6 @@ def _scaling(b, out, repeats):
     click.echo(f"\n{'against':10} {'value':>6} {'ms':>9} {'relative':>9}")
     for row in rows:
         click.echo("{against:10} {value:6g} {ms:9.1f} {relative:8.2f}x".format_map(row))
-
 
 
 if __name__ == "__main__":

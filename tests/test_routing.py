@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tinymoe import Routing, Tensor, routers
-from tinymoe.routing import capacity, from_mask, limit_capacity, merge
+from tinymoe.routing import capacity, from_mask, largest, limit_capacity, merge
 
 GATES = np.array([[.40, .60, 0],     # first choice expert 1, second expert 0
                   [.35, 0, .30],     # first choice expert 0, second expert 2
@@ -162,3 +162,14 @@ def test_top_1_at_factor_1_drops_half_the_distance_to_balance(choices, n_experts
     limited = limit_capacity(r, 1.0, 1, policy)
     assert limited.n_dropped / len(choices) == pytest.approx(share)
     assert share == pytest.approx(np.abs(r.load / len(choices) - 1 / n_experts).sum() / 2)
+
+
+# -- ranking ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", range(5))
+def test_largest_always_takes_k_and_a_nan_last(k):
+    scores = np.array([[1, np.nan, 3, 2], [np.nan] * 4, [-np.inf, np.nan, -np.inf, 0], [1, 1, 1, 1]])
+    expected = [[2, 3, 0, 1], [0, 1, 2, 3], [3, 0, 1, 2], [0, 1, 2, 3]]                     # NaN ties with -inf
+    chosen = largest(scores, k)
+    assert [set(np.flatnonzero(row)) for row in chosen] == [set(row[:k]) for row in expected]
+    np.testing.assert_array_equal(largest(scores.T, k, axis=0), chosen.T)

@@ -223,6 +223,17 @@ def test_a_graph_that_is_not_retained_gives_the_same_gradient_once():
             again.backward()
 
 
+def test_a_freed_part_is_noticed_before_any_leaf_changes():
+    a, b = leaf([1.0, 2]), leaf([3.0, 4])
+    h = a * a
+    h.sum().backward(retain_graph=False)
+    with pytest.raises(RuntimeError, match="freed"):
+        (h * b).sum().backward()
+    assert b.grad is None
+    with pytest.raises(RuntimeError, match="nothing"):
+        Tensor([1.0]).retain_grad()
+
+
 def test_two_graphs_accumulate_into_one_leaf_until_its_gradient_is_none():
     x = leaf([1.0, 2])
     (x * 2).sum().backward()

@@ -1,7 +1,8 @@
 """What `python cli.py bench` measures: the ladder of expert backends, where a training step spends its time, and how
 that grows with experts, tokens and imbalance.
 
-What is compared is timed in turn, so that a noisy moment of the machine hits all alike; medians count.
+What is compared is timed in turn, so that a noisy moment of the machine hits all alike, and medians count; the step
+profile is a mean over steps.
 """
 
 import contextlib
@@ -18,8 +19,7 @@ from .experts import BACKENDS, ExpertBank
 from .files import write_rows
 from .model import Transformer
 from .optim import AdamW, clip_gradients
-from .routers import largest
-from .routing import from_mask
+from .routing import from_mask, largest
 from .tensor import Tensor
 from .train import machine
 
@@ -118,7 +118,7 @@ def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
 
 
 def sgemm_gflops(n=1024, repeats=10):
-    """GFLOP/s of one float32 matrix product on as many threads as the kernels use: what the machine can do at best."""
+    """GFLOP/s of NumPy's product of two float32 matrices (n, n) on as many threads as the kernels use: a yardstick."""
     a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
     with threadpoolctl.threadpool_limits(kernels.get_threads(), "blas"):
         return 2 * n ** 3 / _medians({"": lambda: a @ a}, repeats)[""] / 1e6
@@ -161,18 +161,19 @@ def skewed_layer(share, n_tokens=2048, d_model=128, n_experts=8, top_k=2, seed=0
 def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), shares=(0.25, 0.5, 0.8, 1.0), repeats=7):
     """Rows {"against", "value", "ms", "relative"} of three scans; relative is to the first value of each.
 
-    experts: a training step with E experts, at equal active parameters. tokens: a training step on batches of
-    so many tokens. shares: one expert layer in which expert 0 serves that share of the tokens.
+    experts: a training step with E experts, at equal active parameters but for the router's columns. tokens: a
+    training step on batches of so many tokens, multiples of seq_len. shares: one expert layer in which expert 0
+    serves that share of the tokens. What takes turns also takes the caches from each other.
     """
     length = ModelConfig().seq_len
-    scans = {"experts": {e: training_step(ModelConfig(n_experts=e)) for e in experts},
-             "tokens": {n: training_step(ModelConfig(), n // length) for n in tokens},
-             "imbalance": {share: skewed_layer(share) for share in shares}}
+    scans = {"experts": (experts, lambda e: training_step(ModelConfig(n_experts=e))),
+             "tokens": (tokens, lambda n: training_step(ModelConfig(), n // length)),
+             "imbalance": (shares, skewed_layer)}
     rows = []
-    for against, functions in scans.items():
-        ms = _medians(functions, repeats)
-        rows += [{"against": against, "value": value, "ms": ms[value], "relative": ms[value] / ms[next(iter(ms))]}
-                 for value in functions]
+    for against, (values, make) in scans.items():
+        ms = _medians({value: make(value) for value in values}, repeats)
+        rows += [{"against": against, "value": value, "ms": ms[value], "relative": ms[value] / ms[values[0]]}
+                 for value in values]
     return rows
 
 
@@ -233,7 +234,11 @@ def draw_profile(rows, path):
 
 
 def draw_scaling(rows, path):
-    """Three panels: time against experts, tokens and imbalance, with the time that each should have."""
+    """Three panels: time against experts, tokens and imbalance.
+
+    Dashed: the first time, in proportion to the matrix products alone. The optimizer's work is apart from them: it grows
+    with the experts, and does not grow with the tokens.
+    """
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}
 
@@ -242,7 +247,7 @@ def draw_scaling(rows, path):
             values, ms = zip(*((row["value"], row["ms"]) for row in rows if row["against"] == against))
             ideal = [ms[0] * v / values[0] if against == "tokens" else ms[0] for v in values]
             axes.plot(values, ms, "o-", color="#0072B2", label="measured")
-            axes.plot(values, ideal, "--", color="#000000", label="in proportion to the work")
+            axes.plot(values, ideal, "--", color="#000000", label="the first, in proportion to the matrix products")
             if against != "imbalance":
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(values, [f"{v:g}" for v in values], minor=False)

@@ -12,6 +12,7 @@ from .tensor import Tensor, primitive, record
 
 COMPILED = (np.dtype(np.float32), np.dtype(np.float64))  # what the kernels take
 
+
 def _rows(x):
     """(..., D) as rows (N, D)."""
     return x.reshape(-1, x.shape[-1])

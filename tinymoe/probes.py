@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .evaluation import Validation, losses_and_routings
-from .routers import greedy_assignment, largest, shortfall, sinkhorn_plan
+from .routers import greedy_assignment, shortfall, sinkhorn_plan
+from .routing import largest
 from .tensor import no_grad
 from .train import Run, Trainer
 

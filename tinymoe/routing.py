@@ -88,6 +88,17 @@ class Routing:
         return primitive(dense, (self.gate, lambda g: g[place]))
 
 
+def largest(scores, k, axis=-1):
+    """Boolean mask of the k largest scores along an axis; ties go to the lowest index, and a NaN is below all."""
+    if k == 0:
+        return np.zeros(scores.shape, bool)
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    kth = np.take(np.partition(scores, -k, axis), [-k], axis)
+    above, ties = scores > kth, scores == kth
+    room = k - above.sum(axis, keepdims=True)
+    return above | ties & (ties.cumsum(axis) <= room)
+
+
 def from_mask(chosen, gates, logits, probs, **fields):
     """A Routing from a boolean matrix and a gate for each of its places.
 

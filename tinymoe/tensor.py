@@ -11,7 +11,7 @@ Every operation is written once, with its VJPs beside it:
         value = np.exp(self.data)
         return primitive(value, (self, lambda g: g * value))
 
-Gradient arrays are never changed in place while they travel, so they may be shared freely.
+A gradient array that was handed on is never changed in place, so it may be shared freely.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def _reflected(operation):
 
 
 class Tensor:
-    """An array of any dtype, with the gradient that `backward` leaves in it.
+    """An array of real numbers, with the gradient that `backward` leaves in it where it is a leaf.
 
     array: anything `np.asarray` takes; it is not copied and its dtype is kept.
     requires_grad: makes it a leaf whose `.grad` (same shape and dtype) accumulates over calls of
@@ -108,14 +108,16 @@ class Tensor:
         gradient: same shape as self; may be left out for a tensor of one element (it is 1 then).
         retain_graph: then a second call is exact, and adds the same amount to the leaves again. Without it,
             what an operation saved is freed as soon as it is used: memory that the next gradient takes.
-        Tensors between self and the leaves have no `.grad`, unless `retain_grad` asked for it.
-        Raises ValueError for a missing or misshapen gradient, RuntimeError if nothing is recorded or all is freed.
+        Other tensors than leaves have no `.grad`, unless `retain_grad` asked for it.
+        Raises ValueError for a missing or misshapen gradient, RuntimeError if nothing is recorded or a part is freed.
         """
         if not self.requires_grad:
             raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or it was made under "
                                "no_grad()")
         gradients, owned, summed = {self: _seed(self, gradient)}, set(), set()
         nodes = sorted(_reachable(self), key=lambda t: t._order)
+        if any(node._vjp is _freed for node in nodes):
+            _freed(None)  # before any leaf has changed
         while nodes:
             node = nodes.pop()  # the newest, so nothing that is left depends on it
             g = gradients.pop(node, None)
@@ -143,7 +145,12 @@ class Tensor:
                 node._parents, node._vjp = (), _freed
 
     def retain_grad(self):
-        """Have every `backward` leave this tensor's gradient in `.grad`, though it is no leaf; returns self."""
+        """Have every `backward` leave this tensor's gradient in `.grad`, though it is no leaf; returns self.
+
+        Raises RuntimeError for a tensor that has no gradient.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("no gradient to retain: this tensor depends on nothing that requires one")
         self._retains_grad = True
         return self
 
@@ -295,7 +302,8 @@ class Tensor:
 def record(value, parents, vjp):
     """A Tensor of `value` made from `parents`: how fused operations enter the graph.
 
-    vjp(g): g has the shape of value; returns one gradient for each parent, or None for none.
+    vjp(g): g has the shape of value; returns one gradient for each parent, or None for none. Each is an array that
+    nothing else keeps, or g itself, or a view of it: a leaf takes it as its `.grad`.
     """
     out = Tensor(value)
     if _recording and any(p.requires_grad for p in parents):

@@ -1,16 +1,17 @@
 """Compiled kernels: arrays in, arrays out. The only folder that imports numba.
 
-The plan, the same for every kernel:
+The plan:
 
 - **One thread pool.** Threads are numba's; BLAS runs inside them at one thread (`tinymoe/__init__.py` sees to
   that), because two pools that spin starve each other. A matrix product is `np.dot(a, b, out)` on contiguous
   operands, as fast in a kernel as from NumPy.
-- **Pieces.** Work is cut into pieces of rows that fit in cache, and a piece is carried through everything that
-  can be done with it: for an expert, gather, multiply, add the bias, activate, multiply. A piece never crosses
+- **Pieces.** Work is cut into pieces of rows that fit in cache (in attention, into groups of heads), and a piece is
+  carried through everything that can be done with it: for an expert, gather, multiply, add the bias, activate,
+  multiply. A piece never crosses
   from one expert to the next, and an expert with many tokens is simply many pieces, so collapsed routing costs
   no more than balanced routing.
-- **Ownership.** A piece's rows belong to one thread. Where many rows add into one place, either each piece
-  writes a partial sum of its own (weight gradients), or each thread owns columns of the result and takes all
+- **Ownership.** A piece's rows belong to one thread. Where many rows add into one place, either the first piece
+  writes the result and the others a partial sum each (weight gradients), or each thread owns columns of the result and takes all
   rows in order (the sum over a token's experts).
 - **Determinism.** Where pieces begin and end depends on sizes and routing, never on the number of threads, and
   partial sums are added in a fixed order: the same bits on every run and for every thread count.
@@ -34,9 +35,9 @@ from .attention import QUERIES, causal_attention, causal_attention_backward
 from .dense import SEGMENT, layer_norm, layer_norm_backward, linear, linear_backward
 from .experts import experts_backward, experts_forward
 from .threads import PIECE, SLICE, compiled_mark, get_threads, set_threads, thread_info
-from .updates import COLUMNS, adamw, add_rows, sum_of_squares
+from .updates import ALONE, COLUMNS, adamw, add_rows, sum_of_squares
 
-__all__ = """ACTIVATIONS COLUMNS GATED PIECE QUERIES SEGMENT SLICE activation activation_backward adamw add_rows call_all
+__all__ = """ACTIVATIONS ALONE COLUMNS GATED PIECE QUERIES SEGMENT SLICE activation activation_backward adamw add_rows call_all
     causal_attention causal_attention_backward compile_all experts_backward experts_forward get_threads is_compiled layer_norm
     layer_norm_backward linear linear_backward set_threads sum_of_squares thread_info""".split()
 
@@ -81,6 +82,6 @@ def call_all(dtype):
     y, saved = experts_forward(*routed)
     experts_backward(y, *routed, saved)
     add_rows(2, np.array([0, 0]), x)
-    for size in (1, 4 * SLICE + 1):
+    for size in (ALONE, ALONE + 1):
         adamw(*(np.ones(size, dtype) for _ in range(4)), 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
-    sum_of_squares(x)
+        sum_of_squares(np.ones(size, dtype))

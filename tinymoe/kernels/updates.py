@@ -5,6 +5,7 @@ from numba import prange
 from .threads import SLICE, blocks, loop, plain, pool
 
 COLUMNS = 32            # columns one thread owns in a scatter-add: two cache lines of float32
+ALONE = 4 * SLICE       # so many elements are not worth waking other threads for
 
 
 @loop
@@ -52,7 +53,7 @@ def adamw(parameter, gradient, m, v, lr, beta1, beta2, eps, weight_decay, step):
     flat = [z.reshape(-1) for z in (parameter, plain(gradient), m, v)]
     rate, root = lr / (1 - beta1**step), (1 - beta2**step)**-0.5         # corrected for the zero start
     scalars = map(parameter.dtype.type, (1 - lr * weight_decay, beta1, beta2, rate, root, eps))
-    kernel = _adamw if parameter.size > 4 * SLICE else _adamw_slice
+    kernel = _adamw if parameter.size > ALONE else _adamw_slice
     kernel(*flat, *scalars)
 
 
@@ -73,7 +74,7 @@ def _sum_of_squares(x, partial):
 def sum_of_squares(x):
     """Summed in float64 over fixed slices, which are then added."""
     x = plain(x).reshape(-1)
-    if x.size <= 4 * SLICE:                         # waking threads has a price
+    if x.size <= ALONE:
         return _square_slice(x)
     partial = np.empty(blocks(x.size, SLICE))
     _sum_of_squares(x, partial)

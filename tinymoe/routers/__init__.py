@@ -9,7 +9,8 @@ To add a router, write `class Mine(Router, name="mine")` with `forward(x, contex
 one of these files or in your own: from then on its name is known everywhere.
 """
 
-from .base import ROUTERS, LinearRouter, RouteContext, Router, check, largest, make
+from ..routing import largest
+from .base import ROUTERS, LinearRouter, RouteContext, Router, check, make
 from .token_choice import Frozen, NoisyTopK, SigmoidBias, TopK  # noqa: I001 (the order of the table)
 from .expert_choice import ExpertChoice
 from .fixed import Hash, Random

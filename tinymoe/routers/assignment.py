@@ -5,8 +5,8 @@ from scipy.optimize import linear_sum_assignment
 
 from .. import functional as F
 from ..nn import INIT_STD
-from ..routing import capacity, from_mask
-from .base import LinearRouter, largest
+from ..routing import capacity, from_mask, largest
+from .base import LinearRouter
 
 
 class Sinkhorn(LinearRouter, name="sinkhorn"):

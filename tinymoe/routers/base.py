@@ -79,14 +79,6 @@ class LinearRouter(Router):
         return F.linear(x, self.weight)
 
 
-def largest(scores, k, axis=-1):
-    """Boolean mask of the k largest scores along an axis; ties go to the lowest index."""
-    kth = np.take(np.partition(scores, -k, axis), [-k], axis)
-    above, ties = scores > kth, scores == kth
-    room = k - above.sum(axis, keepdims=True)
-    return above | ties & (ties.cumsum(axis) <= room)
-
-
 def make(name, d_model, n_experts, top_k=2, seed=0, dtype=np.float32, **options):
     """The named router for d_model features and n_experts experts.
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from .. import functional as F
 from ..nn import INIT_STD
-from ..routing import capacity, from_mask
-from .base import LinearRouter, largest
+from ..routing import capacity, from_mask, largest
+from .base import LinearRouter
 
 
 class ExpertChoice(LinearRouter, name="expert_choice"):

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ..routing import from_mask
+from ..routing import from_mask, largest
 from ..tensor import Tensor
-from .base import Router, largest
+from .base import Router
 
 
 class Hash(Router, name="hash"):

@@ -4,9 +4,9 @@ import numpy as np
 
 from .. import functional as F
 from ..nn import INIT_STD, freeze, zeros
-from ..routing import from_mask
+from ..routing import from_mask, largest
 from ..tensor import Tensor
-from .base import LinearRouter, largest
+from .base import LinearRouter
 
 SECOND_EXPERT = ("all", "random", "threshold")
 
