@@ -265,7 +265,7 @@ def probe(router, steps, overrides):
     click.echo("\nAlarms")
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
     warnings = [warning for i, part, routing in zip(config.moe_layers, model.moe_parts(), model.forward(ids).routings)
-                for warning in metrics.alarms(i, routing.load, part.router)]
+                for warning in metrics.alarms(i, routing.load, routing.n_tokens, part.router)]
     click.echo("\n".join(f"  {warning}" for warning in warnings or ["none"]))
 
 

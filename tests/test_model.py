@@ -245,9 +245,10 @@ def test_fine_grained_experts_cost_what_the_coarse_ones_do():
 
 
 @pytest.mark.parametrize("router", ["top_k", "sigmoid_bias"])
-def test_an_upcycled_model_starts_as_the_dense_one(router):
-    dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())), seed=1, dtype=np.float64)
-    model = Transformer.upcycle(dense, ModelConfig(**SMALL | dict(router=router, moe_layers=(0, 1))), seed=5)
+@pytest.mark.parametrize("changes", [{}, dict(bias=False, activation="swiglu")])
+def test_an_upcycled_model_starts_as_the_dense_one(router, changes):
+    dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=()) | changes), seed=1, dtype=np.float64)
+    model = Transformer.upcycle(dense, ModelConfig(**SMALL | dict(router=router, moe_layers=(0, 1)) | changes), seed=5)
     np.testing.assert_allclose(model.forward(IDS).logits.data, dense.forward(IDS).logits.data, atol=1e-12)
     model.loss(IDS, TARGETS).total.backward()
     assert all(np.abs(p.grad).max() > 0 for name, p in model.parameters().items() if "w1" in name or "router.weight" in name)

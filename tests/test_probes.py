@@ -46,8 +46,8 @@ def test_flattery_is_zero_for_the_causal_and_not_for_expert_choice():
 
 
 @pytest.mark.parametrize("changes, zero", [
-    (dict(), set()), (dict(renormalise=True), {"language model"}), (dict(router="hash"), {"language model", "balance", "z"}),
-    (dict(router="frozen"), {"language model", "balance", "z"})])
+    (dict(), set()), (dict(renormalise=True), {"cross_entropy"}), (dict(router="hash"), {"cross_entropy", "balance", "z"}),
+    (dict(router="frozen"), {"cross_entropy", "balance", "z"})])
 def test_gradient_path(changes, zero):
     """A renormalised top-1 gate is the constant 1: the text teaches its router nothing."""
     found = probes.gradient_path(model(scale=5, **changes), IDS, TARGETS)
@@ -63,17 +63,18 @@ def test_only_an_unbalanced_choice_beats_the_exact_assignment():
 def test_alarms():
     router = routers.make("top_k", 3, 4)
     router.weight.grad = np.ones((3, 4), np.float32)
-    assert metrics.alarms(0, [5, 5, 5, 5], router) == []
-    assert metrics.alarms(3, [96, 2, 2, 0], router) == ["layer 3: 1 of 4 experts dead (under 1% of their fair share)",
-                                                      "layer 3: expert 0 has 96% of the load"]
+    assert metrics.alarms(0, [5, 5, 5, 5], 20, router) == [] == metrics.alarms(0, [20] * 4, 20, router)        # K = 1 and K = E
+    assert metrics.alarms(3, [96, 2, 2, 0], 100, router) == ["layer 3: 1 of 4 experts dead (under 1% of their fair share)",
+                                                           "layer 3: expert 0 serves 96% of the tokens"]
+    assert metrics.alarms(3, [100, 40, 30, 30], 100, router) == ["layer 3: expert 0 serves 100% of the tokens"]      # K = 2
     router.weight.grad[:] = 0
-    assert metrics.alarms(1, [1, 1, 1, 1], router) == ["layer 1: the router's gradient is exactly zero"]
-    assert metrics.alarms(1, [1, 1, 1, 1], None) == [] == metrics.alarms(1, [2, 2], routers.make("random", 3, 2, 1))
+    assert metrics.alarms(1, [1, 1, 1, 1], 4, router) == ["layer 1: the router's gradient is exactly zero"]
+    assert metrics.alarms(1, [1, 1, 1, 1], 4, None) == [] == metrics.alarms(1, [2, 2], 4, routers.make("random", 3, 2, 1))
 
 
 def test_every_router_can_be_probed():
     for name in routers.ROUTERS:
         m = model(name)
         assert probes.batch_independence(m, IDS).keys() == {"alone", "other neighbours"}
-        assert isinstance(probes.gradient_path(m, IDS, TARGETS)["language model"][1], float)
+        assert isinstance(probes.gradient_path(m, IDS, TARGETS)["cross_entropy"][1], float)
         assert all(p.grad is None for p in m.parameters().values() if isinstance(p, Tensor))

@@ -4,8 +4,9 @@ import itertools
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, metrics, routers
+from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, metrics, nn, routers
 from tinymoe import functional as F
+from tinymoe.evaluation import Validation, evaluate
 from tinymoe.optim import AdamW
 from tinymoe.routers import ROUTERS, RouteContext
 
@@ -84,7 +85,7 @@ def test_a_masked_group_loses_even_to_negative_scores():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(n_groups=3), "n_groups 3 .*n_experts 4"), (dict(n_groups=2, group_limit=3), "group_limit 3"),
+    (dict(n_groups=3, group_limit=1), "n_groups 3 .*n_experts 4"), (dict(n_groups=2), "go together"), (dict(n_groups=2, group_limit=3), "group_limit 3"),
     (dict(n_groups=4, group_limit=1), "leaves 1 experts, fewer than top_k 2"), (dict(second_expert="none"), "'none'.*threshold"),
     (dict(bias_rate=.1), "bias_rate is no option of top_k, which takes router_std")])
 def test_impossible_options(options, message):
@@ -150,7 +151,36 @@ def test_random_is_fresh_while_training_and_the_same_at_each_evaluation():
     router, x, rng = routers.make("random", 3, 8, 2), Tensor(np.ones((800, 3))), np.random.default_rng(1)
     first, second = (router(x, RouteContext(training=True, rng=rng)) for _ in range(2))
     assert (first.mask() != second.mask()).any() and np.abs(first.load - 200).max() < 62       # 5 standard deviations
-    np.testing.assert_array_equal(*(router(x, RouteContext()).mask() for _ in range(2)))
+    np.testing.assert_array_equal(*(router(x, RouteContext()).mask() for _ in range(2)))       # without a generator
+
+
+def test_random_has_no_favourites_in_the_validation_set():
+    """Domains take the same places in every batch: a draw that repeats there would look like knowledge of the domain."""
+    ids, names = np.zeros((64, 32), int), ("a", "b", "c", "d")
+    model = Transformer(small("random", seq_len=32))
+    row = evaluate(model, Validation(ids, ids, np.arange(64) % 4, names, 8), [1.0])["layers"][0]
+    assert row["mutual_information"] - row["mutual_information_null"] < .002 and row["load_cv"] < .05
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "base_assignment"])
+def test_matchings_are_causal_where_they_are_asked_to_be(name):
+    x = np.random.default_rng(0).standard_normal((12, 3)) + [3, 0, 0]
+    np.testing.assert_array_equal(route(x, name, 1, context(True, causal=True)).mask(), route(x, name, 1).mask())
+
+
+def test_matchings_survive_scores_that_are_not_finite_or_far_apart():
+    assert routers.balanced_assignment(np.array([[np.nan, 1], [np.inf, 0]])).sum() == 2
+    plan = routers.sinkhorn_plan(np.array([[-800., 0, 0, 0]] * 64))
+    assert np.isfinite(plan).all()
+
+
+def test_a_frozen_bias_stays():
+    router = routers.make("sigmoid_bias", 3, 4, 1)
+    nn.freeze(router)
+    router.after_step(router(Tensor(np.ones((4, 3), "f")), RouteContext()))
+    assert not router.bias.data.any()
+    with pytest.raises(ValueError, match="ruoter"):
+        Transformer(small("top_k", freeze=("ruoter",)))
 
 
 def test_a_frozen_router_is_top_k_that_never_learns():
@@ -175,11 +205,11 @@ def test_expert_choice_over_tokens_by_hand():
     """Columns (2, 1, 1) / 4 and (1, 6, 1) / 8; C = 1: expert 0 takes token 0, expert 1 token 1. Over experts, token 2 is as good
     for expert 0 (1/2) as it is for expert 1, and token 0 best (2/3)."""
     r = route(np.log([[2., 1], [1, 6], [1, 1]]), "expert_choice", 2 / 3, softmax_over="tokens")
-    np.testing.assert_allclose(r.to_dense().data, [[.5, 0], [0, .75], [0, 0]])
+    np.testing.assert_allclose(r.to_dense().data, [[3 * .5, 0], [0, 3 * .75], [0, 0]])
     np.testing.assert_allclose(r.probs.data, [[2 / 3, 1 / 3], [1 / 7, 6 / 7], [.5, .5]])
     causal = route(np.log([[2., 1], [1, 6], [1, 1]]), "expert_choice", 2 / 3, RouteContext(np.zeros((1, 3), int), causal=True),
                    softmax_over="tokens")
-    np.testing.assert_allclose(causal.to_dense().data, [[1, 1], [0, 6 / 7], [0, 0]])       # of the sequence so far
+    np.testing.assert_allclose(causal.to_dense().data, [[1, 1], [0, 2 * 6 / 7], [0, 0]])       # of the sequence so far
     with pytest.raises(ValueError, match="softmax_over 'rows'"):
         routers.make("expert_choice", 2, 2, 1, softmax_over="rows")
 

@@ -88,7 +88,7 @@ def exchange(bank, x, routing, n_devices):
     Returns y (N, D), and the rows (P, P) that were really sent, to be compared with `traffic`. x: (N, D) array.
     """
     token_at, expert_at = homes(len(x), n_devices, "tokens"), homes(bank.n_experts, n_devices, "experts")
-    gates = routing.to_dense().data
+    gates, chosen = routing.to_dense().data, routing.mask()
     context = multiprocessing.get_context("spawn")
     links = {(p, q): context.Pipe() for p in range(n_devices) for q in range(p + 1, n_devices)}
     pipes, workers = [], []
@@ -98,9 +98,14 @@ def exchange(bank, x, routing, n_devices):
         weights = [w.data[here] for w in (bank.w1, bank.b1, bank.w2, bank.b2)]
         pipe, far_end = context.Pipe()
         workers.append(context.Process(target=_device, daemon=True, args=(
-            d, far_end, mine, weights, bank.activation, x[token_at == d], gates[token_at == d], expert_at)))
+            d, far_end, mine, weights, bank.activation, x[token_at == d], gates[token_at == d],
+            chosen[token_at == d], expert_at)))
         workers[-1].start()
+        far_end.close()
         pipes.append(pipe)
+    for ends in links.values():  # so that a worker that dies ends the others, instead of leaving them to wait
+        for end in ends:
+            end.close()
     try:
         parts = [pipe.recv() for pipe in pipes]
     finally:
@@ -110,9 +115,9 @@ def exchange(bank, x, routing, n_devices):
     return np.concatenate([y for y, _ in parts]), np.stack([sent for _, sent in parts])
 
 
-def _device(d, result, links, weights, activation, x, gates, expert_at):
+def _device(d, result, links, weights, activation, x, gates, chosen, expert_at):
     """One device: dispatch its tokens, run its experts on what arrives, combine what comes back."""
-    goes = {q: np.flatnonzero((gates[:, expert_at == q] != 0).any(axis=1)) for q in [d, *links]}
+    goes = {q: np.flatnonzero(chosen[:, expert_at == q].any(axis=1)) for q in [d, *links]}
     leaving = {q: (x[rows], gates[rows][:, expert_at == q]) for q, rows in goes.items()}
     arrived = {q: _swap(link, d < q, leaving[q]) for q, link in links.items()} | {d: leaving[d]}
     done = {q: _run(weights, activation, *states) for q, states in arrived.items()}

@@ -127,6 +127,11 @@ class ModelConfig:
         require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef "
                 "mtp_coef", finite, "a finite number of at least 0")
         require(self, "n_devices", lambda n: self.n_experts % n == 0, f"a divisor of n_experts {self.n_experts}")
+        require(self, "max_devices", lambda n: n <= self.n_devices, f"at most n_devices {self.n_devices}")
+        require(self, "device_coef communication_coef", lambda value: value == 0 or self.n_devices > 1,
+                "0 where n_devices is 1")
+        require(self, "n_kv_heads qk_norm", lambda value: not value or self.attention != "latent",
+                "left out with latent attention")
         require(self, "load_coef", lambda value: value == 0 or ROUTERS[self.router].has_soft_load,
                 f"0 but for {', '.join(name for name, r in ROUTERS.items() if r.has_soft_load)}")
         require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and

@@ -27,7 +27,7 @@ def losses_and_routings(model, valid, causal):
     with no_grad():
         for start in range(0, len(valid.ids), valid.batch_size):
             batch = slice(start, start + valid.batch_size)
-            output = model.forward(valid.ids[batch], causal=causal)
+            output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, start]), causal=causal)
             log_probs = F.log_softmax(output.logits)
             nats.append(-F.gather(log_probs, valid.targets[batch][..., None]).data[..., 0])
             for layer, routing in zip(by_layer, output.routings):
@@ -39,7 +39,7 @@ def evaluate(model, valid, initial_divergence):
     """A JSON-able dict: the validation part of a row in log.jsonl.
 
     val_*: routing as in training. causal_*: routing decided on the prefix alone, the number that a
-    language model may quote; the two are equal where every router is causal.
+    language model may quote; the two are equal where every layer is causal.
     initial_divergence: weight divergence of each MoE layer at initialisation.
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)

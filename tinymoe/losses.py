@@ -35,16 +35,16 @@ def load_balancing_loss(routing):
     """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; GShard).
 
     f_e is the share of the assignments that went to e, before any capacity limit, and has no
-    gradient; P_e is the mean over tokens of the full softmax. Equals 1 at perfect balance and E where
-    everything goes to one expert with certainty. 1 is not a lower bound.
+    gradient; P_e is the mean over tokens of `probs`, the full softmax. Equals 1 at perfect balance and E / K where
+    everything goes to K experts with certainty. 1 is not a lower bound.
     """
-    demand = routing.load if routing.demand is None else routing.demand
-    share = (demand / max(demand.sum(), 1)).astype(routing.probs.dtype)
+    share = (routing.wanted / max(routing.wanted.sum(), 1)).astype(routing.probs.dtype)
     return routing.n_experts * (share * routing.probs.mean(axis=0)).sum()
 
 
 def sequence_balance_loss(routing, seq_len):
-    """The mean over sequences of load_balancing_loss within each (DeepSeek-V3, eq. 17 to 20); 1 where all balance.
+    """The mean over sequences of load_balancing_loss within each (DeepSeek-V3, eq. 17 to 20, where f
+    counts the best K without bias; here what was chosen); 1 where all balance.
 
     The routing's N tokens are whole sequences of seq_len. Assignments that a capacity limit dropped do not count.
     """
@@ -60,7 +60,7 @@ def device_balance_loss(routing, n_devices):
     Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
     device d, without gradient; P_d: the sum of P_e over its experts.
     """
-    per_device = _by_device(routing.load, n_devices).sum(axis=1)
+    per_device = _by_device(routing.wanted, n_devices).sum(axis=1)
     return _device_product(per_device / max(per_device.sum(), 1), routing, n_devices)
 
 
@@ -68,7 +68,7 @@ def communication_balance_loss(routing, n_devices, max_devices):
     """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 where every token goes to M devices evenly.
 
     f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
-    token may reach.
+    token may reach. Tokens that a capacity limit kept from a device do not count.
     """
     sent = _by_device(routing.mask().T, n_devices).any(axis=1)  # (D, N)
     return _device_product(sent.mean(axis=1) / max_devices, routing, n_devices)

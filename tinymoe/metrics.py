@@ -93,17 +93,18 @@ def weight_divergence(bank, initial=None):
 
 # -- warnings -----------------------------------------------------------------------------------
 
-def alarms(layer, load, router):
-    """Warnings about one MoE layer, as sentences: dead experts, one expert with over half of the load, no gradient.
+def alarms(layer, load, n_tokens, router):
+    """Warnings about one MoE layer, as sentences: dead experts, one that serves over half of the tokens, no gradient.
 
-    layer: its index; load (E,); router: as a backward pass left it, or None before the first.
+    layer: its index; load (E,) of n_tokens tokens, of which an expert takes each once at most; router: as a backward
+    pass left it, or None before the first.
     """
     warnings, load = [], np.asarray(load)
     dead = dead_experts(load)
     if dead:
         warnings.append(f"layer {layer}: {dead} of {len(load)} experts dead (under 1% of their fair share)")
-    if len(load) > 2 and load.max() > 0.5 * load.sum():
-        warnings.append(f"layer {layer}: expert {load.argmax()} has {load.max() / load.sum():.0%} of the load")
+    if load.max() > 0.5 * n_tokens and load.max() > 1.5 * load.mean():
+        warnings.append(f"layer {layer}: expert {load.argmax()} serves {load.max() / n_tokens:.0%} of the tokens")
     learning = [p for p in router.parameters().values() if p.requires_grad] if router else []
     if learning and not any(p.grad is not None and p.grad.any() for p in learning):
         warnings.append(f"layer {layer}: the router's gradient is exactly zero")
@@ -119,7 +120,7 @@ def label_load(routing, labels, n_labels):
 
 
 def mutual_information(counts):
-    """I(row; column) of a table of counts, in nats; the plug-in estimate, biased upwards by about cells / 2n."""
+    """I(row; column) of a table of counts, in nats; the plug-in estimate, biased upwards by about (rows - 1)(columns - 1) / 2n."""
     joint = counts / max(1, counts.sum())
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0

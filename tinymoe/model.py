@@ -117,7 +117,7 @@ class Transformer(Module):
 
     @classmethod
     def upcycle(cls, dense, config, seed=0):
-        """A mixture that starts as a trained dense model (Komatsuzaki et al. 2023).
+        """A mixture that starts as a trained dense model (Komatsuzaki et al. 2022).
 
         Every expert is a copy of the dense feed-forward layer; routers are drawn anew. Where the gates of each token
         sum to 1, the output is the dense model's at the start.
@@ -137,7 +137,8 @@ class Transformer(Module):
                 bank, layer = block.feed_forward.experts, dense.blocks[i].feed_forward
                 for p, q in ((bank.w1, layer.up.weight), (bank.b1, layer.up.bias), (bank.w2, layer.down.weight),
                              (bank.b2, layer.down.bias)):
-                    p.data = np.repeat(q.data[None], config.n_experts, axis=0)
+                    if q is not None:
+                        p.data = np.repeat(q.data[None], config.n_experts, axis=0)
         return model
 
     def moe_parts(self):
@@ -215,7 +216,7 @@ class Transformer(Module):
             if output.routings and (wanted or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total
-        if c.mtp_coef:
+        if c.mtp_coef and length > 1:
             terms["multi_token"] = self.multi_token_loss(output.states, targets)
             total = total + c.mtp_coef * terms["multi_token"]
         return LossTerms(total, cross_entropy, **terms)

@@ -44,10 +44,17 @@ class Module:
 
 
 def freeze(module, names=("",)):
-    """Take the gradient from the parameters whose dotted name holds one of `names`; by default from all."""
-    for path, parameter in module.parameters().items():
-        if any(name in path for name in names):
-            parameter.requires_grad = False
+    """Take the gradient from the parameters whose dotted name holds one of `names`; by default from all.
+
+    Raises ValueError for a name that is in none.
+    """
+    parameters = module.parameters()
+    for name in names:
+        found = [p for path, p in parameters.items() if name in path]
+        if not found:
+            raise ValueError(f"freeze: no parameter has {name!r} in its name; they are {', '.join(parameters)}")
+        for p in found:
+            p.requires_grad = False
 
 
 class Linear(Module):

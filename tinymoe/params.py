@@ -1,6 +1,6 @@
 """Counting a model that nobody has to allocate: parameters, floating-point work and memory, part by part.
 
-The conventions, since published figures differ in theirs: *total* is every trained number, tied embeddings once.
+The conventions, since published figures differ in theirs: *total* is every number of the model, tied embeddings once.
 *Active* is what one token meets: K of E experts, all shared ones, the router, norms, and both embedding and head in
 whole (some papers leave these out: read the parts). Work is for the forward pass of one token: two operations for each
 active weight of a matrix product, none for looking up an embedding, and scores and values over `context` positions.
@@ -121,6 +121,7 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         n_experts=256, n_shared=1, top_k=8, router="sigmoid_bias", gate_scale=2.5, n_groups=8, group_limit=4,
         aux_coef=0.0, sequence_coef=0.0001, activation="swiglu", **MODERN),
 }
+KINDS = ("mixtral", "olmoe", "grok-1", "deepseek_v2", "deepseek_v3", "llama", "mistral")  # whose keys are understood
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
@@ -134,7 +135,9 @@ def architecture(config):
     missing = [key for key in NEEDED if key not in config]
     if missing:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
-    get, kind = config.get, config.get("model_type", "")
+    get, kind = config.get, config.get("model_type")
+    if kind not in KINDS:
+        raise ValueError(f"model_type {kind!r} is not understood: those that are are {', '.join(KINDS)}")
     n_experts = get("n_routed_experts") or get("num_local_experts") or get("num_experts") or 0
     n_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     latent = get("kv_lora_rank") or 0

@@ -87,23 +87,27 @@ def flattery(model, ids, targets):
 
 
 def gradient_path(model, ids, targets, seed=0):
-    """The gradient that each part of the loss gives to all routers' weights: dict term -> (coefficient, norm).
+    """The gradient that each term of the loss gives to all routers' weights: dict term -> (coefficient, norm).
 
     The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
     router learns nothing from the term.
     """
-    terms = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed))
-    parts = {"language model": (terms.cross_entropy, 1.0), "balance": (terms.balance, model.config.aux_coef or 1.0),
-             "z": (terms.z, model.config.z_coef or 1.0)}
+    terms, c = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed)), model.config
+    coefficients = {"cross_entropy": 1.0, "balance": c.aux_coef, "z": c.z_coef, "importance": c.importance_coef,
+                    "load": c.load_coef, "sequence": c.sequence_coef, "device": c.device_coef,
+                    "communication": c.communication_coef, "multi_token": c.mtp_coef}
     weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
     norms = {}
-    for name, (term, coefficient) in parts.items():
+    for name, coefficient in coefficients.items():
+        term = getattr(terms, name)
+        if term is None:
+            continue
         for p in model.parameters().values():
             p.grad = None
         if term.requires_grad:
-            (coefficient * term).backward()
+            ((coefficient or 1.0) * term).backward()
         squares = sum((p.grad.astype(float) ** 2).sum() for p in weights if p.grad is not None)
-        norms[name] = coefficient, float(np.sqrt(squares))
+        norms[name] = coefficient or 1.0, float(np.sqrt(squares))
     for p in model.parameters().values():
         p.grad = None
     return norms

@@ -70,6 +70,11 @@ class Routing:
         return np.bincount(self.token, minlength=self.n_tokens)
 
     @property
+    def wanted(self):
+        """(E,) int: the load that the router asked for, before any capacity limit."""
+        return self.load if self.demand is None else self.demand
+
+    @property
     def expert(self):
         """(A,) int: the expert of each assignment."""
         return np.repeat(np.arange(self.n_experts), self.load)
@@ -123,7 +128,9 @@ def merge(routings):
     """
     parts = zip(*((r.mask(), r.to_dense().data, r.logits.data, r.probs.data) for r in routings))
     chosen, gates, logits, probs = map(np.concatenate, parts)
-    return from_mask(chosen, Tensor(gates), Tensor(logits), Tensor(probs), n_dropped=sum(r.n_dropped for r in routings))
+    demand = sum(r.wanted for r in routings) if any(r.demand is not None for r in routings) else None
+    return from_mask(chosen, Tensor(gates), Tensor(logits), Tensor(probs), demand=demand,
+                     n_dropped=sum(r.n_dropped for r in routings))
 
 
 def capacity(n_tokens, n_experts, per_token, factor=1.0):
@@ -150,7 +157,7 @@ def limit_capacity(routing, factor, top_k, policy="order"):
     return dataclasses.replace(routing, token=routing.token[kept], gate=routing.gate[kept],
                                offsets=np.concatenate([[0], np.cumsum(load)]),
                                n_dropped=routing.n_dropped + len(order) - len(kept),
-                               demand=routing.load if routing.demand is None else routing.demand)
+                               demand=routing.wanted)
 
 
 def _choice_rank(routing):

@@ -166,7 +166,8 @@ class Trainer:
         training = dict(zip(("train_loss", "cross_entropy", "balance", "z", "gradient_norm"), means))
         self.since, row = [], self.evaluate(self.run.training.eval_windows)
         warnings = [warning for part, numbers in zip(self.model.moe_parts(), row["layers"]) for warning in
-                    metrics.alarms(numbers["layer"], numbers["load"], part.router if self.step else None)]
+                    metrics.alarms(numbers["layer"], numbers["load"], row["validation_tokens"],
+                                   part.router if self.step else None)]
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 3),
                           "learning_rate": self.optimizer.lr if self.step else None,
                           **training, **row, "warnings": warnings})

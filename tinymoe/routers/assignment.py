@@ -30,7 +30,8 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
 
     def forward(self, x, context):
         logits = self.scores(x)
-        scores = sinkhorn_plan(logits.data, self.iterations) if context.training else logits.data
+        balanced = context.training and not context.causal
+        scores = sinkhorn_plan(logits.data, self.iterations) if balanced else logits.data
         probs = F.softmax(logits)
         gates = F.sigmoid(logits) if self.top_k == 1 else probs
         return from_mask(largest(scores, self.top_k), gates, logits, probs)
@@ -52,7 +53,8 @@ class BaseAssignment(LinearRouter, name="base_assignment"):
 
     def forward(self, x, context):
         logits = self.scores(x)
-        chosen = balanced_assignment(logits.data) if context.training else largest(logits.data, 1)
+        balanced = context.training and not context.causal
+        chosen = balanced_assignment(logits.data) if balanced else largest(logits.data, 1)
         return from_mask(chosen, F.sigmoid(logits), logits, F.softmax(logits))
 
 
@@ -66,7 +68,8 @@ def sinkhorn_plan(scores, iterations=20):
     n, n_experts = plan.shape
     for _ in range(iterations):
         plan /= plan.sum(axis=1, keepdims=True)
-        plan *= n / n_experts / np.maximum(plan.sum(axis=0, keepdims=True), np.finfo(float).tiny)
+        total = plan.sum(axis=0, keepdims=True)
+        plan *= np.divide(n / n_experts, total, out=np.zeros_like(total), where=total > 1e-300)
     return plan
 
 
@@ -74,7 +77,8 @@ def balanced_assignment(scores):
     """(N, E) bool: one expert a token, at most ceil(N / E) tokens an expert, of the largest total score."""
     n, n_experts = scores.shape
     room = capacity(n, n_experts, 1)
-    token, place = linear_sum_assignment(np.repeat(scores, room, axis=1), maximize=True)
+    finite = np.nan_to_num(scores, nan=0.0, posinf=1e30, neginf=-1e30)  # a run that diverges is stopped by its loss
+    token, place = linear_sum_assignment(np.repeat(finite, room, axis=1), maximize=True)
     return _mask(token, place // room, scores.shape)
 
 

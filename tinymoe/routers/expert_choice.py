@@ -18,7 +18,8 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     n tokens of its own sequence so far.
 
     softmax_over: "experts", as in the paper, or "tokens": an expert ranks tokens by its logit, and its gates are the
-        softmax over all tokens of the batch (with context.causal, over the sequence so far).
+        softmax over all tokens of the batch (with context.causal, over the sequence so far), times their number, so
+        that a gate is 1 on average however many there are.
     Raises ValueError for another softmax_over, or context.causal without ids.
     """
 
@@ -47,10 +48,13 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
 
     def _softmax_over_tokens(self, logits, context):
         if not context.causal:
-            return F.softmax(logits, axis=0)
+            return F.softmax(logits, axis=0) * len(logits)
         length = context.ids.shape[1]
-        e = (logits - logits.data.max(axis=0)).exp().reshape(-1, length, logits.shape[1])  # (B, T, E)
-        return (e / (np.tri(length, dtype=logits.dtype) @ e)).reshape(logits.shape)
+        sequences = logits.reshape(-1, length, logits.shape[1])  # (B, T, E)
+        e = (sequences - sequences.data.max(axis=1, keepdims=True)).exp()
+        so_far = np.tri(length, dtype=logits.dtype)
+        mean = (so_far / so_far.sum(axis=1, keepdims=True)) @ e
+        return (e / mean).reshape(logits.shape)
 
     def _batch_choice(self, p):
         return largest(p, capacity(*p.shape, self.top_k), axis=0)
@@ -59,7 +63,7 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
         length, n_experts = context.ids.shape[1], p.shape[1]
         room = np.array([capacity(t + 1, n_experts, self.top_k) for t in range(length)])
         chosen = np.empty((len(p) // length, length, n_experts), bool)
-        for sequence, p in zip(chosen, p.reshape(chosen.shape)):
+        for sequence, scores in zip(chosen, p.reshape(chosen.shape)):
             for t in range(length):  # an earlier token wins a tie, as in the batch form
-                sequence[t] = (p[:t] >= p[t]).sum(axis=0) < room[t]
+                sequence[t] = (scores[:t] >= scores[t]).sum(axis=0) < room[t]
         return chosen.reshape(-1, n_experts)

@@ -35,8 +35,7 @@ class Hash(Router, name="hash"):
 class Random(Router, name="random"):
     """A fresh uniform choice of K experts for each token, in each call, with gates 1 / K: the null of every comparison.
 
-    While training it draws from the context's generator; without one, and at evaluation, from a generator of
-    its own that starts alike in each call, so that a model is measured twice with the same result.
+    It draws from the context's generator; without one, from a generator that starts alike in each call.
     """
 
     chooses = "neither"
@@ -45,11 +44,10 @@ class Random(Router, name="random"):
     cost = "N E random numbers"
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype):
-        self.n_experts, self.top_k, self.seed = n_experts, top_k, int(rng.integers(2 ** 31))
+        self.n_experts, self.top_k = n_experts, top_k
 
     def forward(self, x, context):
-        draws = context.training and context.rng is not None
-        rng = context.rng if draws else np.random.default_rng(self.seed)
+        rng = np.random.default_rng(0) if context.rng is None else context.rng
         return constant(largest(rng.random((len(x), self.n_experts)), self.top_k), x.dtype)
 
 

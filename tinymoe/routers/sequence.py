@@ -16,7 +16,7 @@ class Sequence(TopK, name="sequence"):
     sequence_pool: "mean" decides once, on the mean over the sequence, which later tokens take part in; "prefix" decides
         at each token on the mean over its prefix, and is causal.
     sequence_scope: "layer" decides in each layer; "global" takes the first layer's decision, gates and all, in
-        every layer.
+        every layer; the routers of the others are never used.
     Raises ValueError without RouteContext.ids, which say where sequences begin.
     """
 
@@ -40,7 +40,9 @@ class Sequence(TopK, name="sequence"):
         states = self._jittered(x, context).reshape(*context.ids.shape, -1)  # (B, T, D)
         pooled = prefix_mean(states) if self.pool == "prefix" or context.causal else \
             states.mean(axis=1, keepdims=True) + 0 * states
-        context.shared["sequence"] = routing = self._choose(self.scores(pooled.reshape(x.shape)), context)
+        routing = self._choose(self.scores(pooled.reshape(x.shape)), context)
+        if self.scope == "global":
+            context.shared["sequence"] = routing
         return routing
 
 

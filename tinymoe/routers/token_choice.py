@@ -9,6 +9,7 @@ from ..tensor import Tensor
 from .base import LinearRouter
 
 SECOND_EXPERT = ("all", "random", "threshold")
+TINY = 1e-20  # added to sums of sigmoids, which may all be 0
 
 
 class TopK(LinearRouter, name="top_k"):
@@ -17,7 +18,7 @@ class TopK(LinearRouter, name="top_k"):
     Gates are the softmax over all experts: as it is for K = 1 (Switch eq. 2), renormalised over the
     chosen ones for K > 1 (Mixtral), which equals a softmax over the chosen logits alone.
     renormalise: False with K > 1 leaves gates raw, as Grok-1 does; True with K = 1 makes them the constant 1.
-    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch, section 2.4).
+    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
     n_groups, group_limit: experts in equal groups, of which the best group_limit stay, a group being as good
         as its best expert (DeepSeek-V2, section 2.2.2).
     second_expert, with K = 2, while training: "all" keeps every second expert; "threshold" those whose
@@ -78,6 +79,7 @@ class NoisyTopK(TopK, name="noisy_top_k"):
 
     paper = "Shazeer 2017"
     cost = "4 N D E"
+    options = ("router_std", "renormalise", "jitter")  # its smooth load knows no groups and no second-expert policy
     has_soft_load = True
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=0.0, **options):
@@ -135,12 +137,13 @@ class SigmoidBias(LinearRouter, name="sigmoid_bias"):
         chosen = largest(np.where(allowed, biased, -np.inf), self.top_k)  # -inf: a biased score may be below 0
         gates = s * chosen
         if self.top_k > 1:
-            gates = gates / gates.sum(axis=-1, keepdims=True)
-        return from_mask(chosen, gates * self.gate_scale, logits, s / s.sum(axis=-1, keepdims=True))
+            gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
+        return from_mask(chosen, gates * self.gate_scale, logits, s / (s.sum(axis=-1, keepdims=True) + TINY))
 
     def after_step(self, routing):
-        load = routing.load if routing.demand is None else routing.demand
-        self.bias.data = self.bias.data + (self.bias_rate * np.sign(load.mean() - load)).astype(self.bias.dtype)
+        if self.weight.requires_grad:  # a frozen router keeps its bias too
+            load = routing.wanted
+            self.bias.data = self.bias.data + (self.bias_rate * np.sign(load.mean() - load)).astype(self.bias.dtype)
 
 
 class Frozen(TopK, name="frozen"):
@@ -167,6 +170,8 @@ def noise_source(router, context):
 
 def check_groups(n_experts, top_k, n_groups, group_limit):
     """Raise ValueError unless the groups are equal and those that stay hold top_k experts."""
+    if n_groups < 1 or (n_groups > 1) != (group_limit is not None):
+        raise ValueError(f"n_groups {n_groups} and group_limit {group_limit} go together: give both, or neither")
     if n_experts % n_groups or not 1 <= (n_groups if group_limit is None else group_limit) <= n_groups:
         raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {group_limit} "
                          f"be from 1 to n_groups")
