@@ -177,6 +177,16 @@ def test_a_finished_run_is_not_trained_again(corpus, tmp_path):
 # -- what a run refuses --
 
 
+def test_a_finished_run_from_before_a_setting_existed_is_still_the_same_run(corpus, tmp_path):
+    t.train(tiny(), corpus, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model"]["freeze"], config["model"]["norm"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = snapshot(tmp_path)
+    t.train(tiny(), corpus, tmp_path)
+    assert snapshot(tmp_path) == before
+
+
 def refuses(error, match, run, corpus, folder):
     """train raises an error of one line that matches, and leaves every file as it was."""
     before = snapshot(folder)

@@ -293,5 +293,7 @@ def _claim(folder, config):
 def _identity(config):
     """What makes a run itself, as a flat dict: its id, its settings, and the hashes of its texts."""
     texts = {f"corpus {name}": text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()}
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # a setting that is newer than the file has its default
+        config = config | {"model": ModelConfig.from_dict(config["model"]).to_dict()}
     return {"run_id": config.get("run_id")} | texts | {
         f"{part} {name}": value for part in ("model", "training") for name, value in config.get(part, {}).items()}
