@@ -4,6 +4,8 @@ import contextlib
 import io
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,14 @@ def test_the_router_in_ten_lines_trains(monkeypatch):
     assert np.abs(weight.grad).max() > 0
 
 
+def test_a_router_in_a_file_of_its_own_is_known_to_the_command_line(tmp_path):
+    shutil.copytree(ROOT / "tinymoe", tmp_path / "tinymoe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "cli.py", tmp_path)
+    (tmp_path / "tinymoe/routers/mine.py").write_text(next(text for language, text in BLOCKS if "class AboveMean" in text))
+    listed = subprocess.run([sys.executable, "cli.py", "routers"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "above_mean" in listed
+
+
 def test_the_file_map_names_every_file_with_its_length():
     said = {name: int(lines) for name, lines in re.findall(r"^\| `tinymoe/([\w./]+)` \| (\d+) \|", README, re.M)}
     counted = {str(p.relative_to(ROOT / "tinymoe")): p.read_text().count("\n") for p in (ROOT / "tinymoe").rglob("*.py")}
@@ -48,14 +58,14 @@ def test_the_file_map_names_every_file_with_its_length():
 
 
 def test_its_numbers_stand_in_the_published_findings():
-    findings = (ROOT / "results/published/quick/FINDINGS.md").read_text()
+    findings = (ROOT / "results/published/full/FINDINGS.md").read_text()
     assert all(number in findings for number in re.findall(r"[\d.]+ ± [\d.]+", README))
 
 
 def test_the_published_findings_follow_from_the_published_rows(tmp_path):
-    shutil.copytree(ROOT / "results/published/quick", tmp_path / "quick")
-    again = report.write_findings(tmp_path / "quick").read_text()
-    assert again == (ROOT / "results/published/quick/FINDINGS.md").read_text()
+    shutil.copytree(ROOT / "results/published/full", tmp_path / "full")
+    again = report.write_findings(tmp_path / "full").read_text()
+    assert again == (ROOT / "results/published/full/FINDINGS.md").read_text()
 
 
 def test_every_command_it_names_exists():

@@ -6,8 +6,11 @@ through the gates alone, so a gate must depend on the scores (a renormalised top
 constant 1 and would never train).
 
 To add a router, write `class Mine(Router, name="mine")` with `forward(x, context)` that returns a Routing, in
-one of these files or in your own: from then on its name is known everywhere.
+a file of this folder or in a program of your own: from then on its name is known everywhere.
 """
+
+import importlib
+import pkgutil
 
 from ..routing import largest
 from .base import ROUTERS, LinearRouter, RouteContext, Router, check, make
@@ -21,3 +24,6 @@ from .sequence import Sequence
 __all__ = ["ROUTERS", "BaseAssignment", "ExpertChoice", "Frozen", "Hash", "LinearRouter", "NoisyTopK", "Random",
            "RouteContext", "Router", "Sequence", "SigmoidBias", "Sinkhorn", "TopK", "balanced_assignment", "check",
            "greedy_assignment", "largest", "make", "shortfall", "sinkhorn_plan"]
+
+for _file in pkgutil.iter_modules(__path__):  # those that are not named above
+    importlib.import_module(f"{__name__}.{_file.name}")
