@@ -78,7 +78,7 @@ def heatmaps(groups, share_of, bar_label, axis_label):
             axes.pcolormesh(x, np.arange(len(share)), share, shading="nearest", norm=SHARE, cmap="inferno")
             axes.set_yticks(list(names), names.values() if place == 0 else [""] * len(names))
             axes.set_title(title, fontsize=7, pad=2)
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(False)
     fair = 1 / len(runs[0].final["layers"][0]["load"])
     bar = fig.colorbar(ScalarMappable(SHARE, "inferno"), ax=panels, aspect=40, pad=0.01, label=bar_label)

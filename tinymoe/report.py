@@ -149,7 +149,7 @@ class Study:
 
 def text(runs, metric):
     """`mean ± half width` over seeds, the leaky number beside a causal one where they differ, a dash for no number."""
-    one, digits = over_seeds(runs, metric), 2 if metric.endswith("perplexity") else 3
+    one, digits = over_seeds(runs, metric), 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
     if not math.isfinite(one.mean):
         return "–"
     number = f"{one.mean:.{digits}f}" + (f" ± {one.half:.{digits}f}" if one.half > 0 else "")
