@@ -146,7 +146,9 @@ class ModelConfig:
 
     def _check_router(self):
         """Make the router once, at a width of 1: it refuses what does not fit, numbers of another kind included."""
-        given = {name: value for name in ROUTER_OPTIONS if (value := getattr(self, name)) is not None}
+        known = {name for router in ROUTERS.values() for name in router.options}
+        given = {field.name: value for field in dataclasses.fields(self) if field.name in known and field.default is None
+                 and (value := getattr(self, field.name)) is not None}
         check(self.router, self.n_experts, self.top_k, given)
         for kind, fits, expected in ((int, whole, "a whole number of at least 1"),
                                      (float, finite, "a finite number of at least 0")):
@@ -176,7 +178,3 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"unknown ModelConfig keys: {', '.join(unknown)}")
         return cls(**values)
-
-
-ROUTER_OPTIONS = [field.name for field in dataclasses.fields(ModelConfig)]
-ROUTER_OPTIONS = ROUTER_OPTIONS[ROUTER_OPTIONS.index("renormalise"):]

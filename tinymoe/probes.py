@@ -31,7 +31,7 @@ def _compared(model, ids, other_ids, keep, **options):
     """The Influence on the tokens kept (a function (B, T, ...) -> (M, ...)) of giving other_ids instead of ids."""
     def look(ids):
         with no_grad():
-            output = model.forward(ids, **options)
+            output = model.forward(ids, rng=np.random.default_rng(0), **options)
         chosen = [keep(r.mask().reshape(*ids.shape, -1)) for r in output.routings]
         return np.concatenate(chosen, axis=-1), keep(output.logits.data)
 
@@ -48,21 +48,7 @@ def causality(model, ids, causal=False, training=False, seed=0):
     half = ids.shape[1] // 2
     other = ids.copy()
     other[:, half:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[:, half:].shape)
-    options = {"causal": causal, "training": training}
-    first_half = _kept(lambda x: x[:, :half])
-    if not training:
-        return _compared(model, ids, other, first_half, **options)
-    return _compared(_SameNoise(model, seed), ids, other, first_half, **options)
-
-
-class _SameNoise:
-    """A model whose every forward pass draws the same noise."""
-
-    def __init__(self, model, seed):
-        self.model, self.seed = model, seed
-
-    def forward(self, ids, **options):
-        return self.model.forward(ids, rng=np.random.default_rng(self.seed), **options)
+    return _compared(model, ids, other, _kept(lambda x: x[:, :half]), causal=causal, training=training)
 
 
 def _kept(part):
@@ -116,11 +102,12 @@ def gradient_path(model, ids, targets, seed=0):
 def assignment_shortfall(model, ids):
     """How far each way to give every token one expert falls short, in mean score, of the exact balanced assignment.
 
-    dict of numbers, from the first MoE layer's logits on ids (B, T). "best expert" is below 0: it is better, but unbalanced.
+    dict of numbers, from the first MoE layer's logits on ids (B, T). "best expert" is below 0: better, but unbalanced.
     """
     with no_grad():
         scores = model.forward(ids).routings[0].logits.data.astype(float)
-    ways = {"best expert": largest(scores, 1), "Sinkhorn": largest(sinkhorn_plan(scores), 1), "greedy": greedy_assignment(scores)}
+    ways = {"best expert": largest(scores, 1), "Sinkhorn": largest(sinkhorn_plan(scores), 1),
+            "greedy": greedy_assignment(scores)}
     return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
 
 

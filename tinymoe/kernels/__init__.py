@@ -11,8 +11,8 @@ The plan:
   from one expert to the next, and an expert with many tokens is simply many pieces, so collapsed routing costs
   no more than balanced routing.
 - **Ownership.** A piece's rows belong to one thread. Where many rows add into one place, either the first piece
-  writes the result and the others a partial sum each (weight gradients), or each thread owns columns of the result and takes all
-  rows in order (the sum over a token's experts).
+  writes the result and the others a partial sum each (weight gradients), or each thread owns columns of the result
+  and takes all rows in order (the sum over a token's experts).
 - **Determinism.** Where pieces begin and end depends on sizes and routing, never on the number of threads, and
   partial sums are added in a fixed order: the same bits on every run and for every thread count.
 
@@ -37,9 +37,10 @@ from .experts import experts_backward, experts_forward
 from .threads import PIECE, SLICE, compiled_mark, get_threads, set_threads, thread_info
 from .updates import ALONE, COLUMNS, adamw, add_rows, sum_of_squares
 
-__all__ = """ACTIVATIONS ALONE COLUMNS GATED PIECE QUERIES SEGMENT SLICE activation activation_backward adamw add_rows call_all
-    causal_attention causal_attention_backward compile_all experts_backward experts_forward get_threads is_compiled layer_norm
-    layer_norm_backward linear linear_backward set_threads sum_of_squares thread_info""".split()
+__all__ = ["ACTIVATIONS", "ALONE", "COLUMNS", "GATED", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation",
+           "activation_backward", "adamw", "add_rows", "call_all", "causal_attention", "causal_attention_backward",
+           "compile_all", "experts_backward", "experts_forward", "get_threads", "is_compiled", "layer_norm",
+           "layer_norm_backward", "linear", "linear_backward", "set_threads", "sum_of_squares", "thread_info"]
 
 
 def compile_all(dtype):

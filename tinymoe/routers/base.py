@@ -1,4 +1,4 @@
-"""What all routers share: the context they may look at, the base class with their table, and ranking."""
+"""What all routers share: the context they may look at, and the base class with their table."""
 
 from dataclasses import dataclass, field
 
