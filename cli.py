@@ -37,7 +37,7 @@ def main():
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="number of cores",
               help="Runs side by side, each in a process with one thread.")
 @click.option("--text", type=click.Path(),
-              help="A file, or a folder whose entries are domains, instead of the default corpus.")
+              help="A file, or a folder whose entries are domains, instead of the default corpus; or: synthetic.")
 @click.option("--out", type=click.Path(path_type=Path),
               help="Folder of the results.  [default: results/quick or results/full]")
 @click.option("--plot", is_flag=True, help="Draw the figures at the end.")
@@ -54,10 +54,19 @@ def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh,
     if plot_only:
         return _write_up(out, plot=True)
     from tinymoe import study as s
-    from tinymoe.data import CorpusError
     all_runs = _runs(s, configs, seeds, steps or (s.QUICK_STEPS if quick else None), overrides)
-    steps, at_once = all_runs[0].training.steps, min(jobs, len(all_runs))
-    click.echo(f"{len(all_runs)} run(s) of {steps} steps, {at_once} at a time -> {out}")
+    failures = _train(all_runs, out, text, jobs, fresh)
+    if len(failures) < len(all_runs):
+        _write_up(out, plot)
+    if failures:
+        raise SystemExit(1)
+
+
+def _train(all_runs, out, text, jobs, fresh):
+    """Train the runs with a progress bar, and say which failed; returns the messages of those."""
+    from tinymoe import study as s
+    from tinymoe.data import CorpusError
+    click.echo(f"{len(all_runs)} run(s) of {_steps(all_runs)} steps, {min(jobs, len(all_runs))} at a time -> {out}")
     if not s.kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: about a minute without progress.")
     try:
@@ -67,12 +76,13 @@ def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh,
         raise SystemExit(_say("\nInterrupted. The same command goes on from the last checkpoints.", code=130))
     except (CorpusError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
-    if len(failures) < len(all_runs):
-        _write_up(out, plot)
     for run_id, message in failures.items():
         _say(f"Error: {run_id} failed: {message}")
-    if failures:
-        raise SystemExit(1)
+    return failures
+
+
+def _steps(all_runs):
+    return " or ".join(map(str, sorted({run.training.steps for run in all_runs})))
 
 
 def _runs(s, configs, seeds, steps, overrides):
@@ -109,12 +119,12 @@ class _Progress:
     """A bar over the steps of all runs, with the losses of those that train now, and the time left."""
 
     def __init__(self, all_runs):
-        self.steps = {run.run_id: 0 for run in all_runs}
-        self.each = all_runs[0].training.steps
+        self.reached = {run.run_id: 0 for run in all_runs}
+        self.steps = {run.run_id: run.training.steps for run in all_runs}
         self.losses = {}
 
     def __enter__(self):
-        self.bar = click.progressbar(length=self.each * len(self.steps), label="training", show_eta=True,
+        self.bar = click.progressbar(length=sum(self.steps.values()), label="training", show_eta=True,
                                      item_show_func=lambda _: "  ".join(f"{r} {x:.3f}" for r, x in self.losses.items()))
         self.bar.__enter__()
         return self
@@ -126,8 +136,8 @@ class _Progress:
             self.losses.pop(event.run_id, None)
             if not os.isatty(1):  # nobody watches the bar: one line a run
                 click.echo(f"{event.run_id}: {event.kind}")
-        reached = event.step if event.kind == "step" else self.each
-        before, self.steps[event.run_id] = self.steps[event.run_id], reached
+        reached = event.step if event.kind == "step" else self.steps[event.run_id]
+        before, self.reached[event.run_id] = self.reached[event.run_id], reached
         self.bar.update(reached - before, event)
 
     def __exit__(self, *error):
@@ -161,6 +171,50 @@ def _say(message, code=1):
 
 def _one_line(error):
     return " ".join(str(error).split())
+
+
+# -- experiment ---------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds: does it run?")
+@click.option("--full", "scale", flag_value="full", help="The study's model and 2,000 steps: hours.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Runs of each setting, seeds 0 to N - 1.  [default: 3]")
+@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="number of cores",
+              help="Runs side by side, each in a process with one thread.")
+@click.option("--text", type=click.Path(), help="A file or folder instead of the experiment's text, or: synthetic.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: results/experiments/NAME]")
+@click.option("--fresh", is_flag=True, help="Throw away what these runs left before, instead of going on from it.")
+@click.option("--plot-only", is_flag=True, help="Train nothing: draw figures and write findings from what is in --out.")
+def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
+    """Run an experiment and say what came out; without NAME, list them.
+
+    Interrupted at any moment, the same command goes on from the last checkpoints.
+    """
+    from tinymoe import experiments as lab
+    from tinymoe.experiments import writeup
+    if name is None:
+        return _list_experiments(lab.EXPERIMENTS)
+    if name not in lab.EXPERIMENTS:
+        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(lab.EXPERIMENTS)}")
+    chosen, size = lab.EXPERIMENTS[name], lab.SCALES[scale or "default"]
+    out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
+    failures = {} if plot_only else _train(chosen.runs(size, seeds or size.seeds), out, text or chosen.text, jobs, fresh)
+    try:
+        click.echo(f"{len(writeup.draw(chosen, out))} figures in {out / 'figures'}")
+        path = writeup.write_findings(chosen, out)
+        results = lab.Results(chosen, out)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(_one_line(error)) from None
+    click.echo(f"\n{chosen.question}\n\n{click.wrap_text(writeup.paragraph(chosen, results), 100)}\n\nfindings in {path}")
+    if failures:
+        raise SystemExit(1)
+
+
+def _list_experiments(experiments):
+    for name, each in experiments.items():
+        click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
+    click.echo("\npython cli.py experiment NAME runs one: three seeds, under 20 minutes on two cores.")
 
 
 # -- routers ------------------------------------------------------------------------------------

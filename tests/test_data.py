@@ -65,7 +65,7 @@ def test_default_split_is_a_tenth_in_blocks_spread_over_each_domain(corpus):
 
 def test_describe_is_json_and_accounts_for_every_byte(corpus):
     described = json.loads(json.dumps(corpus.describe()))
-    assert set(described["poetry"]) == {"bytes", "sha256", "matches", "train_bytes", "valid_bytes"}
+    assert set(described["poetry"]) == {"bytes", "sha256", "matches", "entropy_rate", "train_bytes", "valid_bytes"}
     for entry in described.values():
         assert entry["train_bytes"] + entry["valid_bytes"] == entry["bytes"]
 

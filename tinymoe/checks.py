@@ -169,6 +169,8 @@ ROUTERS = {
     "sinkhorn, K = 1, training": _routed("sinkhorn", _gates, top_k=1),
     "sinkhorn, K = 2, evaluation": _routed("sinkhorn", _gates, training=False),
     "base_assignment, training": _routed("base_assignment", _gates, top_k=1),
+    "shuffled": _routed("shuffled", _gates),
+    "reinforce, training": _routed("reinforce", _gates, top_k=1),
     "sequence, prefix": _routed("sequence", _gates),
     "sequence, mean": _routed("sequence", _gates, sequence_pool="mean"),
     "expert_choice": _routed("expert_choice", _gates),
@@ -185,6 +187,7 @@ LOSSES = {
     "z_loss": _routed("top_k", losses.z_loss),
     "importance_loss": _routed("top_k", losses.importance_loss),
     "load_loss": _routed("noisy_top_k", losses.load_loss),
+    "policy_loss": _routed("reinforce", lambda r: losses.policy_loss(r, np.arange(float(r.n_tokens))), top_k=1),
 }
 
 ASSIGNMENTS = {  # (N, E) masks: the cases in which dispatch goes wrong

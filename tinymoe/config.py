@@ -72,6 +72,7 @@ class ModelConfig:
     sequence_coef: float = 0.0  # of the balance loss within each sequence
     device_coef: float = 0.0  # of the balance loss over devices
     communication_coef: float = 0.0  # of the balance of what devices receive
+    policy_coef: float = 1.0  # of the policy loss, where the router draws its choices (reinforce)
     n_devices: int = 1  # that the experts lie on, in equal runs
     max_devices: int = 1  # that a token may reach: the group_limit of a router with as many groups
     expert_backend: str = "numba"
@@ -125,7 +126,7 @@ class ModelConfig:
         require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
                 "a number above 0, or None for no limit")
         require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef "
-                "mtp_coef", finite, "a finite number of at least 0")
+                "policy_coef mtp_coef", finite, "a finite number of at least 0")
         require(self, "n_devices", lambda n: self.n_experts % n == 0, f"a divisor of n_experts {self.n_experts}")
         require(self, "max_devices", lambda n: n <= self.n_devices, f"at most n_devices {self.n_devices}")
         require(self, "device_coef communication_coef", lambda value: value == 0 or self.n_devices > 1,

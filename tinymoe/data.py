@@ -11,6 +11,7 @@ mixes two domains, jumps over a removed block, or shows training a byte that val
 Axis letters: B batch, T time, W validation windows, S spans of a domain.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -21,9 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
+from . import synthetic
+
 MAX_BYTES = 1_000_000  # of each default domain; --text is taken whole
 VALID_BLOCK = 4096  # bytes of a validation block; short texts get smaller ones
 VALID_SHARE = 10  # one byte in ten is validation
+SYNTHETIC = "synthetic"  # instead of a path: sources of known entropy
 
 EXPECTED_SHA256 = {
     "narrative": "e97a223ccaa4fe22fbd60be434ac4ebd3b9ab9082cf6b8822dcd68653c5ad841",
@@ -47,6 +51,7 @@ class Domain:
     valid: np.ndarray
     sha256: str
     matches: bool | None = None  # whether it is the text this project was measured on; None for a user's own
+    entropy_rate: float | None = None  # nats a byte that nobody can get below, where it is known
 
     @property
     def n_bytes(self):
@@ -98,7 +103,7 @@ class Corpus:
 
     def describe(self):
         """What a run's config records, ready for JSON: for each name the bytes, the hash, the split."""
-        return {d.name: {"bytes": d.n_bytes, "sha256": d.sha256, "matches": d.matches,
+        return {d.name: {"bytes": d.n_bytes, "sha256": d.sha256, "matches": d.matches, "entropy_rate": d.entropy_rate,
                          "train_bytes": int(np.diff(d.train).sum()), "valid_bytes": int(np.diff(d.valid).sum())}
                 for d in self.domains}
 
@@ -115,7 +120,7 @@ class Corpus:
 
 
 def load_corpus(text=None, seq_len=128):
-    """Read and split the corpus: the four default domains, or those found at `text`, a path.
+    """Read and split the corpus: the four default domains, or those found at `text`, a path, or SYNTHETIC.
 
     A file is one domain named after its stem. In a folder each file, and each sub-folder (its files at any
     depth, in order of path, joined by a newline), is a domain; where two stems clash the files keep their full
@@ -123,6 +128,9 @@ def load_corpus(text=None, seq_len=128):
     Raises CorpusError if a package or the path is missing, unreadable, empty or too short.
     A default domain whose hash differs from EXPECTED_SHA256 is loaded all the same; describe() tells.
     """
+    if text == SYNTHETIC:
+        return Corpus(tuple(dataclasses.replace(_domain(name, raw, seq_len, None), entropy_rate=rate)
+                            for name, raw, rate in synthetic.texts()))
     named, expected = (_default_texts(), EXPECTED_SHA256) if text is None else (_own_texts(text), {})
     try:
         return Corpus(tuple(_domain(name, raw, seq_len, expected.get(name)) for name, raw in named))

@@ -107,6 +107,18 @@ def load_loss(routing):
     return _cv_squared(routing.soft_load)
 
 
+def policy_loss(routing, nats):
+    """Mean over tokens of (cost - mean cost of the other tokens) * ln p(chosen expert): its gradient is that of the
+    expected cost (REINFORCE, Williams 1992, with a baseline that does not depend on the token's own draw).
+
+    nats (N,): what predicting each token's successor cost. What a choice does to later tokens is not credited.
+    The routing must have one expert a token, drawn from its probs.
+    """
+    n = len(nats)
+    advantage = (nats - nats.mean()) * n / max(1, n - 1)
+    return (F.log_softmax(routing.logits) * (routing.mask() * advantage[:, None]).astype(nats.dtype)).sum() * (1 / n)
+
+
 def _cv_squared(x):
     """Squared coefficient of variation: population variance / (mean^2 + 1e-10)."""
     mean = x.mean()

@@ -11,7 +11,7 @@ from .config import NORMS, ModelConfig
 from .files import CheckpointError, load_arrays, save_arrays
 from .moe import MoELayer
 from .nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
-from .routers import RouteContext
+from .routers import ROUTERS, RouteContext
 from .routing import Routing
 from .tensor import Tensor, no_grad
 
@@ -41,6 +41,7 @@ class LossTerms:
     sequence: Tensor | None = None
     device: Tensor | None = None
     communication: Tensor | None = None
+    policy: Tensor | None = None
     multi_token: Tensor | None = None
 
 
@@ -74,6 +75,12 @@ class Block(Module):
             y, routing = self.feed_forward(self.norm2(x), context)
             return x + self.post2(y), routing
         return x + self.post2(self.feed_forward(self.norm2(x))), None
+
+
+def token_nats(logits, targets):
+    """(N,) array: the cross-entropy of each row of logits (N, V) with its target, outside the graph."""
+    with no_grad():
+        return -F.gather(F.log_softmax(logits), targets.reshape(-1, 1)).data[:, 0]
 
 
 def same(x):
@@ -201,7 +208,8 @@ class Transformer(Module):
         """LossTerms of a ModelOutput whose targets (B, T) are given."""
         c = self.config
         logits = output.logits.reshape(-1, c.vocab_size)
-        total = cross_entropy = F.cross_entropy(logits, np.asarray(targets).reshape(-1))
+        targets = np.asarray(targets)
+        total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
         terms, length = {}, output.logits.shape[1]
         soft = all(r.soft_load is not None for r in output.routings)  # only while training
         for name, wanted, coefficient, loss in (
@@ -212,7 +220,8 @@ class Transformer(Module):
                 ("sequence", False, c.sequence_coef, lambda r: losses.sequence_balance_loss(r, length)),
                 ("device", False, c.device_coef, lambda r: losses.device_balance_loss(r, c.n_devices)),
                 ("communication", False, c.communication_coef,
-                 lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices))):
+                 lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices)),
+                ("policy", False, c.policy_coef * ROUTERS[c.router].sampled, lambda r: losses.policy_loss(r, token_nats(logits, targets)))):
             if output.routings and (wanted or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total
@@ -223,7 +232,6 @@ class Transformer(Module):
 
     def multi_token_loss(self, states, targets):
         """Cross-entropy of the second head: from each state (B, T, D) and its target, the target after it."""
-        targets = np.asarray(targets)
         following = self.token_embedding(targets[:, :-1])
         x = self.next_but_one(states[:, :-1], following, RouteContext(targets[:, :-1]))
         return F.cross_entropy(self.read_out(x).reshape(-1, self.config.vocab_size), targets[:, 1:].reshape(-1))

@@ -81,7 +81,7 @@ def gradient_path(model, ids, targets, seed=0):
     terms, c = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed)), model.config
     coefficients = {"cross_entropy": 1.0, "balance": c.aux_coef, "z": c.z_coef, "importance": c.importance_coef,
                     "load": c.load_coef, "sequence": c.sequence_coef, "device": c.device_coef,
-                    "communication": c.communication_coef, "multi_token": c.mtp_coef}
+                    "communication": c.communication_coef, "policy": c.policy_coef, "multi_token": c.mtp_coef}
     weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
     norms = {}
     for name, coefficient in coefficients.items():

@@ -13,11 +13,24 @@ from pathlib import Path
 import numpy as np
 
 from .files import write_whole
-from .rows import Interval, coefficient_sweep, complete_runs, load_runs, measure, over_seeds, t_interval
+from .rows import Interval, coefficient_sweep, complete_runs, gap, load_runs, measure, over_seeds, t_interval
 
 LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
 NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain information (nats)",
-         "byte_excess": "byte information (nats)", "repetition": "repetition", "weight_divergence": "weight divergence"}
+         "byte_excess": "byte information (nats)", "repetition": "repetition", "weight_divergence": "weight divergence",
+         "causal_perplexity": "causal perplexity", "val_cross_entropy": "loss routed as in training (nats)",
+         "max_violation": "MaxVio, validation set", "max_violation_batch": "MaxVio, mean over batches",
+         "dead_experts": "dead experts a layer", "drop_rate": "share of assignments dropped",
+         "lost_all": "share of bytes without any expert", "token_coverage": "coverage", "padding": "padding",
+         "train_loss": "training loss at the end (nats)", "seconds": "seconds of training", "leak": "leak (nats)",
+         "excess": "loss above the entropy of the text (nats)", "router_entropy": "router entropy (nats)",
+         "megaflops": "MFLOP a byte", "parameters": "parameters (millions)",
+         "causal_cross_entropy": "causal loss (nats)", "cross_entropy": "training loss (nats)",
+         "byte_information_excess": "byte (nats)", "class_information_excess": "byte class (nats)",
+         "position_information_excess": "position (nats)", "domain_information_excess": "domain (nats)",
+         "bigram_information_excess": "domain, by byte pairs (nats)", "function_divergence": "function divergence",
+         "drop_cost": "loss if dropped (+ nats)", "swap_cost": "if swapped (+ nats)", "force_cost": "if forced (+ nats)",
+         "noise_share": "noise in a batch's router gradient (share)"}
 CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity
     causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy
     marginal_entropy drop_rate token_coverage weight_divergence repetition mutual_information
@@ -117,9 +130,8 @@ class Study:
                              for metric, pair in product(metrics, pairs[title])), *self.claims()])
 
     def compare(self, section, metric, first, second, factor=1):
-        ours, theirs = ({run.seed: measure(run.final, metric) for run in self.groups[name]} for name in (first, second))
-        gaps = [ours[seed] - factor * theirs[seed] for seed in ours if seed in theirs]
-        return Comparison(section, metric, first, f"{factor} · " * (factor > 1) + second, t_interval(gaps))
+        interval = gap(self.groups, metric, first, second, factor)
+        return Comparison(section, metric, first, f"{factor} · " * (factor > 1) + second, interval)
 
     def claims(self):
         """Published claims, each that a difference is above 0."""

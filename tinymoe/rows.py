@@ -9,6 +9,8 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from .files import read_rows
+from .params import architecture, count
+from .routing import capacity
 
 # Numbers of one MoE layer that its row does not hold as they are.
 DERIVED = {
@@ -33,6 +35,7 @@ class Run:
     seed = property(lambda self: self.config["seed"])
     model = property(lambda self: self.config["model"])
     final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
+    measured = property(lambda self: self.summary.get("measured", {}))  # what an experiment asked of the trained model
     is_moe = property(lambda self: bool(self.final["layers"]))
 
     @property
@@ -128,6 +131,56 @@ def t_interval(values, level=0.95):
     return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
 
 
+def excess(run):
+    """Causal loss above the entropy rate of the text, in nats a byte; nan where nobody knows it."""
+    rates = [part.get("entropy_rate") for part in run.config["corpus"].values()]
+    return math.nan if None in rates else measure(run.final, "causal_cross_entropy") - float(np.mean(rates))
+
+
+def padding(run):
+    """Share of the places that a capacity limit keeps free in the experts and that no token takes; nan without a limit."""
+    model, n = run.config["model"], run.config["training"]["batch_size"] * run.config["model"]["seq_len"]
+    if model["capacity_factor"] is None:
+        return math.nan
+    places = model["n_experts"] * capacity(n, model["n_experts"], model["top_k"], model["capacity_factor"]) / n
+    taken = np.mean([sum(layer["load"]) for layer in run.final["layers"]])
+    return 1 - taken / (places * run.final["validation_tokens"])
+
+
+def megaflops(run):
+    """Forward operations for one byte, in millions, with attention over half of the window."""
+    model = run.config["model"]
+    return count(architecture(model), context=model["seq_len"] / 2)[-1].flops / 1e6
+
+
+# Numbers of a run that no row holds as they are.
+OF_RUN = {
+    "padding": padding,
+    "megaflops": megaflops,
+    "parameters": lambda run: run.config["parameters"]["total"] / 1e6,
+    "excess": excess,
+    "seconds": lambda run: run.summary["seconds"],
+    "train_loss": lambda run: run.log[-1]["cross_entropy"],  # the mean over the steps since the row before
+    "lost_all": lambda run: 1 - measure(run.final, "token_coverage"),
+    "leak": lambda run: measure(run.final, "causal_cross_entropy") - measure(run.final, "val_cross_entropy"),
+}
+
+
+def value(run, name):
+    """A number of a finished run: of the run, of what was measured at its end, or of its final row."""
+    if name in OF_RUN:
+        return float(OF_RUN[name](run))
+    if name in run.measured:
+        return math.nan if run.measured[name] is None else float(run.measured[name])
+    return measure(run.final, name)
+
+
 def over_seeds(runs, name):
-    """Interval over the seeds of one config of a number of the final rows."""
-    return t_interval([measure(run.final, name) for run in runs])
+    """Interval over the seeds of one config of a number of the finished runs."""
+    return t_interval([value(run, name) for run in runs])
+
+
+def gap(groups, name, first, second, factor=1):
+    """Interval of the differences first - factor * second of a number of two configs, paired by seed."""
+    ours, theirs = ({run.seed: value(run, name) for run in groups[config]} for config in (first, second))
+    return t_interval([ours[seed] - factor * theirs[seed] for seed in ours if seed in theirs])

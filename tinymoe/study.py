@@ -75,7 +75,8 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     """Train every run that is not complete under out/runs, `jobs` at a time. Returns the messages of those that failed.
 
     text: None for the default corpus, or a path. fresh: throw away what these runs left before.
-    on_event: called with each Event in this process. A failed run does not stop the others.
+    on_event: called with each Event in this process. A failed run does not stop the others. Runs that start from
+    others wait for them.
     Raises data.CorpusError, OSError where nothing can be written.
     """
     corpus = load_corpus(text, seq_len=all_runs[0].model.seq_len)
@@ -89,7 +90,9 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
             failures[event.run_id] = event.message
         on_event(event)
 
-    run_all(all_runs, folders, corpus, jobs, fresh, note)
+    for stage in ([run for run in all_runs if not run.start], [run for run in all_runs if run.start]):
+        if stage:
+            run_all(stage, folders, corpus, jobs, fresh, note)
     return failures
 
 

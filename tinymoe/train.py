@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -75,13 +76,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """One run as data: what to train, on what, with which seed."""
+    """One run as data: what to train, on what, with which seed.
+
+    start: a config id of the same study whose finished run of this seed gives the first weights; a mixture is
+        upcycled from a dense one. measure: measure(trainer) -> JSON-able dict, kept in the summary of the trained model.
+    """
 
     config_id: str
     purpose: str
     seed: int
     model: ModelConfig
     training: TrainConfig
+    start: str | None = None
+    measure: Callable | None = None
 
     @property
     def run_id(self):
@@ -101,17 +108,46 @@ def machine():
 def describe(run, corpus, model):
     """config.json: everything that makes the run."""
     return {"run_id": run.run_id, "config_id": run.config_id, "purpose": run.purpose, "seed": run.seed,
-            "model": run.model.to_dict(), "training": dataclasses.asdict(run.training), "corpus": corpus.describe(),
-            "domains": corpus.names, "parameters": model.count_parameters(), **machine()}
+            "model": run.model.to_dict(), "training": dataclasses.asdict(run.training), "start": run.start,
+            "corpus": corpus.describe(), "domains": corpus.names, "parameters": model.count_parameters(), **machine()}
+
+
+def load_model(folder):
+    """The model of a run's last checkpoint, a Transformer. Raises files.CheckpointError where there is none."""
+    path = Path(folder, "checkpoint.npz")
+    arrays, header = load_arrays(path, "checkpoint")
+    try:
+        model = Transformer(ModelConfig.from_dict(header["model"]))
+        for name, p in model.parameters().items():
+            p.data[...] = arrays[f"p/{name}"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
+    return model
+
+
+def first_model(run, folder):
+    """The model that a run starts with: drawn anew, or from the run in the folder beside its own that `start` names.
+
+    Raises RunError where that run is not finished, ValueError where it cannot be upcycled.
+    """
+    if run.start is None:
+        return Transformer(run.model, seed=run.seed)
+    other = Path(folder).parent / dataclasses.replace(run, config_id=run.start).run_id
+    if not (other / "summary.json").exists():
+        raise RunError(f"{run.run_id} starts from {other}, which is not finished: run the same command again")
+    trained = load_model(other)
+    if run.model == trained.config:
+        return trained
+    return Transformer.upcycle(trained, run.model, run.seed)
 
 
 class Trainer:
     """The state of a run: model, optimizer, generators and log; `advance` takes one step."""
 
-    def __init__(self, run, corpus):
+    def __init__(self, run, corpus, folder=None):
         seed = run.seed
         self.run, self.corpus = run, corpus
-        self.model = Transformer(run.model, seed=seed)
+        self.model = first_model(run, folder)
         self.parameters = self.model.parameters()
         self.optimizer = AdamW(self.parameters, weight_decay=run.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
@@ -229,7 +265,7 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        trainer = Trainer(run, corpus)  # before anything is thrown away: memory may not hold it
+        trainer = Trainer(run, corpus, folder)  # before anything is thrown away: memory may not hold it
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
             (folder / name).unlink(missing_ok=True)
         for temporary in folder.glob(".*.*"):  # of a process that was killed while it wrote
@@ -252,6 +288,8 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
             raise
         summary = {"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "steps": trainer.step,
                    "status": "complete", "seconds": round(trainer.seconds, 3), "final": final}
+        if run.measure:
+            summary["measured"] = run.measure(trainer)
         write_json(folder / "summary.json", summary)
         return summary
 
@@ -295,5 +333,5 @@ def _identity(config):
     texts = {f"corpus {name}": text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()}
     with contextlib.suppress(ValueError, TypeError, KeyError):  # a setting that is newer than the file has its default
         config = config | {"model": ModelConfig.from_dict(config["model"]).to_dict()}
-    return {"run_id": config.get("run_id")} | texts | {
+    return {"run_id": config.get("run_id"), "start": config.get("start")} | texts | {
         f"{part} {name}": value for part in ("model", "training") for name, value in config.get(part, {}).items()}

@@ -46,6 +46,7 @@ class Router(Module):
     options = ()  # ModelConfig fields that the class takes as keyword arguments
     mean_k = False  # top_k is only the mean over tokens and may be a fraction
     top_1_only = False
+    sampled = False  # while training it draws from its probs, as the policy loss needs
     has_soft_load = False  # while training its Routing carries soft_load, which the load loss needs
 
     def __init_subclass__(cls, name=None):

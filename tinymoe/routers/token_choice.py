@@ -53,13 +53,16 @@ class TopK(LinearRouter, name="top_k"):
     def _choose(self, logits, context, soft_load=None):
         probs = F.softmax(logits)
         allowed = best_groups(logits.data, self.n_groups, self.group_limit, 1)
-        chosen = largest(np.where(allowed, logits.data, -np.inf), self.top_k)
+        chosen = self._select(np.where(allowed, logits.data, -np.inf), context)
         gates = probs * chosen
         if self.renormalise:
             gates = gates / gates.sum(axis=-1, keepdims=True)
         if context.training and self.second_expert != "all":
             chosen = chosen & self._keeps_second(gates.data, context)
         return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
+
+    def _select(self, scores, context):
+        return largest(scores, self.top_k)
 
     def _keeps_second(self, gates, context):
         """(N, E) bool: all but the second choices that the policy drops."""
@@ -159,6 +162,48 @@ class Frozen(TopK, name="frozen"):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         freeze(self)
+
+
+class Shuffled(TopK, name="shuffled"):
+    """Top-K whose choices are dealt out to other tokens: the same load, but no token gets what it chose.
+
+    A null: is it balance alone that helps? With context.causal a token takes the choice of a random token of its own
+    prefix. It draws from the context's generator; without one, from a generator that starts alike in each call.
+    Raises ValueError for context.causal without ids.
+    """
+
+    paper = "–"
+    chooses = "neither"
+    causal = causal_training = False
+
+    def _select(self, scores, context):
+        chosen, rng = super()._select(scores, context), context.rng or np.random.default_rng(0)
+        if not context.causal:
+            return chosen[rng.permutation(len(chosen))]
+        if context.ids is None:
+            raise ValueError("causal shuffling needs RouteContext.ids to know where sequences begin")
+        place = np.tile(np.arange(context.ids.shape[1]), len(context.ids))
+        back = (rng.random(len(chosen)) * (place + 1)).astype(int)  # 0 to place
+        return chosen[np.arange(len(chosen)) - back]
+
+
+class Reinforce(LinearRouter, name="reinforce"):
+    """Top-1, learned by trial: while training an expert is drawn from softmax(x W), at evaluation the best is taken.
+
+    The gate is the constant 1, so that the language-model loss gives the router nothing; `losses.policy_loss`, times
+    policy_coef, does (REINFORCE, Williams 1992). Raises ValueError when training without an rng.
+    """
+
+    paper = "Williams 1992"
+    top_1_only = True
+    sampled = True
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        scores = logits.data
+        if context.training:  # the largest of logit + Gumbel noise is a draw from the softmax
+            scores = scores + noise_source(self, context).gumbel(size=scores.shape)
+        return from_mask(largest(scores, 1), Tensor(np.ones_like(logits.data)), logits, F.softmax(logits))
 
 
 def noise_source(router, context):

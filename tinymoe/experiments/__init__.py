@@ -1,0 +1,16 @@
+"""The laboratory: experiments by name. Each is data, a paragraph made from numbers and figures (base.py).
+
+To add one, make an Experiment in a file of this folder and name it here.
+"""
+
+from .architecture import dense, fine_grained, shared, surface, upcycle
+from .balancing import balance, capacity, collapse, expert_choice
+from .base import SCALES, Claim, Effect, Experiment, Results, Scale, Setting
+from .choosing import frozen, rate, reinforce, unit
+from .inside import batch, known, specialise, traffic
+
+EXPERIMENTS = {experiment.name: experiment for experiment in (
+    collapse, balance, capacity, expert_choice, shared, fine_grained, dense, surface, frozen, unit, specialise, rate, upcycle,
+    reinforce, batch, traffic, known)}
+
+__all__ = ["EXPERIMENTS", "SCALES", "Claim", "Effect", "Experiment", "Results", "Scale", "Setting"]

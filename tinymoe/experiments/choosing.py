@@ -1,0 +1,114 @@
+"""Experiments on how experts are chosen: by learning or not, for tokens or sequences, at which learning rate, by trial."""
+
+from itertools import combinations
+
+from scipy.stats import kendalltau
+
+from ..study import CONFIGS
+from . import measures
+from .base import LOSS, Claim, Effect, Experiment, Setting, against, planned
+from .figures import at_the_end, lines_by, over_steps
+
+
+def say_frozen(r):
+    learned = r.mean("causal_perplexity", "learned")
+    worse = ", ".join(f"{name} {100 * (r.mean('causal_perplexity', name) / learned - 1):+.1f}%" for name in r.groups if name != "learned")
+    return (f"Perplexity: {r.show('causal_perplexity')}; against learned routing: {worse}. Loss: {r.differences(LOSS)}.")
+
+
+def ratio(first, second, factor):
+    """factor * perplexity(second) - perplexity(first), as an Effect's function."""
+    return lambda of: factor * of("causal_perplexity", second) - of("causal_perplexity", first)
+
+
+frozen = Experiment(
+    "frozen", "Must a router learn?",
+    (Setting("learned", "top-2"), Setting("frozen", "top-2 with the first weights for ever", {"router": "frozen"}),
+     Setting("random", "drawn afresh for each byte and step", {"router": "random"}),
+     Setting("shuffled", "top-2, the choices dealt out to other bytes: the same counts", {"router": "shuffled"}),
+     Setting("hash", "by a random table of the byte", {"router": "hash"})),
+    (LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
+    planned((LOSS,), against("learned", ("frozen", "random", "shuffled", "hash"))),
+    say_frozen, {"at_the_end": at_the_end("causal_perplexity", "load_cv", "byte_excess"),
+                 "over_steps": over_steps("causal_cross_entropy")},
+    "Gates of random and hash routing are the constant 1/2; those of the others follow the router. A random or shuffled "
+    "route is drawn again at validation.",
+    (Claim(3, "A frozen router comes within 10% of a learned one in perplexity; routing drawn afresh is over 10% worse",
+           "Fan 2024 (2402.13089): +0.2% and about +19%",
+           (Effect("1.1 ppl(learned) - ppl(frozen)", ratio("frozen", "learned", 1.1)),
+            Effect("ppl(random) - 1.1 ppl(learned)", lambda of: -ratio("random", "learned", 1.1)(of)))),
+     Claim(4, "Balance alone is not enough: the same counts, shuffled, lose 10% or more in perplexity", "Fan 2024",
+           (Effect("ppl(shuffled) - 1.1 ppl(learned)", lambda of: -ratio("shuffled", "learned", 1.1)(of)),))))
+
+
+UNITS = {"token": {}, "layer": {"router": "sequence"}, "global": {"router": "sequence", "sequence_scope": "global"}}
+
+
+def say_unit(r):
+    return (f"Perplexity: {r.show('causal_perplexity')}. Loss: {r.differences(LOSS)}. Topic, as domain information: "
+            f"{r.show('mi_excess')}; {r.told_apart('mi_excess')}. Syntax, as byte information: {r.show('byte_excess')}; "
+            f"{r.told_apart('byte_excess')}.")
+
+
+unit = Experiment(
+    "unit", "Route tokens or sequences?",
+    tuple(Setting(f"{name}-K{k}", {"token": "each byte", "layer": "each prefix, in each layer",
+                                   "global": "each prefix, once for all layers"}[name] + f", top-{k}", fields | {"top_k": k})
+          for k in (1, 2) for name, fields in UNITS.items()),
+    (LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),
+    planned((LOSS, "mi_excess", "byte_excess"),
+            [pair for k in (1, 2) for pair in against(f"token-K{k}", (f"layer-K{k}", f"global-K{k}"))]),
+    say_unit, {"at_the_end": at_the_end("causal_perplexity", "mi_excess", "byte_excess")},
+    "Sequences are routed on the mean of the prefix so far, which keeps the model causal; Fan et al. pool the whole sequence. "
+    "The route can therefore change within a window.",
+    (Claim(8, "Routing tokens beats routing sequences at equal K", "Fan 2024, table 1: 9.9 against 10.7 and 11.6",
+           tuple(Effect(f"loss({name}) - loss(token), K = {k}", lambda of, name=name, k=k: of(LOSS, f"{name}-K{k}") - of(LOSS, f"token-K{k}"))
+                 for k in (1, 2) for name in ("layer", "global"))),))
+
+
+RATES = (5e-4, 1e-3, 2e-3)
+
+
+def say_rate(r):
+    orders = {rate: [name[0] for name in r.ranked(LOSS) if name.endswith(f"-{rate:g}")] for rate in RATES}
+    taus = "; ".join(
+        f"{a:g} and {b:g}: {kendalltau([orders[a].index(c) for c in orders[a]], [orders[b].index(c) for c in orders[a]])[0]:+.2f}"
+        for a, b in combinations(RATES, 2) if len(orders[a]) == len(orders[b]) > 1)
+    best = ", ".join(f"{c} {min(RATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS
+                     if all(f"{c}-{rate:g}" in r.groups for rate in RATES))
+    ranking = "; ".join(f"{rate:g}: {' < '.join(order)}" for rate, order in orders.items())
+    return (f"Ranking by mean loss at each peak rate: {ranking}. Kendall's tau between the rankings (1: the same) at {taus}. "
+            f"Each config's best rate: {best}. Loss: {r.differences(LOSS)}.")
+
+
+rate = Experiment(
+    "rate", "Does the ranking of the routers survive another learning rate?",
+    tuple(Setting(f"{c.id}-{rate:g}", f"{c.router}, top-{c.top_k}, aux {c.aux_coef:g}, peak rate {rate:g}",
+                  {"router": c.router, "top_k": c.top_k, "aux_coef": c.aux_coef}, training={"learning_rate": rate})
+          for c in CONFIGS.values() for rate in RATES),
+    (LOSS, "causal_perplexity", "load_cv"),
+    planned((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"]),
+    say_rate, {"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in RATES] for c in CONFIGS},
+                                   lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv")},
+    "A ranking of means ignores their intervals: neighbours in it need not differ.")
+
+
+def say_reinforce(r):
+    return (f"Loss: {r.show(LOSS)}. {r.differences(LOSS)}. Share of noise in the router's gradient on one batch of training text "
+            f"(variance over batches / (variance + squared mean)): {r.show('noise_share', 'top-k', 'reinforce', 'reinforce-0.1')}. "
+            f"Load CV: {r.show('load_cv')}.")
+
+
+reinforce = Experiment(
+    "reinforce", "Can policy gradients train a router?",
+    (Setting("top-k", "top-1, learned through its gate"),
+     Setting("reinforce", "a draw, learned by REINFORCE with a baseline", {"router": "reinforce"}),
+     Setting("reinforce-0.1", "the same, policy coefficient 0.1", {"router": "reinforce", "policy_coef": 0.1}),
+     Setting("frozen", "top-1 with the first weights for ever", {"router": "frozen"})),
+    (LOSS, "causal_perplexity", "load_cv", "router_entropy", "byte_excess", "noise_share"),
+    planned((LOSS,), (("reinforce", "top-k"), ("reinforce", "frozen"), ("reinforce-0.1", "frozen"), ("frozen", "top-k"))),
+    say_reinforce, {"over_steps": over_steps("causal_cross_entropy", "load_cv", "router_entropy"),
+                    "at_the_end": at_the_end(LOSS, "noise_share", names=["top-k", "reinforce", "reinforce-0.1"])},
+    "The gate of reinforce is the constant 1, that of top-1 its probability: they differ in that too. A byte's choice is "
+    "credited with that byte's loss alone. The baseline is the mean loss of the other bytes of the batch.",
+    model={"top_k": 1}, measure=measures.gradient_noise)

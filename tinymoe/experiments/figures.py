@@ -1,0 +1,106 @@
+"""The kinds of figure that experiments share, each a function of Results.
+
+A setting keeps one colour and one marker within an experiment. Points are means over seeds with 95% intervals, small
+marks the seeds; bands over steps are the seeds' range.
+"""
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from ..plots import COLOURS, DOUBLE, MARKERS, PLAIN
+from ..report import NAMES
+from ..rows import measure, over_seeds, value
+
+
+def look(results, name):
+    """Colour and marker of a setting, by its place in the experiment; colours come again with another marker."""
+    place = list(results.groups).index(name)
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
+
+
+def label(metric):
+    """What stands at the axis of a metric."""
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def legend(fig, results, names=None):
+    """The settings below the panels."""
+    handles = [Line2D([], [], label=name, **look(results, name)) for name in names or results.groups]
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+
+
+def over_steps(*metrics, names=None):
+    """Curves over the training steps: a panel for each metric, a line for each setting (or for those named)."""
+    def draw(results):
+        fig = Figure(figsize=(DOUBLE, 2.9), layout="constrained")
+        for axes, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
+            for name in names or results.groups:
+                series = [{row["step"]: measure(row, metric) for row in run.log} for run in results.groups[name]]
+                steps = sorted(set.intersection(*map(set, series)))
+                values = np.array([[one[step] for step in steps] for one in series])
+                axes.plot(steps, values.mean(axis=0), **look(results, name))
+                axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.15, lw=0,
+                                  color=look(results, name)["color"])
+            axes.set(xlabel="training step", ylabel=label(metric))
+            if metric.endswith(("cross_entropy", "perplexity")):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(MaxNLocator(6))
+                axes.yaxis.set_major_formatter(PLAIN)
+                axes.yaxis.set_minor_locator(NullLocator())
+        legend(fig, results, names)
+        return fig
+    return draw
+
+
+def at_the_end(*metrics, names=None):
+    """A panel for each metric: the settings from top to bottom, mean and interval, every seed a small mark."""
+    def draw(results):
+        chosen = names or list(results.groups)
+        fig = Figure(figsize=(DOUBLE, 0.8 + 0.26 * len(chosen)), layout="constrained")
+        for axes, metric in zip(fig.subplots(1, len(metrics), squeeze=False, sharey=True)[0], metrics):
+            for y, name in enumerate(chosen):
+                runs, style = results.groups[name], look(results, name)
+                interval = over_seeds(runs, metric)
+                axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
+                axes.plot([value(run, metric) for run in runs], [y - 0.25] * len(runs), "|", color=style["color"], ms=4)
+                axes.plot(interval.mean, y, linestyle="none", markersize=5, **style)
+            axes.set(xlabel=label(metric), ylim=(len(chosen) - 0.4, -0.6))
+            axes.set_yticks(range(len(chosen)), chosen)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        return fig
+    return draw
+
+
+def one_against_other(x, y, log_x=False):
+    """A point for each setting, with its intervals: metric y against metric x."""
+    def draw(results):
+        fig = Figure(figsize=(DOUBLE * 0.7, 3.2), layout="constrained")
+        axes = fig.subplots()
+        for name, runs in results.groups.items():
+            a, b, style = over_seeds(runs, x), over_seeds(runs, y), look(results, name)
+            axes.errorbar(a.mean, b.mean, xerr=np.nan_to_num(a.half), yerr=np.nan_to_num(b.half), linestyle="none",
+                          elinewidth=0.8, capsize=0, **style)
+        axes.set(xlabel=label(x), ylabel=label(y), **({"xscale": "log"} if log_x else {}))
+        legend(fig, results)
+        return fig
+    return draw
+
+
+def lines_by(groups_of, x_of, x_label, *metrics):
+    """A panel for each metric, lines through settings: groups_of = {line: setting ids}, x_of(setting id) -> x."""
+    def draw(results):
+        fig = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
+        for axes, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
+            for place, (line, names) in enumerate(groups_of.items()):
+                names = [name for name in names if name in results.groups]
+                found = [over_seeds(results.groups[name], metric) for name in names]
+                axes.errorbar([x_of(name) for name in names], [one.mean for one in found], label=line,
+                              yerr=np.nan_to_num([one.half for one in found]), elinewidth=0.8,
+                              color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)])
+            axes.set(xlabel=x_label, ylabel=label(metric))
+        handles, labels = axes.get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        return fig
+    return draw

@@ -1,0 +1,216 @@
+"""What is asked of a trained model besides its validation row: measure(trainer) -> a dict of numbers, for a summary."""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+from .. import comm, metrics, probes
+from ..evaluation import Validation, losses_and_routings
+from ..routing import from_mask, merge
+from ..tensor import Tensor, no_grad
+
+WINDOWS = 16  # of each domain
+DEVICES = (1, 2, 4, 8, 16)
+BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
+CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
+
+
+def windows(trainer, n=WINDOWS):
+    """A Validation of n windows of each domain."""
+    corpus, length = trainer.corpus, trainer.run.model.seq_len
+    ids, targets, domain = corpus.validation(n, length)
+    return Validation(ids, targets, domain, corpus.names, trainer.run.training.batch_size)
+
+
+# -- neighbours and later tokens ----------------------------------------------------------------
+
+def influence(trainer):
+    """What other batch mates, and later bytes, change: logits, and the share of bytes that are routed otherwise."""
+    ids = windows(trainer, 4).ids
+    mates, later = probes.batch_independence(trainer.model, ids)["other neighbours"], probes.causality(trainer.model, ids)
+    return {"mates_logits": mates.logits, "mates_rerouted": mates.tokens,
+            "later_logits": later.logits, "later_rerouted": later.tokens}
+
+
+# -- devices ------------------------------------------------------------------------------------
+
+def traffic(trainer):
+    """For each number of devices that divides the experts: bytes a byte of text sent, largest link, devices reached,
+    the slowest device's load over the mean, and microseconds a batch on the critical path; means over layers and batches."""
+    valid, config, found = windows(trainer), trainer.run.model, {}
+    routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
+    flops = 4 * config.d_model * config.expert_width
+    for n in (n for n in DEVICES if config.n_experts % n == 0):
+        parts = [comm.traffic(r, n, config.d_model) for r in routings]
+        found |= {f"sent_{n}": np.mean([t.total_bytes / len(t.reach) for t in parts]),
+                  f"link_{n}": np.mean([t.largest_link / len(t.reach) for t in parts]),
+                  f"reach_{n}": np.mean([t.reach.mean() for t in parts]),
+                  f"slowest_{n}": np.mean([t.slowest for t in parts]),
+                  f"path_{n}": np.mean([1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts])}
+    return {name: float(number) for name, number in found.items()}
+
+
+# -- the gradient that teaches a router ---------------------------------------------------------
+
+def gradient_noise(trainer, n_batches=16):
+    """How much of the gradient that prediction gives the routers on one batch is noise: its variance over batches, its
+    squared mean, and the share of the variance in their sum. Nothing for a router that does not learn.
+
+    The gradient is that of the policy loss for a router that draws, elsewhere that of the cross-entropy.
+    """
+    c, model, rng = trainer.run.training, trainer.model, np.random.default_rng([trainer.run.seed, 3])
+    weights = [layer.router.weight for layer in model.moe_parts()]
+    seen = []
+    if not all(w.requires_grad for w in weights):
+        return dict.fromkeys(("gradient_variance", "gradient_signal", "noise_share"))
+    for _ in range(n_batches):
+        ids, targets = trainer.corpus.batch(rng, c.batch_size, model.config.seq_len)
+        terms = model.loss(ids, targets, training=True, rng=rng)
+        trainer.optimizer.zero_grad()
+        (terms.cross_entropy if terms.policy is None else terms.policy).backward()
+        seen.append(np.concatenate([w.grad.ravel() for w in weights]).astype(float))
+    trainer.optimizer.zero_grad()
+    mean = np.mean(seen, axis=0)
+    variance = ((seen - mean) ** 2).sum() / (n_batches - 1)
+    signal = max((mean**2).sum() - variance / n_batches, 0.0)  # the squared mean of so many batches is biased by this
+    return {"gradient_variance": float(variance), "gradient_signal": float(signal),
+            "noise_share": float(variance / (variance + signal)) if variance else 0.0}
+
+
+# -- what experts know --------------------------------------------------------------------------
+
+def byte_class(ids):
+    """Indices into CLASSES of bytes."""
+    table = np.full(256, 5)
+    for i, letters in enumerate(("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " \t\n\r",
+                                 "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")):
+        table[list(letters.encode())] = i
+    return table[ids]
+
+
+def specialisation(trainer):
+    """Information of experts with byte, byte class, position and domain less its null, what a byte-bigram classifier
+    knows of the domain, divergences, and counterfactuals: means over layers, and the last layer's table."""
+    valid, model = windows(trainer), trainer.model
+    nats, by_layer = losses_and_routings(model, valid, causal=False)
+    layers = [information(merge(routings), valid) for routings in by_layer]
+    found = {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
+    found |= bigram_classifier(trainer.corpus, valid)
+    found["function_divergence"] = float(np.mean([function_divergence(part, model, valid) for part in model.moe_parts()]))
+    return found | counterfactuals(model, valid, nats)
+
+
+def information(routing, valid):
+    """I(expert; label) less its mean under shuffled labels, for labels of a byte; domains are shuffled over windows."""
+    length, rng, mask = valid.ids.shape[1], np.random.default_rng(0), routing.mask()
+    labels = {"byte": valid.ids.ravel(), "class": byte_class(valid.ids).ravel(),
+              "position": np.tile(np.arange(length) * 8 // length, len(valid.ids))}
+    found = {f"{name}_information_excess": _excess(mask, of, rng) for name, of in labels.items()}
+    by_window = mask.reshape(*valid.ids.shape, -1).sum(axis=1)
+    return found | {"domain_information_excess": _excess(by_window, valid.domain, rng)}
+
+
+def _excess(counts, labels, rng):
+    """Information less null of labels (U,) and a table (U, E) of how often each unit has each expert."""
+    n = int(labels.max()) + 1
+    table = np.stack([counts[labels == i].sum(axis=0) for i in range(n)])
+    return metrics.mutual_information(table) - metrics.shuffled_information(counts, labels, n, rng)
+
+
+def bigram_classifier(corpus, valid):
+    """How much of the domain two neighbouring bytes give away: the domain that a table of byte pairs, counted in the
+    training text, finds most likely for each byte. Its information with the true domain less null, and its accuracy."""
+    counts = np.stack([np.bincount(np.concatenate([_pairs(d.text[a:b].astype(int)) for a, b in d.train]),
+                                   minlength=65536) + 1.0 for d in corpus.domains])
+    guess = (counts / counts.sum(axis=1, keepdims=True)).argmax(axis=0)[_pairs(valid.ids)]  # (W, T - 1)
+    by_window = np.stack([(guess == d).sum(axis=1) for d in range(len(counts))], axis=1)
+    truth = np.repeat(valid.domain[:, None], guess.shape[1], axis=1)
+    return {"bigram_information_excess": _excess(by_window, valid.domain, np.random.default_rng(0)),
+            "bigram_accuracy": float((guess == truth).mean())}
+
+
+def _pairs(ids):
+    return ids[..., :-1] * 256 + ids[..., 1:]
+
+
+@contextmanager
+def rerouted(layer, change):
+    """Within it, the layer's router gives change(its Routing, its input (N, D) Tensor)."""
+    router = layer.router
+    layer.router = lambda x, context: change(router(x, context), x)
+    try:
+        yield
+    finally:
+        layer.router = router
+
+
+def with_gates(routing, mask, gates):
+    """A Routing of other places (N, E) bool with gates (N, E) array, and the same scores."""
+    return from_mask(mask, Tensor(gates), routing.logits, routing.probs)
+
+
+def force(e):
+    """Every token to expert e alone, with the sum of its gates."""
+    def change(routing, _):
+        mask, gates = np.zeros_like(routing.mask()), routing.to_dense().data
+        mask[:, e] = True
+        return with_gates(routing, mask, np.where(mask, gates.sum(axis=1, keepdims=True), 0).astype(gates.dtype))
+    return change
+
+
+def drop(e):
+    """Nothing from expert e."""
+    def change(routing, _):
+        mask, gates = routing.mask(), routing.to_dense().data
+        mask[:, e] = False
+        return with_gates(routing, mask, gates * mask)
+    return change
+
+
+def swap(e):
+    """The tokens of expert e to the next one, and the other way about."""
+    def change(routing, _):
+        order = np.arange(routing.n_experts)
+        other = (e + 1) % len(order)
+        order[[e, other]] = other, e
+        return with_gates(routing, routing.mask()[:, order], routing.to_dense().data[:, order])
+    return change
+
+
+def counterfactuals(model, valid, nats):
+    """By how much each change raises the loss, in nats a byte: means over experts and layers, and the spread over domains.
+
+    tables: for the last layer, (E, domains) of each change.
+    """
+    found, domains = {}, [valid.domain == d for d in range(len(valid.names))]
+    for name, change in (("drop", drop), ("swap", swap), ("force", force)):
+        tables = []
+        for layer in model.moe_parts():
+            rows = []
+            for e in range(model.config.n_experts):
+                with rerouted(layer, change(e)):
+                    rise = losses_and_routings(model, valid, causal=False)[0] - nats
+                rows.append([float(rise[d].mean(dtype=float)) for d in domains])
+            tables.append(rows)
+        found[f"{name}_cost"] = float(np.mean(tables))
+        found[f"{name}_spread"] = float(np.std(tables, axis=2).mean())  # of one expert's cost over the domains
+        found[f"{name}_table"] = tables[-1]
+    return found
+
+
+def function_divergence(layer, model, valid):
+    """Mean over pairs of experts of 1 - cosine of their outputs on the same tokens: the first batch's, in this layer."""
+    outputs = []
+
+    def look(routing, x):
+        for e in range(routing.n_experts):
+            chosen = np.zeros(routing.probs.shape, bool)
+            chosen[:, e] = True
+            outputs.append(layer.experts(x, with_gates(routing, chosen, chosen.astype(x.dtype))).data.astype(float))
+        return routing
+
+    with rerouted(layer, look), no_grad():
+        model.forward(valid.ids[:valid.batch_size])
+    unit = np.stack([y / np.linalg.norm(y, axis=1, keepdims=True) for y in outputs])  # (E, N, D)
+    cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]
+    return float(1 - cosines[np.triu_indices(len(unit), 1)].mean())
