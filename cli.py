@@ -217,6 +217,17 @@ def _list_experiments(experiments):
     click.echo("\npython cli.py experiment NAME runs one: three seeds, under 20 minutes on two cores.")
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=RESULTS / "published")
+def findings(folder):
+    """Gather FOLDER/full and FOLDER/experiments into FOLDER/FINDINGS.md: the study, ten claims, open questions."""
+    from tinymoe.experiments import EXPERIMENTS, writeup
+    try:
+        click.echo(writeup.gather(folder, EXPERIMENTS))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(_one_line(error)) from None
+
+
 # -- routers ------------------------------------------------------------------------------------
 
 @main.command()

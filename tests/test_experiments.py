@@ -5,11 +5,16 @@ import re
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import cli
+from tinymoe import ModelConfig, Tensor, Transformer, rows
 from tinymoe import experiments as lab
 from tinymoe.data import load_corpus
+from tinymoe.evaluation import Validation, losses_and_routings
 from tinymoe.experiments import EXPERIMENTS, measures, writeup
-from tinymoe.train import train
+from tinymoe.routing import from_mask
+from tinymoe.train import Trainer, train
 
 TOY = lab.Scale({"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (1,), "seq_len": 16}, 2, 2)
 
@@ -52,3 +57,159 @@ def test_what_is_planned_names_settings_and_nothing_twice():
         assert {name for _, *pair in experiment.planned for name in pair} <= set(ids), experiment.name
         assert {setting.start for setting in experiment.settings} <= {None, *ids}
     assert sorted(c.number for e in EXPERIMENTS.values() for c in e.claims) == list(range(1, 11))
+
+
+# -- verdicts --
+
+class Fake(lab.Results):
+    """Results whose numbers are given: {setting: (seeds,)}."""
+
+    def __init__(self, **numbers):
+        self.given = {name.replace("_", "-"): np.array(values, float) for name, values in numbers.items()}
+
+    def numbers(self, metric, setting):
+        return self.given[setting]
+
+
+@pytest.mark.parametrize("gaps, or_zero, verdict", [
+    ((1, 1.1, 0.9), False, "held"), ((-1, -1.1, -0.9), False, "did not hold"), ((1, -1, 0.2), False, "undecided"),
+    ((0, 0, 0), True, "held"), ((0, 0, 0), False, "did not hold"), ((1e-9, 1e-9, 1e-9), False, "held"),
+    ((-1e-9,) * 3, True, "did not hold"), ((1,), False, "undecided")])  # one seed decides nothing
+def test_a_claim_holds_where_its_whole_interval_is_above_0(gaps, or_zero, verdict):
+    claim = lab.Claim(1, "", "", (lab.Effect("a", lambda of: of("loss", "a"), or_zero),))
+    assert Fake(a=gaps).outcome(claim)[0] == verdict
+
+
+@pytest.mark.parametrize("first, second, verdict", [
+    ((1, 1, 1), (1, 1, 1), "held"), ((1, 1, 1), (1, -1, 0), "undecided"), ((1, -1, 0), (-1, -1, -1), "did not hold")])
+def test_all_effects_of_a_claim_must_hold(first, second, verdict):
+    effects = tuple(lab.Effect(name, lambda of, name=name: of("loss", name)) for name in "ab")
+    assert Fake(a=first, b=second).outcome(lab.Claim(1, "", "", effects))[0] == verdict
+
+
+def test_a_setting_without_a_run_is_named_and_decides_nothing(corpora, tmp_path):
+    experiment = EXPERIMENTS["frozen"]
+    for run in toy_runs(experiment, 1):
+        if run.config_id != "shuffled":
+            train(run, corpora[None], tmp_path / "runs" / run.run_id)
+    writeup.draw(experiment, tmp_path)
+    text = writeup.write_findings(experiment, tmp_path).read_text()
+    assert "No finding" in text and "Not finished, and so not in all numbers: shuffled." in text
+    assert re.search(r"^\| 4 .*not tested", text, re.M)
+
+
+# -- what is measured --
+
+@pytest.fixture(scope="module")
+def trainer(corpora):
+    run = next(run for run in toy_runs(EXPERIMENTS["specialise"], 1) if run.config_id == "top-1")
+    trainer = Trainer(run, corpora[None])
+    for _ in range(3):
+        trainer.advance()
+    return trainer
+
+
+def test_counterfactual_routes_by_hand():
+    gates = np.array([[.6, .4, 0], [0, .3, .7]])
+    routing = from_mask(gates > 0, Tensor(gates), Tensor(gates), Tensor(gates))
+    for change, expected in ((measures.drop(1), [[.6, 0, 0], [0, 0, .7]]), (measures.swap(1), [[.6, 0, .4], [0, .7, .3]]),
+                             (measures.swap(2), [[0, .4, .6], [.7, .3, 0]]), (measures.force(2), [[0, 0, 1], [0, 0, 1]])):
+        np.testing.assert_allclose(change(routing, None).to_dense().data, expected)
+    assert measures.drop(1)(routing, None).load.tolist() == [1, 0, 1]
+
+
+def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trainer):
+    bank, valid = trainer.model.expert_banks()[0], measures.windows(trainer, 2)
+    for p in bank.parameters().values():
+        p.data = np.repeat(p.data[:1] + 0.5, len(p.data), axis=0)
+    nats = losses_and_routings(trainer.model, valid, causal=False)[0]
+    found = measures.counterfactuals(trainer.model, valid, nats)
+    assert abs(found["swap_cost"]) < 1e-6 < abs(found["drop_cost"])
+    assert np.shape(found["drop_table"]) == (8, 4)
+    assert measures.function_divergence(trainer.model.moe_parts()[0], trainer.model, valid) == pytest.approx(0, abs=1e-6)
+
+
+def test_function_divergence_of_opposite_experts():
+    """Outputs y and -y: 1 - cosine is 2."""
+    model = Transformer(ModelConfig(n_layers=1, moe_layers=(0,), n_experts=2, top_k=1, d_model=8, d_ff=8, n_heads=2, seq_len=8))
+    bank = model.expert_banks()[0]
+    for p, sign in ((bank.w1, 1), (bank.b1, 1), (bank.w2, -1), (bank.b2, -1)):
+        p.data[1] = sign * p.data[0]
+    ids = np.arange(16).reshape(2, 8)
+    valid = Validation(ids, ids, np.array([0, 1]), ("a", "b"), 2)
+    assert measures.function_divergence(model.moe_parts()[0], model, valid) == pytest.approx(2, abs=1e-5)
+
+
+def test_byte_classes():
+    assert [measures.CLASSES[i] for i in measures.byte_class(np.frombuffer(b"aZ7 \n,\x00\xff", np.uint8))] == [
+        "lower case", "upper case", "digit", "space", "space", "punctuation", "other", "other"]
+
+
+def test_the_bigram_classifier_knows_texts_that_share_no_pair(tmp_path):
+    for name, letters in (("one", "ab"), ("two", "cd")):
+        (tmp_path / name).write_text(letters * 2000)
+    corpus = load_corpus(tmp_path, seq_len=16)
+    valid = Validation(*corpus.validation(8, 16), corpus.names, 4)
+    found = measures.bigram_classifier(corpus, valid)
+    assert found["bigram_accuracy"] == 1 and found["bigram_information_excess"] > 0.6  # ln 2 less what chance gives
+
+
+def test_information_of_an_expert_a_byte():
+    """Experts 0 and 1 by the byte's last bit, which also is its class here: ln 2; the position says nothing."""
+    rng = np.random.default_rng(0)
+    ids = np.where(rng.random((64, 16)) < .5, ord("a"), ord("B"))
+    mask = np.stack([ids.ravel() == ord("a"), ids.ravel() == ord("B")], axis=1)
+    gates = mask.astype(float)
+    valid = Validation(ids, ids, np.arange(64) % 2, ("x", "y"), 8)
+    found = measures.information(from_mask(mask, Tensor(gates), Tensor(gates), Tensor(gates)), valid)
+    assert found["byte_information_excess"] == pytest.approx(np.log(2), abs=.01)
+    assert found["class_information_excess"] == pytest.approx(np.log(2), abs=.01)
+    assert abs(found["position_information_excess"]) < .01 and abs(found["domain_information_excess"]) < .01
+
+
+def test_padding_and_excess_are_what_they_say():
+    """Capacity 2 of 4 experts for 4 tokens of top-1 (factor 2): 8 places, of which 3 are taken in each batch of 4."""
+    model = {"n_experts": 4, "top_k": 1, "seq_len": 2, "capacity_factor": 2.0}
+    final = {"layers": [{"load": [6, 0, 0, 0]}], "validation_tokens": 8, "causal_cross_entropy": 1.5}
+    run = rows.Run("a", {"model": model, "training": {"batch_size": 2}, "corpus": {"x": {"entropy_rate": 1.0}, "y": {"entropy_rate": 1.2}}},
+                   [], {"final": final})
+    assert rows.value(run, "padding") == pytest.approx(1 - 6 / 16) and rows.value(run, "excess") == pytest.approx(.4)
+
+
+# -- the commands --
+
+def test_the_list_names_every_experiment():
+    listed = CliRunner().invoke(cli.main, ["experiment"])
+    assert listed.exit_code == 0 and all(name in listed.output for name in EXPERIMENTS)
+
+
+def test_an_unknown_experiment_is_refused_in_one_line():
+    refused = CliRunner().invoke(cli.main, ["experiment", "nonsense"])
+    assert refused.exit_code == 2 and "no experiment nonsense: choose one of collapse" in refused.output
+
+
+def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
+    monkeypatch.setitem(lab.SCALES, "quick", dataclasses.replace(TOY, seeds=1))
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))
+    typed = ["experiment", "fine-grained", "--quick", "--jobs", "1", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.main, typed)
+    assert done.exit_code == 0, done.output
+    assert "Do many small experts beat few large ones?" in done.output and "Planned differences:" in done.output
+    assert (tmp_path / "out/figures/at_the_end.png").exists()
+    again = CliRunner().invoke(cli.main, [*typed, "--plot-only"])
+    assert again.exit_code == 0 and again.output.splitlines()[-1] == done.output.splitlines()[-1]
+
+
+def test_nothing_to_gather_and_nothing_to_draw_are_said(tmp_path):
+    for typed in (["findings", str(tmp_path)], ["experiment", "frozen", "--plot-only", "--out", str(tmp_path)]):
+        refused = CliRunner().invoke(cli.main, typed)
+        assert refused.exit_code == 1 and "no finished run" in refused.output
+
+
+def test_what_is_gathered_names_what_is_missing(corpora, tmp_path):
+    study = [dataclasses.replace(run, config_id=name) for run, name in zip(toy_runs(EXPERIMENTS["frozen"], 1), "AB")]
+    for run in study:
+        train(run, corpora[None], tmp_path / "full/runs" / run.run_id)
+    finish(EXPERIMENTS["fine-grained"], corpora, tmp_path / "experiments/fine-grained")
+    text = writeup.gather(tmp_path, EXPERIMENTS).read_text()
+    assert "Without finished runs, and so not here: collapse, " in text and "(`fine-grained`)" in text

@@ -207,3 +207,35 @@ def test_descending_on_the_balance_loss_alone_balances():
         loss.backward()
         logits.data = logits.data - 20 * logits.grad
     assert np.bincount(logits.data.argmax(axis=1), minlength=4).max() < 40
+
+
+# -- policy -------------------------------------------------------------------------------------
+
+def test_policy_loss_by_hand():
+    """Costs (1, 2, 6), mean 3: each less the mean of the other two is (-3, -3/2, 9/2); every choice has probability 1/2."""
+    chosen = [[1, 0], [0, 1], [1, 0]]
+    r = routing(chosen, logits=Tensor(np.zeros((3, 2)), True))
+    loss = losses.policy_loss(r, np.array([1., 2., 6.]))
+    assert loss.item() == pytest.approx((-3 - 1.5 + 4.5) * np.log(.5) / 3)
+    loss.backward()  # d ln p(chosen) / d logits = chosen - p
+    np.testing.assert_allclose(r.logits.grad, np.array([[-1.5, 1.5], [.75, -.75], [2.25, -2.25]]) / 3)
+
+
+def test_policy_loss_of_one_token_or_equal_costs_teaches_nothing():
+    for costs in ([2.], [2., 2., 2.]):
+        logits = Tensor(np.ones((len(costs), 2)), True)
+        losses.policy_loss(routing([[1, 0]] * len(costs), logits=logits), np.array(costs)).backward()
+        assert not logits.grad.any()
+
+
+def test_policy_gradients_are_those_of_the_expected_cost():
+    """Over many draws the mean gradient is that of sum over experts of p_e cost_e, worked out exactly."""
+    rng, logits = np.random.default_rng(0), np.array([[.3, -.2, .5]] * 4)
+    p, cost = np.exp(logits[0]) / np.exp(logits[0]).sum(), np.array([1., 3., 0.])
+    exact, total, n = p * (cost - p @ cost), np.zeros(3), 4000
+    for _ in range(n):
+        drawn = rng.choice(3, 4, p=p)
+        z = Tensor(logits.copy(), True)
+        losses.policy_loss(routing(np.eye(3)[drawn], logits=z), cost[drawn]).backward()
+        total += z.grad.sum(axis=0)  # the mean over four tokens that are alike
+    np.testing.assert_allclose(total / n, exact, atol=0.02)

@@ -294,6 +294,45 @@ def test_prefix_mean_has_the_right_gradient():
     assert gradcheck(routers.sequence.prefix_mean, Tensor(np.random.default_rng(0).standard_normal((2, 4, 3))))
 
 
+# -- by trial, and shuffled --------------------------------------------------------------------
+
+def test_reinforce_draws_from_its_softmax_while_training_and_takes_the_best_otherwise():
+    p = np.array([.6, .3, .1])
+    r = route(np.tile(np.log(p), (6000, 1)), "reinforce", where=context(training=True))
+    np.testing.assert_allclose(r.load / 6000, p, atol=.02)
+    assert (r.gate.data == 1).all() and not r.gate.requires_grad
+    assert route([[.1, .2, 0.], [.3, .3, .1]], "reinforce").expert.tolist() == [0, 1]  # a tie to the lowest
+
+
+def test_reinforce_learns_by_the_policy_loss_alone():
+    model, ids = Transformer(small("reinforce", aux_coef=0), seed=1), np.random.default_rng(0).integers(0, 11, (4, 7))
+    weight = model.moe_parts()[0].router.weight
+    terms = model.loss(ids[:, :-1], ids[:, 1:], training=True, rng=np.random.default_rng(0))
+    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + terms.policy.item(), rel=1e-6)
+    terms.cross_entropy.backward()
+    assert weight.grad is None
+    model.loss(ids[:, :-1], ids[:, 1:], training=True, rng=np.random.default_rng(0)).policy.backward()
+    assert np.abs(weight.grad).max() > 0
+
+
+def test_shuffled_keeps_the_load_and_takes_the_choice_from_the_token():
+    logits = np.random.default_rng(0).standard_normal((64, 4))
+    own, dealt = route(logits, "top_k", 2), route(logits, "shuffled", 2, where=context())
+    assert own.load.tolist() == dealt.load.tolist() and (dealt.coverage == 2).all()
+    assert (own.mask() != dealt.mask()).any(axis=1).mean() > .5
+    p = dealt.probs.data * dealt.mask()
+    np.testing.assert_allclose(dealt.to_dense().data, p / p.sum(axis=1, keepdims=True))
+
+
+def test_shuffled_on_the_prefix_deals_out_earlier_choices_of_the_same_sequence():
+    """Tokens 0 to 2 of a sequence choose expert 0, the others 1; the other sequence chooses 2 and 3."""
+    logits = np.eye(4)[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]]
+    for seed in range(5):
+        r = route(logits, "shuffled", 1, context(ids=np.zeros((2, 6), int), seed=seed, causal=True))
+        e = r.mask().argmax(axis=1)
+        assert (e[:3] == 0).all() and set(e[:6]) <= {0, 1} and (e[6:9] == 2).all() and set(e[6:]) <= {2, 3}
+
+
 # -- what every router promises -----------------------------------------------------------------
 
 def small(name, **changes):

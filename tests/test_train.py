@@ -284,6 +284,51 @@ def test_the_layer_where_it_began_is_named(corpus, tmp_path, monkeypatch):
         t.train(tiny("D"), corpus, tmp_path)
 
 
+# -- from another run --
+
+def dense_and_after(**changes):
+    dense = replace(tiny("A", model={"moe_layers": []}), config_id="dense")
+    return dense, replace(tiny("D", model={"activation": "gelu"}), config_id="up", start="dense", **changes)
+
+
+def test_a_run_starts_as_the_other_ended(corpus, tmp_path):
+    dense, up = dense_and_after()
+    t.train(dense, corpus, tmp_path / dense.run_id)
+    trained, model = t.load_model(tmp_path / dense.run_id), t.first_model(up, tmp_path / up.run_id)
+    ids = corpus.validation(1, 16)[0]
+    np.testing.assert_allclose(model.forward(ids).logits.data, trained.forward(ids).logits.data, atol=1e-5)
+    assert t.train(up, corpus, tmp_path / up.run_id)["status"] == "complete"
+    again = t.first_model(replace(dense, config_id="on", start="dense"), tmp_path / "on-seed0")  # the same model goes on
+    assert all((p.data == trained.parameters()[name].data).all() for name, p in again.parameters().items())
+
+
+def test_a_run_whose_start_is_missing_says_so_and_one_of_another_start_is_another(corpus, tmp_path):
+    dense, up = dense_and_after()
+    with pytest.raises(t.RunError, match="not finished"):
+        t.train(up, corpus, tmp_path / up.run_id)
+    t.train(dense, corpus, tmp_path / dense.run_id)
+    t.train(up, corpus, tmp_path / up.run_id)
+    with pytest.raises(t.RunError, match="start is dense, not None"):
+        t.train(replace(up, start=None), corpus, tmp_path / up.run_id)
+
+
+def test_what_is_measured_at_the_end_is_kept(corpus, tmp_path):
+    run = replace(tiny(), measure=lambda trainer: {"steps_seen": trainer.step})
+    assert t.train(run, corpus, tmp_path)["measured"] == {"steps_seen": 6}
+
+
+@pytest.mark.parametrize("damage", ["p/token_embedding.weight", "header"])
+def test_a_model_of_a_damaged_checkpoint(corpus, stopped, damage):
+    arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
+    if damage == "header":
+        header["model"]["n_experts"] = 3
+    else:
+        del arrays[damage]
+    files.save_arrays(stopped / "checkpoint.npz", arrays, header)
+    with pytest.raises(files.CheckpointError, match="train it again"):
+        t.load_model(stopped)
+
+
 @pytest.mark.parametrize("bad", [dict(steps=0), dict(steps=1.5), dict(steps=True), dict(batch_size="4"), dict(learning_rate="fast"),
                                  dict(learning_rate=0), dict(learning_rate=float("nan")), dict(warmup="long"), dict(warmup=2),
                                  dict(weight_decay="much"), dict(weight_decay=-1), dict(max_norm=0), dict(max_norm=float("nan"))], ids=str)
