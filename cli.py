@@ -90,7 +90,8 @@ def _runs(s, configs, seeds, steps, overrides):
     model, training = _settings(overrides)
     training = ({} if steps is None else {"steps": steps}) | training
     try:
-        return s.runs(list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS), seeds, s.TrainConfig(**training), model)
+        chosen = list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS)
+        return s.runs(chosen, seeds, s.TrainConfig(**training), model)
     except (ValueError, TypeError) as error:
         raise click.UsageError(_one_line(error)) from None
 
@@ -160,7 +161,8 @@ def _write_up(out, plot):
     click.echo("config  seeds  perplexity  (leaky)  bits per byte  load CV")
     for config_id, runs in groups.items():
         causal, leaky, bits, cv = (rows.over_seeds(runs, name).mean for name in numbers)
-        click.echo(f"{config_id:6}  {len(runs):5}  {causal:10.3f}  {f'{leaky:.3f}' if leaky != causal else '':7}  {bits:13.3f}  {cv:7.3f}")
+        leak = f"{leaky:.3f}" if leaky != causal else ""
+        click.echo(f"{config_id:6}  {len(runs):5}  {causal:10.3f}  {leak:7}  {bits:13.3f}  {cv:7.3f}")
     click.echo(f"findings in {findings}")
 
 
@@ -183,7 +185,8 @@ def _one_line(error):
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="number of cores",
               help="Runs side by side, each in a process with one thread.")
 @click.option("--text", type=click.Path(), help="A file or folder instead of the experiment's text, or: synthetic.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: results/experiments/NAME]")
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder of the results.  [default: results/experiments/NAME]")
 @click.option("--fresh", is_flag=True, help="Throw away what these runs left before, instead of going on from it.")
 @click.option("--plot-only", is_flag=True, help="Train nothing: draw figures and write findings from what is in --out.")
 def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
@@ -199,14 +202,15 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
         raise click.UsageError(f"no experiment {name}: choose one of {', '.join(lab.EXPERIMENTS)}")
     chosen, size = lab.EXPERIMENTS[name], lab.SCALES[scale or "default"]
     out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
-    failures = {} if plot_only else _train(chosen.runs(size, seeds or size.seeds), out, text or chosen.text, jobs, fresh)
+    runs = chosen.runs(size, seeds or size.seeds)
+    failures = {} if plot_only else _train(runs, out, text or chosen.text, jobs, fresh)
     try:
         click.echo(f"{len(writeup.draw(chosen, out))} figures in {out / 'figures'}")
-        path = writeup.write_findings(chosen, out)
-        results = lab.Results(chosen, out)
+        path, results = writeup.write_findings(chosen, out), lab.Results(chosen, out)
     except (ValueError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
-    click.echo(f"\n{chosen.question}\n\n{click.wrap_text(writeup.paragraph(chosen, results), 100)}\n\nfindings in {path}")
+    lines = (click.wrap_text(line, 100, subsequent_indent="  ") for line in writeup.finding(results).splitlines())
+    click.echo("\n".join(["", chosen.question, *lines, "", f"findings in {path}"]))
     if failures:
         raise SystemExit(1)
 

@@ -46,7 +46,7 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
     text = writeup.write_findings(experiment, tmp_path).read_text()
     assert "No finding" not in text and "Not finished" not in text and "not tested |" not in text
     assert all(f"| {setting.id} |" in text for setting in experiment.settings)
-    assert len(re.findall(r"^- ", text, re.M)) == len(experiment.planned)
+    assert len(re.findall(r"^- ", text.split("## Planned differences")[1], re.M)) == len(experiment.planned)
     assert writeup.write_findings(experiment, tmp_path).read_text() == text
 
 
@@ -77,6 +77,13 @@ class Fake(lab.Results):
     ((-1e-9,) * 3, True, "did not hold"), ((1,), False, "undecided")])  # one seed decides nothing
 def test_a_claim_holds_where_its_whole_interval_is_above_0(gaps, or_zero, verdict):
     claim = lab.Claim(1, "", "", (lab.Effect("a", lambda of: of("loss", "a"), or_zero),))
+    assert Fake(a=gaps).outcome(claim)[0] == verdict
+
+
+@pytest.mark.parametrize("gaps, verdict", [((1e-3, 1, 1e-3), "held"), ((0, 1, 1), "undecided"), ((0, 0, 0), "did not hold"),
+                                           ((2,), "held")])
+def test_a_number_that_is_never_negative_must_be_above_0_in_every_run(gaps, verdict):
+    claim = lab.Claim(1, "", "", (lab.Effect("a", lambda of: of("loss", "a"), never_below=True),))
     assert Fake(a=gaps).outcome(claim)[0] == verdict
 
 
@@ -194,7 +201,7 @@ def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
     typed = ["experiment", "fine-grained", "--quick", "--jobs", "1", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(cli.main, typed)
     assert done.exit_code == 0, done.output
-    assert "Do many small experts beat few large ones?" in done.output and "Planned differences:" in done.output
+    assert "Do many small experts beat few large ones?" in done.output and "Loss, from the lowest:" in done.output
     assert (tmp_path / "out/figures/at_the_end.png").exists()
     again = CliRunner().invoke(cli.main, [*typed, "--plot-only"])
     assert again.exit_code == 0 and again.output.splitlines()[-1] == done.output.splitlines()[-1]

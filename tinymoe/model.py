@@ -221,7 +221,8 @@ class Transformer(Module):
                 ("device", False, c.device_coef, lambda r: losses.device_balance_loss(r, c.n_devices)),
                 ("communication", False, c.communication_coef,
                  lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices)),
-                ("policy", False, c.policy_coef * ROUTERS[c.router].sampled, lambda r: losses.policy_loss(r, token_nats(logits, targets)))):
+                ("policy", False, c.policy_coef * ROUTERS[c.router].sampled,
+                 lambda r: losses.policy_loss(r, token_nats(logits, targets)))):
             if output.routings and (wanted or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total

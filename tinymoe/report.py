@@ -29,7 +29,9 @@ NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain 
          "byte_information_excess": "byte (nats)", "class_information_excess": "byte class (nats)",
          "position_information_excess": "position (nats)", "domain_information_excess": "domain (nats)",
          "bigram_information_excess": "domain, by byte pairs (nats)", "function_divergence": "function divergence",
-         "drop_cost": "loss if dropped (+ nats)", "swap_cost": "if swapped (+ nats)", "force_cost": "if forced (+ nats)",
+         "drop_cost": "loss if dropped (+ nats)", "swap_cost": "if swapped (+ nats)",
+         "force_cost": "if forced (+ nats)", "worst_cv": "largest load CV at any evaluation",
+         "worst_dead": "most dead experts a layer at any evaluation",
          "noise_share": "noise in a batch's router gradient (share)"}
 CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity
     causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy

@@ -138,7 +138,7 @@ def excess(run):
 
 
 def padding(run):
-    """Share of the places that a capacity limit keeps free in the experts and that no token takes; nan without a limit."""
+    """Share of the places that a capacity limit keeps in the experts and that no token takes; nan without a limit."""
     model, n = run.config["model"], run.config["training"]["batch_size"] * run.config["model"]["seq_len"]
     if model["capacity_factor"] is None:
         return math.nan
@@ -161,6 +161,8 @@ OF_RUN = {
     "excess": excess,
     "seconds": lambda run: run.summary["seconds"],
     "train_loss": lambda run: run.log[-1]["cross_entropy"],  # the mean over the steps since the row before
+    "worst_cv": lambda run: max(measure(row, "load_cv") for row in run.log),
+    "worst_dead": lambda run: max(measure(row, "dead_experts") for row in run.log),
     "lost_all": lambda run: 1 - measure(run.final, "token_coverage"),
     "leak": lambda run: measure(run.final, "causal_cross_entropy") - measure(run.final, "val_cross_entropy"),
 }

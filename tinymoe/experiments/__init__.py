@@ -10,7 +10,7 @@ from .choosing import frozen, rate, reinforce, unit
 from .inside import batch, known, specialise, traffic
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (
-    collapse, balance, capacity, expert_choice, shared, fine_grained, dense, surface, frozen, unit, specialise, rate, upcycle,
-    reinforce, batch, traffic, known)}
+    collapse, balance, capacity, expert_choice, shared, fine_grained, dense, surface, frozen, unit, specialise, rate,
+    upcycle, reinforce, batch, traffic, known)}
 
 __all__ = ["EXPERIMENTS", "SCALES", "Claim", "Effect", "Experiment", "Results", "Scale", "Setting"]

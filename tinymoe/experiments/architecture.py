@@ -1,15 +1,13 @@
-"""Experiments on what a mixture is made of: shared and small experts, dense layers beside it, sizes, and where it starts."""
+"""Experiments on what a mixture is made of: shared and small experts, dense layers, sizes, and where it starts."""
 
 from .base import LOSS, Claim, Effect, Experiment, Setting, planned
 from .figures import at_the_end, lines_by, one_against_other, over_steps
 
 
-def say_differences(r):
-    return f"Loss, from the lowest: {r.show(LOSS, *r.ranked(LOSS))}. Planned differences: {r.differences(LOSS)}."
-
-
-def say_domains(r):
-    return f"{say_differences(r)} Domain information: {r.show('mi_excess')}; {r.told_apart('mi_excess')}."
+def say_loss_and_domains(r):
+    """Loss and specialisation, with the planned differences."""
+    return [f"Loss, from the lowest: {r.show(LOSS, *r.ranked(LOSS))}; {r.differences(LOSS)}.",
+            f"Domain information: {r.show('mi_excess')}; {r.differences('mi_excess')}."]
 
 
 shared = Experiment(
@@ -21,58 +19,64 @@ shared = Experiment(
              {"n_experts": 15, "top_k": 3, "n_shared": 1}, 0.5)),
     (LOSS, "parameters", "megaflops", "load_cv", "mi_excess"),
     planned((LOSS, "mi_excess"), (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16"))),
-    say_domains, {"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
-    "At equal active and total parameters. Published signs disagree: DeepSeekMoE for a shared expert, OLMoE against. With "
-    "one routed expert the gate is raw, with several it is renormalised: that differs too.")
+    say_loss_and_domains, {"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
+    "At equal active and total parameters. Published signs disagree: DeepSeekMoE for a shared expert, OLMoE against. "
+    "With one routed expert the gate is raw, with several it is renormalised: that differs too.")
 
 fine_grained = Experiment(
     "fine-grained", "Do many small experts beat few large ones?",
-    (Setting("2-of-8", "as wide as a dense layer"), Setting("4-of-16", "half as wide", {"n_experts": 16, "top_k": 4}, 0.5),
+    (Setting("2-of-8", "as wide as a dense layer"),
+     Setting("4-of-16", "half as wide", {"n_experts": 16, "top_k": 4}, 0.5),
      Setting("8-of-32", "a quarter as wide", {"n_experts": 32, "top_k": 8}, 0.25)),
     (LOSS, "parameters", "megaflops", "seconds", "load_cv", "mi_excess"),
     planned((LOSS, "mi_excess"), (("4-of-16", "2-of-8"), ("8-of-32", "2-of-8"))),
-    say_domains, {"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
+    say_loss_and_domains, {"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
     "At equal active and total parameters but for the routers. DeepSeekMoE and OLMoE report a gain, at other scales.")
 
 
 def say_dense(r):
-    names = ("mixture", "dense-active", "dense-total")
-    return (f"Training loss over the last tenth of the steps: {r.show('train_loss')}; {r.differences('train_loss')}. "
-            f"Validation loss: {r.show(LOSS)}; {r.differences(LOSS)}. "
-            + " ".join(f"{name}: {r.mean('parameters', name):.2f} million parameters, {r.mean('megaflops', name):.2f} MFLOP a byte, "
-                       f"{r.mean('seconds', name):.0f} s of training." for name in names if name in r.groups))
+    """Loss beside what it costs."""
+    sizes = "; ".join(f"{name} {r.mean('parameters', name):.2f} million parameters, "
+                      f"{r.mean('megaflops', name):.2f} MFLOP a byte, {r.mean('seconds', name):.0f} s of training"
+                      for name in r.groups)
+    return [f"Training loss over the last tenth of the steps: {r.show('train_loss')}; {r.differences('train_loss')}.",
+            f"Validation loss: {r.show(LOSS)}; {r.differences(LOSS)}.", f"What it takes: {sizes}."]
 
 
+ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}  # a dense layer
 dense = Experiment(
     "dense", "Is a mixture worth it?",
     (Setting("mixture", "top-2 of 8 experts"),
-     Setting("dense-active", "one layer as large as the two active experts", {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}, 2),
-     Setting("dense-total", "one layer as large as all eight", {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}, 8)),
+     Setting("dense-active", "one layer as large as the two active experts", ONE_EXPERT, 2),
+     Setting("dense-total", "one layer as large as all eight", ONE_EXPERT, 8)),
     (LOSS, "train_loss", "parameters", "megaflops", "seconds"),
     planned(("train_loss", LOSS), (("mixture", "dense-active"), ("mixture", "dense-total"))),
-    say_dense, {"over_steps": over_steps("cross_entropy", "causal_cross_entropy"),
+    say_dense, {"over_steps": over_steps("dense-active", "cross_entropy", "causal_cross_entropy"),
                 "loss_against_work": one_against_other("megaflops", LOSS)},
     "A dense layer is a mixture of one expert, so nothing else differs. Seconds are of one thread beside another run; "
-    "the larger dense model does more work in each step, and steps, not seconds, are equal.",
+    "steps, not seconds, are equal.",
     (Claim(9, "A mixture beats a dense model of equal active parameters on training loss, and one of equal total "
               "parameters is better still", "Shazeer 2017; Clark 2022",
            (Effect("dense-active - mixture", lambda of: of("train_loss", "dense-active") - of("train_loss", "mixture")),
-            Effect("mixture - dense-total", lambda of: of("train_loss", "mixture") - of("train_loss", "dense-total")))),))
+            Effect("mixture - dense-total",
+                   lambda of: of("train_loss", "mixture") - of("train_loss", "dense-total")))),))
 
 
 SURFACE = {k: [f"E{e}-K{k}" for e in (2, 4, 8, 16, 32) if e >= k] for k in (1, 2, 4)}
 
 
 def n_experts(name):
+    """8 of E8-K2."""
     return int(name.split("-")[0][1:])
 
 
 def say_surface(r):
-    best = r.ranked(LOSS)
-    return (f"Lowest loss: {r.show(LOSS, *best[:3])}; highest: {r.show(LOSS, *best[-3:])}. More experts: "
-            f"{r.differences(LOSS, *(f'E32-K{k}' for k in SURFACE))}. More active experts: "
-            f"{r.differences(LOSS, *(f'E{e}-K4' for e in (4, 8, 16)))}. Parameters run from {r.mean('parameters', 'E2-K1'):.2f} "
-            f"to {r.mean('parameters', 'E32-K1'):.2f} million.")
+    """The ends of the surface, and what more experts and more active experts bring."""
+    best, sizes = r.ranked(LOSS), r.ranked("parameters")
+    return [f"Lowest loss: {r.show(LOSS, *best[:3])}; highest: {r.show(LOSS, *best[-3:])}.",
+            f"More experts: {r.differences(LOSS, *(f'E32-K{k}' for k in SURFACE))}.",
+            f"More active experts: {r.differences(LOSS, *(f'E{e}-K4' for e in (4, 8, 16)))}.",
+            f"From {r.mean('parameters', sizes[0]):.2f} to {r.mean('parameters', sizes[-1]):.2f} million parameters."]
 
 
 surface = Experiment(
@@ -83,13 +87,15 @@ surface = Experiment(
     planned((LOSS,), (*((f"E32-K{k}", f"E4-K{k}") for k in SURFACE), *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
     say_surface, {"by_experts": lines_by({f"K = {k}": names for k, names in SURFACE.items()}, n_experts, "experts",
                                          LOSS, "parameters", "seconds")},
-    "Every expert is as wide as before, so more experts are more parameters and K more active ones. K = 1 has raw gates, "
-    "K > 1 renormalised ones, and one learning rate need not suit all.")
+    "Every expert is as wide as before, so more experts are more parameters and a larger K more active ones. K = 1 has "
+    "raw gates, K > 1 renormalised ones, and one learning rate need not suit all.")
 
 
 def say_upcycle(r):
-    return (f"After equal further steps: {r.show(LOSS)}. {r.differences(LOSS)}. The dense start has had as many steps "
-            "again; `scratch-long` is a mixture from scratch with the steps of both.")
+    """The ends, and the planned differences."""
+    return [f"Loss after equal further steps: {r.show(LOSS)}.", f"{r.differences(LOSS)}.",
+            "What starts from the dense model has had its steps too; `scratch-long` is a mixture from scratch with the "
+            "steps of both."]
 
 
 upcycle = Experiment(
@@ -101,7 +107,9 @@ upcycle = Experiment(
      Setting("scratch-long", "a mixture from scratch, the steps of both", length=2)),
     (LOSS, "causal_perplexity", "load_cv", "weight_divergence"),
     planned((LOSS,), (("upcycled", "dense-on"), ("upcycled", "scratch"), ("upcycled", "scratch-long"))),
-    say_upcycle, {"over_steps": over_steps("causal_cross_entropy", names=["dense-on", "upcycled", "scratch"]),
+    say_upcycle, {"over_steps": over_steps("dense-on", "causal_cross_entropy",
+                                           names=["dense-on", "upcycled", "scratch"]),
                   "at_the_end": at_the_end(LOSS)},
-    "The learning rate warms up and falls again in the further steps. The crossover that Komatsuzaki et al. (2022) report, "
-    "where training from scratch catches up, is not to be expected at this scale. The weight divergence of copies is absolute.")
+    "The learning rate warms up and falls again in the further steps. The crossover of Komatsuzaki et al. (2022), "
+    "where training from scratch catches up, is not to be expected at this scale. The weight divergence of copies is "
+    "absolute.")

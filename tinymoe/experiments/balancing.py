@@ -9,35 +9,41 @@ COEFFICIENTS = (0, 0.001, 0.01, 0.1, 0.3)
 
 
 def say_collapse(r):
-    states = "; ".join(f"{name}: " + ", ".join(f"{n} {state}" for state, n in layer_states(runs).items())
+    """States of the layers, load, and what the cure costs."""
+    states = "; ".join(f"{name} " + ", ".join(f"{n} {state}" for state, n in layer_states(runs).items())
                        for name, runs in r.groups.items())
     alive = [name for name in coefficient_sweep(r.groups) if set(layer_states(r.groups[name])) == {"in use"}]
-    return (f"Load CV: {r.show('load_cv')}. Dead experts a layer: {r.show('dead_experts')}. What became of the layers of "
-            f"all runs: {states}. The smallest coefficient with every layer of every run in use is "
-            f"{alive[0] if alive else 'none of these'}. Loss: {r.show(LOSS)}; {r.told_apart(LOSS)}.")
+    return [f"The layers of all runs ended so: {states}. The smallest coefficient with every layer in use: "
+            f"{alive[0] if alive else 'none of these'}.",
+            f"Load CV at the end: {r.show('load_cv')}; the largest at any evaluation: {r.show('worst_cv')}.",
+            f"Dead experts a layer at the end: {r.show('dead_experts')}; the most at any evaluation: "
+            f"{r.show('worst_dead')}.",
+            f"Loss: {r.show(LOSS)}; {r.told_apart(LOSS)}."]
 
 
 collapse = Experiment(
     "collapse", "Does routing collapse without balancing, and what cures it?",
     tuple(Setting(f"aux-{c:g}", f"top-1, balance coefficient {c:g}", {"aux_coef": c}) for c in COEFFICIENTS),
-    (LOSS, "load_cv", "max_violation", "dead_experts", "mi_excess"),
+    (LOSS, "load_cv", "worst_cv", "dead_experts", "worst_dead", "mi_excess"),
     planned(("load_cv", LOSS), against("aux-0", [f"aux-{c:g}" for c in COEFFICIENTS[1:]])),
-    say_collapse, {"over_steps": over_steps("load_cv", "dead_experts", "causal_cross_entropy"),
+    say_collapse, {"over_steps": over_steps("aux-0", "load_cv", "dead_experts", "causal_cross_entropy"),
                    "at_the_end": at_the_end("load_cv", "dead_experts", LOSS)},
     "A longer run, a higher learning rate or more experts may collapse where these did not, and the other way about.",
-    (Claim(2, "Without a balance loss experts collapse: the load CV is over 3 times that at 0.01, an expert is dead at 0 "
-              "and none at 0.1", "Shazeer 2017, table 6: CV 3.0 without, 0.05 with",
+    (Claim(2, "Without a balance loss experts collapse: the load CV is over 3 times that at 0.01, an expert is dead at "
+              "0 and none at 0.1", "Shazeer 2017, table 6: CV 3.0 without, 0.05 with",
            (Effect("CV(0) - 3 CV(0.01)", lambda of: of("load_cv", "aux-0") - 3 * of("load_cv", "aux-0.01")),
-            Effect("dead(0)", lambda of: of("dead_experts", "aux-0")),
+            Effect("dead(0)", lambda of: of("dead_experts", "aux-0"), never_below=True),
             Effect("-dead(0.1)", lambda of: -of("dead_experts", "aux-0.1"), or_zero=True))),),
     {"router": "top_k", "top_k": 1})
 
 
 def say_balance(r):
+    """From the most even to the least, and from the lowest loss to the highest."""
     even = r.ranked("max_violation_batch")
-    return (f"MaxVio of a batch, from the most even: {r.show('max_violation_batch', *even)}. Loss, from the lowest: "
-            f"{r.show(LOSS, *r.ranked(LOSS))}. Against no balancing at all, loss: {r.told_apart(LOSS)}. "
-            f"MaxVio of the validation set: {r.told_apart('max_violation')}.")
+    return [f"MaxVio of a batch, from the most even: {r.show('max_violation_batch', *even)}.",
+            f"Loss, from the lowest: {r.show(LOSS, *r.ranked(LOSS))}.",
+            f"Against no balancing at all, MaxVio of the validation set: {r.told_apart('max_violation')}.",
+            f"And loss: {r.told_apart(LOSS)}."]
 
 
 balance = Experiment(
@@ -58,25 +64,29 @@ balance = Experiment(
     planned((LOSS, "max_violation"), against("none", ("aux-0.01", "sequence-0.01", "importance-load", "bias-0.01",
                                                       "sinkhorn", "base"))),
     say_balance, {"balance_against_loss": one_against_other("max_violation_batch", LOSS, log_x=True),
-                  "over_steps": over_steps("max_violation_batch", "causal_cross_entropy")},
+                  "over_steps": over_steps("none", "max_violation_batch", "causal_cross_entropy")},
     "Methods differ in their scores too (softmax, sigmoid, noise), so a difference belongs to the whole setting; "
     "Sinkhorn and the assignment balance only while training and are measured as plain top-1.",
-    (Claim(6, "The loss-free bias (rate 0.01) has less than half the MaxVio of a small balance loss (0.001), at no cost "
-              "in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3",
+    (Claim(6, "The loss-free bias (rate 0.01) has less than half the MaxVio of a small balance loss (0.001), at no "
+              "cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3",
            (Effect("MaxVio(aux 0.001) / 2 - MaxVio(bias)",
                    lambda of: of("max_violation", "aux-0.001") / 2 - of("max_violation", "bias-0.01")),
-            Effect("loss(aux 0.001) + 0.01 - loss(bias)", lambda of: of(LOSS, "aux-0.001") + 0.01 - of(LOSS, "bias-0.01")))),),
+            Effect("loss(aux 0.001) + 0.01 - loss(bias)",
+                   lambda of: of(LOSS, "aux-0.001") + 0.01 - of(LOSS, "bias-0.01")))),),
     {"top_k": 1})
 
 
 FACTORS = (0.5, 0.75, 1, 1.25, 2)
+BY_ORDER, BY_GATE = ([f"{f:g}-{policy}" for f in FACTORS] for policy in ("order", "gate"))
 
 
 def say_capacity(r):
-    return (f"Share of the assignments dropped, in order: {r.show('drop_rate', *(f'{f:g}-order' for f in FACTORS))}; "
-            f"lowest gates first: {r.show('drop_rate', *(f'{f:g}-gate' for f in FACTORS))}. With one expert a byte, what "
-            f"is dropped has lost all. Padding: {r.show('padding', *(f'{f:g}-order' for f in FACTORS))}. Loss with the "
-            f"limit on: {r.told_apart('val_cross_entropy')}. Loss of the same weights without it: {r.told_apart(LOSS)}.")
+    """Drops, padding, and the loss with the limit and without."""
+    return [f"Share of the assignments dropped, in order: {r.show('drop_rate', *BY_ORDER)}; lowest gates first: "
+            f"{r.show('drop_rate', *BY_GATE)}. With one expert a byte, a byte that is dropped has lost all.",
+            f"Padding: {r.show('padding', *BY_ORDER)}.",
+            f"Loss with the limit on: {r.told_apart('val_cross_entropy')}.",
+            f"Loss of the same weights without it: {r.told_apart(LOSS)}."]
 
 
 capacity = Experiment(
@@ -85,44 +95,48 @@ capacity = Experiment(
      *(Setting(f"{f:g}-{policy}", f"factor {f:g}, dropped by {policy}", {"capacity_factor": f, "drop_policy": policy})
        for policy in ("order", "gate") for f in FACTORS)),
     ("val_cross_entropy", LOSS, "drop_rate", "lost_all", "padding", "load_cv"),
-    planned(("val_cross_entropy", LOSS), (*against("none", [f"{f:g}-order" for f in FACTORS]),
-                                          ("0.75-order", "1.25-order"), ("0.5-gate", "0.5-order"), ("1-gate", "1-order"))),
-    say_capacity, {"by_factor": lines_by(
-        {policy: [f"{f:g}-{policy}" for f in FACTORS] for policy in ("order", "gate")},
-        lambda name: float(name.split("-")[0]), "capacity factor", "drop_rate", "padding", "val_cross_entropy", LOSS)},
-    "The limit holds within a batch of 8 windows: larger batches are more even. Loss without the limit routes every byte.",
-    (Claim(5, "Drops fall with the capacity factor (0.75 > 1 > 1.25 >= 2), are at least 25% at 0.75 for top-1, and loss at "
-              "0.75 is above that at 1.25", "GShard, Switch",
+    planned(("val_cross_entropy", LOSS),
+            (*against("none", BY_ORDER), ("0.75-order", "1.25-order"), ("0.5-gate", "0.5-order"),
+             ("1-gate", "1-order"))),
+    say_capacity, {"by_factor": lines_by({"order": BY_ORDER, "gate": BY_GATE}, lambda name: float(name.split("-")[0]),
+                                         "capacity factor", "drop_rate", "padding", "val_cross_entropy", LOSS)},
+    "The limit holds within a batch of 8 windows: larger batches are more even. Without it every byte is served.",
+    (Claim(5, "Drops fall with the capacity factor (0.75 > 1 > 1.25 >= 2) and are at least 25% at 0.75 for top-1; loss "
+              "at 0.75 is above that at 1.25", "GShard, Switch",
            (Effect("drops(0.75) - drops(1)", lambda of: of("drop_rate", "0.75-order") - of("drop_rate", "1-order")),
             Effect("drops(1) - drops(1.25)", lambda of: of("drop_rate", "1-order") - of("drop_rate", "1.25-order")),
-            Effect("drops(1.25) - drops(2)", lambda of: of("drop_rate", "1.25-order") - of("drop_rate", "2-order"), True),
-            Effect("drops(0.75) - 0.25", lambda of: of("drop_rate", "0.75-order") - 0.25, True),
+            Effect("drops(1.25) - drops(2)",
+                   lambda of: of("drop_rate", "1.25-order") - of("drop_rate", "2-order"), or_zero=True),
+            Effect("drops(0.75) - 0.25", lambda of: of("drop_rate", "0.75-order") - 0.25, or_zero=True),
             Effect("loss(0.75) - loss(1.25)",
                    lambda of: of("val_cross_entropy", "0.75-order") - of("val_cross_entropy", "1.25-order")))),),
     {"top_k": 1})
 
 
 def say_expert_choice(r):
+    """Coverage, the leak, and the cost at equal mean K."""
     chosen = [name for name in r.groups if name.startswith("c-")]
-    return (f"Coverage, routed over the batch as in training: {r.show('token_coverage', *chosen)}; load CV "
-            f"{r.show('load_cv')}. Perplexity: {r.show('causal_perplexity')}. "
-            f"At equal mean K, loss: {r.differences(LOSS)}. The leaky loss is below the causal one by {r.show('leak', *chosen)}: "
-            "the leak, and the change of rule, together.")
+    return [f"Coverage, routed over the batch as in training: {r.show('token_coverage', *chosen)}; load CV "
+            f"{r.show('load_cv')}.",
+            f"Perplexity: {r.show('causal_perplexity')}.",
+            f"Loss: {r.differences(LOSS)}.",
+            f"The leaky loss is below the causal one by {r.show('leak', *chosen)} nats: the leak, and the change of "
+            "rule, together."]
 
 
 expert_choice = Experiment(
     "expert-choice", "What does guaranteed balance cost?",
-    (*(Setting(f"c-{c:g}", f"expert choice, {c:g} experts a byte on average", {"router": "expert_choice", "top_k": c, "aux_coef": 0.0})
-       for c in (0.5, 1, 2)),
+    (*(Setting(f"c-{c:g}", f"expert choice, {c:g} experts a byte on average",
+               {"router": "expert_choice", "top_k": c, "aux_coef": 0.0}) for c in (0.5, 1, 2)),
      Setting("top-1", "top-1, balance loss 0.01", {"top_k": 1}), Setting("top-2", "top-2, balance loss 0.01")),
     (LOSS, "causal_perplexity", "leak", "token_coverage", "load_cv"),
     planned((LOSS,), (("c-1", "top-1"), ("c-2", "top-2"), ("c-0.5", "c-1"), ("c-1", "c-2"))),
     say_expert_choice, {"at_the_end": at_the_end(LOSS, "leak", "token_coverage"),
-                        "over_steps": over_steps("causal_cross_entropy", "val_cross_entropy")},
+                        "over_steps": over_steps("top-2", "causal_cross_entropy", "val_cross_entropy")},
     "The causal rule decides each byte on its prefix, which the model was not trained with.",
-    (Claim(1, "Expert choice has load CV 0 and leaves bytes uncovered: coverage(c = 1) < coverage(c = 2) < 1",
-           "Zhou 2022",
+    (Claim(1, "Expert choice has load CV 0 (below 0.01) and leaves bytes uncovered: coverage(c = 1) < coverage(c = 2) "
+              "< 1", "Zhou 2022",
            (Effect("0.01 - load CV(c = 1)", lambda of: 0.01 - of("load_cv", "c-1")),
             Effect("0.01 - load CV(c = 2)", lambda of: 0.01 - of("load_cv", "c-2")),
             Effect("coverage(2) - coverage(1)", lambda of: of("token_coverage", "c-2") - of("token_coverage", "c-1")),
-            Effect("1 - coverage(2)", lambda of: 1 - of("token_coverage", "c-2")))),))
+            Effect("1 - coverage(2)", lambda of: 1 - of("token_coverage", "c-2"), never_below=True))),))

@@ -51,11 +51,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Effect:
-    """A number that is above 0 where a claim is right. of: numbers(metric, setting id) -> array over seeds, to an array."""
+    """A number above 0 where a claim is right: of(numbers) -> (seeds,), with numbers(metric, setting id) -> (seeds,).
+
+    or_zero: 0 will do. never_below: the number cannot be below 0, so that a t-interval, which knows no bound, would
+    doubt what every run shows: it is judged by its least value over the seeds instead.
+    """
 
     what: str
     of: Callable
     or_zero: bool = False
+    never_below: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Experiment:
     """A question and how it is answered.
 
     planned: (metric, first, second) whose differences are tested, fixed before any result is looked at.
-    say: Results -> the paragraph, generated from numbers; figures: {name: Results -> Figure}.
+    say: Results -> the sentences of its finding, made from numbers; figures: {name: Results -> Figure}.
     model: fields of ModelConfig for all settings; text: the corpus, None for the default.
     measure: asked of every trained model, with the Trainer; its numbers are metrics too.
     caution: what it cannot show.
@@ -94,7 +99,8 @@ class Experiment:
 
     def runs(self, scale, seeds):
         """The runs at a Scale with seeds 0 to seeds - 1, seed by seed."""
-        return [setting.run(scale, seed, self.model, self.measure) for seed in range(seeds) for setting in self.settings]
+        return [setting.run(scale, seed, self.model, self.measure)
+                for seed in range(seeds) for setting in self.settings]
 
 
 class Results:
@@ -134,7 +140,7 @@ class Results:
                          if name in self.groups)
 
     def differences(self, metric, *firsts):
-        """The planned differences of a metric, all of them, as text; firsts: only those that begin with one of these."""
+        """The planned differences of a metric, as text; firsts: only those that begin with one of these."""
         tests = [one for one in self.tests if one.metric == metric and (not firsts or one.first in firsts)]
         return "; ".join(map(str, tests)) or "nothing to compare"
 
@@ -150,10 +156,13 @@ class Results:
         """(verdict, [(what, Interval)]) of a Claim: it held where every effect is above 0 with its interval."""
         found, words = [], set()
         for effect in claim.effects:
-            interval = t_interval(effect.of(self.numbers))
+            gaps = effect.of(self.numbers)
+            interval = t_interval(gaps)
             low, high = (interval.low, interval.high) if interval.n > 1 else (-np.inf, np.inf)
-            held = low > 0 or effect.or_zero and low >= 0
-            words.add("held" if held else "did not hold" if high < 0 or high == 0 and not effect.or_zero else "undecided")
+            if effect.never_below:
+                low, high = min(gaps), max(gaps)
+            held, failed = (low >= 0, high < 0) if effect.or_zero else (low > 0, high <= 0)
+            words.add("held" if held else "did not hold" if failed else "undecided")
             found.append((effect.what, interval))
         verdict = next(word for word in ("did not hold", "undecided", "held") if word in words)
         return verdict, found

@@ -1,4 +1,4 @@
-"""Experiments on how experts are chosen: by learning or not, for tokens or sequences, at which learning rate, by trial."""
+"""Experiments on how experts are chosen: learned or not, for tokens or sequences, at which learning rate, by trial."""
 
 from itertools import combinations
 
@@ -11,14 +11,17 @@ from .figures import at_the_end, lines_by, over_steps
 
 
 def say_frozen(r):
+    """Perplexity, and in per cent of learned routing's."""
     learned = r.mean("causal_perplexity", "learned")
-    worse = ", ".join(f"{name} {100 * (r.mean('causal_perplexity', name) / learned - 1):+.1f}%" for name in r.groups if name != "learned")
-    return (f"Perplexity: {r.show('causal_perplexity')}; against learned routing: {worse}. Loss: {r.differences(LOSS)}.")
+    worse = ", ".join(f"{name} {100 * (r.mean('causal_perplexity', name) / learned - 1):+.1f}%"
+                      for name in r.groups if name != "learned")
+    return [f"Perplexity: {r.show('causal_perplexity')}; against learned routing: {worse}.",
+            f"Loss: {r.differences(LOSS)}."]
 
 
-def ratio(first, second, factor):
-    """factor * perplexity(second) - perplexity(first), as an Effect's function."""
-    return lambda of: factor * of("causal_perplexity", second) - of("causal_perplexity", first)
+def over(name, factor=1.0):
+    """Perplexity of a setting over factor times that of learned routing, as an Effect's function."""
+    return lambda of: of("causal_perplexity", name) - factor * of("causal_perplexity", "learned")
 
 
 frozen = Experiment(
@@ -30,39 +33,45 @@ frozen = Experiment(
     (LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
     planned((LOSS,), against("learned", ("frozen", "random", "shuffled", "hash"))),
     say_frozen, {"at_the_end": at_the_end("causal_perplexity", "load_cv", "byte_excess"),
-                 "over_steps": over_steps("causal_cross_entropy")},
-    "Gates of random and hash routing are the constant 1/2; those of the others follow the router. A random or shuffled "
-    "route is drawn again at validation.",
+                 "over_steps": over_steps("learned", "causal_cross_entropy")},
+    "Gates of random and hash routing are the constant 1/2; those of the others follow the router. A random or "
+    "shuffled route is drawn again at validation.",
     (Claim(3, "A frozen router comes within 10% of a learned one in perplexity; routing drawn afresh is over 10% worse",
            "Fan 2024 (2402.13089): +0.2% and about +19%",
-           (Effect("1.1 ppl(learned) - ppl(frozen)", ratio("frozen", "learned", 1.1)),
-            Effect("ppl(random) - 1.1 ppl(learned)", lambda of: -ratio("random", "learned", 1.1)(of)))),
+           (Effect("1.1 ppl(learned) - ppl(frozen)", lambda of: -over("frozen", 1.1)(of)),
+            Effect("ppl(random) - 1.1 ppl(learned)", over("random", 1.1)))),
      Claim(4, "Balance alone is not enough: the same counts, shuffled, lose 10% or more in perplexity", "Fan 2024",
-           (Effect("ppl(shuffled) - 1.1 ppl(learned)", lambda of: -ratio("shuffled", "learned", 1.1)(of)),))))
+           (Effect("ppl(shuffled) - 1.1 ppl(learned)", over("shuffled", 1.1)),))))
 
 
-UNITS = {"token": {}, "layer": {"router": "sequence"}, "global": {"router": "sequence", "sequence_scope": "global"}}
+UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"router": "sequence"}),
+         "global": ("each prefix, once for all layers", {"router": "sequence", "sequence_scope": "global"})}
+
+
+def behind(name, k):
+    """Loss of a unit less that of routing tokens, as an Effect's function."""
+    return lambda of: of(LOSS, f"{name}-K{k}") - of(LOSS, f"token-K{k}")
 
 
 def say_unit(r):
-    return (f"Perplexity: {r.show('causal_perplexity')}. Loss: {r.differences(LOSS)}. Topic, as domain information: "
-            f"{r.show('mi_excess')}; {r.told_apart('mi_excess')}. Syntax, as byte information: {r.show('byte_excess')}; "
-            f"{r.told_apart('byte_excess')}.")
+    """Loss, topic and syntax."""
+    return [f"Perplexity: {r.show('causal_perplexity')}. Loss: {r.differences(LOSS)}.",
+            f"Topic, as domain information: {r.show('mi_excess')}; {r.told_apart('mi_excess')}.",
+            f"Syntax, as byte information: {r.show('byte_excess')}; {r.told_apart('byte_excess')}."]
 
 
 unit = Experiment(
     "unit", "Route tokens or sequences?",
-    tuple(Setting(f"{name}-K{k}", {"token": "each byte", "layer": "each prefix, in each layer",
-                                   "global": "each prefix, once for all layers"}[name] + f", top-{k}", fields | {"top_k": k})
-          for k in (1, 2) for name, fields in UNITS.items()),
+    tuple(Setting(f"{name}-K{k}", f"{what}, top-{k}", fields | {"top_k": k})
+          for k in (1, 2) for name, (what, fields) in UNITS.items()),
     (LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),
     planned((LOSS, "mi_excess", "byte_excess"),
             [pair for k in (1, 2) for pair in against(f"token-K{k}", (f"layer-K{k}", f"global-K{k}"))]),
     say_unit, {"at_the_end": at_the_end("causal_perplexity", "mi_excess", "byte_excess")},
-    "Sequences are routed on the mean of the prefix so far, which keeps the model causal; Fan et al. pool the whole sequence. "
-    "The route can therefore change within a window.",
+    "Sequences are routed on the mean of the prefix so far, which keeps the model causal and lets the route change "
+    "within a window; Fan et al. pool the whole sequence.",
     (Claim(8, "Routing tokens beats routing sequences at equal K", "Fan 2024, table 1: 9.9 against 10.7 and 11.6",
-           tuple(Effect(f"loss({name}) - loss(token), K = {k}", lambda of, name=name, k=k: of(LOSS, f"{name}-K{k}") - of(LOSS, f"token-K{k}"))
+           tuple(Effect(f"loss({name}) - loss(token), K = {k}", behind(name, k))
                  for k in (1, 2) for name in ("layer", "global"))),))
 
 
@@ -70,15 +79,15 @@ RATES = (5e-4, 1e-3, 2e-3)
 
 
 def say_rate(r):
+    """The ranking at each rate, and how alike the rankings are."""
     orders = {rate: [name[0] for name in r.ranked(LOSS) if name.endswith(f"-{rate:g}")] for rate in RATES}
-    taus = "; ".join(
-        f"{a:g} and {b:g}: {kendalltau([orders[a].index(c) for c in orders[a]], [orders[b].index(c) for c in orders[a]])[0]:+.2f}"
-        for a, b in combinations(RATES, 2) if len(orders[a]) == len(orders[b]) > 1)
-    best = ", ".join(f"{c} {min(RATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS
-                     if all(f"{c}-{rate:g}" in r.groups for rate in RATES))
-    ranking = "; ".join(f"{rate:g}: {' < '.join(order)}" for rate, order in orders.items())
-    return (f"Ranking by mean loss at each peak rate: {ranking}. Kendall's tau between the rankings (1: the same) at {taus}. "
-            f"Each config's best rate: {best}. Loss: {r.differences(LOSS)}.")
+    places = {rate: [order.index(c) for c in CONFIGS] for rate, order in orders.items()}
+    alike = ", ".join(f"{a:g} and {b:g}: {kendalltau(places[a], places[b])[0]:+.2f}" for a, b in combinations(RATES, 2))
+    best = ", ".join(f"{c} {min(RATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
+    ranking = "; ".join(f"at {rate:g}: {', '.join(order)}" for rate, order in orders.items())
+    return [f"From the lowest mean loss to the highest, {ranking}.",
+            f"Kendall's tau between these rankings (1: the same, -1: reversed), {alike}.",
+            f"The best of the three rates: {best}.", f"Loss: {r.differences(LOSS)}."]
 
 
 rate = Experiment(
@@ -94,9 +103,12 @@ rate = Experiment(
 
 
 def say_reinforce(r):
-    return (f"Loss: {r.show(LOSS)}. {r.differences(LOSS)}. Share of noise in the router's gradient on one batch of training text "
-            f"(variance over batches / (variance + squared mean)): {r.show('noise_share', 'top-k', 'reinforce', 'reinforce-0.1')}. "
-            f"Load CV: {r.show('load_cv')}.")
+    """Loss, and how noisy a lesson is."""
+    learned = [name for name in r.groups if name != "frozen"]
+    return [f"Loss: {r.show(LOSS)}. {r.differences(LOSS)}.",
+            "Share of noise in the gradient that one batch gives a router (variance over batches / (variance + squared "
+            f"mean)): {r.show('noise_share', *learned)}.",
+            f"Load CV: {r.show('load_cv')}; router entropy: {r.show('router_entropy')}."]
 
 
 reinforce = Experiment(
@@ -106,9 +118,10 @@ reinforce = Experiment(
      Setting("reinforce-0.1", "the same, policy coefficient 0.1", {"router": "reinforce", "policy_coef": 0.1}),
      Setting("frozen", "top-1 with the first weights for ever", {"router": "frozen"})),
     (LOSS, "causal_perplexity", "load_cv", "router_entropy", "byte_excess", "noise_share"),
-    planned((LOSS,), (("reinforce", "top-k"), ("reinforce", "frozen"), ("reinforce-0.1", "frozen"), ("frozen", "top-k"))),
-    say_reinforce, {"over_steps": over_steps("causal_cross_entropy", "load_cv", "router_entropy"),
+    planned((LOSS,), (("reinforce", "top-k"), ("reinforce", "frozen"), ("reinforce-0.1", "frozen"),
+                      ("frozen", "top-k"))),
+    say_reinforce, {"over_steps": over_steps("top-k", "causal_cross_entropy", "load_cv", "router_entropy"),
                     "at_the_end": at_the_end(LOSS, "noise_share", names=["top-k", "reinforce", "reinforce-0.1"])},
-    "The gate of reinforce is the constant 1, that of top-1 its probability: they differ in that too. A byte's choice is "
-    "credited with that byte's loss alone. The baseline is the mean loss of the other bytes of the batch.",
+    "The gate of reinforce is the constant 1, that of top-1 its probability: they differ in that too. A byte's choice "
+    "is credited with that byte's loss alone. The baseline is the mean loss of the other bytes of the batch.",
     model={"top_k": 1}, measure=measures.gradient_noise)

@@ -7,9 +7,9 @@ marks the seeds; bands over steps are the seeds' range.
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from ..plots import COLOURS, DOUBLE, MARKERS, PLAIN
+from ..plots import COLOURS, DOUBLE, MARKERS
 from ..report import NAMES
 from ..rows import measure, over_seeds, value
 
@@ -31,27 +31,39 @@ def legend(fig, results, names=None):
     fig.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
 
 
-def over_steps(*metrics, names=None):
-    """Curves over the training steps: a panel for each metric, a line for each setting (or for those named)."""
+def over_steps(reference, *metrics, names=None):
+    """Curves over the training steps: a panel for each metric, a line for each setting (or for those named).
+
+    Losses, whose curves would lie on one another, are drawn less the reference setting's, seed by seed.
+    """
     def draw(results):
         fig = Figure(figsize=(DOUBLE, 2.9), layout="constrained")
         for axes, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
+            relative = metric.endswith("cross_entropy")
             for name in names or results.groups:
-                series = [{row["step"]: measure(row, metric) for row in run.log} for run in results.groups[name]]
-                steps = sorted(set.intersection(*map(set, series)))
-                values = np.array([[one[step] for step in steps] for one in series])
+                steps, values = series(results, name, metric, reference if relative else None)
                 axes.plot(steps, values.mean(axis=0), **look(results, name))
                 axes.fill_between(steps, values.min(axis=0), values.max(axis=0), alpha=0.15, lw=0,
                                   color=look(results, name)["color"])
-            axes.set(xlabel="training step", ylabel=label(metric))
-            if metric.endswith(("cross_entropy", "perplexity")):
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(MaxNLocator(6))
-                axes.yaxis.set_major_formatter(PLAIN)
-                axes.yaxis.set_minor_locator(NullLocator())
+            axes.set(xlabel="training step", ylabel=label(metric) + (f"\nless that of {reference}" if relative else ""))
         legend(fig, results, names)
         return fig
     return draw
+
+
+def series(results, name, metric, reference):
+    """(steps, values (seeds, steps)) of a setting's log, less the reference's of the same seed if there is one.
+
+    Steps that all runs logged with a number.
+    """
+    def logs(setting):
+        return {run.seed: {row["step"]: measure(row, metric) for row in run.log} for run in results.groups[setting]}
+
+    own, other = logs(name), logs(reference) if reference else None
+    seeds = [seed for seed in own if other is None or seed in other]
+    parts = [own[seed] for seed in seeds] + ([other[seed] for seed in seeds] if other else [])
+    steps = [n for n in sorted(set.intersection(*map(set, parts))) if all(np.isfinite(one[n]) for one in parts)]
+    return steps, np.array([[own[seed][n] - (other[seed][n] if other else 0) for n in steps] for seed in seeds])
 
 
 def at_the_end(*metrics, names=None):

@@ -1,5 +1,5 @@
-"""Experiments that look into trained models: what experts know, who depends on whom, what a network would pay, and text
-whose truth is known."""
+"""Experiments that look into trained models: what experts know, who depends on whom, what a network would pay, and
+text whose truth is known."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,33 +9,38 @@ from ..plots import DOUBLE
 from ..rows import over_seeds
 from . import measures
 from .base import LOSS, Claim, Effect, Experiment, Setting, against, planned
-from .figures import at_the_end, look, legend, over_steps
+from .figures import at_the_end, legend, look, over_steps
 
-KNOWN = ("byte", "class", "position", "domain")
+EXPERT_CHOICE = {"router": "expert_choice", "aux_coef": 0.0}
+KNOWN = [f"{what}_information_excess" for what in ("byte", "class", "position", "domain")]
+CHANGES = ("drop", "swap", "force")
 
 
 def say_specialise(r):
-    parts = "; ".join(f"{name}: " + ", ".join(f"{label} {over_seeds(runs, f'{label}_information_excess').mean:.3f}" for label in KNOWN)
-                      for name, runs in r.groups.items())
-    return (f"Nats that the expert tells of a byte's value, class, position and domain, less the null: {parts}. A table of byte "
-            f"pairs, without any network, tells {r.show('bigram_information_excess', 'top-2')} nats of the domain. "
-            f"Random routing, whose information is 0 but for chance, gives the scale of the error. "
-            f"Weight divergence: {r.show('weight_divergence')}; function divergence: {r.show('function_divergence')}. "
-            f"Loss rises by {r.show('drop_cost')} nats where one expert is dropped, by {r.show('swap_cost')} where two are "
-            f"swapped, by {r.show('force_cost')} where all bytes are forced to one; the rise for one dropped expert varies over the domains "
-            f"with a standard deviation of {r.show('drop_spread')}. Domain information: {r.told_apart('domain_information_excess')}.")
+    """Information with each label, divergence, counterfactuals."""
+    told = "; ".join(f"{name} " + ", ".join(f"{r.mean(label, name):.3f}" for label in KNOWN) for name in r.groups)
+    return ["Nats that the expert tells of a byte's value, its class, its position and its domain, each less its null: "
+            f"{told}. Random routing tells nothing, so its numbers are the scale of the error.",
+            "A table of byte pairs counted in the training text, without any network, tells "
+            f"{r.show('bigram_information_excess', 'top-2')} nats of the domain.",
+            f"Domain information: {r.differences('domain_information_excess')}.",
+            f"Weight divergence: {r.show('weight_divergence')}; function divergence: {r.show('function_divergence')}.",
+            f"Loss rises by {r.show('drop_cost')} nats where one expert is dropped, by {r.show('swap_cost')} where two "
+            f"are swapped, by {r.show('force_cost')} where all bytes are forced to one.",
+            "The cost of one dropped expert varies over the domains with a standard deviation of "
+            f"{r.show('drop_spread')}."]
 
 
 def counterfactual_tables(r):
-    """Rise of the loss by expert and domain, last layer, seed 0: a row for each change, a column for each setting."""
+    """Rise of the loss by expert and domain, last layer, first seed: a row for each change, a column a setting."""
     names = [name for name in ("top-1", "top-2", "expert-choice") if name in r.groups]
     fig = Figure(figsize=(DOUBLE, 5.0), layout="constrained")
-    panels = fig.subplots(3, len(names), squeeze=False, sharex=True, sharey=True)
-    for row, change in zip(panels, ("drop", "swap", "force")):
+    panels = fig.subplots(len(CHANGES), len(names), squeeze=False, sharex=True, sharey=True)
+    for row, change in zip(panels, CHANGES):
         tables = [np.array(r.groups[name][0].measured[f"{change}_table"]).T for name in names]  # (domains, E)
+        least, most = min(0, *(t.min() for t in tables)), max(t.max() for t in tables)
         for axes, name, table in zip(row, names, tables):
-            image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=min(0, *(t.min() for t in tables)),
-                                vmax=max(t.max() for t in tables))
+            image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=least, vmax=most)
             axes.set_title(f"{name}: {change}")
             axes.set_yticks(range(len(table)), r.runs[0].config["domains"])
             axes.grid(False)
@@ -45,59 +50,68 @@ def counterfactual_tables(r):
     return fig
 
 
+def byte_over_domain(name):
+    """Byte information less domain information of a setting, as an Effect's function."""
+    return lambda of: of("byte_information_excess", name) - of("domain_information_excess", name)
+
+
 specialise = Experiment(
     "specialise", "What do experts know?",
     (Setting("top-1", "top-1, balance loss 0.01", {"top_k": 1}), Setting("top-2", "top-2, balance loss 0.01"),
-     Setting("expert-choice", "expert choice, 2 a byte", {"router": "expert_choice", "aux_coef": 0.0}),
+     Setting("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
      Setting("hash", "top-2 by a random table of the byte", {"router": "hash"}),
      Setting("random", "2 at random", {"router": "random"})),
-    (LOSS, *(f"{name}_information_excess" for name in (*KNOWN, "bigram")), "weight_divergence", "function_divergence",
-     "drop_cost", "swap_cost", "force_cost"),
-    planned(("domain_information_excess",), (("top-1", "random"), ("top-2", "random"), ("hash", "random"), ("top-2", "hash"))),
-    say_specialise, {"information": at_the_end(*(f"{name}_information_excess" for name in KNOWN)),
-                     "counterfactuals": counterfactual_tables},
-    "A byte gives its domain away in part, so domain information above 0 is no proof of topics: hash routing, which sees "
-    "the byte alone, shows how much comes for free. Expert choice is routed over the batch here, as in training.",
+    (LOSS, *KNOWN, "bigram_information_excess", "weight_divergence", "function_divergence",
+     *(f"{change}_cost" for change in CHANGES)),
+    planned(("domain_information_excess",),
+            (("top-1", "random"), ("top-2", "random"), ("hash", "random"), ("top-2", "hash"))),
+    say_specialise, {"information": at_the_end(*KNOWN), "counterfactuals": counterfactual_tables},
+    "A byte gives its domain away in part, so domain information above 0 is no proof of topics: hash routing, which "
+    "sees the byte alone, shows how much comes for free. Expert choice is routed over the batch here, as in training.",
     (Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the domain",
            "Jiang 2024; Xue 2024",
-           tuple(Effect(f"byte - domain, {name}", lambda of, name=name: of("byte_information_excess", name) -
-                        of("domain_information_excess", name)) for name in ("top-1", "top-2"))),),
+           tuple(Effect(f"byte - domain, {name}", byte_over_domain(name)) for name in ("top-1", "top-2"))),),
     measure=measures.specialisation)
 
 
 def say_batch(r):
-    rows = "; ".join(f"{name}: mates reroute {r.mean('mates_rerouted', name):.1%} of the bytes and change a logit by up to "
-                     f"{r.mean('mates_logits', name):.1e}, later bytes {r.mean('later_rerouted', name):.1%} and {r.mean('later_logits', name):.1e}"
-                     for name in r.groups)
-    return (f"Other batch mates, and later bytes of the own sequence, as evaluated by the rule of training: {rows}. Below 1e-4 a "
-            "change is rounding.")
+    """Who changes what."""
+    def of(name, who):
+        return (f"{r.mean(f'{who}_rerouted', name):.1%} of the bytes rerouted, a logit changed by up to "
+                f"{r.mean(f'{who}_logits', name):.1e}")
+
+    return [f"{name}: by other batch mates {of(name, 'mates')}; by later bytes of its own sequence {of(name, 'later')}."
+            for name in r.groups] + ["All by the rule of training. Below 1e-4 a change of a logit is rounding."]
 
 
 batch = Experiment(
     "batch", "Does my output depend on my neighbours?",
     (Setting("dropless", "top-2, no limit"),
      Setting("capacity-order", "top-2, capacity factor 1, earlier bytes first", {"capacity_factor": 1.0}),
-     Setting("capacity-gate", "top-2, capacity factor 1, larger gates first", {"capacity_factor": 1.0, "drop_policy": "gate"}),
-     Setting("expert-choice", "expert choice, 2 a byte", {"router": "expert_choice", "aux_coef": 0.0})),
+     Setting("capacity-gate", "top-2, capacity factor 1, larger gates first",
+             {"capacity_factor": 1.0, "drop_policy": "gate"}),
+     Setting("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE)),
     ("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
     planned(("mates_rerouted",), against("dropless", ("capacity-order", "capacity-gate", "expert-choice"))),
     say_batch, {"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits")},
     "Mates and later bytes are replaced by random bytes, which route unlike text.",
     (Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K does not",
            "Zhou 2022; Wang 2024",
-           (Effect("change by later bytes, expert choice - 1e-4", lambda of: of("later_logits", "expert-choice") - 1e-4),
+           (Effect("change by later bytes, expert choice - 1e-4",
+                   lambda of: of("later_logits", "expert-choice") - 1e-4),
             Effect("1e-4 - change by later bytes, dropless", lambda of: 1e-4 - of("later_logits", "dropless")),
             Effect("-bytes rerouted by later bytes, dropless", lambda of: -of("later_rerouted", "dropless"), True))),),
     measure=measures.influence)
 
-GROUPS = {"n_groups": 4, "group_limit": 2, "n_devices": 4, "max_devices": 2}
-
 
 def say_traffic(r):
-    return (f"On 4 devices a byte reaches {r.show('reach_4')} devices and sends {r.show('sent_4')} bytes to others and back; the "
-            f"slowest device has {r.show('slowest_4')} times the mean load; a batch takes {r.show('path_4')} microseconds at "
-            f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Sent: {r.told_apart('sent_4')}. "
-            f"Loss: {r.told_apart(LOSS)}.")
+    """Four devices in numbers."""
+    return [f"On 4 devices a byte reaches {r.show('reach_4')} devices and sends {r.show('sent_4')} bytes to others and "
+            "back.",
+            f"The slowest of them has {r.show('slowest_4')} times the mean load; a batch takes {r.show('path_4')} "
+            f"microseconds at {measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s.",
+            f"Sent: {r.differences('sent_4')}.", f"Slowest: {r.told_apart('slowest_4')}.",
+            f"Loss: {r.told_apart(LOSS)}."]
 
 
 def by_devices(r):
@@ -116,9 +130,11 @@ def by_devices(r):
     return fig
 
 
+GROUPS = {"n_groups": 4, "group_limit": 2, "n_devices": 4, "max_devices": 2}
 traffic = Experiment(
     "traffic", "What does the network pay?",
-    (Setting("none", "top-4 of 16, no balance loss", {"aux_coef": 0.0}, 0.5), Setting("aux", "balance loss 0.01", width=0.5),
+    (Setting("none", "top-4 of 16, no balance loss", {"aux_coef": 0.0}, 0.5),
+     Setting("aux", "balance loss 0.01", width=0.5),
      Setting("capacity", "balance loss, capacity factor 1.25", {"capacity_factor": 1.25}, 0.5),
      Setting("groups", "balance loss, 2 of 4 groups", GROUPS, 0.5),
      Setting("groups-balanced", "the same, with device and communication balance, 0.01 each",
@@ -126,27 +142,31 @@ traffic = Experiment(
     (LOSS, "reach_4", "sent_4", "link_4", "slowest_4", "path_4", "sent_16", "slowest_16", "path_16"),
     planned(("sent_4", "slowest_4", LOSS), against("aux", ("none", "capacity", "groups", "groups-balanced"))),
     say_traffic, {"by_devices": by_devices},
-    "Simulated from the routing of validation batches: a phase lasts until its busiest device is done, and nothing overlaps. "
-    "Groups are laid on 4 devices; on 16 each device has one expert.",
+    "Simulated from the routing of validation batches: a phase lasts until its busiest device is done, and nothing "
+    "overlaps. Groups are laid on 4 devices; on 16 each device has one expert.",
     model={"n_experts": 16, "top_k": 4}, measure=measures.traffic)
 
 
 def say_known(r):
-    return (f"Loss above the entropy of the text: {r.show('excess')}. {r.differences('excess')}. Information between expert and true "
-            f"source, less its null: {r.show('mi_excess')} nats of the {np.log(4):.3f} that there are; {r.told_apart('mi_excess')}. With "
-            f"the letter: {r.show('byte_excess')}.")
+    """The floor, and who finds the source."""
+    return [f"Loss above the entropy of the text: {r.show('excess')}. {r.differences('excess')}.",
+            f"Of the {np.log(4):.3f} nats that the source has, the expert tells, less its null: {r.show('mi_excess')}; "
+            f"{r.differences('mi_excess')}.",
+            f"Of the letter it tells {r.show('byte_excess')}."]
 
 
+MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]
 known = Experiment(
     "known", "Do experts find a source that is known to be there?",
     (Setting("top-1", "top-1, balance loss 0.01", {"top_k": 1}), Setting("top-2", "top-2, balance loss 0.01"),
-     Setting("expert-choice", "expert choice, 2 a byte", {"router": "expert_choice", "aux_coef": 0.0}),
+     Setting("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
      Setting("hash", "top-2 by a random table of the byte", {"router": "hash"}),
      Setting("dense", "no experts", {"moe_layers": ()})),
     (LOSS, "excess", "mi_excess", "byte_excess", "load_cv"),
     planned(("excess", "mi_excess"), (("top-1", "hash"), ("top-2", "hash"))) + (("excess", "top-2", "dense"),),
-    say_known, {"over_steps": over_steps("causal_cross_entropy", "mi_excess", names=["top-1", "top-2", "expert-choice", "hash"]),
-                "at_the_end": at_the_end("excess", "mi_excess", names=["top-1", "top-2", "expert-choice", "hash"])},
-    "The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter alone says nothing of its "
-    "source. A reader who knows the source pays the entropy; one who must find it out pays at most ln 4 nats more in a whole window.",
+    say_known, {"over_steps": over_steps("top-2", "causal_cross_entropy", "mi_excess", names=MIXTURES),
+                "at_the_end": at_the_end("excess", "mi_excess", names=MIXTURES)},
+    "The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter alone says "
+    "nothing of its source. A reader who knows the source pays the entropy; one who must find it out pays at most ln 4 "
+    "nats more in a whole window.",
     text=SYNTHETIC)

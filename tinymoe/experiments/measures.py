@@ -27,7 +27,8 @@ def windows(trainer, n=WINDOWS):
 def influence(trainer):
     """What other batch mates, and later bytes, change: logits, and the share of bytes that are routed otherwise."""
     ids = windows(trainer, 4).ids
-    mates, later = probes.batch_independence(trainer.model, ids)["other neighbours"], probes.causality(trainer.model, ids)
+    mates = probes.batch_independence(trainer.model, ids)["other neighbours"]
+    later = probes.causality(trainer.model, ids)
     return {"mates_logits": mates.logits, "mates_rerouted": mates.tokens,
             "later_logits": later.logits, "later_rerouted": later.tokens}
 
@@ -35,8 +36,8 @@ def influence(trainer):
 # -- devices ------------------------------------------------------------------------------------
 
 def traffic(trainer):
-    """For each number of devices that divides the experts: bytes a byte of text sent, largest link, devices reached,
-    the slowest device's load over the mean, and microseconds a batch on the critical path; means over layers and batches."""
+    """For each number of devices that divides the experts: bytes sent for a byte of text, on the largest link too,
+    devices reached, the slowest device's load over the mean, microseconds a batch; means over layers and batches."""
     valid, config, found = windows(trainer), trainer.run.model, {}
     routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
     flops = 4 * config.d_model * config.expert_width
@@ -96,7 +97,8 @@ def specialisation(trainer):
     layers = [information(merge(routings), valid) for routings in by_layer]
     found = {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
     found |= bigram_classifier(trainer.corpus, valid)
-    found["function_divergence"] = float(np.mean([function_divergence(part, model, valid) for part in model.moe_parts()]))
+    divergences = [function_divergence(part, model, valid) for part in model.moe_parts()]
+    found["function_divergence"] = float(np.mean(divergences))
     return found | counterfactuals(model, valid, nats)
 
 
@@ -178,10 +180,8 @@ def swap(e):
 
 
 def counterfactuals(model, valid, nats):
-    """By how much each change raises the loss, in nats a byte: means over experts and layers, and the spread over domains.
-
-    tables: for the last layer, (E, domains) of each change.
-    """
+    """By how much each change raises the loss, in nats a byte: means over experts and layers, the spread of one
+    expert's cost over the domains, and for the last layer a table (E, domains)."""
     found, domains = {}, [valid.domain == d for d in range(len(valid.names))]
     for name, change in (("drop", drop), ("swap", swap), ("force", force)):
         tables = []
@@ -199,7 +199,7 @@ def counterfactuals(model, valid, nats):
 
 
 def function_divergence(layer, model, valid):
-    """Mean over pairs of experts of 1 - cosine of their outputs on the same tokens: the first batch's, in this layer."""
+    """Mean over pairs of experts of 1 - cosine of their outputs on the same tokens, those of the first batch."""
     outputs = []
 
     def look(routing, x):

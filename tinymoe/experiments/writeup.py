@@ -1,4 +1,4 @@
-"""FINDINGS.md and the figures of one experiment, from its rows, and the document that gathers the study and all of them."""
+"""FINDINGS.md and the figures of one experiment, from its rows, and the document that gathers the study and all."""
 
 import math
 from pathlib import Path
@@ -14,6 +14,7 @@ HOW_TO_READ = """Loss is causal validation cross-entropy in nats a byte unless s
 prefix alone). ± and brackets are 95% t-intervals over seeds, differences paired by seed. A difference is *clear* \
 when its interval excludes 0 after Holm's correction over the {n} planned here, *suggestive* when it excludes 0 \
 before it only, otherwise *undecided*, which does not mean equal."""
+CLAIMS = ["claim", "what it says (published by)", "effects, each above 0 where it is right [95%]", "here", "experiment"]
 
 
 def draw(experiment, folder):
@@ -26,56 +27,60 @@ def draw(experiment, folder):
     return paths
 
 
+def label(metric):
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
 def settings_table(results):
     """Every setting with its numbers, as Markdown."""
-    metrics = results.experiment.metrics
-    what = {setting.id: setting.what for setting in results.experiment.settings}
-    return table(["setting", "what", *(NAMES.get(m, m.replace("_", " ")) for m in metrics)],
-                 [[name, what[name], *(text(runs, metric) for metric in metrics)] for name, runs in results.groups.items()])
+    metrics, settings = results.experiment.metrics, {s.id: s.what for s in results.experiment.settings}
+    rows = [[name, settings[name], *(text(runs, metric) for metric in metrics)]
+            for name, runs in results.groups.items()]
+    return table(["setting", "what", *map(label, metrics)], rows)
 
 
 def about(results):
     """What the runs share: their number, length and size, as a sentence."""
     run, seeds = results.runs[0], sorted({run.seed for run in results.runs})
     model, steps = run.model, sorted({run.summary["steps"] for run in results.runs})
-    return (f"{len(results.groups)} settings, seeds {', '.join(map(str, seeds))}; {' and '.join(f'{n:,}' for n in steps)} steps of "
-            f"{run.config['training']['batch_size']} windows of {model['seq_len']} bytes; d_model {model['d_model']}, "
-            f"d_ff {model['d_ff']}, {model['n_layers']} layers; text: {', '.join(run.config['domains'])}.")
+    return (f"{len(results.groups)} settings, seeds {', '.join(map(str, seeds))}; "
+            f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
+            f"{model['seq_len']} bytes; d_model {model['d_model']}, d_ff {model['d_ff']}, {model['n_layers']} layers; "
+            f"text: {', '.join(run.config['domains'])}.")
 
 
-def missing(experiment, results):
+def missing(results):
     """A warning about settings or seeds that are not finished; empty where all are there."""
-    ids = [s.id for s in experiment.settings if s.id not in results.groups or
-           len(results.groups[s.id]) < max(map(len, results.groups.values()))]
+    most = max(map(len, results.groups.values()))
+    ids = [s.id for s in results.experiment.settings if len(results.groups.get(s.id, [])) < most]
     return f"**Not finished, and so not in all numbers: {', '.join(ids)}.**" if ids else ""
 
 
-def paragraph(experiment, results):
-    """What the experiment says: only where every setting has a run."""
-    if any(s.id not in results.groups for s in experiment.settings):
+def finding(results):
+    """The sentences of the experiment, as a Markdown list; only where every setting has a run."""
+    if any(s.id not in results.groups for s in results.experiment.settings):
         return "No finding: a setting has no finished run."
-    return experiment.say(results)
+    return "\n".join(f"- {sentence}" for sentence in results.experiment.say(results))
 
 
 def claim_rows(results):
-    """Rows for the table of claims: number, claim, published, effects with intervals, verdict, runs."""
+    """Rows for the table of claims: number, claim, effects with intervals, verdict, experiment."""
     rows = []
     for claim in results.experiment.claims:
         try:
             verdict, found = results.outcome(claim)
         except KeyError:  # a setting without a finished run
             verdict, found = "not tested", []
-        numbers = "<br>".join(f"{what} = {signed(one.mean)}" + (f" [{signed(one.low)}, {signed(one.high)}]" if math.isfinite(one.half)
-                                                               else "") for what, one in found)
-        rows.append([str(claim.number), f"{claim.text} ({claim.published})", numbers, verdict, results.experiment.name])
-    return sorted(rows, key=lambda row: int(row[0]))
+        numbers = "<br>".join(f"{what} = {interval(one)}" for what, one in found)
+        rows.append([str(claim.number), f"{claim.text} ({claim.published})", numbers, f"**{verdict}**",
+                     results.experiment.name])
+    return rows
 
 
-def signed(x):
-    return f"{x:+.2e}" if 0 < abs(x) < 1e-3 else f"{x:+.3f}"
-
-
-CLAIMS_HEADER = ["claim", "what it says (published by)", "effects, each above 0 where it is right [95%]", "here", "experiment"]
+def interval(one):
+    """`+0.123 [+0.100, +0.146]`, with powers of ten for what is small."""
+    mean, low, high = (f"{x:+.2e}" if 0 < abs(x) < 1e-3 else f"{x:+.3f}" for x in (one.mean, one.low, one.high))
+    return f"{mean} [{low}, {high}]" if math.isfinite(one.half) else mean
 
 
 def write_findings(experiment, folder):
@@ -84,23 +89,29 @@ def write_findings(experiment, folder):
     images = [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in experiment.figures
               if Path(folder, "figures", f"{name}.png").exists()]
     claims = claim_rows(results)
-    parts = [f"# {experiment.name}: {experiment.question}", about(results), missing(experiment, results),
-             paragraph(experiment, results), settings_table(results), *images,
-             *(["## Claims", table(CLAIMS_HEADER, claims)] if claims else []),
-             "## Planned differences", "\n".join(f"- {NAMES.get(one.metric, one.metric)}: {one}" for one in results.tests),
-             HOW_TO_READ.format(n=len(results.tests)), f"What it cannot show: {experiment.caution}",
-             f"Runs: {run_ids(results.runs)}."]
+    parts = [f"# {experiment.name}: {experiment.question}", about(results), missing(results), finding(results),
+             f"What it cannot show: {experiment.caution}", settings_table(results), *images,
+             *(["## Claims", table(CLAIMS, claims)] if claims else []),
+             "## Planned differences", "\n".join(f"- {label(one.metric)}: {one}" for one in results.tests),
+             HOW_TO_READ.format(n=len(results.tests)), f"Runs: {run_ids(results.runs)}."]
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 
-OPEN = """Published signs disagree on these, so they are questions here and not claims: the interval is what three seeds of a small \
-model say, no more."""
-CANNOT = """A few hundred steps of a model of about a million parameters on three megabytes of bytes, three seeds, one learning rate (but for \
-`rate`): differences of 1 to 3% in perplexity are within the scatter of seeds. Speed-ups of training by factors, the stability that the z-loss \
-gives at low precision, and the crossover of upcycling are not to be seen at this scale. A t-interval of three seeds assumes normal scatter. \
-Within an experiment Holm's correction holds over its planned differences; over all experiments together nothing corrects, and the ten claims \
-are ten looks."""
+# -- the whole ----------------------------------------------------------------------------------
+
+ORIGIN = """Generated from the rows of the study (`full/`) and of the experiments (`experiments/`), each of which has \
+a document of its own with its tables, figures and planned differences."""
+VERDICTS = """A claim *held* where every effect that it needs is above 0 with its whole 95% interval over paired \
+seeds, *did not hold* where one is below with its whole interval, and is *undecided* otherwise. A number that \
+cannot be negative (dead experts, 1 - coverage) counts where it is above 0 in every run."""
+OPEN = """Published signs disagree on many of these: the interval is what three seeds of a small model say, no more."""
+CANNOT = """A few hundred steps of a model of about half a million parameters on three megabytes of text, three seeds, \
+one learning rate (but for `rate`): differences of 1 to 3% in perplexity are within the scatter of seeds. Speed-ups of \
+training by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling are not to \
+be seen at this scale. A t-interval of three seeds assumes normal scatter, which three seeds cannot check. Within an \
+experiment Holm's correction holds over its planned differences; over all experiments together nothing corrects, and \
+the ten claims are ten looks."""
 
 
 def gather(published, experiments):
@@ -108,30 +119,27 @@ def gather(published, experiments):
 
     Raises ValueError where the study has no finished run; experiments without one are named as missing.
     """
-    study, found, absent = Study(Path(published, "full")), {}, []
+    study, found, absent = Study(Path(published, "full")), [], []
     for experiment in experiments.values():
         try:
-            found[experiment.name] = Results(experiment, Path(published, "experiments", experiment.name))
+            found.append(Results(experiment, Path(published, "experiments", experiment.name)))
         except ValueError:
             absent.append(experiment.name)
-    claims = [row for results in found.values() for row in claim_rows(results)]
-    parts = ["# Findings", "Generated from the rows of the study (`full/`) and of the experiments (`experiments/`), each of which has a "
-             "document of its own with its tables, figures and planned differences.",
-             *[f"**Without finished runs, and so not here: {', '.join(absent)}.**"] * bool(absent),
-             "## The three questions of the study", "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
-             "## Ten claims of the literature",
-             "A claim *held* where every effect that it needs is above 0 with its whole 95% interval over paired seeds, *did not hold* where one is "
-             "below with its whole interval, and is *undecided* otherwise.",
-             table(CLAIMS_HEADER, sorted(claims, key=lambda row: int(row[0]))),
-             "## Open questions, experiment by experiment", OPEN,
-             *(section(results) for results in found.values()), "## What this scale cannot show", CANNOT]
+    claims = sorted((row for results in found for row in claim_rows(results)), key=lambda row: int(row[0]))
+    parts = ["# Findings", ORIGIN,
+             f"**Without finished runs, and so not here: {', '.join(absent)}.**" if absent else "",
+             "## The three questions of the study",
+             "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
+             "## Ten claims of the literature", VERDICTS, table(CLAIMS, claims),
+             "## The laboratory, experiment by experiment", OPEN, *map(section, found),
+             "## What this scale cannot show", CANNOT]
     path = Path(published, "FINDINGS.md")
-    write_whole(path, "\n\n".join(parts) + "\n")
+    write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 
 def section(results):
     """One experiment in the gathered document."""
     e = results.experiment
-    return (f"### {e.question} (`{e.name}`)\n\n{paragraph(e, results)} {e.caution}\n\n"
-            f"Runs: {run_ids(results.runs)}, in [experiments/{e.name}](experiments/{e.name}/FINDINGS.md).")
+    return (f"### {e.question} (`{e.name}`)\n\n{finding(results)}\n\n{e.caution} Runs: {run_ids(results.runs)}, in "
+            f"[experiments/{e.name}](experiments/{e.name}/FINDINGS.md).")
