@@ -44,8 +44,10 @@ class ModelConfig:
     seq_len: int = 128  # the longest sequence
     activation: str = "gelu"
     norm: str = "layer"  # "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019)
+    norm_eps: float = 1e-5  # added to the variance, or to the mean square
     post_norm: bool = False  # normalise what a layer gives before it is added too, as Grok-1 does
     positions: str = "learned"  # seq_len embeddings, or "rotary"
+    rope_theta: float = 10_000.0  # base of the rotary angles
     bias: bool = True  # in linear layers and experts
     tied: bool = False  # the head is the token embedding
     attention: str = "multi_head"  # or "latent" (DeepSeek-V2), which has rotary positions of its own
@@ -56,6 +58,7 @@ class ModelConfig:
     kv_rank: int = 64  # of the latent of keys and values
     rope_dim: int = 16  # of the rotary part of a head
     v_dim: int | None = None  # of a head's values; None: head_dim
+    latent_eps: float | None = None  # norm_eps of the latents; None: norm_eps
     mtp_coef: float = 0.0  # of the loss of a second head that predicts the token after the next (DeepSeek-V3)
     moe_layers: tuple = (1, 3, 5)  # layers with experts, counted from 0; () is a dense model
     n_experts: int = 8
@@ -109,6 +112,8 @@ class ModelConfig:
         require(self, "q_rank", lambda n: whole(n, 0), "a whole number of at least 0")
         require(self, "kv_rank", whole, "a whole number of at least 1")
         require(self, "rope_dim", lambda n: whole(n, 2) and n % 2 == 0, "an even number of at least 2")
+        require(self, "norm_eps rope_theta", lambda x: finite(x) and x > 0, "a finite number above 0")
+        require(self, "latent_eps", lambda x: x is None or finite(x) and x > 0, "a finite number above 0, or None")
         require(self, "post_norm bias tied qk_norm", lambda value: isinstance(value, bool), "true or false")
         head = self.head_dim or self.d_model // self.n_heads
         require(self, "positions", lambda p: p == "learned" or self.attention == "latent" or head % 2 == 0,
@@ -164,8 +169,8 @@ class ModelConfig:
 
     def sizes(self):
         """What the dense parts follow from."""
-        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm post_norm positions bias tied
-            attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim""".split()
+        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm norm_eps post_norm positions rope_theta
+            bias tied attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim latent_eps""".split()
         return [getattr(self, name) for name in names]
 
     def to_dict(self):

@@ -50,9 +50,14 @@ def make_attention(config, rng, out_std, dtype):
     c = config
     if c.attention == "latent":
         return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim,
-                               c.v_dim)
+                               c.v_dim, c.rope_theta, c.latent_eps or c.norm_eps)
     return CausalSelfAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.n_kv_heads, c.head_dim, c.bias,
-                               c.positions == "rotary", c.qk_norm)
+                               c.positions == "rotary", c.qk_norm, c.rope_theta, c.norm_eps)
+
+
+def make_norm(config, dtype):
+    """A normalisation over the width of a config."""
+    return NORMS[config.norm](config.d_model, dtype, config.norm_eps)
 
 
 class Block(Module):
@@ -60,12 +65,12 @@ class Block(Module):
 
     def __init__(self, config, is_moe, rng, dtype):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
-        self.is_moe, norm = is_moe, NORMS[config.norm]
-        self.norm1, self.norm2 = norm(config.d_model, dtype), norm(config.d_model, dtype)
+        self.is_moe = is_moe
+        self.norm1, self.norm2 = make_norm(config, dtype), make_norm(config, dtype)
         self.attention = make_attention(config, rng, out_std, dtype)
         self.feed_forward = (MoELayer(config, rng, out_std, dtype) if is_moe else FeedForward(
             config.d_model, config.d_ff, rng, config.activation, out_std, dtype, config.bias))
-        self.post1, self.post2 = (norm(config.d_model, dtype), norm(config.d_model, dtype)) if config.post_norm \
+        self.post1, self.post2 = (make_norm(config, dtype), make_norm(config, dtype)) if config.post_norm \
             else (same, same)
 
     def forward(self, x, context):
@@ -96,8 +101,7 @@ class NextButOne(Module):
     """
 
     def __init__(self, config, rng, dtype):
-        norm = NORMS[config.norm]
-        self.state_norm, self.next_norm = norm(config.d_model, dtype), norm(config.d_model, dtype)
+        self.state_norm, self.next_norm = make_norm(config, dtype), make_norm(config, dtype)
         self.join = Linear(2 * config.d_model, config.d_model, rng, bias=False, dtype=dtype)
         self.block = Block(config, False, rng, dtype)
 
@@ -117,7 +121,7 @@ class Transformer(Module):
         learned = config.positions == "learned" and config.attention != "latent"
         self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype) if learned else None
         self.blocks = [Block(config, i in config.moe_layers, rng, dtype) for i in range(config.n_layers)]
-        self.norm = NORMS[config.norm](config.d_model, dtype)
+        self.norm = make_norm(config, dtype)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
         self.next_but_one = NextButOne(config, rng, dtype) if config.mtp_coef else None
         freeze(self, config.freeze)

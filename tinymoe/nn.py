@@ -71,21 +71,21 @@ class Linear(Module):
 class LayerNorm(Module):
     """Layer normalisation with a learned scale and shift (Ba et al. 2016)."""
 
-    def __init__(self, d_model, dtype=np.float32):
-        self.weight, self.bias = ones(d_model, dtype), zeros(d_model, dtype)
+    def __init__(self, d_model, dtype=np.float32, eps=1e-5):
+        self.weight, self.bias, self.eps = ones(d_model, dtype), zeros(d_model, dtype), eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight, self.bias)
+        return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(Module):
     """Root-mean-square normalisation with a learned scale (Zhang & Sennrich 2019)."""
 
-    def __init__(self, d_model, dtype=np.float32):
-        self.weight = ones(d_model, dtype)
+    def __init__(self, d_model, dtype=np.float32, eps=1e-5):
+        self.weight, self.eps = ones(d_model, dtype), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight)
+        return F.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(Module):

@@ -116,19 +116,21 @@ class SigmoidBias(LinearRouter, name="sigmoid_bias"):
 
     s = sigmoid(x W). Each token takes the K experts of largest s + b; its gates are s / (sum of the chosen s)
     * gate_scale, in which b has no part. After each training step b_e += bias_rate * sign(mean load - load_e).
-    `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss. With K = 1 the gate is s itself.
+    `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss.
+    renormalise: False leaves out the sum, as is the default for K = 1, whose gate would be the constant gate_scale.
     n_groups, group_limit: a group is as good as the sum of its two best s + b.
     """
 
     paper = "DeepSeek-AI 2024; Wang 2024"
     balanced = "in the long run"
-    options = ("router_std", "bias_rate", "gate_scale", "n_groups", "group_limit")
+    options = ("router_std", "renormalise", "bias_rate", "gate_scale", "n_groups", "group_limit")
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD, bias_rate=1e-3, gate_scale=1.0,
-                 n_groups=1, group_limit=None):
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, renormalise=None, router_std=INIT_STD, bias_rate=1e-3,
+                 gate_scale=1.0, n_groups=1, group_limit=None):
         super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
         check_groups(n_experts, top_k, n_groups, group_limit)
         self.bias = Tensor(np.zeros(n_experts, dtype))  # no gradient, but part of the model that is saved
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.bias_rate, self.gate_scale = bias_rate, gate_scale
         self.n_groups, self.group_limit = n_groups, group_limit
 
@@ -139,7 +141,7 @@ class SigmoidBias(LinearRouter, name="sigmoid_bias"):
         allowed = best_groups(biased, self.n_groups, self.group_limit, 2)
         chosen = largest(np.where(allowed, biased, -np.inf), self.top_k)  # -inf: a biased score may be below 0
         gates = s * chosen
-        if self.top_k > 1:
+        if self.renormalise:
             gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
         return from_mask(chosen, gates * self.gate_scale, logits, s / (s.sum(axis=-1, keepdims=True) + TINY))
 
