@@ -20,7 +20,7 @@ from . import files, tensor  # noqa: E402
 from .tensor import Tensor, no_grad  # noqa: E402
 from . import kernels, functional  # noqa: E402
 from .gradcheck import GradcheckResult, gradcheck  # noqa: E402
-from . import nn, attention, routing, routers, losses, experts, comm, config, moe, model, params  # noqa: E402
+from . import nn, attention, routing, routers, losses, experts, comm, config, moe, model, params, interop  # noqa: E402
 from .routing import Routing  # noqa: E402
 from .routers import RouteContext  # noqa: E402
 from .experts import ExpertBank  # noqa: E402

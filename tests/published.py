@@ -1,0 +1,192 @@
+"""Oracle for interop: small Mixtral, OLMoE and DeepSeek-V3 models under their published names, from the papers' equations.
+
+Imports only numpy. `tensors` draws weights, `logits` computes the forward pass in float64, a token and an expert at a time.
+"""
+import numpy as np
+
+CONFIGS = {
+    "mixtral": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "vocab_size": 13, "hidden_size": 16,
+        "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 12, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "hidden_act": "silu", "sliding_window": None, "tie_word_embeddings": False},
+    "olmoe": {
+        "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "vocab_size": 13, "hidden_size": 16,
+        "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False, "max_position_embeddings": 12,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "clip_qkv": None,
+        "tie_word_embeddings": False},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 13, "hidden_size": 16,
+        "intermediate_size": 10, "moe_intermediate_size": 6, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+        "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 7, "kv_lora_rank": 8, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 5, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc", "max_position_embeddings": 12, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "num_nextn_predict_layers": 1, "tie_word_embeddings": False},
+}
+
+
+def shapes(c):
+    """Published name -> shape."""
+    D, H, kind, out = c["hidden_size"], c["num_attention_heads"], c["model_type"], {}
+    d = c.get("head_dim") or D // H
+
+    def mlp(prefix, width, names=("gate_proj", "up_proj", "down_proj")):
+        for name, shape in zip(names, ((width, D), (width, D), (D, width))):
+            out[f"{prefix}{name}.weight"] = shape
+
+    for i in range(c["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        out |= {p + "input_layernorm.weight": (D,), p + "post_attention_layernorm.weight": (D,)}
+        a = p + "self_attn."
+        if kind == "deepseek_v3":
+            r, nope, rope, v = (c[k] for k in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+            q = c["q_lora_rank"]
+            out |= {a + "q_a_proj.weight": (q, D), a + "q_a_layernorm.weight": (q,),
+                    a + "q_b_proj.weight": (H * (nope + rope), q)} if q else {a + "q_proj.weight": (H * (nope + rope), D)}
+            out |= {a + "kv_a_proj_with_mqa.weight": (r + rope, D), a + "kv_a_layernorm.weight": (r,),
+                    a + "kv_b_proj.weight": (H * (nope + v), r), a + "o_proj.weight": (D, H * v)}
+            if i < c["first_k_dense_replace"]:
+                mlp(p + "mlp.", c["intermediate_size"])
+                continue
+            out |= {p + "mlp.gate.weight": (c["n_routed_experts"], D),
+                    p + "mlp.gate.e_score_correction_bias": (c["n_routed_experts"],)}
+            for e in range(c["n_routed_experts"]):
+                mlp(f"{p}mlp.experts.{e}.", c["moe_intermediate_size"])
+            mlp(p + "mlp.shared_experts.", c["moe_intermediate_size"] * c["n_shared_experts"])
+            continue
+        G = c["num_key_value_heads"]
+        out |= {a + "q_proj.weight": (H * d, D), a + "k_proj.weight": (G * d, D), a + "v_proj.weight": (G * d, D),
+                a + "o_proj.weight": (D, H * d)}
+        if kind == "olmoe":
+            out |= {a + "q_norm.weight": (H * d,), a + "k_norm.weight": (G * d,)}
+        E = c["num_experts" if kind == "olmoe" else "num_local_experts"]
+        m = p + ("mlp." if kind == "olmoe" else "block_sparse_moe.")
+        out[m + "gate.weight"] = (E, D)
+        for e in range(E):
+            mlp(f"{m}experts.{e}.", c["intermediate_size"], *([] if kind == "olmoe" else [("w1", "w3", "w2")]))
+    out |= {"model.embed_tokens.weight": (c["vocab_size"], D), "model.norm.weight": (D,)}
+    return out if c["tie_word_embeddings"] else out | {"lm_head.weight": (c["vocab_size"], D)}
+
+
+def tensors(c, seed=0, dtype=np.float32):
+    """Weights in sorted order of their names: matrices N(0, 0.3^2), norms around 1, the correction bias around 0."""
+    rng, out = np.random.default_rng(seed), {}
+    for name, shape in sorted(shapes(c).items()):
+        out[name] = ((0.3 if len(shape) > 1 else 0.2) * rng.standard_normal(shape) + ("norm" in name)).astype(dtype)
+    return out
+
+
+def norm(x, weight, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def turn(x, t, theta, neighbours):
+    """One vector at position t: its pairs (2i, 2i + 1), or (i, i + d/2), turn by t theta^(-2i/d) (Su et al. 2021, eq. 34)."""
+    d, y = len(x), np.empty_like(x)
+    for i in range(d // 2):
+        a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + d // 2)
+        angle = t * theta ** (-2 * i / d)
+        y[a], y[b] = x[a] * np.cos(angle) - x[b] * np.sin(angle), x[a] * np.sin(angle) + x[b] * np.cos(angle)
+    return y
+
+
+def attend(q, k, v):
+    """q, k (T, H, d), v (T, H, dv) -> (T, H dv), causally (Vaswani et al. 2017, eq. 1)."""
+    T, H, d = q.shape
+    return np.array([np.concatenate([softmax(k[:t + 1, h] @ q[t, h] / np.sqrt(d)) @ v[:t + 1, h] for h in range(H)])
+                     for t in range(T)])
+
+
+def grouped_attention(c, w, x):
+    """Mixtral and OLMoE; OLMoE normalises all queries and all keys of a token."""
+    T, H, G, d = len(x), c["num_attention_heads"], c["num_key_value_heads"], len(w["q_proj.weight"]) // c["num_attention_heads"]
+    q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
+    if c["model_type"] == "olmoe":
+        q, k = (norm(z, w[f"{name}_norm.weight"], c["rms_norm_eps"]) for z, name in ((q, "q"), (k, "k")))
+    q, k = (np.array([[turn(head, t, c["rope_theta"], False) for head in z[t].reshape(-1, d)] for t in range(T)]) for z in (q, k))
+    k, v = (z.reshape(T, G, d).repeat(H // G, axis=1) for z in (k, v))
+    return attend(q, k, v) @ w["o_proj.weight"].T
+
+
+def latent_attention(c, w, x):
+    """DeepSeek-V3, eq. 1 to 11."""
+    T, H, r, nope, rope = len(x), *(c[k] for k in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"))
+    pairs = c.get("rope_interleave", True)
+    if c["q_lora_rank"]:
+        q = norm(x @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"], 1e-6) @ w["q_b_proj.weight"].T
+    else:
+        q = x @ w["q_proj.weight"].T
+    q, latent = q.reshape(T, H, nope + rope), x @ w["kv_a_proj_with_mqa.weight"].T
+    kv = (norm(latent[:, :r], w["kv_a_layernorm.weight"], 1e-6) @ w["kv_b_proj.weight"].T).reshape(T, H, -1)
+    k = np.concatenate([kv[..., :nope], np.zeros((T, H, rope))], axis=-1)
+    for t in range(T):
+        k[t, :, nope:] = turn(latent[t, r:], t, c["rope_theta"], pairs)
+        for h in range(H):
+            q[t, h, nope:] = turn(q[t, h, nope:], t, c["rope_theta"], pairs)
+    return attend(q, k, kv[..., nope:]) @ w["o_proj.weight"].T
+
+
+def gates(c, w, x):
+    """{expert: gate} of one token x (D,)."""
+    K, scores = c["num_experts_per_tok"], w["gate.weight"] @ x
+    if c["model_type"] != "deepseek_v3":
+        p = softmax(scores)
+        best = np.argsort(-p)[:K]
+        total = p[best].sum() if c["model_type"] == "mixtral" or c["norm_topk_prob"] else 1
+        return {e: p[e] / total for e in best}
+    s = 1 / (1 + np.exp(-scores))  # DeepSeek-V3, eq. 12 to 16
+    biased = (s + w["gate.e_score_correction_bias"]).reshape(c["n_group"], -1)
+    groups = np.argsort(-np.sort(biased)[:, -2:].sum(1))[:c["topk_group"]]
+    size = biased.shape[1]
+    best = sorted((e for g in groups for e in range(g * size, (g + 1) * size)), key=lambda e: -biased.flat[e])[:K]
+    total = sum(s[e] for e in best) + 1e-20 if c["norm_topk_prob"] else 1
+    return {e: c["routed_scaling_factor"] * s[e] / total for e in best}
+
+
+def mlp(w, prefix, x, names=("gate_proj", "up_proj", "down_proj")):
+    gate, up, down = (w[f"{prefix}{name}.weight"] for name in names)
+    return down @ (silu(gate @ x) * (up @ x))
+
+
+def feed_forward(c, w, x):
+    """One token x (D,)."""
+    if "gate.weight" not in w:
+        return mlp(w, "", x)
+    names = [("w1", "w3", "w2")] if c["model_type"] == "mixtral" else []
+    y = sum(g * mlp(w, f"experts.{e}.", x, *names) for e, g in gates(c, w, x).items())
+    return y + mlp(w, "shared_experts.", x) if c.get("n_shared_experts") else y
+
+
+def block(c, weights, i, x):
+    """x (T, D) -> (T, D)."""
+    def part(name):
+        start = f"model.layers.{i}.{name}."
+        return {key.removeprefix(start): value for key, value in weights.items() if key.startswith(start)}
+
+    attention = latent_attention if c["model_type"] == "deepseek_v3" else grouped_attention
+    w, eps = part("block_sparse_moe" if c["model_type"] == "mixtral" else "mlp"), c["rms_norm_eps"]
+    x = x + attention(c, part("self_attn"), norm(x, part("input_layernorm")["weight"], eps))
+    return x + np.array([feed_forward(c, w, row) for row in norm(x, part("post_attention_layernorm")["weight"], eps)])
+
+
+def logits(c, weights, ids):
+    """ids (B, T) -> (B, T, V)."""
+    weights, out = {name: a.astype(float) for name, a in weights.items()}, []
+    for sequence in ids:
+        x = weights["model.embed_tokens.weight"][sequence]
+        for i in range(c["num_hidden_layers"]):
+            x = block(c, weights, i, x)
+        head = weights["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"]
+        out.append(norm(x, weights["model.norm.weight"], c["rms_norm_eps"]) @ head.T)
+    return np.array(out)

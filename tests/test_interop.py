@@ -1,0 +1,218 @@
+"""Published weights: the logits of the equations (published.py), and some computed by another implementation."""
+import json
+import struct
+import sys
+
+import numpy as np
+import pytest
+
+import published
+import tinymoe as tm
+from tinymoe import interop
+from tinymoe.files import CheckpointError
+
+safetensors = pytest.importorskip("safetensors.numpy")
+IDS = np.arange(24).reshape(2, 12) * 5 % 13  # two sequences
+CASES = [(kind, changes) for kind, all_changes in {
+    "mixtral": [{}, dict(num_key_value_heads=1, num_experts_per_tok=1, rope_theta=5e3),
+                dict(num_experts_per_tok=4, head_dim=6, tie_word_embeddings=True, rms_norm_eps=1e-3, sliding_window=12)],
+    "olmoe": [{}, dict(norm_topk_prob=True, rope_theta=123.0), dict(num_key_value_heads=2, num_experts_per_tok=6, rms_norm_eps=.01)],
+    "deepseek_v3": [{}, dict(q_lora_rank=None, norm_topk_prob=False, rope_theta=77.0),
+                    dict(n_group=1, topk_group=1, num_experts_per_tok=1), dict(n_group=2, topk_group=1, rms_norm_eps=1e-4),
+                    dict(rope_interleave=False, norm_topk_prob=False, num_experts_per_tok=1, first_k_dense_replace=0),
+                    dict(first_k_dense_replace=3, v_head_dim=9)]}.items() for changes in all_changes]
+EXPECTED = {  # logits[:, -1, :4] of published.tensors(config) at IDS, by transformers 5.23 and torch in float32
+    "mixtral": [[-0.612210, 0.230485, 1.086692, 1.549395], [-0.124139, -0.786215, 0.459319, -0.397344]],
+    "olmoe": [[-0.216276, -0.871258, 0.390392, 1.451659], [-0.478358, -0.479563, 0.300667, 0.174819]],
+    "deepseek_v3": [[-2.234393, 0.191332, -0.717464, -1.475339], [-1.564351, -0.051145, -1.487943, 2.180880]]}
+
+
+def write(folder, config, tensors, name="model.safetensors"):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.save_file(tensors, folder / name)
+    return folder
+
+
+def model_of(tmp_path, kind, changes, dtype=np.float32):
+    config = published.CONFIGS[kind] | changes
+    tensors = published.tensors(config)
+    return config, tensors, interop.load(write(tmp_path / "model", config, tensors), dtype)
+
+
+def logits(model):
+    return model.forward(IDS).logits.data
+
+
+@pytest.mark.parametrize("kind, changes", CASES)
+def test_the_logits_are_those_of_the_equations(tmp_path, kind, changes):
+    config, tensors, model = model_of(tmp_path, kind, changes, np.float64)
+    expected = published.logits(config, tensors, IDS)
+    np.testing.assert_allclose(logits(model), expected, rtol=0, atol=1e-12)
+    single = interop.load(tmp_path / "model" / "model.safetensors")  # one file, float32
+    assert logits(single).dtype == np.float32
+    np.testing.assert_allclose(logits(single), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_the_logits_are_those_of_another_implementation(tmp_path, kind):
+    *_, model = model_of(tmp_path, kind, {})
+    np.testing.assert_allclose(logits(model)[:, -1, :4], EXPECTED[kind], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, layer", [("mixtral", 0), ("olmoe", 1), ("deepseek_v3", 0), ("deepseek_v3", 2)])
+def test_a_block_alone(tmp_path, kind, layer):
+    """Its tensors are enough, under the model's names or under its own; so is the whole model."""
+    config = published.CONFIGS[kind]
+    tensors, prefix = published.tensors(config, dtype=np.float64), f"model.layers.{layer}."
+    part = {name: a for name, a in tensors.items() if name.startswith(prefix)}
+    x = np.random.default_rng(1).standard_normal((1, 12, 16))
+    expected = published.block(config, tensors, layer, x[0])
+    for held in (tensors, part, {name.removeprefix(prefix): a for name, a in part.items()}):
+        block = interop.load_block(write(tmp_path / "block", config, held), layer, np.float64)
+        y, routing = block(tm.Tensor(x), tm.RouteContext())
+        np.testing.assert_allclose(y.data[0], expected, rtol=0, atol=1e-12)
+        assert (routing is None) == (kind == "deepseek_v3" and layer == 0)
+    with pytest.raises(ValueError, match="layer 9 must be from 0 to"):
+        interop.load_block(tmp_path / "block", 9)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_several_files(tmp_path, index):
+    config, tensors, whole = model_of(tmp_path, "mixtral", {})
+    names, folder = list(tensors), tmp_path / "parts"
+    files = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+    for file, held in files.items():
+        write(folder, config, {name: tensors[name] for name in held}, file)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"weight_map": {name: file for file, held in files.items() for name in held}}))
+        (folder / "other.safetensors").write_bytes(b"not in the index")
+    np.testing.assert_array_equal(logits(interop.load(folder)), logits(whole))
+    with pytest.raises(CheckpointError, match="missing"):
+        interop.load(folder / "a.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F64"])
+def test_other_types_of_numbers(tmp_path, kind):
+    """Numbers that each type holds exactly give the logits of float32. The file is written by hand: bytes and a header."""
+    config, header, data = published.CONFIGS["deepseek_v3"], {}, b""
+    exact = {name: (a.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float16).astype(np.float32)
+             for name, a in published.tensors(config).items()}
+    exact = {name: np.where(np.abs(a) < 1e-3, 0, a).astype(np.float32) for name, a in exact.items()}  # no subnormals
+    for name, a in exact.items():
+        raw = {"F16": lambda: a.astype("<f2"), "F64": lambda: a.astype("<f8"),
+               "BF16": lambda: (a.view(np.uint32) >> 16).astype("<u2")}[kind]().tobytes()
+        header[name] = {"dtype": kind, "shape": a.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    plain = logits(interop.load(write(tmp_path, config, exact)))
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+    np.testing.assert_array_equal(logits(interop.load(tmp_path)), plain)
+
+
+def test_it_is_a_model_like_any_other(tmp_path):
+    """Saved and loaded it is the same, settings included, and it can be trained."""
+    *_, model = model_of(tmp_path, "deepseek_v3", dict(rope_theta=77.0, rms_norm_eps=1e-3))
+    model.save(tmp_path / "own.npz")
+    np.testing.assert_array_equal(logits(tm.Transformer.load(tmp_path / "own.npz")), logits(model))
+    model.loss(IDS, IDS).total.backward()
+    assert all(p.grad is not None for p in model.parameters().values() if p.requires_grad)
+
+
+def test_what_changes_no_logits_may_be_there(tmp_path):
+    config = published.CONFIGS["deepseek_v3"]
+    tensors = published.tensors(config)
+    plain = logits(interop.load(write(tmp_path, config, tensors)))
+    more = {"model.layers.3.eh_proj.weight": np.ones((16, 32)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2)}
+    settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "torch_dtype": "float32", "unknown": None}
+    np.testing.assert_array_equal(logits(interop.load(write(tmp_path, config | settings, tensors | more))), plain)
+    config = published.CONFIGS["mixtral"] | {"tie_word_embeddings": True}
+    tensors = published.tensors(config) | {"lm_head.weight": published.tensors(config)["model.embed_tokens.weight"]}
+    assert interop.load(write(tmp_path, config, tensors)).head is None
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    with pytest.raises(CheckpointError, match="lm_head.weight is not the embedding"):
+        interop.load(write(tmp_path, config, tensors))
+
+
+@pytest.mark.parametrize("kind, changes, message", [
+    ("mixtral", dict(model_type="llama"), "'llama' cannot be read.*mixtral"),
+    ("mixtral", dict(sliding_window=8), "sliding_window 8"), ("mixtral", dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    ("mixtral", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("mixtral", dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
+    ("olmoe", dict(attention_bias=True), "attention_bias True"), ("olmoe", dict(clip_qkv=8.0), "clip_qkv 8.0"),
+    ("olmoe", dict(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
+    ("deepseek_v3", dict(rope_scaling={"type": "yarn", "factor": 40}), "yarn"),
+    ("deepseek_v3", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "yarn"),
+    ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
+    ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func 'softmax'"),
+    ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq 2"), ("deepseek_v3", dict(num_key_value_heads=1), "num_key_value_heads 1"),
+    ("deepseek_v3", dict(topk_group=5), "group_limit 5"), ("deepseek_v3", dict(qk_rope_head_dim=3), "rope_dim 3"),
+    ("deepseek_v3", dict(rms_norm_eps=0), "norm_eps 0"), ("olmoe", dict(rope_theta=-1.0), "rope_theta -1.0")])
+def test_configs_that_would_be_computed_wrongly_are_refused(kind, changes, message):
+    with pytest.raises(ValueError, match=message):
+        interop.model_config(published.CONFIGS[kind] | changes)
+
+
+@pytest.mark.parametrize("kind", published.CONFIGS)
+def test_sizes_that_are_not_given_are_named(kind):
+    config = dict(published.CONFIGS[kind])
+    del config["num_experts_per_tok"], config["hidden_size"]
+    with pytest.raises(ValueError, match="lacks hidden_size, num_experts_per_tok"):
+        interop.model_config(config)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.norm.weight"), r"model.norm.weight \(16,\) is missing"),
+    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(3)}), "q_proj.bias is not part of this model"),
+    (lambda t: t.update({"lm_head.weight": np.ones((16, 13))}), r"lm_head.weight has shape \(16, 13\), not \(13, 16\)"),
+    (lambda t: t.update({"lm_head.weight": np.ones((13, 16), np.int8)}), "lm_head.weight is I8"),
+    (lambda t: [t.pop(name) for name in list(t) if "experts" in name], r"w1.weight \(10, 16\) is missing.*and 16 more")])
+def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
+    config = published.CONFIGS["mixtral"]
+    tensors = published.tensors(config)
+    change(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        interop.load(write(tmp_path, config, tensors))
+
+
+def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
+    def refused(message, path=tmp_path):
+        with pytest.raises(CheckpointError, match=message):
+            interop.load(path)
+
+    refused("holds no .safetensors file: check the path")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused("only pickles .pytorch_model.bin.")
+    refused("is a pickle", tmp_path / "pytorch_model.bin")
+    config = published.CONFIGS["mixtral"]
+    write(tmp_path, config, published.tensors(config))
+    refused("none.safetensors does not exist", tmp_path / "none.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    for broken in (content[:5], content[:-1], b""):
+        (tmp_path / "model.safetensors").write_bytes(broken)
+        refused("no whole .safetensors file")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / "copy.safetensors").write_bytes(content)
+    refused("in another file")
+    index = tmp_path / "model.safetensors.index.json"
+    for names, message in (({"w": "../model.safetensors"}, "its own folder"), ({"w": "gone.safetensors"}, "gone.* does not exist"), ({}, "its own")):
+        index.write_text(json.dumps({"weight_map": names}))
+        refused(message)
+    index.unlink()
+    (tmp_path / "config.json").write_text("[1]")
+    refused("config.json is no JSON object")
+    (tmp_path / "config.json").unlink()
+    refused("config.json does not exist")
+
+
+def test_the_package_is_asked_for_only_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert interop.model_config(published.CONFIGS["olmoe"]).qk_norm
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        interop.load(tmp_path)
+
+
+def test_only_float32_and_float64(tmp_path):
+    with pytest.raises(ValueError, match="float16 must be float32 or float64"):
+        model_of(tmp_path, "olmoe", {}, np.float16)
