@@ -12,29 +12,32 @@ of losses, the layers of multi-token prediction) is left out.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from .config import ModelConfig
+from .config import ModelConfig, require, whole
 from .files import CheckpointError
 from .model import Block, Transformer
 from .params import MODERN, NEEDED, architecture
 
-SIZES = {  # keys that a config.json must have, besides NEEDED
+SIZES = {  # whole numbers that a config.json must have, besides NEEDED
     "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
     "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
     "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
-        moe_intermediate_size kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_group topk_group
-        first_k_dense_replace norm_topk_prob routed_scaling_factor""",
+        moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace""",
 }
+OTHERS = {  # what else it must have
+    "mixtral": "", "olmoe": "norm_topk_prob",
+    "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
 DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
 ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-READ = """model_type tie_word_embeddings num_key_value_heads head_dim norm_topk_prob rms_norm_eps rope_theta
-    rope_scaling rope_parameters rope_interleave sliding_window num_nextn_predict_layers""".split()
-NO_MATTER = """architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id
-    pad_token_id initializer_range attention_dropout output_router_logits router_aux_loss_coef router_jitter_noise
-    aux_loss_alpha seq_aux pretraining_tp ep_size qk_head_dim num_experts num_local_experts _name_or_path return_dict
-    id2label label2id chunk_size_feed_forward""".split()
+READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
+    rope_interleave sliding_window num_nextn_predict_layers""".split()
+NO_MATTER = """model_type architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id
+    eos_token_id pad_token_id initializer_range attention_dropout output_router_logits router_aux_loss_coef
+    router_jitter_noise aux_loss_alpha seq_aux pretraining_tp ep_size qk_head_dim _name_or_path return_dict id2label
+    label2id chunk_size_feed_forward""".split()
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LATENT = {"query_down": "q_a_proj", "query_norm": "q_a_layernorm", "query": "q_b_proj", "latent": "kv_a_proj_with_mqa",
@@ -55,13 +58,10 @@ def model_config(config):
     kind = config.get("model_type")
     if kind not in SIZES:
         raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(SIZES)}")
-    missing = [key for key in (*NEEDED, *SIZES[kind].split()) if key not in config]
-    if missing:
-        raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
     _refuse(config, kind)
     a, (eps, theta) = architecture(config), DEFAULTS[kind]
     own = {"n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim,
-           "renormalise": kind == "mixtral" or config.get("norm_topk_prob", False)}
+           "renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
     if kind == "deepseek_v3":
         groups = config["n_group"] or 1
         own |= {"n_kv_heads": None, "head_dim": a.head_dim - a.rope_dim, "attention": "latent", "q_rank": a.q_rank,
@@ -76,11 +76,17 @@ def model_config(config):
 
 
 def _refuse(config, kind):
-    """ValueError for a setting that would change the logits and is not computed here."""
+    """ValueError for a setting that is missing, or would change the logits and is not computed here."""
+    sizes = (*NEEDED, *SIZES[kind].split())
+    missing = [key for key in (*sizes, *OTHERS[kind].split()) if key not in config]
+    if missing:
+        raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
+    require(SimpleNamespace(**config), " ".join(sizes), lambda n: whole(n, 0), "a whole number")
+    require(SimpleNamespace(**config), "num_attention_heads", whole, "a whole number of at least 1")
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
-    known = {*NEEDED, *SIZES[kind].split(), *ONLY, *READ, *NO_MATTER}
+    known = {*sizes, *OTHERS[kind].split(), *ONLY, *READ, *NO_MATTER}
     other = [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]
     if other:
         raise ValueError(f"not supported: {', '.join(other)}; if it changes nothing for this {kind}, take it out of "
@@ -121,8 +127,6 @@ def _read(path):
     for file in files:
         try:
             found = dict(deserialize(file.read_bytes()))
-        except FileNotFoundError:
-            raise CheckpointError(f"{file} does not exist: check the path") from None
         except SafetensorError as error:
             raise CheckpointError(f"{file} is no whole .safetensors file ({error}): fetch it again") from None
         twice = sorted(found.keys() & tensors.keys())
@@ -134,15 +138,17 @@ def _read(path):
 
 def _files(path):
     """The .safetensors files of a path: itself, those that the index of a folder names, or all in the folder."""
-    if path.suffix in PICKLED:
-        raise CheckpointError(f"{path} is a pickle, which can run any code when it is read: convert it to .safetensors")
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: check the path")
     if not path.is_dir():
+        if path.suffix in PICKLED:
+            raise CheckpointError(f"{path} is a pickle, which can run any code when read: convert it to .safetensors")
         return [path]
     index = sorted(path.glob("*.safetensors.index.json"))
     if index:
         names = sorted(set(map(str, _json(index[0]).get("weight_map", {}).values())))
-        if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-            raise CheckpointError(f"{index[0]} must name .safetensors files of its own folder, not {names}")
+        if not names or not all(name.endswith(".safetensors") and path / name in path.iterdir() for name in names):
+            raise CheckpointError(f"{index[0]} names {names}: it must name .safetensors files of its own folder")
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
     if not files:
