@@ -117,6 +117,7 @@ OPTIONS = {
     "rms": dict(norm="rms"), "post norms": dict(post_norm=True), "rotary": dict(positions="rotary"),
     "grouped, no biases": dict(n_kv_heads=1, bias=False), "qk norm": dict(qk_norm=True), "tied": dict(tied=True),
     "wide heads": dict(head_dim=3), "latent": dict(attention="latent", kv_rank=3, rope_dim=2, q_rank=2, v_dim=3),
+    "angles and epsilons": dict(attention="latent", q_rank=2, kv_rank=3, rope_dim=4, rope_theta=9., norm_eps=.1, latent_eps=.2),
     "two tokens ahead": dict(mtp_coef=.3), "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True,
                                                        tied=True, post_norm=True, mtp_coef=.3, n_shared=1)}
 
@@ -144,6 +145,19 @@ def test_options_are_causal_and_are_saved(changes, tmp_path):
     assert (m.forward(later).logits.data[:, 3:] != logits[:, 3:]).any()
     m.save(tmp_path / "model.npz")
     np.testing.assert_array_equal(Transformer.load(tmp_path / "model.npz").forward(IDS).logits.data, logits)
+
+
+@pytest.mark.parametrize("changes", [dict(norm_eps=.1), dict(norm="rms", norm_eps=.1), dict(qk_norm=True, norm="rms", norm_eps=.1),
+                                     dict(positions="rotary", head_dim=4, rope_theta=9.),
+                                     dict(attention="latent", rope_dim=4, rope_theta=9.),
+                                     dict(attention="latent", latent_eps=.1), dict(post_norm=True, norm_eps=.1)])
+def test_angles_and_epsilons_are_those_of_the_config(changes):
+    """Another number gives other logits, the default the same bits."""
+    usual = {"norm_eps": 1e-5, "rope_theta": 1e4, "latent_eps": 1e-5}
+    name = next(name for name in usual if name in changes)
+    plain = model(**{key: value for key, value in changes.items() if key != name}).forward(IDS).logits.data
+    np.testing.assert_array_equal(model(**changes | {name: usual[name]}).forward(IDS).logits.data, plain)
+    assert np.abs(model(**changes).forward(IDS).logits.data - plain).max() > 1e-4
 
 
 def test_without_learned_positions_a_model_has_no_table_of_them():

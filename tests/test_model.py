@@ -123,6 +123,7 @@ def test_changing_later_tokens(changes, call, leaks):
     (dict(router="topk"), "router 'topk'.*expert_choice"), (dict(activation="tanh"), "activation 'tanh'.*gelu"),
     (dict(drop_policy="last"), "drop_policy 'last'.*order"), (dict(expert_backend="gpu"), "expert_backend 'gpu'.*numba"),
     (dict(router="expert_choice", renormalise=True), "renormalise.*expert_choice"),
+    (dict(norm_eps=0), "norm_eps 0 must be"), (dict(rope_theta=float("inf")), "rope_theta inf"), (dict(latent_eps=-1), "latent_eps -1"),
     (dict(load_coef=.1), "load_coef.*noisy_top_k")])
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -41,6 +41,8 @@ def test_sigmoid_gates_by_hand():
     np.testing.assert_allclose(r.to_dense().data, [[.8 / 1.4, .6 / 1.4, 0], [.5 / .9, .4 / .9, 0]])
     np.testing.assert_allclose(r.probs.data, [[.5, .375, .125], [5 / 12, 4 / 12, 3 / 12]])
     np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 1).gate.data, [.8, .5])
+    np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 1, renormalise=True).gate.data, [1, 1])
+    np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 2, renormalise=False).to_dense().data, [[.8, .6, 0], [.5, .4, 0]])
     np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 2, gate_scale=2.5).gate.data.sum(), 5)
 
 
