@@ -187,6 +187,17 @@ def test_a_finished_run_from_before_a_setting_existed_is_still_the_same_run(corp
     assert snapshot(tmp_path) == before
 
 
+def test_a_stopped_run_from_before_a_setting_existed_goes_on(corpus, reference, stopped):
+    config = json.loads((stopped / "config.json").read_text())
+    arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
+    for model in (config["model"], header["model"]):
+        del model["freeze"], model["norm_eps"]
+    (stopped / "config.json").write_text(json.dumps(config))
+    files.save_arrays(stopped / "checkpoint.npz", arrays, header)
+    t.train(tiny(), corpus, stopped)
+    assert results(stopped) == reference
+
+
 def refuses(error, match, run, corpus, folder):
     """train raises an error of one line that matches, and leaves every file as it was."""
     before = snapshot(folder)

@@ -228,7 +228,7 @@ class Trainer:
         complete = {"step", "seconds", "n_rows", "optimizer_steps", "generators"} <= header.keys()
         if not complete or {n: a.shape for n, a in stored.items()} != {n: a.shape for n, a in own.items()}:
             raise CheckpointError(f"{path} lacks a part of this run's state: start again with --fresh")
-        same = (header.get("run_id"), header.get("model")) == (self.run.run_id, self.run.model.to_dict())
+        same = (header.get("run_id"), _filled(header.get("model"))) == (self.run.run_id, self.run.model.to_dict())
         if not same or len(rows) < header["n_rows"]:
             raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: start again with --fresh")
         for name, array in own.items():
@@ -331,7 +331,14 @@ def _claim(folder, config):
 def _identity(config):
     """What makes a run itself, as a flat dict: its id, its settings, and the hashes of its texts."""
     texts = {f"corpus {name}": text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()}
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # a setting that is newer than the file has its default
-        config = config | {"model": ModelConfig.from_dict(config["model"]).to_dict()}
+    parts = {"model": _filled(config.get("model", {})), "training": config.get("training", {})}
     return {"run_id": config.get("run_id"), "start": config.get("start")} | texts | {
-        f"{part} {name}": value for part in ("model", "training") for name, value in config.get(part, {}).items()}
+        f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def _filled(model):
+    """A stored ModelConfig, with the default of every setting that is newer than the file; as it is, if it is none."""
+    try:
+        return ModelConfig.from_dict(model).to_dict()
+    except (ValueError, TypeError):
+        return model
