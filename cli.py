@@ -277,8 +277,8 @@ def params(model, context, width):
         parts = p.count(p.architecture(config), context)
     except FileNotFoundError:
         raise click.ClickException(f"no file {model}, and no preset: those are {', '.join(p.PRESETS)}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise click.ClickException(_one_line(error)) from None
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise click.ClickException(f"{model}: {_one_line(error) or type(error).__name__}") from None
     click.echo(f"{'':16} {'total':>18} {'active':>18} {'MFLOP a token':>14} {'GB':>9}")
     for part in parts:
         if part.total or part.flops:
@@ -308,14 +308,16 @@ def probe(router, steps, overrides):
     model, training = _settings(overrides)
     try:
         config, training = ModelConfig(**small | model), TrainConfig(**{"steps": max(1, steps)} | training)
+        if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
+            raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
         model, ids, targets = probes.trained(config, load_corpus(None, seq_len=config.seq_len), steps, training)
-    except (ValueError, TypeError, CorpusError, NonFiniteLoss) as error:
+    except (ValueError, TypeError, MemoryError, CorpusError, NonFiniteLoss) as error:
         raise click.ClickException(_one_line(error)) from None
 
     def influence(what, found):
         click.echo(f"  {what:44} {found.tokens:6.1%} of tokens rerouted, logits change by up to {found.logits:.1e}")
 
-    click.echo(f"{router} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes")
+    click.echo(f"{config.router} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes")
     click.echo("\nA later token changes an earlier one")
     influence("as evaluated", probes.causality(model, ids))
     influence("as trained", probes.causality(model, ids, training=True))

@@ -198,6 +198,12 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--set capacity_factor=big": (2, "capacity_factor 'big'"),
     "--set renormalise=maybe": (2, "renormalise 'maybe'"),
     "--set vocab_size=10": (2, "vocab_size 10 "),
+    "--set vocab_size=x": (2, "vocab_size 'x'"),
+    "--set renormalise=1": (2, "renormalise 1 "),
+    "--set d_ff=100000000000000000000": (2, "d_ff 100000000000000000000 "),
+    "--set batch_size=100000000000000000000": (2, "batch_size 100000000000000000000 "),
+    "--set jitter=1.5": (2, "jitter 1.5 "),
+    "--set n_groups=3 --set group_limit=1": (2, "n_groups 3 "),
     "--set seq_len=100000": (1, "seq_len 100000"),
     "--set learning_rate=0.5": (1, "B-seed0 failed.*training learning_rate is.*--fresh"),
     "--set d_ff=8": (1, "B-seed0 failed.*model d_ff is.*--fresh"),
@@ -215,6 +221,12 @@ def test_a_mistake_ends_in_one_clear_line_and_loses_nothing(typed, finished, tex
     error = [line for line in output.splitlines() if line.startswith("Error:")]
     assert got == code and len(error) == 1 and re.search(named, error[0]), output
     assert (snapshot(finished), snapshot(tmp_path)) == before
+
+
+@pytest.mark.parametrize("freeze, named", [('["nothing"]', "nothing"), ('[""]', "leaves nothing to train")])
+def test_what_cannot_be_frozen_fails_that_run_alone(freeze, named, text, tmp_path):
+    code, output = study(text, tmp_path, "--config", "B", "--set", f"freeze={freeze}")
+    assert code == 1 and re.search(f"Error: B-seed0 failed: .*{named}", output)
 
 
 def test_a_usage_error_of_the_real_program():
@@ -238,9 +250,13 @@ def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
     assert code == 0 and output.count("exactly zero") == 3
     code, output = invoke("probe", "topk")
     assert code == 1 and "unknown router 'topk'" in output
+    for option in ("moe_layers=[]", "seq_len=1", "vocab_size=100"):
+        code, output = invoke("probe", "top_k", "--set", option)
+        assert code == 1 and "a probe needs" in output
 
 
-@pytest.mark.parametrize("text, message", [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", "")])
+@pytest.mark.parametrize("text, message", [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", ""),
+                                           ("[" * 100000, "")])
 def test_params_refuses_what_is_no_config(tmp_path, text, message):
     path = tmp_path / "config.json"
     if text is not None:

@@ -239,3 +239,9 @@ def test_policy_gradients_are_those_of_the_expected_cost():
         losses.policy_loss(routing(np.eye(3)[drawn], logits=z), cost[drawn]).backward()
         total += z.grad.sum(axis=0)  # the mean over four tokens that are alike
     np.testing.assert_allclose(total / n, exact, atol=0.02)
+
+
+@pytest.mark.parametrize("layers, k", [(0, 1), (3, 0), (3, float("nan"))])
+def test_equivalent_coefficients_need_layers_and_experts(layers, k):
+    with pytest.raises(ValueError, match="above 0"):
+        losses.equivalent_coefficient(.01, "tinymoe", "switch", layers, k)

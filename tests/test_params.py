@@ -95,3 +95,28 @@ def test_a_small_model_of_the_same_kind_is_a_setting(preset):
     assert all(np.isfinite(p.grad).all() for p in model.parameters().values() if p.requires_grad and p.grad is not None)
     counted = params.count(params.architecture(config))[-1]
     assert {"total": counted.total, "active": round(counted.active)} == model.count_parameters()
+
+
+TINY_MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 10, "intermediate_size": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"num_attention_heads": 0}, "n_heads 0|division"), ({"hidden_size": -8}, "d_model -8"), ({"num_hidden_layers": 2.5}, "n_layers 2.5"),
+    ({"num_hidden_layers": True}, "n_layers True"), ({"vocab_size": float("nan")}, "vocab_size nan"), ({"vocab_size": 10**400}, "vocab_size"),
+    ({"num_local_experts": [4]}, "n_experts"), ({"num_experts_per_tok": 9}, "not 9"), ({"num_experts_per_tok": None}, "top_k None"),
+    ({"intermediate_size": 0}, "need a width"), ({"num_key_value_heads": 3}, "n_kv_heads 3 must divide"),
+    ({"first_k_dense_replace": 3}, "not 3"), ({"model_type": "llama", "attention_bias": True}, "attention_bias")])
+def test_a_published_config_that_makes_no_sense_is_refused(changes, match):
+    assert params.count(params.architecture(TINY_MIXTRAL))[-1].total > 0
+    with pytest.raises((ValueError, ArithmeticError), match=match):
+        params.architecture(TINY_MIXTRAL | changes)
+
+
+def test_the_table_of_hash_routing_is_counted_and_not_made():
+    config = ModelConfig(vocab_size=31, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(0, 1), n_experts=4, router="hash")
+    counted = {p.name: p for p in params.count(params.architecture(config))}
+    assert counted["routers"].total == 2 * 31 * 4 and counted["routers"].flops == 0
+    assert counted["all"].total == Transformer(config).count_parameters()["total"]
+    huge = dataclasses.replace(config, vocab_size=10**9)  # a table of 4 * 10**9 numbers, for each layer
+    assert params.count(params.architecture(huge))[-1].total > 8 * 10**9

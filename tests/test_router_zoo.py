@@ -296,6 +296,22 @@ def test_prefix_mean_has_the_right_gradient():
     assert gradcheck(routers.sequence.prefix_mean, Tensor(np.random.default_rng(0).standard_normal((2, 4, 3))))
 
 
+def test_a_whole_number_is_a_threshold_too():
+    """With threshold 1 a second expert stays with probability equal to its gate, here 1/2."""
+    r = route(np.zeros((4000, 2)), "top_k", 2, context(training=True), second_expert="random", second_threshold=1)
+    assert abs(r.load[1] / 4000 - .5) < .03
+
+
+def test_noisy_top_k_takes_groups_and_then_has_no_smooth_load():
+    logits = np.array([[3., 0, 2.9, 2.8], [0, 3, 1, 1]])
+    router = routers.make("noisy_top_k", 4, 4, 2, dtype=np.float64, n_groups=2, group_limit=1)
+    router.weight.data = np.eye(4)
+    assert router(Tensor(logits), context()).mask().tolist() == [[True, True, False, False]] * 2
+    assert router(Tensor(logits), context(training=True)).soft_load is None
+    with pytest.raises(ValueError, match="without groups"):
+        small("noisy_top_k", n_groups=2, group_limit=1, load_coef=.1)
+
+
 # -- by trial, and shuffled --------------------------------------------------------------------
 
 def test_reinforce_draws_from_its_softmax_while_training_and_takes_the_best_otherwise():

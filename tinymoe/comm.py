@@ -75,7 +75,7 @@ def traffic(routing, n_devices, d_model, bytes_per_number=4):
 
 def homes(n, n_devices, what):
     """(n,) the device of each of n tokens or experts, in equal runs."""
-    if n % n_devices:
+    if n_devices < 1 or n % n_devices:
         raise ValueError(f"{n_devices} devices do not share {n} {what} equally: choose a divisor")
     return np.repeat(np.arange(n_devices), n // n_devices)
 

@@ -12,8 +12,11 @@ from .routing import DROP_POLICIES
 
 
 def whole(value, least=1):
-    """Whether a setting is a whole number of at least `least`."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    """Whether a setting is a whole number of at least `least`, and such that an array can have it as its length."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < 2**31
+
+
+WHOLE = "a whole number of at least 1 (and below 2**31)"
 
 
 def finite(value):
@@ -97,20 +100,32 @@ class ModelConfig:
 
     def __post_init__(self):
         sizes = "vocab_size n_layers d_model n_heads d_ff seq_len n_experts n_devices max_devices"
-        require(self, sizes, whole, "a whole number of at least 1")
+        require(self, sizes, whole, WHOLE)
         for name in sizes.split():
             object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers are no JSON
+        for name, known in (("norm", tuple(NORMS)), ("positions", ("learned", "rotary")),
+                            ("attention", ("multi_head", "latent")), ("activation", ACTIVATIONS),
+                            ("drop_policy", DROP_POLICIES),
+                            ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
+            require(self, name, lambda value: value in known and type(value) is not int,  # 1 is equal to True
+                    f"one of {', '.join(map(str, known))}")
+        self._check_dense()
+        self._check_mixture()
+        self._check_router()
+
+    def _check_dense(self):
+        """Layers, attention, norms, and what is frozen."""
         require(self, "moe_layers", lambda layers: isinstance(layers, (tuple, list)) and
                 all(whole(i, 0) and i < self.n_layers for i in layers),
                 f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
         object.__setattr__(self, "moe_layers", tuple(sorted(set(map(int, self.moe_layers)))))
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        require(self, "head_dim v_dim", lambda n: n is None or whole(n), "a whole number of at least 1, or None")
+        require(self, "head_dim v_dim", lambda n: n is None or whole(n), f"{WHOLE}, or None")
         require(self, "n_kv_heads", lambda n: n is None or whole(n) and self.n_heads % n == 0,
                 f"a divisor of n_heads {self.n_heads}, or None")
         require(self, "q_rank", lambda n: whole(n, 0), "a whole number of at least 0")
-        require(self, "kv_rank", whole, "a whole number of at least 1")
+        require(self, "kv_rank", whole, WHOLE)
         require(self, "rope_dim", lambda n: whole(n, 2) and n % 2 == 0, "an even number of at least 2")
         require(self, "norm_eps rope_theta", lambda x: finite(x) and x > 0, "a finite number above 0")
         require(self, "latent_eps", lambda x: x is None or finite(x) and x > 0, "a finite number above 0, or None")
@@ -118,16 +133,18 @@ class ModelConfig:
         head = self.head_dim or self.d_model // self.n_heads
         require(self, "positions", lambda p: p == "learned" or self.attention == "latent" or head % 2 == 0,
                 f"learned where a head has an odd number of entries ({head})")
-        for name, known in (("norm", tuple(NORMS)), ("positions", ("learned", "rotary")),
-                            ("attention", ("multi_head", "latent")), ("activation", ACTIVATIONS),
-                            ("drop_policy", DROP_POLICIES),
-                            ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
-            require(self, name, lambda value: value in known, f"one of {', '.join(map(str, known))}")
-        require(self, "d_expert", lambda width: width is None or whole(width),
-                "a whole number of at least 1, or None for d_ff")
+        require(self, "n_kv_heads qk_norm", lambda value: not value or self.attention != "latent",
+                "left out with latent attention")
+        require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and
+                all(isinstance(part, str) for part in parts),
+                "a list of pieces of parameter names")
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+
+    def _check_mixture(self):
+        """Experts, losses and devices."""
+        require(self, "d_expert", lambda width: width is None or whole(width), f"{WHOLE}, or None for d_ff")
         require(self, "n_shared", lambda n: whole(n, 0), "a whole number of at least 0")
         require(self, "top_k", finite, "a finite number above 0")
-        self._check_router()
         require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
                 "a number above 0, or None for no limit")
         require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef "
@@ -136,14 +153,9 @@ class ModelConfig:
         require(self, "max_devices", lambda n: n <= self.n_devices, f"at most n_devices {self.n_devices}")
         require(self, "device_coef communication_coef", lambda value: value == 0 or self.n_devices > 1,
                 "0 where n_devices is 1")
-        require(self, "n_kv_heads qk_norm", lambda value: not value or self.attention != "latent",
-                "left out with latent attention")
-        require(self, "load_coef", lambda value: value == 0 or ROUTERS[self.router].has_soft_load,
-                f"0 but for {', '.join(name for name, r in ROUTERS.items() if r.has_soft_load)}")
-        require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and
-                all(isinstance(part, str) for part in parts),
-                "a list of pieces of parameter names")
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        soft = [name for name, r in ROUTERS.items() if r.has_soft_load]
+        require(self, "load_coef", lambda value: value == 0 or self.router in soft and self.n_groups in (None, 1),
+                f"0 but for {', '.join(soft)} without groups")
 
     @property
     def expert_width(self):
@@ -156,11 +168,16 @@ class ModelConfig:
         given = {field.name: value for field in dataclasses.fields(self) if field.name in known and field.default is None
                  and (value := getattr(self, field.name)) is not None}
         check(self.router, self.n_experts, self.top_k, given)
-        for kind, fits, expected in ((int, whole, "a whole number of at least 1"),
+        for kind, fits, expected in ((int, whole, WHOLE),
                                      (float, finite, "a finite number of at least 0")):
             names = [f.name for f in dataclasses.fields(self) if f.name in given and f.type == kind | None]
             require(self, " ".join(names), fits, f"{expected}, or None")
-        make(self.router, 1, self.n_experts, self.top_k, **self.router_options())
+        self.smallest_router()
+
+    def smallest_router(self):
+        """The router at a width of 1 and for a vocabulary of 2: what it refuses, and the shapes of its parameters."""
+        options = self.router_options()
+        return make(self.router, 1, self.n_experts, self.top_k, **options | {k: 2 for k in ("vocab_size",) if k in options})
 
     def router_options(self):
         """The keyword arguments that the router takes from this config."""

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .config import ModelConfig, require, whole
+from .config import WHOLE, ModelConfig, require, whole
 from .files import CheckpointError
 from .model import Block, Transformer
-from .params import MODERN, NEEDED, architecture
+from .params import MODERN, KEYS, architecture
 
-SIZES = {  # whole numbers that a config.json must have, besides NEEDED
+SIZES = {  # whole numbers that a config.json must have, besides KEYS
     "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
     "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
     "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
@@ -77,12 +77,12 @@ def model_config(config):
 
 def _refuse(config, kind):
     """ValueError for a setting that is missing, or would change the logits and is not computed here."""
-    sizes = (*NEEDED, *SIZES[kind].split())
+    sizes = (*KEYS, *SIZES[kind].split())
     missing = [key for key in (*sizes, *OTHERS[kind].split()) if key not in config]
     if missing:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
     require(SimpleNamespace(**config), " ".join(sizes), lambda n: whole(n, 0), "a whole number")
-    require(SimpleNamespace(**config), "num_attention_heads", whole, "a whole number of at least 1")
+    require(SimpleNamespace(**config), "num_attention_heads", whole, WHOLE)
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")

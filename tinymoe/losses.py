@@ -28,6 +28,8 @@ def equivalent_coefficient(coefficient, source, target, n_layers, top_k):
     for name in (source, target):
         if name not in CONVENTIONS:
             raise ValueError(f"unknown convention {name!r}: choose one of {', '.join(CONVENTIONS)}")
+    if not (n_layers > 0 and top_k > 0):
+        raise ValueError(f"n_layers {n_layers} and top_k {top_k} must be above 0")
     return coefficient * CONVENTIONS[source](n_layers, top_k) / CONVENTIONS[target](n_layers, top_k)
 
 

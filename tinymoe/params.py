@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from .config import ModelConfig
 from .kernels import GATED
-from .routers import make
+
+
+NEEDED = "n_layers", "d_model", "vocab_size", "n_heads", "head_dim", "n_kv_heads"  # at least 1
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,26 @@ class Architecture:
     second_head: bool = False  # tinymoe's multi-token prediction, of use in training alone
     router_matrices: int = 1  # (D, E): one for the scores, perhaps one for the noise
     router_bias: bool = False  # the loss-free bias, a number for each expert
+    router_table: bool = False  # of hash routing, a number for each token id and expert
     n_positions: int = 0  # learned position embeddings
     q_rank: int = 0  # multi-head latent attention (DeepSeek-V2, eq. 9 to 19): the queries' latent
     kv_rank: int = 0  # the latent of keys and values
     rope_dim: int = 0  # of head_dim, the rotary part, whose key all heads share
     v_dim: int = 0  # of a head's values
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            kind, least = type(getattr(type(self), name, 0)), name in NEEDED
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 2**63
+            if not (isinstance(value, bool) if kind is bool else number and (name == "top_k" or value == int(value))):
+                expected = "true or false" if kind is bool else f"a whole number of at least {int(least)}"
+                raise ValueError(f"{name} {value!r} must be {expected}")
+        if self.n_heads % self.n_kv_heads or self.n_dense > self.n_layers:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}, and at most all "
+                             f"{self.n_layers} layers be dense, not {self.n_dense}")
+        if self.n_dense < self.n_layers and not (0 < self.top_k <= self.n_experts and self.d_expert):
+            raise ValueError(f"layers of {self.n_experts} experts need a width, not {self.d_expert}, and a number of "
+                             f"experts for each token, not {self.top_k}")
 
     def attention(self):
         """(weights of matrix products, other parameters) of one attention layer."""
@@ -94,7 +111,8 @@ def count(a, context=0):
         part("experts", n_moe * a.n_experts * expert, n_moe * a.top_k * expert,
              n_moe * a.top_k * a.feed_forward(a.d_expert)[0]),
         part("shared experts", n_moe * shared, None, n_moe * a.feed_forward(shared_width)[0]),
-        part("routers", n_moe * (router + a.router_bias * a.n_experts), None, n_moe * router),
+        part("routers", n_moe * (router + a.router_bias * a.n_experts + a.router_table * a.vocab_size * a.n_experts),
+             None, n_moe * router),
         part("norms", a.n_layers * a.norms * vector + vector, None, 0),
         part("head", 0 if a.tied else a.vocab_size * D, None, a.vocab_size * D),
         part("second head", a.second_head * (2 * D * D + 2 * vector + block), 0)]
@@ -122,7 +140,8 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         aux_coef=0.0, sequence_coef=0.0001, activation="swiglu", **MODERN),
 }
 KINDS = ("mixtral", "olmoe", "grok-1", "deepseek_v2", "deepseek_v3", "llama", "mistral")  # whose keys are understood
-NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 
 
 def architecture(config):
@@ -132,12 +151,14 @@ def architecture(config):
     """
     if isinstance(config, ModelConfig) or "d_model" in config:
         return _own(config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config))
-    missing = [key for key in NEEDED if key not in config]
+    missing = [key for key in KEYS if key not in config]
     if missing:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
     get, kind = config.get, config.get("model_type")
     if kind not in KINDS:
-        raise ValueError(f"model_type {kind!r} is not understood: those that are are {', '.join(KINDS)}")
+        raise ValueError(f"model_type {kind!r} is not understood: it must be one of {', '.join(KINDS)}")
+    if biased := [key for key in UNCOUNTED if get(key)]:
+        raise ValueError(f"{biased[0]} {get(biased[0])!r}: a model with such biases is not counted right here")
     n_experts = get("n_routed_experts") or get("num_local_experts") or get("num_experts") or 0
     n_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     latent = get("kv_lora_rank") or 0
@@ -148,14 +169,14 @@ def architecture(config):
         n_kv_heads=get("num_key_value_heads") or heads, d_ff=get("intermediate_size", 0),
         n_dense=get("first_k_dense_replace", 0) if n_experts else n_layers, n_experts=n_experts,
         top_k=get("num_experts_per_tok", 0), d_expert=get("moe_intermediate_size") or get("intermediate_size", 0),
-        n_shared=get("n_shared_experts") or 0, tied=get("tie_word_embeddings", False),
+        n_shared=get("n_shared_experts") or 0, tied=bool(get("tie_word_embeddings")),
         norms=4 if kind == "grok-1" else 2,
         qk_norm=kind == "olmoe", router_bias=kind == "deepseek_v3", q_rank=get("q_lora_rank") or 0, kv_rank=latent,
         rope_dim=rope, v_dim=get("v_head_dim", 0) if latent else 0)
 
 
 def _own(c):
-    router = make(c.router, 1, c.n_experts, c.top_k, **c.router_options()).parameters().values()  # at a width of 1
+    router = c.smallest_router().parameters().values()
     latent, head_dim = c.attention == "latent", c.head_dim or c.d_model // c.n_heads
     return Architecture(
         n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads,
@@ -166,4 +187,5 @@ def _own(c):
         n_positions=c.seq_len if c.positions == "learned" and not latent else 0,
         router_matrices=sum(p.shape == (1, c.n_experts) for p in router),
         router_bias=any(p.shape == (c.n_experts,) for p in router),
+        router_table=any(p.shape == (2, c.n_experts) for p in router),
         **(dict(q_rank=c.q_rank, kv_rank=c.kv_rank, rope_dim=c.rope_dim, v_dim=c.v_dim or head_dim) if latent else {}))

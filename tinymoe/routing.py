@@ -134,9 +134,9 @@ def merge(routings):
 
 
 def capacity(n_tokens, n_experts, per_token, factor=1.0):
-    """Assignments one expert may hold: ceil(factor * N * K / E), at most N."""
+    """Assignments one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
     exact = factor * n_tokens * per_token / n_experts
-    return min(n_tokens, math.ceil(round(exact, 9)))  # 1.1 * 10 is 11.000000000000002, but means 11
+    return min(n_tokens, max(1, math.ceil(round(exact, 9))))  # 1.1 * 10 is 11.000000000000002, but means 11
 
 
 def limit_capacity(routing, factor, top_k, policy="order"):

@@ -54,10 +54,12 @@ def runs(ids, n_seeds, training, overrides=None):
     overrides: dict of ModelConfig fields for all of them; it wins over the table.
     Raises ValueError where ModelConfig does, and for a vocabulary that does not hold every byte.
     """
-    if (overrides or {}).get("vocab_size", 256) < 256:
-        raise ValueError(f"vocab_size {overrides['vocab_size']} must be at least 256: the tokens of a study are bytes")
-    return [Run(s.id, s.purpose, seed, s.model_config(overrides or {}), training)
-            for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
+    found = [Run(s.id, s.purpose, seed, s.model_config(overrides or {}), training)
+             for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
+    for run in found:
+        if run.model.vocab_size < 256:
+            raise ValueError(f"vocab_size {run.model.vocab_size} must be at least 256: the tokens of a study are bytes")
+    return found
 
 
 @dataclass(frozen=True)

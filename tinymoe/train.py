@@ -25,7 +25,7 @@ except ImportError:  # not a POSIX system: runs are not locked against a second 
     fcntl = None
 
 from . import kernels, metrics
-from .config import ModelConfig, finite, require, whole
+from .config import WHOLE, ModelConfig, finite, require, whole
 from .evaluation import Validation, evaluate
 from .files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
 from .model import Transformer
@@ -63,7 +63,7 @@ class TrainConfig:
 
     def __post_init__(self):
         require(self, "steps batch_size n_evaluations eval_windows final_windows", whole,
-                "a whole number of at least 1")
+                WHOLE)
         require(self, "learning_rate max_norm", lambda value: finite(value) and value > 0, "a finite number above 0")
         require(self, "weight_decay", finite, "a finite number of at least 0")
         require(self, "warmup", lambda value: finite(value) and value <= 1, "a number from 0 to 1")
@@ -149,6 +149,8 @@ class Trainer:
         self.run, self.corpus = run, corpus
         self.model = first_model(run, folder)
         self.parameters = self.model.parameters()
+        if not any(p.requires_grad for p in self.parameters.values()):
+            raise ValueError(f"freeze {list(run.model.freeze)} leaves nothing to train")
         self.optimizer = AdamW(self.parameters, weight_decay=run.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
         self.generators = {"data": np.random.default_rng([seed, 1]), "noise": np.random.default_rng([seed, 2])}
@@ -198,7 +200,8 @@ class Trainer:
     def log_row(self):
         """Evaluate, and add a row to the log: training means since the last row, then validation."""
         means = np.mean(self.since, axis=0).tolist() if self.since else [None] * 5
-        means = [None if m is None or math.isnan(m) else m for m in means]  # a dense model has no balance and no z
+        # a dense model has no balance and no z; one that is not finite has a coefficient of 0, or the run had ended
+        means = [None if m is None or not math.isfinite(m) else m for m in means]
         training = dict(zip(("train_loss", "cross_entropy", "balance", "z", "gradient_norm"), means))
         self.since, row = [], self.evaluate(self.run.training.eval_windows)
         warnings = [warning for part, numbers in zip(self.model.moe_parts(), row["layers"]) for warning in
@@ -265,7 +268,10 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        trainer = Trainer(run, corpus, folder)  # before anything is thrown away: memory may not hold it
+        try:
+            trainer = Trainer(run, corpus, folder)  # before anything is thrown away: memory may not hold it
+        except (ValueError, TypeError) as error:  # `freeze` names nothing, or a size that no array has
+            raise RunError(str(error)) from None
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
             (folder / name).unlink(missing_ok=True)
         for temporary in folder.glob(".*.*"):  # of a process that was killed while it wrote

@@ -37,6 +37,8 @@ class TopK(LinearRouter, name="top_k"):
         if second_expert not in SECOND_EXPERT or (second_expert != "all" and top_k != 2):
             raise ValueError(f"second_expert {second_expert!r} must be one of {', '.join(SECOND_EXPERT)}, "
                              f"and all unless top_k is 2")
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.jitter, self.n_groups, self.group_limit = jitter, n_groups, group_limit
         self.second_expert, self.second_threshold = second_expert, second_threshold
@@ -66,7 +68,7 @@ class TopK(LinearRouter, name="top_k"):
 
     def _keeps_second(self, gates, context):
         """(N, E) bool: all but the second choices that the policy drops."""
-        limit = np.full(len(gates), self.second_threshold)
+        limit = np.full(len(gates), self.second_threshold, float)
         if self.second_expert == "random":
             limit *= noise_source(self, context).random(len(gates))
         return largest(gates, 1) | (gates > limit[:, None])
@@ -76,13 +78,14 @@ class NoisyTopK(TopK, name="noisy_top_k"):
     """Top-K of logits with learned Gaussian noise while training (Shazeer et al. 2017, eq. 3 to 5).
 
     H = x W + epsilon * (softplus(x W_noise) + 0.01), epsilon ~ N(0, 1); without noise at evaluation.
-    Both weights start at zero. While training, the Routing carries the smooth load of appendix A.
+    Both weights start at zero. While training, the Routing carries the smooth load of appendix A, but not with groups,
+    which it knows nothing of.
     Raises ValueError when training without an rng.
     """
 
     paper = "Shazeer 2017"
     cost = "4 N D E"
-    options = ("router_std", "renormalise", "jitter")  # its smooth load knows no groups and no second-expert policy
+    options = ("router_std", "renormalise", "jitter", "n_groups", "group_limit")  # no second-expert policy
     has_soft_load = True
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=0.0, **options):
@@ -97,7 +100,7 @@ class NoisyTopK(TopK, name="noisy_top_k"):
         sigma = F.softplus(F.linear(x, self.noise)) + 0.01
         epsilon = noise_source(self, context).standard_normal(clean.shape).astype(clean.dtype)
         noisy = clean + epsilon * sigma
-        return self._choose(noisy, context, self._soft_load(clean, noisy, sigma))
+        return self._choose(noisy, context, self._soft_load(clean, noisy, sigma) if self.n_groups == 1 else None)
 
     def _soft_load(self, clean, noisy, sigma):
         """(E,): sum over tokens of P(expert i is in the top K if its own noise is drawn again), eq. 8 to 10."""
