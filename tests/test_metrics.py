@@ -56,6 +56,25 @@ def test_dropped_assignments_and_uncovered_tokens_are_two_numbers():
     assert metrics.drop_rate(r) == .5 and metrics.token_coverage(r) == 1
 
 
+def test_saturation_by_hand():
+    then = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], bool)
+    final = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)        # token 0 keeps both, 1 keeps one of two, 2 ends without
+    assert metrics.saturation(then, final) == 3 / 4 and metrics.saturation(final, final) == 1
+    assert metrics.saturation(final, then) == 3 / 6
+    assert metrics.saturation(then, np.zeros((3, 3), bool)) == 0
+
+
+def test_saturation_of_independent_choices_is_chance():
+    masks = np.random.default_rng(0).random((2, 20_000, 8)).argsort(axis=2) < 2
+    assert metrics.saturation(*masks) == pytest.approx(2 / 8, abs=.01)
+
+
+def test_co_activation_by_hand():
+    r = routing([[.5, .5, 0, 0], [.5, 0, .5, 0], [.5, .5, 0, 0], [0, 1, 0, 0]])
+    # expert 0 has tokens 0 1 2, expert 1 has 0 2 3, expert 2 has 1, expert 3 none
+    np.testing.assert_allclose(metrics.co_activation(r), [[1, 2 / 3, 1 / 3, 0], [2 / 3, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+
+
 @pytest.mark.parametrize("choices, seq_len, expected", [
     ([0, 0, 1, 1], 4, 2 / 3), ([0, 0, 1, 1], 2, 1), ([0, 1, 1, 0], 2, 0),      # pairs never cross from one sequence to the next
     ([1, 1, 1], 1, 0)])

@@ -34,6 +34,7 @@ def results(folder):
         header = json.loads(str(stored["__header__"]))
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
+    arrays |= {path.name: path.read_bytes() for path in (folder / "routings").glob("*")}  # the zip format keeps no clock time here
     return arrays, *([{k: v for k, v in one.items() if k != "seconds"} for one in group] for group in ([header, summary], rows))
 
 
@@ -86,13 +87,35 @@ def test_a_run_learns_a_text_without_surprise(tmp_path):
 
 def test_the_folder_of_a_run_holds_what_the_contract_says(corpus, tmp_path):
     summary = t.train(tiny(), corpus, tmp_path)
-    assert sorted(snapshot(tmp_path)) == [".lock", "checkpoint.npz", "config.json", "log.jsonl", "summary.json"]
+    routings = [f"routings/{step:06}.npz" for step in (0, 2, 4, 6)]
+    assert sorted(snapshot(tmp_path)) == [".lock", "checkpoint.npz", "config.json", "log.jsonl", *routings, "summary.json"]
     config = json.loads((tmp_path / "config.json").read_text())
     assert tm.ModelConfig.from_dict(config["model"]) == tiny().model and config["training"]["steps"] == 6
     assert config["corpus"] == corpus.describe() and config["threads"] == kernels.get_threads()
     rows = files.read_rows(tmp_path / "log.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 4, 6] and summary["status"] == "complete"
     assert rows[0]["train_loss"] is None and all(row["train_loss"] > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("config_id", "DE")
+def test_saved_routings_are_those_that_the_log_measured(corpus, tmp_path, config_id):
+    t.train(tiny(config_id), corpus, tmp_path)
+    shown, _ = files.load_arrays(tmp_path / "routings" / "000006.npz", "routings")
+    last = files.read_rows(tmp_path / "log.jsonl")[-1]["layers"][0]
+    ids, _, domain = corpus.validation(2, 16)  # all that this run evaluates: two windows of one domain
+    assert (shown["ids"] == ids).all() and (shown["domain"] == domain).all()
+    assert shown["chosen"][0].sum(axis=0).tolist() == last["load"] and (shown["gates"][~shown["chosen"]] == 0).all()
+    np.testing.assert_allclose(shown["probs"].astype(float).sum(axis=2), 1, atol=2e-3)
+    routing = t.load_model(tmp_path).forward(ids).routings[0]
+    np.testing.assert_allclose(shown["gates"][0], routing.to_dense().data, atol=1e-3)
+
+
+def test_fresh_throws_saved_routings_away_and_a_dense_model_saves_none(corpus, tmp_path):
+    t.train(tiny(), corpus, tmp_path)
+    t.train(tiny("D", n_evaluations=2), corpus, tmp_path, fresh=True)
+    assert sorted(path.name for path in (tmp_path / "routings").iterdir()) == ["000000.npz", "000003.npz", "000006.npz"]
+    t.train(tiny(model={"moe_layers": []}), corpus, tmp_path, fresh=True)
+    assert not (tmp_path / "routings").exists()
 
 
 @pytest.mark.skipif(os.cpu_count() < 2, reason="one core")
@@ -138,7 +161,7 @@ def test_the_bits_depend_on_the_seed_and_on_the_noise(corpus, reference, tmp_pat
 
 def test_a_kill_between_log_and_checkpoint_is_made_good(corpus, reference, stopped, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(t, "save_arrays", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(t, "save_arrays", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             t.train(tiny(), corpus, stopped)
     assert [row["step"] for row in files.read_rows(stopped / "log.jsonl")] == [0, 2, 4, 6]  # one row ahead

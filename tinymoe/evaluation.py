@@ -35,20 +35,38 @@ def losses_and_routings(model, valid, causal):
     return np.concatenate(nats), by_layer
 
 
-def evaluate(model, valid, initial_divergence):
+def evaluate(model, valid, initial_divergence, on_routings=lambda by_layer: None):
     """A JSON-able dict: the validation part of a row in log.jsonl.
 
     val_*: routing as in training. causal_*: routing decided on the prefix alone, the number that a
     language model may quote; the two are equal where every layer is causal.
-    initial_divergence: weight divergence of each MoE layer at initialisation.
+    initial_divergence: weight divergence of each MoE layer at initialisation. on_routings(by_layer) is given the
+    routings that val_* and the layers' numbers were measured on.
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)
+    on_routings(by_layer)
     causal_nats = nats if model.causal else losses_and_routings(model, valid, causal=True)[0]
     divergence = map(metrics.weight_divergence, model.expert_banks(), initial_divergence)
     return {**_loss_numbers("val", nats, valid), **_loss_numbers("causal", causal_nats, valid),
             "validation_tokens": int(nats.size),
             "layers": [{"layer": i, "weight_divergence": value, **layer_numbers(routings, valid)}
                        for i, routings, value in zip(model.config.moe_layers, by_layer, divergence)]}
+
+
+def record(ids, domain, by_layer):
+    """What tinymoe/view.py shows of windows ids (W, T), domain (W,): N = W * T bytes in each of L MoE layers.
+
+    by_layer: a list of batch Routings for each layer, whose first N tokens are the windows'.
+    Returns arrays: ids and domain as bytes; probs, gates (L, N, E) float16; chosen (L, N, E) bool.
+    """
+    wholes = [merge(routings) for routings in by_layer]
+
+    def first(array_of, dtype):
+        return np.stack([array_of(whole)[:ids.size] for whole in wholes]).astype(dtype)
+
+    return {"ids": ids.astype(np.uint8), "domain": domain.astype(np.uint8),
+            "probs": first(lambda r: r.probs.data, np.float16), "chosen": first(lambda r: r.mask(), bool),
+            "gates": first(lambda r: r.to_dense().data, np.float16)}
 
 
 def _loss_numbers(prefix, nats, valid):

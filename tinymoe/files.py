@@ -61,10 +61,10 @@ def write_rows(path, rows):
     write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
-def save_arrays(path, arrays, header):
+def save_arrays(path, arrays, header, compress=False):
     """Write a dict of arrays and a JSON-able header as one .npz file."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays, __header__=np.array(json.dumps(header)))
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays, __header__=np.array(json.dumps(header)))
     write_whole(path, buffer.getvalue())
 
 

@@ -74,6 +74,24 @@ def repetition(routing, seq_len):
     return float(kept / max(1, chosen[:, :-1].sum()))
 
 
+def saturation(masks_then, masks_final):
+    """Share of the tokens' final experts that they already had at an earlier step; chance is K / E.
+
+    masks (..., E) bool of the same tokens at the two steps, as Routing.mask() gives them (OLMoE, Muennighoff et al.
+    2024, section 5.1). Without any final assignment it is 0.
+    """
+    return float((masks_then & masks_final).sum() / max(1, masks_final.sum()))
+
+
+def co_activation(routing):
+    """(E, E): the share of expert i's tokens that expert j serves too, N_ij / N_i (OLMoE, section 5.2).
+
+    The diagonal is 1, and the row of an expert without tokens 0.
+    """
+    mask = routing.mask().astype(float)
+    return mask.T @ mask / np.maximum(routing.load, 1)[:, None]
+
+
 def weight_divergence(bank, initial=None):
     """Mean over pairs of experts of 1 - cosine of their weights (w1 and w2 as one vector).
 

@@ -1,7 +1,7 @@
 """One training run: the loop, its log, its checkpoints, and how it goes on after a kill.
 
-A run is a folder: config.json first, log.jsonl and checkpoint.npz at every evaluation, summary.json
-last, so that its presence says that the run is complete. The state between two evaluations is
+A run is a folder: config.json first, log.jsonl, checkpoint.npz and routings/STEP.npz at every evaluation,
+summary.json last, so that its presence says that the run is complete. The state between two evaluations is
 a function of the checkpoint alone; a resumed run therefore ends with the same bits.
 """
 
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +27,15 @@ except ImportError:  # not a POSIX system: runs are not locked against a second 
 
 from . import kernels, metrics
 from .config import WHOLE, ModelConfig, finite, require, whole
-from .evaluation import Validation, evaluate
+from .evaluation import Validation, evaluate, record
 from .files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
 from .model import Transformer
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
+ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, a file an evaluation
+RECORDED = 2  # of these windows, in each domain
 
 
 class RunError(Exception):
@@ -156,6 +159,7 @@ class Trainer:
         self.generators = {"data": np.random.default_rng([seed, 1]), "noise": np.random.default_rng([seed, 2])}
         self.step, self.seconds, self.rows = 0, 0.0, []
         self.since = []  # numbers of each step since the last row
+        self.recorded = None  # of the last evaluation: evaluation.record
         self.initial_divergence = list(map(metrics.weight_divergence, self.model.expert_banks()))
 
     def advance(self):
@@ -189,13 +193,27 @@ class Trainer:
         ids, targets, domain = self.corpus.validation(windows, length)
         valid = Validation(ids, targets, domain, self.corpus.names, c.batch_size)
         with np.errstate(all="ignore"):
-            row = evaluate(self.model, valid, self.initial_divergence)
+            row = evaluate(self.model, valid, self.initial_divergence, lambda by_layer: self._keep(valid, by_layer))
         try:
             json.dumps(row, allow_nan=False)
         except ValueError:
             layer = self.model.first_nonfinite(ids) or "the loss"
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
         return row
+
+    def _keep(self, valid, by_layer):
+        """Keep what the routers did to the first windows of each domain, which stand first and are always the same."""
+        shown = min(RECORDED * len(valid.names), len(valid.ids))
+        batches = math.ceil(shown / valid.batch_size)
+        first = [routings[:batches] for routings in by_layer]
+        self.recorded = record(valid.ids[:shown], valid.domain[:shown], first) if first else None
+
+    def save_routings(self, folder):
+        """Write what the last evaluation kept, under its step; a dense model has nothing to write."""
+        if self.recorded:
+            header = {"kind": "routings", "run_id": self.run.run_id, "model": self.run.model.to_dict(),
+                      "step": self.step, "names": self.corpus.names}
+            save_arrays(folder / ROUTINGS / f"{self.step:06}.npz", self.recorded, header, compress=True)
 
     def log_row(self):
         """Evaluate, and add a row to the log: training means since the last row, then validation."""
@@ -274,7 +292,9 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
             raise RunError(str(error)) from None
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
             (folder / name).unlink(missing_ok=True)
-        for temporary in folder.glob(".*.*"):  # of a process that was killed while it wrote
+        if fresh:
+            shutil.rmtree(folder / ROUTINGS, ignore_errors=True)
+        for temporary in [*folder.glob(".*.*"), *folder.glob(f"{ROUTINGS}/.*.*")]:  # of a process killed while it wrote
             temporary.unlink(missing_ok=True)
         _claim(folder, describe(run, corpus, trainer.model))
         if (folder / "summary.json").exists() and (folder / "log.jsonl").exists():
@@ -286,6 +306,7 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
                 trainer.restore(folder)
             else:
                 trainer.log_row()
+                trainer.save_routings(folder)
             _loop(trainer, folder, on_step)
             final = {"step": trainer.step, **trainer.evaluate(run.training.final_windows)}
         except NonFiniteLoss as error:
@@ -307,6 +328,7 @@ def _loop(trainer, folder, on_step):
         if trainer.step in evaluations:
             trainer.log_row()
             write_rows(folder / "log.jsonl", trainer.rows)
+            trainer.save_routings(folder)
             trainer.save(folder / "checkpoint.npz")
         on_step(trainer.step, loss)
 
