@@ -340,6 +340,112 @@ def probe(router, steps, overrides):
     click.echo("\n".join(f"  {warning}" for warning in warnings or ["none"]))
 
 
+# -- route --------------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("--gate", is_flag=True, help="Show the gate of the first choice, as bars.")
+@click.option("--entropy", is_flag=True, help="Show the entropy of the router's probabilities, as bars.")
+@click.option("--layer", "layers", multiple=True, type=int, help="Show only this layer; repeat for several.  [default: all]")
+def route(run, text, gate, entropy, layers):
+    """Show which expert each byte of TEXT goes to, in each MoE layer of the model in folder RUN.
+
+    Routes are decided on the prefix alone. Below each byte stands its first choice, the expert with the largest gate.
+    """
+    model, data = _model(run), text.encode("utf-8", "surrogateescape")
+    from shutil import get_terminal_size
+
+    from tinymoe import view
+    known = model.config.moe_layers
+    if not data:
+        raise click.UsageError("TEXT is empty: give at least one byte")
+    if not known or not set(layers) <= set(known):
+        raise click.ClickException(f"--layer {', '.join(map(str, layers)) or 'all'}: the layers of {run} with experts are "
+                                   f"{', '.join(map(str, known)) or 'none'}")
+    colour = os.isatty(1) and not os.environ.get("NO_COLOR")
+    for layer, routing in zip(known, view.prefix_routings(model, data)):
+        if not layers or layer in layers:
+            click.echo(f"layer {layer}, {routing.n_experts} experts")
+            for line in view.lines(data, routing, colour, get_terminal_size((80, 24)).columns, gate, entropy):
+                click.echo(line)
+    click.echo("-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127; bars: ▁ 0 to █ 1 (entropy: of ln E)")
+    if len(data) > model.config.seq_len:
+        click.echo(f"{len(data)} bytes are more than one window: the model starts anew every {model.config.seq_len}.")
+    said = view.note(model.config)
+    if said:
+        click.echo(f"These routes are decided on the prefix alone, and the model was not trained so. {said}")
+
+
+def _model(run):
+    """The model of a run folder; one line and exit code 1 where there is none."""
+    from tinymoe.files import CheckpointError
+    from tinymoe.train import load_model
+    try:
+        return load_model(run)
+    except CheckpointError as error:
+        raise click.ClickException(_one_line(error)) from None
+
+
+# -- view ---------------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(), help="Show the first bytes of this file instead of validation windows.")
+@click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: RUN/view.html]")
+def view(run, text, out):
+    """Write one HTML page: text by layer and expert, over the training steps of the run in folder RUN.
+
+    It needs no network. A run without saved routings, or --text, is shown as its last checkpoint routes.
+    """
+    from tinymoe import view as v
+    from tinymoe.data import CorpusError
+    from tinymoe.files import CheckpointError, write_whole
+    out = out or run / "view.html"
+    try:
+        page = v.page(run, text)
+        write_whole(out, page)
+    except (CheckpointError, CorpusError, OSError) as error:
+        raise click.ClickException(_one_line(error)) from None
+    click.echo(f"{out} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser")
+
+
+# -- generate -----------------------------------------------------------------------------------
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--length", type=click.IntRange(min=1), default=256, show_default=True, help="Bytes to add.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Below 1 is safer; 0 takes the likeliest.")
+@click.option("--top", type=click.IntRange(min=1), help="Draw only among the N likeliest bytes.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text.")
+def generate(run, prompt, length, temperature, top, seed):
+    """Continue a text with the model in folder RUN, byte by byte, routed on the prefix alone."""
+    from codecs import getincrementaldecoder
+
+    model, data = _model(run), prompt.encode("utf-8", "surrogateescape")
+    import numpy as np
+
+    from tinymoe import kernels
+    from tinymoe.generate import generate as sample
+    kernels.set_threads(1)  # one window is too little work to share; the text is the same
+    decoder = getincrementaldecoder("utf-8")("replace")  # a character appears when its last byte is there
+
+    def show(raw, final=False):
+        text = decoder.decode(raw, final)
+        click.echo("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), nl=False)
+
+    try:
+        drawn = sample(model, data, length, temperature, np.random.default_rng(seed), top)
+    except ValueError as error:
+        raise click.UsageError(_one_line(error)) from None
+    show(data)
+    for byte in drawn:
+        show(bytes([byte]))
+    show(b"", final=True)
+    click.echo()
+
+
 # -- gradcheck ----------------------------------------------------------------------------------
 
 @main.command()

@@ -269,3 +269,61 @@ def test_params_counts_a_preset_and_the_config_of_a_run(tmp_path):
     assert "671,026,419,200" in invoke("params", "deepseek-v3")[1]
     (tmp_path / "config.json").write_text(json.dumps({"model": ModelConfig().to_dict()}))
     assert "4,040,832" in invoke("params", tmp_path / "config.json")[1]
+
+
+# -- route, view, generate --
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return finished / "runs" / "B-seed0"
+
+
+def test_route_shows_each_byte_above_its_expert(run, finished, monkeypatch):
+    code, output = invoke("route", run, "one two\n", "--gate", "--entropy")
+    text, expert, gate, entropy = (line[8:] for line in output.splitlines()[1:5])
+    assert code == 0 and text == "one two↵" and set(expert) <= set("0123") and len(expert) == len(gate) == len(entropy) == 8
+    assert "prefix alone" not in output and "windows" not in output
+    code, output = invoke("route", finished / "runs" / "E-seed0", "more than sixteen bytes")
+    assert code == 0 and "every 16" in output and "prefix alone" in output
+    monkeypatch.setattr(os, "isatty", lambda handle: True)
+    for no_color, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        assert ("\x1b[" in CliRunner().invoke(cli.main, ["route", str(run), "a"], color=True).output) == coloured
+
+
+def test_view_writes_a_page_into_the_run_or_elsewhere(run, text, tmp_path):
+    out = tmp_path / "new" / "page.html"
+    code, output = invoke("view", run, "--text", text, "--out", out)
+    assert code == 0 and str(out) in output and out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert invoke("view", run)[0] == 0 and (run / "view.html").exists()
+    (run / "view.html").unlink()
+
+
+def test_generate_continues_a_prompt_and_repeats_itself(run):
+    code, output = invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40)
+    assert code == 0 and output.startswith("Grüße \ufffd") and len(output) > 40
+    assert all(c.isprintable() or c in "\n\t" for c in output)
+    assert output == invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40)[1]
+    assert output != invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40, "--seed", 1)[1]
+    greedy = [invoke("generate", run, "--prompt", "ab", "--length", 8, *options) for options in (("--temperature", 0), ("--top", 1))]
+    assert greedy[0] == greedy[1] and greedy[0][0] == 0
+
+
+@pytest.mark.parametrize("typed, code, named", [
+    ("route {dir}/nowhere a", 1, "nowhere"), ("view {dir}/nowhere", 1, "nowhere"), ("generate {dir}/nowhere --prompt a", 1, "nowhere"),
+    ("route {dir}/torn a", 1, "not a whole"), ("view {dir}/torn", 1, "not a whole"), ("generate {dir}/torn --prompt a", 1, "not a whole"),
+    ("view {dir}/none", 1, "checkpoint.npz does not exist"), ("route {run} a --layer 0", 1, "--layer 0: .* are 1"),
+    ("route {run} ", 2, "TEXT is empty"), ("view {run} --text {dir}/missing.txt", 1, "missing.txt"),
+    ("view {run} --text {dir}/empty.txt", 1, "empty.txt is empty"), ("view {run} --text {dir}", 1, "directory"),
+    ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"), ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
+    ("generate {run} --prompt a --temperature nan", 2, "temperature nan"), ("generate {run} --prompt a --temperature hot", 2, "hot"),
+    ("generate {run} --prompt ", 2, "prompt is empty"), ("generate {run} --prompt a --length 0", 2, "0 is not in the range")])
+def test_a_run_that_cannot_be_shown_ends_in_one_clear_line(typed, code, named, run, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "none").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "checkpoint.npz").write_bytes((run / "checkpoint.npz").read_bytes()[:-2000])
+    got, output = invoke(*(part.format(dir=tmp_path, run=run) for part in typed.split(" ")))
+    error = [line for line in output.splitlines() if line.startswith("Error:")]
+    assert got == code and len(error) == 1 and re.search(named, error[0]), output

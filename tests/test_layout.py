@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("files tensor kernels functional gradcheck nn attention routing routers losses experts comm config moe model params interop synthetic data optim metrics "
-         "evaluation train probes study rows plots report experiments bench checks").split()
+ORDER = ("files tensor kernels functional gradcheck nn attention routing routers losses experts comm config moe model params interop synthetic "
+         "data optim metrics evaluation train probes generate study rows plots view report experiments bench checks").split()
 FILES = sorted(ROOT.glob("tinymoe/**/*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EVERYWHERE = [*FILES, ROOT / "cli.py"]

@@ -1,0 +1,234 @@
+"""Looking inside: the terminal's lines by hand, the page's data, and the page itself in a browser."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from test_train import WORDS, tiny
+from tinymoe import Tensor, Transformer, files, train, view
+from tinymoe.data import CorpusError, load_corpus
+from tinymoe.files import CheckpointError
+from tinymoe.routing import from_mask
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "words.txt").write_text(WORDS)
+    (folder / "odd.txt").write_bytes(b"</script><b>&amp;\xff\x00\t" * 40)
+    return load_corpus(folder, seq_len=16)
+
+
+@pytest.fixture(scope="module", params=["D", "capacity", "E"])
+def run(request, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1}}[request.param]  # in the last two some go without
+    train.train(tiny("E" if request.param == "E" else "D", model={"moe_layers": [0, 1]} | more), corpus, folder)
+    return folder
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def array(text, *shape):
+    return np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape or -1)
+
+
+# -- the terminal --
+
+
+def by_hand(gates, probs=None):
+    gates = np.array(gates, float)
+    probs = Tensor(gates if probs is None else np.array(probs, float))
+    return from_mask(gates > 0, Tensor(gates), probs, probs)
+
+
+def test_lines_by_hand():
+    routing = by_hand([[.25, .75], [1, 0], [0, 0], [.5, .5]], [[.25, .75], [1, 0], [.5, .5], [.5, .5]])
+    assert list(view.lines(b"a\n\xff ", routing, False, 80, gate=True, entropy=True)) == [
+        "text    a↵· ", "expert  10-0", "gate    ▇█ ▅", "entropy ▇▁██", ""]  # -(.25 ln .25 + .75 ln .75) / ln 2 = 0.81
+
+
+def test_long_lines_wrap_and_numbers_of_two_digits_are_read_downwards():
+    routing = by_hand(np.eye(12)[[11, 3, 0, 7, 10, 1, 2, 5, 9]])
+    assert list(view.lines(b"abcdefghi", routing, False, 16)) == [
+        "text    abcdefgh", "expert  1   1   ", "        13070125", "", "text    i", "expert   ", "        9", ""]
+
+
+def test_colour_adds_nothing_that_the_lines_below_do_not_say():
+    routing = by_hand([[1, 0], [0, 1], [0, 0]])
+    plain, coloured = (list(view.lines(b"abc", routing, colour, 80)) for colour in (False, True))
+    assert [re.sub(r"\x1b\[[\d;]*m", "", line) for line in coloured] == plain
+    assert coloured[0].count("\x1b[0m") == 2 and coloured[1:] == plain[1:]  # who has no expert has no colour
+
+
+@pytest.mark.parametrize("byte, shown", [(65, "A"), (32, " "), (10, "↵"), (9, "→"), (0, "¤"), (27, "¤"), (127, "¤"), (255, "·")])
+def test_every_byte_has_one_visible_character(byte, shown):
+    assert view.symbol(byte) == shown
+
+
+def test_a_long_text_is_routed_by_windows_on_the_prefix_alone():
+    model = Transformer(tiny("E").model)
+    text = bytes(range(40))
+    whole, = view.prefix_routings(model, text)
+    parts = [view.prefix_routings(model, text[start:start + 16])[0] for start in (0, 16, 32)]
+    assert (whole.mask() == np.concatenate([part.mask() for part in parts])).all() and whole.n_tokens == 40
+    shorter, = view.prefix_routings(model, text[:9])
+    assert (shorter.mask() == whole.mask()[:9]).all()
+
+
+@pytest.mark.parametrize("model, said", [
+    ({}, ""), ({"router": "expert_choice"}, "whole batch, so"), ({"router": "sinkhorn"}, "While training, sinkhorn"),
+    ({"capacity_factor": 1.0}, "capacity limit")])
+def test_a_note_says_where_the_route_is_not_causal(model, said):
+    assert (said in view.note(tiny("D", model=model).model)) and (said or not view.note(tiny("D").model))
+
+
+# -- the page's data --
+
+
+def test_the_page_holds_what_the_run_saved(run):
+    data = data_of(view.page(run))
+    assert data["steps"] == [0, 2, 4, 6] and data["layers"] == [0, 1] and data["saturation"][-1] == [1, 1]
+    for step, probs, gates in zip(data["steps"], data["probs"], data["gates"]):
+        saved, _ = files.load_arrays(run / "routings" / f"{step:06}.npz", "routings")
+        shape = saved["probs"].shape
+        assert (array(data["text"], *saved["ids"].shape) == saved["ids"]).all()
+        assert ((array(gates, *shape) > 0) == saved["chosen"]).all()
+        np.testing.assert_allclose(array(probs, *shape) / 255, saved["probs"], atol=.003)
+        shown = np.where(saved["chosen"], (array(gates, *shape) - 1.0) / 254 * data["gateScale"], 0)
+        np.testing.assert_allclose(shown, saved["gates"], atol=.003 * data["gateScale"])
+
+
+def test_nothing_in_a_text_can_leave_the_script(corpus, tmp_path):
+    odd = tmp_path / "odd.txt"
+    odd.write_bytes(b"</script><script>alert(1)</script>&\xff")
+    train.train(tiny("D"), corpus, tmp_path / "<!--<script><b>run")
+    for page in (view.page(tmp_path / "<!--<script><b>run"), view.page(tmp_path / "<!--<script><b>run", odd)):
+        assert page.count("</script>") == 2 and "__DATA__" not in page
+        assert not re.search(r"""(src|href)\s*=\s*(?!"data:)|https?:|//\w+\.|@import|url\(""", page)
+    data = data_of(page)
+    assert base64.b64decode(data["text"]) == odd.read_bytes()[:32] and data["run"] == "<!--<script><b>run"
+    assert data["steps"] == [None] and data["names"] == ["text"]
+    odd.write_bytes(b"short")
+    assert base64.b64decode(data_of(view.page(tmp_path / "<!--<script><b>run", odd))["text"]) == b"short"
+
+
+def test_too_many_steps_are_thinned_and_the_last_stays(run, monkeypatch):
+    size = files.load_arrays(run / "routings" / "000000.npz", "routings")[0]["probs"].size
+    monkeypatch.setattr(view, "MAX_VALUES", 2 * size)
+    assert data_of(view.page(run))["steps"] == [2, 6]
+
+
+def test_an_old_run_shows_its_checkpoint(run, tmp_path, corpus, monkeypatch):
+    shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("routings"))
+    monkeypatch.setattr(view, "load_corpus", lambda text, length: corpus)
+    old, new = data_of(view.page(tmp_path / "old")), data_of(view.page(run))
+    assert old["steps"] == [None] and old["text"] == new["text"] and old["names"] == new["names"]
+    if old["router"] == "top_k" and not old["limited"]:  # the others' routes depend on the batch
+        assert np.abs(array(old["probs"][0]).astype(int) - array(new["probs"][-1])).max() <= 1
+
+
+def test_what_cannot_be_shown(run, tmp_path, corpus):
+    (tmp_path / "empty").touch()
+    with pytest.raises(CorpusError, match="is empty"):
+        view.page(run, tmp_path / "empty")
+    with pytest.raises(OSError, match="nowhere"):
+        view.page(run, tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        view.page(tmp_path / "nowhere")
+    train.train(tiny("A", model={"moe_layers": []}), corpus, tmp_path / "dense")
+    with pytest.raises(CorpusError, match="routes nothing"):
+        view.page(tmp_path / "dense", tmp_path / "dense" / "config.json")
+
+
+# -- the page in a browser --
+
+DRIVE = """<script>
+const out = [], say = (name, value) => out.push([name, value]);
+const key = name => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true, cancelable: true}));
+const slide = value => { $("step").value = value; $("step").dispatchEvent(new Event("input")); };
+const panel = () => $("detail").textContent, count = what => document.querySelectorAll("#windows " + what).length;
+try {
+  say("cells", count(".cell"));
+  say("none", count(".none")); say("lost", count(".lost"));
+  say("patterns", [...document.querySelectorAll("#windows .none, #windows .lost")].every(c => getComputedStyle(c).backgroundImage.includes("gradient")));
+  say("labels", [...document.querySelectorAll("#windows .cell")].every(c => c.getAttribute("aria-label").includes("expert")));
+  cells[1][3].focus(); say("focused", panel()); say("bars", document.querySelectorAll("#detail .prob").length);
+  say("same", count(".same"));
+  say("ring", cells[1][3].matches(":focus") && getComputedStyle(cells[1][3]).outlineStyle);
+  key("ArrowRight"); say("right", document.activeElement.n); key("ArrowLeft"); key("ArrowLeft"); say("left", document.activeElement.n);
+  key("End"); say("end", document.activeElement.n); key("ArrowRight"); say("stays", document.activeElement.n);
+  key("Home"); say("home", document.activeElement.n); key("ArrowDown"); say("down", document.activeElement.n);
+  say("tab stops", count('.cell[tabindex="0"]')); say("blocks", count(".grid"));
+  cells[0][5].dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); say("hovered", panel());
+  say("experts", data.steps.map((_, i) => { slide(i); return cells[0].map(c => c.dataset.expert).join(" "); }));
+  slide(0); say("first step", $("at").textContent); say("saturation", [...document.querySelectorAll(".saturation")].map(c => c.textContent));
+  slide(data.steps.length - 1); say("last", $("at").textContent);
+  const domains = $("domains").children, experts = $("experts").children;
+  domains[1].click(); say("one domain", windows.map(w => !w.hidden)); say("pressed", domains[1].getAttribute("aria-pressed"));
+  domains[0].click(); say("all domains", windows.map(w => !w.hidden));
+  experts[2].click(); say("dim", cells.map(row => row.map(c => c.classList.contains("dim")))); experts[0].click(); say("bright", count(".dim"));
+  $("numbers").click(); say("numbers", getComputedStyle(cells[0][0], "::after").content);
+  say("resources", performance.getEntriesByType("resource").length);
+  say("reachable", [...document.querySelectorAll("button, input")].every(c => c.tabIndex === 0 && (c.textContent || c.labels.length)));
+} catch (error) { errors.push(String(error)); }
+document.body.append(make("pre", "", JSON.stringify({errors, ...Object.fromEntries(out)}), {id: "result"}));
+</script>"""
+CATCH = "<script>const errors = []; window.onerror = message => { errors.push(message); }; console.error = console.warn = message => errors.push(message);</script>"
+
+
+@pytest.fixture
+def shown(run, tmp_path):
+    """What a browser answers after the page's controls have been used, and the page's data."""
+    if BROWSER is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
+    page = view.page(run)
+    (tmp_path / "page.html").write_text(page.replace("<style>", CATCH + "<style>").replace("</html>", DRIVE + "</html>"), encoding="utf-8")
+    quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", *(f"--{name}" for name in quiet.split()),
+                          f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+                          (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120).stdout.decode()
+    return json.loads(html.unescape(re.search(r'<pre [^>]*id="result">(.*?)</pre>', dom, re.S)[1])), data_of(page)
+
+
+def test_the_page_in_a_browser(shown, run):
+    got, data = shown
+    assert got["errors"] == [] and got["resources"] == 0 and got["reachable"]
+    n = len(data["domain"]) * 16
+    saved = [files.load_arrays(path, "routings")[0] for path in sorted((run / "routings").iterdir())]
+    chosen, final = saved[-1]["chosen"], saved[-1]
+    assert got["cells"] == 2 * n and got["bars"] == 4 and got["same"] == 2 and got["labels"] and got["patterns"]
+    # marks
+    coverage = chosen.sum(axis=2)
+    limited = data["limited"]
+    assert got["none"] == (coverage == 0).sum() and got["lost"] == (limited and ((coverage > 0) & (coverage < 2)).sum())
+    assert (got["none"] + got["lost"] > 0) == (data["router"] == "expert_choice" or limited)
+    # what pointing at a byte tells
+    p = final["probs"][1, 3].astype(float)
+    assert f"byte 3 of {data['names'][data['domain'][0]]}, layer 1" in got["focused"] and "layer 0" in got["hovered"]
+    assert all(f"{value:.2f}" in got["focused"] for value in np.rint(p * 255) / 255)
+    assert ("second choice" in got["focused"]) == (coverage[1, 3] > 1) and got["ring"] == "solid"
+    # arrow keys
+    assert [got[name] for name in ("right", "left", "end", "stays", "home", "down")] == [4, 2, 15, 15, 0, 0]
+    assert got["tab stops"] == got["blocks"] == 2 * len(data["domain"])
+    # the slider
+    gates = np.stack([arrays["gates"][0] for arrays in saved])
+    has = np.stack([arrays["chosen"][0].any(axis=1) for arrays in saved])
+    for first, largest, covered in zip(got["experts"], gates, has):
+        for token, expert in enumerate(first.split(" ")):
+            assert expert == "–" if not covered[token] else largest[token, int(expert)] >= largest[token].max() - .005
+    assert got["first step"] == "0 of 6" and got["last"] == "6 of 6"
+    assert got["saturation"] == [f"{value:.2f}" for value in data["saturation"][0]]
+    # filters
+    assert got["one domain"] == [d == 0 for d in data["domain"]] and got["pressed"] == "true" and all(got["all domains"])
+    assert got["dim"] == (~chosen[:, :, 1]).tolist() and got["bright"] == 0 and len(got["numbers"]) > 2
