@@ -347,7 +347,8 @@ def probe(router, steps, overrides):
 @click.argument("text")
 @click.option("--gate", is_flag=True, help="Show the gate of the first choice, as bars.")
 @click.option("--entropy", is_flag=True, help="Show the entropy of the router's probabilities, as bars.")
-@click.option("--layer", "layers", multiple=True, type=int, help="Show only this layer; repeat for several.  [default: all]")
+@click.option("--layer", "layers", multiple=True, type=int,
+              help="Show only this layer; repeat for several.  [default: all]")
 def route(run, text, gate, entropy, layers):
     """Show which expert each byte of TEXT goes to, in each MoE layer of the model in folder RUN.
 
@@ -361,15 +362,16 @@ def route(run, text, gate, entropy, layers):
     if not data:
         raise click.UsageError("TEXT is empty: give at least one byte")
     if not known or not set(layers) <= set(known):
-        raise click.ClickException(f"--layer {', '.join(map(str, layers)) or 'all'}: the layers of {run} with experts are "
-                                   f"{', '.join(map(str, known)) or 'none'}")
+        wanted, there = (", ".join(map(str, some)) for some in (layers or ["all"], known or ["none"]))
+        raise click.ClickException(f"--layer {wanted}: the layers of {run} with experts are {there}")
     colour = os.isatty(1) and not os.environ.get("NO_COLOR")
     for layer, routing in zip(known, view.prefix_routings(model, data)):
         if not layers or layer in layers:
             click.echo(f"layer {layer}, {routing.n_experts} experts")
             for line in view.lines(data, routing, colour, get_terminal_size((80, 24)).columns, gate, entropy):
                 click.echo(line)
-    click.echo("-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127; bars: ▁ 0 to █ 1 (entropy: of ln E)")
+    click.echo("-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127; "
+               "bars: ▁ 0 to █ 1 (entropy: of ln E)")
     if len(data) > model.config.seq_len:
         click.echo(f"{len(data)} bytes are more than one window: the model starts anew every {model.config.seq_len}.")
     said = view.note(model.config)
@@ -416,7 +418,8 @@ def view(run, text, out):
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--length", type=click.IntRange(min=1), default=256, show_default=True, help="Bytes to add.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Below 1 is safer; 0 takes the likeliest.")
+@click.option("--temperature", type=float, default=1.0, show_default=True,
+              help="Below 1 is safer; 0 takes the likeliest.")
 @click.option("--top", type=click.IntRange(min=1), help="Draw only among the N likeliest bytes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text.")
 def generate(run, prompt, length, temperature, top, seed):
