@@ -13,6 +13,7 @@ import numpy as np
 import cli
 import tinymoe as tm
 from tinymoe import report, routers
+from tinymoe.experiments import EXPERIMENTS, writeup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,7 +59,7 @@ def test_the_file_map_names_every_file_with_its_length():
 
 
 def test_its_numbers_stand_in_the_published_findings():
-    findings = (ROOT / "results/published/full/FINDINGS.md").read_text()
+    findings = "".join((ROOT / "results/published" / path).read_text() for path in ("full/FINDINGS.md", "FINDINGS.md"))
     assert all(number in findings for number in re.findall(r"[\d.]+ ± [\d.]+", README))
 
 
@@ -66,6 +67,17 @@ def test_the_published_findings_follow_from_the_published_rows(tmp_path):
     shutil.copytree(ROOT / "results/published/full", tmp_path / "full")
     again = report.write_findings(tmp_path / "full").read_text()
     assert again == (ROOT / "results/published/full/FINDINGS.md").read_text()
+
+
+def test_the_gathered_findings_and_those_of_each_experiment_follow_from_their_rows(tmp_path):
+    published = ROOT / "results/published"
+    shutil.copytree(published, tmp_path / "again")
+    done = [name for name in EXPERIMENTS if (published / "experiments" / name).exists()]
+    assert done
+    for name in done:
+        again = writeup.write_findings(EXPERIMENTS[name], tmp_path / "again/experiments" / name).read_text()
+        assert again == (published / "experiments" / name / "FINDINGS.md").read_text(), name
+    assert writeup.gather(tmp_path / "again", EXPERIMENTS).read_text() == (published / "FINDINGS.md").read_text()
 
 
 def test_every_command_it_names_exists():

@@ -147,6 +147,18 @@ def test_a_dense_control_has_no_experts_to_report(tmp_path):
     assert "D,0,complete" in report.write_summary_csv(tmp_path).read_text()
 
 
+def test_where_the_entropy_of_the_text_is_known_the_loss_above_it_is_told(tmp_path):
+    """Rates 1.0 and 1.2, mean 1.1: C, at 1.6, 1.6 and 1.7, is 0.533 above. Without rates there is no such column."""
+    write_study(tmp_path, losses={"C": LOSSES["C"]})
+    assert "above the entropy" not in report.write_findings(tmp_path).read_text()
+    for path in tmp_path.glob("runs/*/config.json"):
+        config = json.loads(path.read_text())
+        config["corpus"]["prose"]["entropy_rate"], config["corpus"]["verse"] = 1.0, {**config["corpus"]["verse"], "entropy_rate": 1.2}
+        path.write_text(json.dumps(config))
+    text = report.write_findings(tmp_path).read_text()
+    assert "loss above the entropy of the text (nats)" in text and "| 0.533 ± 0.143 |" in text
+
+
 def test_a_study_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         report.write_findings(tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import write_whole
-from .rows import Interval, coefficient_sweep, complete_runs, gap, load_runs, measure, over_seeds, t_interval
+from .rows import Interval, coefficient_sweep, complete_runs, excess, gap, load_runs, measure, over_seeds, t_interval
 
 LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
 NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain information (nats)",
@@ -232,15 +232,16 @@ def question(study, title):
 
 def configs(study):
     """The table of all configs: means over seeds with their intervals, as Markdown."""
-    rows = []
+    rows, floor = [], [excess(run) for run in study.finished(study.groups)]
+    above = [NAMES["excess"]] * math.isfinite(max(floor))  # only where the entropy of the text is known
     for runs in study.groups.values():
         cells = [text(runs, one) for one in (
             LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch",
-            "dead_experts", "mi_excess", "token_coverage", "drop_rate")]
+            "dead_experts", "mi_excess", "token_coverage", "drop_rate", *["excess"] * len(above))]
         states = ", ".join(f"{n} {state}" for state, n in layer_states(runs).items()) or "–"
         rows.append([runs[0].label, *cells[:4], " / ".join(cells[4:6]), cells[6], states, *cells[7:]])
     return table(["config", "loss (nats)", "perplexity", "bits per byte", "load CV", "MaxVio, set / per batch",
-                  "dead a layer", "layers of all runs", NAMES["mi_excess"], "coverage", "dropped"], rows)
+                  "dead a layer", "layers of all runs", NAMES["mi_excess"], "coverage", "dropped", *above], rows)
 
 
 def claims(study):
