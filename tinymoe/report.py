@@ -32,6 +32,8 @@ NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain 
          "drop_cost": "loss if dropped (+ nats)", "swap_cost": "if swapped (+ nats)",
          "force_cost": "if forced (+ nats)", "worst_cv": "largest load CV at any evaluation",
          "worst_dead": "most dead experts a layer at any evaluation",
+         "mates_rerouted": "bytes rerouted by other mates", "mates_logits": "logits changed by other mates, at most",
+         "later_rerouted": "bytes rerouted by later bytes", "later_logits": "logits changed by later bytes, at most",
          "noise_share": "noise in a batch's router gradient (share)"}
 CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity
     causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy
@@ -161,13 +163,13 @@ class Study:
         return [run for name in names for run in self.groups[name]]
 
 
-def text(runs, metric):
-    """`mean ± half width` over seeds, the leaky number beside a causal one where they differ, a dash for no number."""
+def text(runs, metric, leaky=True):
+    """`mean ± half width` over seeds, a dash for no number; leaky: that number beside a causal one where they differ."""
     one, digits = over_seeds(runs, metric), 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
     if not math.isfinite(one.mean):
         return "–"
     number = f"{one.mean:.{digits}f}" + (f" ± {one.half:.{digits}f}" if one.half > 0 else "")
-    if metric.startswith("causal_") and runs[0].leaky:
+    if leaky and metric.startswith("causal_") and runs[0].leaky:
         number += f" (leaky {text(runs, metric.replace('causal', 'val'))})"
     return number
 

@@ -80,8 +80,8 @@ def say_batch(r):
         return (f"{r.mean(f'{who}_rerouted', name):.1%} of the bytes rerouted, a logit changed by up to "
                 f"{r.mean(f'{who}_logits', name):.1e}")
 
-    return [f"{name}: by other batch mates {of(name, 'mates')}; by later bytes of its own sequence {of(name, 'later')}."
-            for name in r.groups] + ["All by the rule of training. Below 1e-4 a change of a logit is rounding."]
+    return [f"{name}: by other batch mates {of(name, 'mates')}; by later bytes {of(name, 'later')}."
+            for name in r.groups] + ["All routed as in training. Below 1e-4 a change of a logit is rounding."]
 
 
 batch = Experiment(
@@ -94,7 +94,8 @@ batch = Experiment(
     ("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
     planned(("mates_rerouted",), against("dropless", ("capacity-order", "capacity-gate", "expert-choice"))),
     say_batch, {"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits")},
-    "Mates and later bytes are replaced by random bytes, which route unlike text.",
+    "Mates, or the second halves of all sequences, are replaced by random bytes, which route unlike text. Mates are tried "
+    "on one sequence.",
     (Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K does not",
            "Zhou 2022; Wang 2024",
            (Effect("change by later bytes, expert choice - 1e-4",

@@ -34,7 +34,8 @@ def label(metric):
 def settings_table(results):
     """Every setting with its numbers, as Markdown."""
     metrics, settings = results.experiment.metrics, {s.id: s.what for s in results.experiment.settings}
-    rows = [[name, settings[name], *(text(runs, metric) for metric in metrics)]
+    leaky = not {"val_cross_entropy", "leak"} & set(metrics)  # which have a column of their own
+    rows = [[name, settings[name], *(text(runs, metric, leaky) for metric in metrics)]
             for name, runs in results.groups.items()]
     return table(["setting", "what", *map(label, metrics)], rows)
 
