@@ -27,7 +27,7 @@ class Influence:
     logits: float
 
 
-def _compared(model, ids, other_ids, keep, **options):
+def compared(model, ids, other_ids, keep, **options):
     """The Influence on the tokens kept (a function (B, T, ...) -> (M, ...)) of giving other_ids instead of ids."""
     def look(ids):
         with no_grad():
@@ -48,7 +48,7 @@ def causality(model, ids, causal=False, training=False, seed=0):
     half = ids.shape[1] // 2
     other = ids.copy()
     other[:, half:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[:, half:].shape)
-    return _compared(model, ids, other, _kept(lambda x: x[:, :half]), causal=causal, training=training)
+    return compared(model, ids, other, _kept(lambda x: x[:, :half]), causal=causal, training=training)
 
 
 def _kept(part):
@@ -62,7 +62,7 @@ def batch_independence(model, ids, seed=0):
     """
     first, other = _kept(lambda x: x[:1]), ids.copy()
     other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
-    return {"alone": _compared(model, ids, ids[:1], first), "other neighbours": _compared(model, ids, other, first)}
+    return {"alone": compared(model, ids, ids[:1], first), "other neighbours": compared(model, ids, other, first)}
 
 
 def flattery(model, ids, targets):

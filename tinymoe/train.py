@@ -156,7 +156,8 @@ class Trainer:
             raise ValueError(f"freeze {list(run.model.freeze)} leaves nothing to train")
         self.optimizer = AdamW(self.parameters, weight_decay=run.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
-        self.generators = {"data": np.random.default_rng([seed, 1]), "noise": np.random.default_rng([seed, 2])}
+        on = [1] if run.start else []  # what goes on from another run reads on: not the same batches again
+        self.generators = {"data": np.random.default_rng([seed, 1, *on]), "noise": np.random.default_rng([seed, 2, *on])}
         self.step, self.seconds, self.rows = 0, 0.0, []
         self.since = []  # numbers of each step since the last row
         self.recorded = None  # of the last evaluation: evaluation.record
@@ -286,8 +287,9 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        try:
-            trainer = Trainer(run, corpus, folder)  # before anything is thrown away: memory may not hold it
+        done = not fresh and (folder / "summary.json").exists() and (folder / "log.jsonl").exists()
+        try:  # before anything is thrown away: memory may not hold it
+            trainer = Trainer(dataclasses.replace(run, start=None) if done else run, corpus, folder)
         except (ValueError, TypeError) as error:  # `freeze` names nothing, or a size that no array has
             raise RunError(str(error)) from None
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
@@ -297,7 +299,7 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
         for temporary in [*folder.glob(".*.*"), *folder.glob(f"{ROUTINGS}/.*.*")]:  # of a process killed while it wrote
             temporary.unlink(missing_ok=True)
         _claim(folder, describe(run, corpus, trainer.model))
-        if (folder / "summary.json").exists() and (folder / "log.jsonl").exists():
+        if done:
             return _read(folder / "summary.json")
         (folder / "failure.json").unlink(missing_ok=True)
         kernels.compile_all(np.float32)  # read back, never compiled here: so that every process has the same bits

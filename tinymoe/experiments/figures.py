@@ -4,6 +4,8 @@ A setting keeps one colour and one marker within an experiment. Points are means
 marks the seeds; bands over steps are the seeds' range.
 """
 
+from textwrap import fill
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -78,7 +80,7 @@ def at_the_end(*metrics, names=None):
                 axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
                 axes.plot([value(run, metric) for run in runs], [y - 0.25] * len(runs), "|", color=style["color"], ms=4)
                 axes.plot(interval.mean, y, linestyle="none", markersize=5, **style)
-            axes.set(xlabel=label(metric), ylim=(len(chosen) - 0.4, -0.6))
+            axes.set(xlabel=fill(label(metric), 72 // len(metrics)), ylim=(len(chosen) - 0.4, -0.6))
             axes.set_yticks(range(len(chosen)), chosen)
             axes.xaxis.set_major_locator(MaxNLocator(5))
         return fig

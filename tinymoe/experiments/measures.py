@@ -25,12 +25,18 @@ def windows(trainer, n=WINDOWS):
 # -- neighbours and later tokens ----------------------------------------------------------------
 
 def influence(trainer):
-    """What other batch mates, and later bytes, change: logits, and the share of bytes that are routed otherwise."""
-    ids = windows(trainer, 4).ids
-    mates = probes.batch_independence(trainer.model, ids)["other neighbours"]
-    later = probes.causality(trainer.model, ids)
-    return {"mates_logits": mates.logits, "mates_rerouted": mates.tokens,
-            "later_logits": later.logits, "later_rerouted": later.tokens}
+    """What other batch mates, and later bytes of its own window, change in a window: the largest change of a logit, and
+    the share of bytes that are routed otherwise. Means over the windows of one batch, each in its place."""
+    model, ids = trainer.model, windows(trainer, 4).ids[:trainer.run.training.batch_size]
+    half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
+    late, found = np.arange(ids.shape[1]) >= half, []
+    for w in range(len(ids)):
+        own = np.arange(len(ids))[:, None] == w
+        mates = probes.compared(model, ids, np.where(own, ids, noise), lambda x: x[w])
+        later = probes.compared(model, ids, np.where(own & late, noise, ids), lambda x: x[w, :half])
+        found.append((mates.logits, mates.tokens, later.logits, later.tokens))
+    names = ("mates_logits", "mates_rerouted", "later_logits", "later_rerouted")
+    return dict(zip(names, np.mean(found, axis=0).tolist()))
 
 
 # -- devices ------------------------------------------------------------------------------------
