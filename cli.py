@@ -68,7 +68,7 @@ def _train(all_runs, out, text, jobs, fresh):
     from tinymoe.data import CorpusError
     click.echo(f"{len(all_runs)} run(s) of {_steps(all_runs)} steps, {min(jobs, len(all_runs))} at a time -> {out}")
     if not s.kernels.is_compiled("float32"):
-        click.echo("The kernels are compiled first, once on this machine: about a minute without progress.")
+        click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
     try:
         with _Progress(all_runs) as progress:
             failures = s.run_study(all_runs, out, text, jobs, fresh, progress.note)
@@ -181,12 +181,13 @@ def _one_line(error):
 @click.argument("name", required=False)
 @click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds: does it run?")
 @click.option("--full", "scale", flag_value="full", help="The study's model and 2,000 steps: hours.")
-@click.option("--seeds", type=click.IntRange(min=1), help="Runs of each setting, seeds 0 to N - 1.  [default: 3]")
+@click.option("--seeds", type=click.IntRange(min=1),
+              help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick]")
 @click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count(), show_default="number of cores",
               help="Runs side by side, each in a process with one thread.")
 @click.option("--text", type=click.Path(), help="A file or folder instead of the experiment's text, or: synthetic.")
 @click.option("--out", type=click.Path(path_type=Path),
-              help="Folder of the results.  [default: results/experiments/NAME]")
+              help="Folder of the results.  [default: results/experiments/NAME; -quick and -full have their own]")
 @click.option("--fresh", is_flag=True, help="Throw away what these runs left before, instead of going on from it.")
 @click.option("--plot-only", is_flag=True, help="Train nothing: draw figures and write findings from what is in --out.")
 def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
@@ -376,7 +377,7 @@ def route(run, text, gate, entropy, layers):
         click.echo(f"{len(data)} bytes are more than one window: the model starts anew every {model.config.seq_len}.")
     said = view.note(model.config)
     if said:
-        click.echo(f"These routes are decided on the prefix alone, and the model was not trained so. {said}")
+        click.echo(f"These routes are decided on the prefix alone. Otherwise: {said}")
 
 
 def _model(run):
@@ -475,7 +476,7 @@ def gradcheck(only):
 @click.option("--quick", is_flag=True, help="The two smallest sizes of the ladder, and no scaling.")
 @click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True,
-              help="Timings of each number, of which the median counts; the profile is a mean of 3 times as many steps.")
+              help="Timings of each number, of which the median counts; the profile is a mean of 3 N steps.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench",
               help="Folder of the rows and figures.")
 def bench(quick, profile, repeats, out):

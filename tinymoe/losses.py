@@ -110,11 +110,11 @@ def load_loss(routing):
 
 
 def policy_loss(routing, nats):
-    """Mean over tokens of (cost - mean cost of the other tokens) * ln p(chosen expert): its gradient is that of the
-    expected cost (REINFORCE, Williams 1992, with a baseline that does not depend on the token's own draw).
+    """Mean over tokens of (cost - mean cost of the other tokens) * ln p(chosen expert) (REINFORCE, Williams 1992).
 
-    nats (N,): what predicting each token's successor cost. What a choice does to later tokens is not credited.
-    The routing must have one expert a token, drawn from its probs.
+    nats (N,): what predicting each token's successor cost. The routing must have one expert a token, drawn from its
+    probs. The gradient is that of the expected cost where a draw changes its own token's cost alone; later tokens see
+    it through attention, and neither that nor its part in the baseline is accounted for.
     """
     n = len(nats)
     advantage = (nats - nats.mean()) * n / max(1, n - 1)

@@ -215,6 +215,7 @@ class Transformer(Module):
         targets = np.asarray(targets)
         total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
         terms, length = {}, output.logits.shape[1]
+        nats = token_nats(logits, targets) if ROUTERS[c.router].sampled else None
         soft = all(r.soft_load is not None for r in output.routings)  # only while training
         for name, wanted, coefficient, loss in (
                 ("balance", True, c.aux_coef, losses.load_balancing_loss),
@@ -225,8 +226,7 @@ class Transformer(Module):
                 ("device", False, c.device_coef, lambda r: losses.device_balance_loss(r, c.n_devices)),
                 ("communication", False, c.communication_coef,
                  lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices)),
-                ("policy", False, c.policy_coef * ROUTERS[c.router].sampled,
-                 lambda r: losses.policy_loss(r, token_nats(logits, targets)))):
+                ("policy", False, c.policy_coef * (nats is not None), lambda r: losses.policy_loss(r, nats))):
             if output.routings and (wanted or coefficient):
                 terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
                 total = total + coefficient * terms[name] if coefficient else total

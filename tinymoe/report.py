@@ -22,16 +22,15 @@ NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain 
          "max_violation": "MaxVio, validation set", "max_violation_batch": "MaxVio, mean over batches",
          "dead_experts": "dead experts a layer", "drop_rate": "share of assignments dropped",
          "lost_all": "share of bytes without any expert", "token_coverage": "coverage", "padding": "padding",
-         "train_loss": "training loss at the end (nats)", "seconds": "seconds of training", "leak": "leak (nats)",
+         "train_cross_entropy": "training loss at the end (nats)", "seconds": "seconds of training", "leak": "leak (nats)",
          "excess": "loss above the entropy of the text (nats)", "router_entropy": "router entropy (nats)",
          "megaflops": "MFLOP a byte", "parameters": "parameters (millions)",
-         "causal_cross_entropy": "causal loss (nats)", "cross_entropy": "training loss (nats)",
-         "byte_information_excess": "byte (nats)", "class_information_excess": "byte class (nats)",
-         "position_information_excess": "position (nats)", "domain_information_excess": "domain (nats)",
-         "bigram_information_excess": "domain, by byte pairs (nats)", "function_divergence": "function divergence",
-         "drop_cost": "loss if dropped (+ nats)", "swap_cost": "if swapped (+ nats)",
-         "force_cost": "if forced (+ nats)", "worst_cv": "largest load CV at any evaluation",
-         "worst_dead": "most dead experts a layer at any evaluation",
+         "cross_entropy": "training loss (nats)",
+         "class_information_excess": "byte class information (nats)", "position_information_excess": "position information (nats)",
+         "function_divergence": "function divergence",
+         "drop_cost": "loss without an expert (+ nats)", "swap_cost": "if swapped (+ nats)",
+         "force_cost": "if forced (+ nats)", "worst_cv": "largest load CV while training",
+         "worst_dead": "most dead experts a layer while training",
          "mates_rerouted": "bytes rerouted by other mates", "mates_logits": "logits changed by other mates, at most",
          "later_rerouted": "bytes rerouted by later bytes", "later_logits": "logits changed by later bytes, at most",
          "noise_share": "noise in a batch's router gradient (share)"}
@@ -174,6 +173,11 @@ def text(runs, metric, leaky=True):
     return number
 
 
+def label(metric):
+    """What a metric is called in tables and at axes."""
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
 def run_ids(runs):
     """Run ids, with the seeds of a config in braces: `A-seed{0,1,2}`."""
     seeds = {run.config_id: [] for run in runs}
@@ -234,8 +238,8 @@ def question(study, title):
 
 def configs(study):
     """The table of all configs: means over seeds with their intervals, as Markdown."""
-    rows, floor = [], [excess(run) for run in study.finished(study.groups)]
-    above = [NAMES["excess"]] * math.isfinite(max(floor))  # only where the entropy of the text is known
+    rows, excesses = [], [excess(run) for run in study.finished(study.groups)]
+    above = [NAMES["excess"]] * math.isfinite(max(excesses))  # only where the entropy of the text is known
     for runs in study.groups.values():
         cells = [text(runs, one) for one in (
             LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch",

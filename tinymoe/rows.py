@@ -80,7 +80,7 @@ def complete_runs(study_dir):
         if run.state == "complete":
             groups.setdefault(run.config_id, []).append(run)
     if not groups:
-        raise ValueError(f"{study_dir}: no finished run to read; train some first with python cli.py study")
+        raise ValueError(f"{study_dir}: no finished run to read: train some first")
     return groups
 
 
@@ -160,9 +160,9 @@ OF_RUN = {
     "parameters": lambda run: run.config["parameters"]["total"] / 1e6,
     "excess": excess,
     "seconds": lambda run: run.summary["seconds"],
-    "train_loss": lambda run: run.log[-1]["cross_entropy"],  # the mean over the steps since the row before
-    "worst_cv": lambda run: max(measure(row, "load_cv") for row in run.log),
-    "worst_dead": lambda run: max(measure(row, "dead_experts") for row in run.log),
+    "train_cross_entropy": lambda run: run.log[-1]["cross_entropy"],  # the mean over the steps since the row before
+    "worst_cv": lambda run: max(measure(row, "load_cv") for row in run.log if row["step"]),
+    "worst_dead": lambda run: max(measure(row, "dead_experts") for row in run.log if row["step"]),
     "lost_all": lambda run: 1 - measure(run.final, "token_coverage"),
     "leak": lambda run: measure(run.final, "causal_cross_entropy") - measure(run.final, "val_cross_entropy"),
 }

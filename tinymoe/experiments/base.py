@@ -53,14 +53,14 @@ class Setting:
 class Effect:
     """A number above 0 where a claim is right: of(numbers) -> (seeds,), with numbers(metric, setting id) -> (seeds,).
 
-    or_zero: 0 will do. never_below: the number cannot be below 0, so that a t-interval, which knows no bound, would
-    doubt what every run shows: it is judged by its least value over the seeds instead.
+    or_zero: 0 will do. every_run: for a number with a bound, such as a share: judged in every run instead of by an
+    interval, which knows no bound and would doubt what every run shows.
     """
 
     what: str
     of: Callable
     or_zero: bool = False
-    never_below: bool = False
+    every_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,13 @@ class Results:
         """Those that all settings finished."""
         return sorted(set.intersection(*({run.seed for run in runs} for runs in self.groups.values())))
 
+    @property
+    def whole(self):
+        """Whether every setting has a run, and all have one seed in common: what figures, sentences and claims need."""
+        return len(self.groups) == len(self.experiment.settings) and bool(self.seeds)
+
     def numbers(self, metric, setting):
-        """(seeds,) array of a number of a setting."""
+        """(seeds,) array of a number of a setting, over the seeds that all settings finished."""
         return np.array([value(run, metric) for run in self.groups[setting] if run.seed in self.seeds])
 
     def mean(self, metric, setting):
@@ -159,7 +164,7 @@ class Results:
             gaps = effect.of(self.numbers)
             interval = t_interval(gaps)
             low, high = (interval.low, interval.high) if interval.n > 1 else (-np.inf, np.inf)
-            if effect.never_below:
+            if effect.every_run:
                 low, high = min(gaps), max(gaps)
             held, failed = (low >= 0, high < 0) if effect.or_zero else (low > 0, high <= 0)
             words.add("held" if held else "did not hold" if failed else "undecided")

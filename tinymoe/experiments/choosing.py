@@ -34,8 +34,9 @@ frozen = Experiment(
     planned((LOSS,), against("learned", ("frozen", "random", "shuffled", "hash"))),
     say_frozen, {"at_the_end": at_the_end("causal_perplexity", "load_cv", "byte_excess"),
                  "over_steps": over_steps("learned", "causal_cross_entropy")},
-    "Gates of random and hash routing are the constant 1/2; those of the others follow the router. A random or "
-    "shuffled route is drawn again at validation.",
+    "Gates of random and hash routing are the constant 1/2; those of the others follow the router. The balance loss is "
+    "on for all; under a frozen router it moves the hidden states. A random or shuffled route is drawn again at "
+    "validation, where a shuffled byte takes the choice of an earlier byte of its own window, or its own.",
     (Claim(3, "A frozen router comes within 10% of a learned one in perplexity; routing drawn afresh is over 10% worse",
            "Fan 2024 (2402.13089): +0.2% and about +19%",
            (Effect("1.1 ppl(learned) - ppl(frozen)", lambda of: -over("frozen", 1.1)(of)),
@@ -57,7 +58,7 @@ def say_unit(r):
     """Loss, topic and syntax."""
     return [f"Perplexity: {r.show('causal_perplexity')}. Loss: {r.differences(LOSS)}.",
             f"Topic, as domain information: {r.show('mi_excess')}; {r.told_apart('mi_excess')}.",
-            f"Syntax, as byte information: {r.show('byte_excess')}; {r.told_apart('byte_excess')}."]
+            f"Byte identity, as byte information: {r.show('byte_excess')}; {r.told_apart('byte_excess')}."]
 
 
 unit = Experiment(
@@ -126,6 +127,6 @@ reinforce = Experiment(
                     "at_the_end": at_the_end(LOSS, "noise_share", names=["top-k", "reinforce", "reinforce-0.1"])},
     "The gate of reinforce is the constant 1, that of top-1 its probability: they differ in that too. A byte's choice "
     "is credited with that byte's loss alone; the baseline is the mean loss of the other bytes of the batch. Reinforce "
-    "draws while training and takes the best at validation. The balance loss teaches all routers but the frozen ones. A "
-    "router that has nothing more to learn has a share of noise of 1 too.",
+    "draws while training and takes the best at validation. The balance loss teaches all routers but the frozen ones. "
+    "A router that has nothing more to learn has a share of noise of 1 too.",
     model={"top_k": 1}, measure=measures.gradient_noise)

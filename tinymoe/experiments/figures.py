@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..plots import COLOURS, DOUBLE, MARKERS
-from ..report import NAMES
+from ..report import label
 from ..rows import measure, over_seeds, value
 
 
@@ -20,11 +20,6 @@ def look(results, name):
     """Colour and marker of a setting, by its place in the experiment; colours come again with another marker."""
     place = list(results.groups).index(name)
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
-
-
-def label(metric):
-    """What stands at the axis of a metric."""
-    return NAMES.get(metric, metric.replace("_", " "))
 
 
 def legend(fig, results, names=None):

@@ -43,7 +43,8 @@ def influence(trainer):
 
 def traffic(trainer):
     """For each number of devices that divides the experts: bytes sent for a byte of text, on the largest link too,
-    devices reached, the slowest device's load over the mean, microseconds a batch; means over layers and batches."""
+    devices reached, the slowest device's load over the mean, microseconds that a layer takes for a batch; all of one
+    layer's forward pass, means over layers and batches."""
     valid, config, found = windows(trainer), trainer.run.model, {}
     routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
     flops = 4 * config.d_model * config.expert_width
@@ -96,8 +97,8 @@ def byte_class(ids):
 
 
 def specialisation(trainer):
-    """Information of experts with byte, byte class, position and domain less its null, what a byte-bigram classifier
-    knows of the domain, divergences, and counterfactuals: means over layers, and the last layer's table."""
+    """Information of experts with a byte's class and position, what a byte-bigram classifier knows of the domain,
+    divergence of functions, and counterfactuals: means over layers, and the last layer's table."""
     valid, model = windows(trainer), trainer.model
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
@@ -109,13 +110,12 @@ def specialisation(trainer):
 
 
 def information(routing, valid):
-    """I(expert; label) less its mean under shuffled labels, for labels of a byte; domains are shuffled over windows."""
-    length, rng, mask = valid.ids.shape[1], np.random.default_rng(0), routing.mask()
-    labels = {"byte": valid.ids.ravel(), "class": byte_class(valid.ids).ravel(),
-              "position": np.tile(np.arange(length) * 8 // length, len(valid.ids))}
-    found = {f"{name}_information_excess": _excess(mask, of, rng) for name, of in labels.items()}
-    by_window = mask.reshape(*valid.ids.shape, -1).sum(axis=1)
-    return found | {"domain_information_excess": _excess(by_window, valid.domain, rng)}
+    """I(expert; label) less its mean under shuffled labels, for a byte's class and its position in eight parts of the
+    window; its value and its domain are in every validation row."""
+    n_windows, length = valid.ids.shape
+    labels = {"class": byte_class(valid.ids).ravel(), "position": np.tile(np.arange(length) * 8 // length, n_windows)}
+    rng = np.random.default_rng(0)
+    return {f"{name}_information_excess": _excess(routing.mask(), of, rng) for name, of in labels.items()}
 
 
 def _excess(counts, labels, rng):

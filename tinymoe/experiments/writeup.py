@@ -7,28 +7,34 @@ import matplotlib
 
 from ..files import write_whole
 from ..plots import STYLE, save
-from ..report import NAMES, QUESTIONS, Study, question, run_ids, table, text
+from ..report import METHODS, QUESTIONS, Study, label, question, run_ids, table, text
+from ..rows import load_runs, value
 from .base import Results
 
-HOW_TO_READ = """Loss is causal validation cross-entropy in nats a byte unless said otherwise (each byte routed on its \
-prefix alone). ± and brackets are 95% t-intervals over seeds, differences paired by seed. A difference is *clear* \
-when its interval excludes 0 after Holm's correction over the {n} planned here, *suggestive* when it excludes 0 \
-before it only, otherwise *undecided*, which does not mean equal."""
+HOW_TO_READ = """**How to read.** Loss is causal validation cross-entropy in nats a byte unless said otherwise (each \
+byte routed on its prefix alone); *leaky*: routed by the rule of training, which may see later bytes, or drop some. ± \
+and brackets are 95% t-intervals over seeds, differences paired by seed. A difference is *clear* when its interval \
+excludes 0 after Holm's correction over the differences planned in its experiment, *suggestive* when it excludes 0 \
+before it only, otherwise *undecided*, which does not mean equal. A layer is *collapsed* when its load is as uneven as \
+if fewer than half of its experts shared it (exp of its entropy), else *starved* with a dead expert (under 1% of its \
+fair share), else *in use*. Padding: the share of the places kept for tokens that stay empty."""
+VERDICTS = """A claim *held* where every effect that it needs is above 0 with its whole 95% interval over paired \
+seeds (or 0, where that is what it says), *did not hold* where one is below with its whole interval, and is \
+*undecided* otherwise. A number with a bound (dead experts, 1 - coverage, a largest change) is judged in every run \
+instead."""
 CLAIMS = ["claim", "what it says (published by)", "effects, each above 0 where it is right [95%]", "here", "experiment"]
 
 
 def draw(experiment, folder):
-    """Draw the figures of an experiment's finished runs into folder/figures; returns the paths."""
+    """Draw the figures of an experiment's finished runs into folder/figures; returns the paths, none if runs lack."""
     results, paths = Results(experiment, folder), []
+    if not results.whole:
+        return paths
     with matplotlib.rc_context(STYLE):
         for name, figure in experiment.figures.items():
             paths.append(Path(folder, "figures", f"{name}.png"))
             save(figure(results), paths[-1])
     return paths
-
-
-def label(metric):
-    return NAMES.get(metric, metric.replace("_", " "))
 
 
 def settings_table(results):
@@ -51,16 +57,19 @@ def about(results):
 
 
 def missing(results):
-    """A warning about settings or seeds that are not finished; empty where all are there."""
+    """Warnings about settings or seeds that are not finished, and runs that failed; empty where all are there."""
     most = max(map(len, results.groups.values()))
     ids = [s.id for s in results.experiment.settings if len(results.groups.get(s.id, [])) < most]
-    return f"**Not finished, and so not in all numbers: {', '.join(ids)}.**" if ids else ""
+    failed = [run.run_id for run in load_runs(results.folder) if run.state == "failed"]
+    said = [f"**Not finished, and so not in all numbers: {', '.join(ids)}.**"] * bool(ids)
+    said += [f"**Loss not finite, so that numbers are of the other runs: {', '.join(failed)}.**"] * bool(failed)
+    return " ".join(said)
 
 
 def finding(results):
-    """The sentences of the experiment, as a Markdown list; only where every setting has a run."""
-    if any(s.id not in results.groups for s in results.experiment.settings):
-        return "No finding: a setting has no finished run."
+    """The sentences of the experiment, as a Markdown list."""
+    if not results.whole:
+        return "No finding: a setting has no finished run, or no seed is common to all."
     return "\n".join(f"- {sentence}" for sentence in results.experiment.say(results))
 
 
@@ -68,10 +77,7 @@ def claim_rows(results):
     """Rows for the table of claims: number, claim, effects with intervals, verdict, experiment."""
     rows = []
     for claim in results.experiment.claims:
-        try:
-            verdict, found = results.outcome(claim)
-        except KeyError:  # a setting without a finished run
-            verdict, found = "not tested", []
+        verdict, found = results.outcome(claim) if results.whole else ("not tested", [])
         numbers = "<br>".join(f"{what} = {interval(one)}" for what, one in found)
         rows.append([str(claim.number), f"{claim.text} ({claim.published})", numbers, f"**{verdict}**",
                      results.experiment.name])
@@ -92,9 +98,9 @@ def write_findings(experiment, folder):
     claims = claim_rows(results)
     parts = [f"# {experiment.name}: {experiment.question}", about(results), missing(results), finding(results),
              f"What it cannot show: {experiment.caution}", settings_table(results), *images,
-             *(["## Claims", table(CLAIMS, claims)] if claims else []),
+             *(["## Claims", VERDICTS, table(CLAIMS, claims)] if claims else []),
              "## Planned differences", "\n".join(f"- {label(one.metric)}: {one}" for one in results.tests),
-             HOW_TO_READ.format(n=len(results.tests)), f"Runs: {run_ids(results.runs)}."]
+             HOW_TO_READ, METHODS, f"Runs: {run_ids(results.runs)}."]
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
@@ -103,16 +109,26 @@ def write_findings(experiment, folder):
 
 ORIGIN = """Generated from the rows of the study (`full/`) and of the experiments (`experiments/`), each of which has \
 a document of its own with its tables, figures and planned differences."""
-VERDICTS = """A claim *held* where every effect that it needs is above 0 with its whole 95% interval over paired \
-seeds, *did not hold* where one is below with its whole interval, and is *undecided* otherwise. A number that \
-cannot be negative (dead experts, 1 - coverage) counts where it is above 0 in every run."""
-OPEN = """Published signs disagree on many of these: the interval is what three seeds of a small model say, no more."""
-CANNOT = """A few hundred steps of a model of about half a million parameters on three megabytes of text, three seeds, \
-one learning rate (but for `rate`): differences of 1 to 3% in perplexity are within the scatter of seeds. Speed-ups of \
-training by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling are not to \
-be seen at this scale. A t-interval of three seeds assumes normal scatter, which three seeds cannot check. Within an \
-experiment Holm's correction holds over its planned differences; over all experiments together nothing corrects, and \
-the ten claims are ten looks."""
+OPEN = """Published signs disagree on many of these: an interval is what a few seeds of a small model say, no more."""
+CANNOT = """Differences of 1 to 3% in perplexity are within the scatter of seeds. Speed-ups of training by factors, \
+the stability that the z-loss gives at low precision, and the crossover of upcycling are not to be seen at this scale. \
+A t-interval of few seeds assumes normal scatter, which few seeds cannot check. Within an experiment Holm's correction \
+holds over its planned differences; over all experiments together nothing corrects, and ten claims are ten looks. The \
+same run (top-1 or top-2 with coefficient 0.01) is the reference of several experiments: they are no independent \
+evidence."""
+
+
+def scale(found):
+    """How small the experiments are, as a sentence."""
+    def ends(numbers):
+        least, most = min(numbers), max(numbers)
+        return f"{least:,.3g}" if least == most else f"{least:,.3g} to {most:,.3g}"
+
+    runs = [run for results in found for run in results.runs]
+    return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
+            f"for {ends([run.summary['steps'] for run in runs])} steps, with "
+            f"{ends([len(group) for results in found for group in results.groups.values()])} seeds a setting and peak "
+            f"rates of {ends([run.config['training']['learning_rate'] for run in runs])}. ") if runs else ""
 
 
 def gather(published, experiments):
@@ -127,13 +143,13 @@ def gather(published, experiments):
         except ValueError:
             absent.append(experiment.name)
     claims = sorted((row for results in found for row in claim_rows(results)), key=lambda row: int(row[0]))
-    parts = ["# Findings", ORIGIN,
+    parts = ["# Findings", ORIGIN, HOW_TO_READ,
              f"**Without finished runs, and so not here: {', '.join(absent)}.**" if absent else "",
              "## The three questions of the study",
              "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
              "## Ten claims of the literature", VERDICTS, table(CLAIMS, claims),
              "## The laboratory, experiment by experiment", OPEN, *map(section, found),
-             "## What this scale cannot show", CANNOT]
+             "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS]
     path = Path(published, "FINDINGS.md")
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
@@ -142,5 +158,6 @@ def gather(published, experiments):
 def section(results):
     """One experiment in the gathered document."""
     e = results.experiment
-    return (f"### {e.question} (`{e.name}`)\n\n{finding(results)}\n\n{e.caution} Runs: {run_ids(results.runs)}, in "
-            f"[experiments/{e.name}](experiments/{e.name}/FINDINGS.md).")
+    source = f"Runs: {run_ids(results.runs)}, in [experiments/{e.name}](experiments/{e.name}/FINDINGS.md)."
+    return "\n\n".join(filter(None, [f"### {e.question} (`{e.name}`)", missing(results), finding(results),
+                                     f"{e.caution} {source}"]))

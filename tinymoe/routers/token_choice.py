@@ -170,7 +170,7 @@ class Frozen(TopK, name="frozen"):
 
 
 class Shuffled(TopK, name="shuffled"):
-    """Top-K whose choices are dealt out to other tokens: the same load, but no token gets what it chose.
+    """Top-K whose choices are dealt out to tokens at random: the same load, but a token's experts say nothing of it.
 
     A null: is it balance alone that helps? With context.causal a token takes the choice of a random token of its own
     prefix. It draws from the context's generator; without one, from a generator that starts alike in each call.
