@@ -80,6 +80,12 @@ def test_the_gathered_findings_and_those_of_each_experiment_follow_from_their_ro
     assert writeup.gather(tmp_path / "again", EXPERIMENTS).read_text() == (published / "FINDINGS.md").read_text()
 
 
+def test_its_verdicts_on_the_claims_are_those_of_the_findings():
+    findings = (ROOT / "results/published/FINDINGS.md").read_text()
+    said = dict(re.findall(r"^\| (\d+)\. .* \| \*\*([\w ]+)\*\* \|$", README, re.M))
+    assert said and said == dict(re.findall(r"^\| (\d+) \| .* \| \*\*([\w ]+)\*\* \| [\w-]+ \|$", findings, re.M))
+
+
 def test_every_command_it_names_exists():
     named = set(re.findall(r"`python cli\.py (\w+)", README))
     assert named and named <= set(cli.main.commands)
