@@ -67,7 +67,7 @@ def test_an_error_of_any_kind_does_not_stop_the_others(text, tmp_path):
     """Two run folders that cannot be made, since files are in their place; a model no memory can hold."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/A-seed0").write_text("mine")
-    huge = tiny("B", model={"d_model": 2**40})
+    huge = tiny("B", model={"d_model": 2**30})
     failures = study.run_study([tiny("A"), huge, tiny("F")], tmp_path, text)
     assert list(failures) == ["A-seed0", "B-seed0"] and "A-seed0" in failures["A-seed0"]
     assert (tmp_path / "runs/A-seed0").read_text() == "mine" and (tmp_path / "runs/F-seed0/summary.json").exists()
