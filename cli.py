@@ -202,6 +202,8 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
     if name not in lab.EXPERIMENTS:
         raise click.UsageError(f"no experiment {name}: choose one of {', '.join(lab.EXPERIMENTS)}")
     chosen, size = lab.EXPERIMENTS[name], lab.SCALES[scale or "default"]
+    if text and chosen.text:
+        raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
     out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
     runs = chosen.runs(size, seeds or size.seeds)
     failures = {} if plot_only else _train(runs, out, text or chosen.text, jobs, fresh)

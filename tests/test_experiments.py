@@ -244,6 +244,11 @@ def test_an_unknown_experiment_is_refused_in_one_line():
     assert refused.exit_code == 2 and "no experiment nonsense: choose one of collapse" in refused.output
 
 
+def test_an_experiment_about_a_text_takes_no_other():
+    refused = CliRunner().invoke(cli.main, ["experiment", "known", "--text", "mine.txt"])
+    assert refused.exit_code == 2 and "known is about its own text, synthetic" in refused.output
+
+
 def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
     monkeypatch.setitem(lab.SCALES, "quick", dataclasses.replace(TOY, seeds=1))
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))

@@ -346,6 +346,27 @@ def test_a_run_whose_start_is_missing_says_so_and_one_of_another_start_is_anothe
         t.train(replace(up, start=None), corpus, tmp_path / up.run_id)
 
 
+def test_a_run_that_started_from_another_goes_on_with_the_same_bits_and_then_needs_it_no_more(corpus, tmp_path):
+    dense, up = dense_and_after()
+    for folder in ("whole", "stopped"):
+        t.train(dense, corpus, tmp_path / folder / dense.run_id)
+    t.train(up, corpus, tmp_path / "whole" / up.run_id)
+    with pytest.raises(KeyboardInterrupt):
+        t.train(up, corpus, tmp_path / "stopped" / up.run_id, stop_after(3))
+    t.train(up, corpus, tmp_path / "stopped" / up.run_id)
+    assert results(tmp_path / "stopped" / up.run_id) == results(tmp_path / "whole" / up.run_id)
+    (tmp_path / "whole" / dense.run_id / "checkpoint.npz").unlink()
+    assert t.train(up, corpus, tmp_path / "whole" / up.run_id)["status"] == "complete"
+
+
+def test_what_goes_on_reads_on(corpus, tmp_path):
+    """Not the first run's batches again."""
+    dense, up = dense_and_after()
+    t.train(dense, corpus, tmp_path / dense.run_id)
+    batches = [t.Trainer(run, corpus, tmp_path / run.run_id).generators["data"].random() for run in (dense, up)]
+    assert batches[0] != batches[1]
+
+
 def test_what_is_measured_at_the_end_is_kept(corpus, tmp_path):
     run = replace(tiny(), measure=lambda trainer: {"steps_seen": trainer.step})
     assert t.train(run, corpus, tmp_path)["measured"] == {"steps_seen": 6}
