@@ -54,8 +54,7 @@ class TopK(LinearRouter, name="top_k"):
 
     def _choose(self, logits, context, soft_load=None):
         probs = F.softmax(logits)
-        allowed = best_groups(logits.data, self.n_groups, self.group_limit, 1)
-        chosen = self._select(np.where(allowed, logits.data, -np.inf), context)
+        chosen = self._select(in_best_groups(logits.data, self.n_groups, self.group_limit, 1), context)
         gates = probs * chosen
         if self.renormalise:
             gates = gates / gates.sum(axis=-1, keepdims=True)
@@ -141,8 +140,7 @@ class SigmoidBias(LinearRouter, name="sigmoid_bias"):
         logits = self.scores(x)
         s = F.sigmoid(logits)
         biased = s.data + self.bias.data
-        allowed = best_groups(biased, self.n_groups, self.group_limit, 2)
-        chosen = largest(np.where(allowed, biased, -np.inf), self.top_k)  # -inf: a biased score may be below 0
+        chosen = largest(in_best_groups(biased, self.n_groups, self.group_limit, 2), self.top_k)
         gates = s * chosen
         if self.renormalise:
             gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
@@ -230,10 +228,11 @@ def check_groups(n_experts, top_k, n_groups, group_limit):
                          f"fewer than top_k {top_k}")
 
 
-def best_groups(scores, n_groups, group_limit, n_best):
-    """(N, E) bool: experts in a token's best group_limit groups, scored by the sum of their n_best best experts."""
+def in_best_groups(scores, n_groups, group_limit, n_best):
+    """Scores (N, E), but -inf (a biased score may be below 0) outside a token's best group_limit groups; a group is as
+    good as the sum of its n_best best experts. Without a limit, the scores as they are."""
     if group_limit is None:
-        return np.ones(scores.shape, bool)
+        return scores
     grouped = scores.reshape(len(scores), n_groups, -1)
     value = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)  # (N, groups)
-    return np.repeat(largest(value, group_limit), grouped.shape[-1], axis=-1)
+    return np.where(np.repeat(largest(value, group_limit), grouped.shape[-1], axis=-1), scores, -np.inf)
