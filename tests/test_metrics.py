@@ -102,6 +102,7 @@ def bank(w1, w2):
 def test_weight_divergence(w1, w2, expected):
     assert metrics.weight_divergence(bank(w1, w2)) == pytest.approx(expected, abs=1e-6)
     assert metrics.weight_divergence(bank(w1, w2), 4.0) == pytest.approx(expected / 4, abs=1e-6)
+    assert metrics.weight_divergence(bank(w1, w2), 2e-16) == pytest.approx(expected, abs=1e-6)  # copies, rounded
 
 
 def test_random_experts_are_already_far_apart():

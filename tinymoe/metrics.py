@@ -96,8 +96,8 @@ def weight_divergence(bank, initial=None):
     """Mean over pairs of experts of 1 - cosine of their weights (w1 and w2 as one vector).
 
     bank: an ExpertBank. initial: the value at initialisation, by which it is divided if given:
-    random experts are already nearly orthogonal, so the raw number says little. Copies of one layer, whose 0
-    divides nothing, give the raw number.
+    random experts are already nearly orthogonal, so the raw number says little. Copies of one layer, which begin at 0
+    but for rounding, give the raw number.
     """
     e = bank.n_experts
     if e == 1:
@@ -106,7 +106,7 @@ def weight_divergence(bank, initial=None):
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     cosines = (unit @ unit.T)[np.triu_indices(e, 1)]
     divergence = float(1 - cosines.mean())
-    return divergence / initial if initial else divergence
+    return divergence / initial if initial and initial > 1e-6 else divergence
 
 
 # -- warnings -----------------------------------------------------------------------------------

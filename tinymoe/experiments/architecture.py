@@ -112,8 +112,7 @@ upcycle = Experiment(
      Setting("scratch-long", "a mixture from scratch, the steps of both", length=2)),
     (LOSS, "causal_perplexity", "load_cv", "weight_divergence"),
     planned((LOSS,), (("upcycled", "dense-on"), ("upcycled", "scratch"), ("upcycled", "scratch-long"))),
-    say_upcycle, {"over_steps": over_steps("dense-on", "causal_cross_entropy",
-                                           names=["dense-on", "upcycled", "scratch"]),
+    say_upcycle, {"over_steps": over_steps("dense-on", "causal_cross_entropy", names=["dense-on", "upcycled"]),
                   "at_the_end": at_the_end(LOSS)},
     "The learning rate warms up and falls again in the further steps. The crossover of Komatsuzaki et al. (2022), "
     "where training from scratch catches up, is not to be expected at this scale. The weight divergence of copies is "
