@@ -35,7 +35,7 @@ def load_entropy(routing):
     load = _load(routing)
     if len(load) == 1 or not load.any():
         return 1.0
-    return float(_entropy(load / load.sum()) / np.log(len(load)))
+    return float(entropy(load / load.sum()) / np.log(len(load)))
 
 
 def dead_experts(routing):
@@ -46,12 +46,12 @@ def dead_experts(routing):
 
 def router_entropy(routing):
     """Mean over tokens of the entropy of the router's probabilities, in nats: ln E where it is indifferent."""
-    return float(_entropy(routing.probs.data.astype(float)).mean())
+    return float(entropy(routing.probs.data.astype(float)).mean())
 
 
 def marginal_entropy(routing):
     """Entropy of the mean probabilities, in nats: ln E where the router is balanced on the whole."""
-    return float(_entropy(routing.probs.data.mean(axis=0, dtype=float)))
+    return float(entropy(routing.probs.data.mean(axis=0, dtype=float)))
 
 
 def drop_rate(routing):
@@ -161,6 +161,6 @@ def shuffled_information(counts_by_unit, labels, n_labels, rng, n_shuffles=N_SHU
     return float(np.mean([shuffled() for _ in range(n_shuffles)]))
 
 
-def _entropy(p):
-    """-sum p ln p over the last axis, with 0 ln 0 = 0."""
+def entropy(p):
+    """-sum p ln p over the last axis of p, in nats, with 0 ln 0 = 0."""
     return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)

@@ -32,6 +32,9 @@ NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain 
          "force_cost": "if forced (+ nats)", "worst_cv": "largest load CV while training",
          "worst_dead": "most dead experts a layer while training",
          "mates_rerouted": "bytes rerouted by other mates", "mates_logits": "logits changed by other mates, at most",
+         **{f"{number}_{n}": f"{what}, {n} devices" for n in (4, 16) for number, what in (
+             ("reach", "devices a byte reaches"), ("sent", "bytes sent a byte"), ("link", "bytes a byte, busiest link"),
+             ("slowest", "slowest device / mean load"), ("path", "microseconds a batch and layer"))},
          "later_rerouted": "bytes rerouted by later bytes", "later_logits": "logits changed by later bytes, at most",
          "noise_share": "noise in a batch's router gradient (share)"}
 CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 import numpy as np
 
+from . import metrics
 from .config import ModelConfig
 from .data import CorpusError, load_corpus
 from .evaluation import record
 from .files import load_arrays
-from .metrics import saturation
 from .plots import COLOURS
 from .routers import ROUTERS
 from .routing import merge
@@ -71,8 +71,7 @@ def lines(text, routing, colour, width, gate=False, entropy=False):
     if gate:
         rows.append(("gate", [_bar(g) if e >= 0 else " " for g, e in zip(gates.max(axis=1), first)]))
     if entropy:
-        nats = -(p * np.log(np.where(p > 0, p, 1))).sum(axis=1)
-        rows.append(("entropy", [_bar(h / max(math.log(n_experts), 1e-9)) for h in nats]))
+        rows.append(("entropy", [_bar(h / max(math.log(n_experts), 1e-9)) for h in metrics.entropy(p)]))
     cells = [_coloured(symbol(byte), e) if colour and e >= 0 else symbol(byte) for byte, e in zip(text, first)]
     step = max(8, width - 8)
     for start in range(0, len(text), step):
@@ -151,7 +150,7 @@ def _data(steps):
         "length": final["ids"].shape[1], "text": _base64(final["ids"]), "colours": PALETTE,
         "note": note(ModelConfig.from_dict(model)), "steps": [header["step"] for _, header in steps],
         "limited": model["capacity_factor"] is not None and ROUTERS[model["router"]].chooses == "token",
-        "saturation": [[saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])] for arrays, _ in steps],
+        "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])] for arrays, _ in steps],
         "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,
         "gates": [_base64(np.where(arrays["chosen"], 1 + 254 * arrays["gates"].astype(float) / scale, 0))
                   for arrays, _ in steps]}
