@@ -16,6 +16,7 @@ from tinymoe import experiments as lab
 from tinymoe.data import load_corpus
 from tinymoe.evaluation import Validation, losses_and_routings
 from tinymoe.experiments import EXPERIMENTS, measures, writeup
+from tinymoe.report import LOSS
 from tinymoe.routing import from_mask
 from tinymoe.train import Trainer, train
 
@@ -59,6 +60,9 @@ def test_what_is_planned_names_settings_and_nothing_twice():
         assert len(set(ids)) == len(ids) and len(set(experiment.planned)) == len(experiment.planned)
         assert {name for _, *pair in experiment.planned for name in pair} <= set(ids), experiment.name
         assert {setting.start for setting in experiment.settings} <= {None, *ids}
+        assert all((LOSS, *pair) in experiment.planned for one in experiment.disputes for pair in one.pairs)
+        named = {name for c in experiment.claims for e in c.effects for name in (e.setting, e.minus, e.over) if name}
+        assert named <= set(ids), experiment.name
     assert sorted(c.number for e in EXPERIMENTS.values() for c in e.claims) == list(range(1, 11))
 
 
@@ -74,27 +78,38 @@ class Fake(lab.Results):
         return self.given[setting]
 
 
-@pytest.mark.parametrize("gaps, or_zero, verdict", [
-    ((1, 1.1, 0.9), False, "held"), ((-1, -1.1, -0.9), False, "did not hold"), ((1, -1, 0.2), False, "undecided"),
-    ((0, 0, 0), True, "held"), ((0, 0, 0), False, "did not hold"), ((1e-9, 1e-9, 1e-9), False, "held"),
-    ((-1e-9,) * 3, True, "did not hold"), ((1,), False, "undecided")])  # one seed decides nothing
-def test_a_claim_holds_where_its_whole_interval_is_above_0(gaps, or_zero, verdict):
-    claim = lab.Claim(1, "", "", (lab.Effect("a", lambda of: of("loss", "a"), or_zero),))
-    assert Fake(a=gaps).outcome(claim)[0] == verdict
+def verdict(results, *effects):
+    return results.outcome(lab.Claim(1, "", "", effects))[0]
 
 
-@pytest.mark.parametrize("gaps, verdict", [((1e-3, 1, 1e-3), "held"), ((0, 1, 1), "undecided"), ((0, 0, 0), "did not hold"),
-                                           ((2,), "held")])
-def test_a_number_that_is_never_negative_must_be_above_0_in_every_run(gaps, verdict):
-    claim = lab.Claim(1, "", "", (lab.Effect("a", lambda of: of("loss", "a"), every_run=True),))
-    assert Fake(a=gaps).outcome(claim)[0] == verdict
+@pytest.mark.parametrize("numbers, relation, said", [
+    ((1, 1.1, 0.9), ">", "held"), ((-1, -1.1, -0.9), ">", "did not hold"), ((1, -1, 0.2), ">", "undecided"),
+    ((1, 1.1, 0.9), "<", "did not hold"), ((-1, -1.1, -0.9), "<", "held"), ((1, -1, 0.2), "<", "undecided"),
+    ((0, 0, 0), ">=", "held"), ((0, 0, 0), ">", "did not hold"), ((0, 0, 0), "<=", "held"), ((1e-9,) * 3, ">", "held"),
+    ((1e-9,) * 3, "<=", "did not hold"), ((1,), ">", "undecided")])  # one seed decides nothing
+def test_a_claim_holds_where_its_whole_interval_is_beyond_the_bound(numbers, relation, said):
+    assert verdict(Fake(a=numbers), lab.Effect("loss", "a", relation, 0)) == said
+    assert verdict(Fake(a=np.add(numbers, 3)), lab.Effect("loss", "a", relation, 3)) == said
+    assert verdict(Fake(a=np.add(numbers, 7), b=(7,) * len(numbers)), lab.Effect("loss", "a", relation, 0, minus="b")) == said
+    assert verdict(Fake(a=np.add(numbers, 3), b=(0.5,) * len(numbers)), lab.Effect("loss", "a", relation, 6, over="b")) == said
 
 
-@pytest.mark.parametrize("first, second, verdict", [
+def test_differences_and_ratios_are_paired_by_seed():
+    wide = Fake(a=(1.1, 2.1, 3.1), b=(1, 2, 3), c=(2.2, 4.2, 6.2))
+    assert verdict(wide, lab.Effect("loss", "a", ">", 0, minus="b")) == "held"
+    assert verdict(wide, lab.Effect("loss", "c", "<=", 2, over="a")) == "held"
+
+
+@pytest.mark.parametrize("numbers, said", [((1e-3, 1, 1e-3), "held"), ((0, 1, 1), "undecided"),
+                                           ((0, 0, 0), "did not hold"), ((2,), "held")])
+def test_a_number_that_is_never_negative_must_be_above_0_in_every_run(numbers, said):
+    assert verdict(Fake(a=numbers), lab.Effect("loss", "a", ">", 0, every_run=True)) == said
+
+
+@pytest.mark.parametrize("first, second, said", [
     ((1, 1, 1), (1, 1, 1), "held"), ((1, 1, 1), (1, -1, 0), "undecided"), ((1, -1, 0), (-1, -1, -1), "did not hold")])
-def test_all_effects_of_a_claim_must_hold(first, second, verdict):
-    effects = tuple(lab.Effect(name, lambda of, name=name: of("loss", name)) for name in "ab")
-    assert Fake(a=first, b=second).outcome(lab.Claim(1, "", "", effects))[0] == verdict
+def test_all_effects_of_a_claim_must_hold(first, second, said):
+    assert verdict(Fake(a=first, b=second), *(lab.Effect("loss", name, ">", 0) for name in "ab")) == said
 
 
 @pytest.mark.parametrize("absent", ["shuffled", "learned"])

@@ -17,7 +17,8 @@ from .rows import Interval, coefficient_sweep, complete_runs, excess, gap, load_
 
 LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
 NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain information (nats)",
-         "byte_excess": "byte information (nats)", "repetition": "repetition", "weight_divergence": "weight divergence",
+         "byte_excess": "byte information (nats)",
+         "byte_over_domain": "byte less domain information (nats)", "repetition": "repetition", "weight_divergence": "weight divergence",
          "causal_perplexity": "causal perplexity", "val_cross_entropy": "loss routed as in training (nats)",
          "max_violation": "MaxVio, validation set", "max_violation_batch": "MaxVio, mean over batches",
          "dead_experts": "dead experts a layer", "drop_rate": "share of assignments dropped",

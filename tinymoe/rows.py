@@ -16,6 +16,7 @@ from .routing import capacity
 DERIVED = {
     "mi_excess": lambda layer: layer["mutual_information"] - layer["mutual_information_null"],
     "byte_excess": lambda layer: layer["byte_information"] - layer["byte_information_null"],
+    "byte_over_domain": lambda layer: DERIVED["byte_excess"](layer) - DERIVED["mi_excess"](layer),
     "router_entropy_share": lambda layer: layer["router_entropy"] / math.log(max(2, len(layer["load"]))),
     "marginal_entropy_share": lambda layer: layer["marginal_entropy"] / math.log(max(2, len(layer["load"]))),
 }

@@ -5,7 +5,7 @@ To add one, make an Experiment in a file of this folder and name it here.
 
 from .architecture import dense, fine_grained, shared, surface, upcycle
 from .balancing import balance, capacity, collapse, expert_choice
-from .base import SCALES, Claim, Effect, Experiment, Results, Scale, Setting
+from .base import SCALES, Claim, Dispute, Effect, Experiment, Results, Scale, Setting
 from .choosing import frozen, rate, reinforce, unit
 from .inside import batch, known, specialise, traffic
 
@@ -13,4 +13,4 @@ EXPERIMENTS = {experiment.name: experiment for experiment in (
     collapse, balance, capacity, expert_choice, shared, fine_grained, dense, surface, frozen, unit, specialise, rate,
     upcycle, reinforce, batch, traffic, known)}
 
-__all__ = ["EXPERIMENTS", "SCALES", "Claim", "Effect", "Experiment", "Results", "Scale", "Setting"]
+__all__ = ["EXPERIMENTS", "SCALES", "Claim", "Dispute", "Effect", "Experiment", "Results", "Scale", "Setting"]

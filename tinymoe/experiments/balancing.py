@@ -2,7 +2,7 @@
 
 from ..report import layer_states
 from ..rows import coefficient_sweep
-from .base import LOSS, Claim, Effect, Experiment, Setting, against, planned
+from .base import LOSS, Claim, Dispute, Effect, Experiment, Setting, against, planned
 from .figures import at_the_end, lines_by, one_against_other, over_steps
 
 COEFFICIENTS = (0, 0.001, 0.01, 0.1, 0.3)
@@ -31,10 +31,12 @@ collapse = Experiment(
     "A longer run, a higher learning rate or more experts may collapse where these did not, and the other way about.",
     (Claim(2, "Without a balance loss experts collapse: the load CV is over 3 times that at 0.01, an expert is dead at "
               "0 and none at 0.1", "Shazeer 2017, table 6: CV 3.0 without, 0.05 with",
-           (Effect("CV(0) - 3 CV(0.01)", lambda of: of("load_cv", "aux-0") - 3 * of("load_cv", "aux-0.01")),
-            Effect("dead(0)", lambda of: of("dead_experts", "aux-0"), every_run=True),
-            Effect("-dead(0.1)", lambda of: -of("dead_experts", "aux-0.1"), or_zero=True))),),
-    {"router": "top_k", "top_k": 1})
+           (Effect("load_cv", "aux-0", ">", 3, over="aux-0.01"),
+            Effect("dead_experts", "aux-0", ">", 0, every_run=True),
+            Effect("dead_experts", "aux-0.1", "<=", 0, every_run=True))),),
+    (Dispute("Does a large balance coefficient hurt?", "yes: Wang 2024; no: Shazeer 2017, table 6",
+             against("aux-0", ("aux-0.1", "aux-0.3"))),),
+    model={"router": "top_k", "top_k": 1})
 
 
 def say_balance(r):
@@ -69,11 +71,9 @@ balance = Experiment(
     "Sinkhorn and the assignment balance only while training and are measured as plain top-1.",
     (Claim(6, "The loss-free bias (rate 0.01) has less than half the MaxVio of a small balance loss (0.001), at no "
               "cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3",
-           (Effect("MaxVio(aux 0.001) / 2 - MaxVio(bias)",
-                   lambda of: of("max_violation", "aux-0.001") / 2 - of("max_violation", "bias-0.01")),
-            Effect("loss(aux 0.001) + 0.01 - loss(bias)",
-                   lambda of: of(LOSS, "aux-0.001") + 0.01 - of(LOSS, "bias-0.01")))),),
-    {"top_k": 1})
+           (Effect("max_violation", "bias-0.01", "<", 0.5, over="aux-0.001"),
+            Effect(LOSS, "bias-0.01", "<", 0.01, minus="aux-0.001"))),),
+    model={"top_k": 1})
 
 
 FACTORS = (0.5, 0.75, 1, 1.25, 2)
@@ -103,14 +103,11 @@ capacity = Experiment(
     "The limit holds within a batch of 8 windows: larger batches are more even. Without it every byte is served.",
     (Claim(5, "Drops fall with the capacity factor (0.75 > 1 > 1.25 >= 2) and are at least 25% at 0.75 for top-1; loss "
               "at 0.75 is above that at 1.25", "GShard, Switch",
-           (Effect("drops(0.75) - drops(1)", lambda of: of("drop_rate", "0.75-order") - of("drop_rate", "1-order")),
-            Effect("drops(1) - drops(1.25)", lambda of: of("drop_rate", "1-order") - of("drop_rate", "1.25-order")),
-            Effect("drops(1.25) - drops(2)",
-                   lambda of: of("drop_rate", "1.25-order") - of("drop_rate", "2-order"), or_zero=True),
-            Effect("drops(0.75) - 0.25", lambda of: of("drop_rate", "0.75-order") - 0.25, or_zero=True),
-            Effect("loss(0.75) - loss(1.25)",
-                   lambda of: of("val_cross_entropy", "0.75-order") - of("val_cross_entropy", "1.25-order")))),),
-    {"top_k": 1})
+           (Effect("drop_rate", "0.75-order", ">", 0, minus="1-order"),
+            Effect("drop_rate", "1-order", ">", 0, minus="1.25-order"),
+            Effect("drop_rate", "1.25-order", ">=", 0, minus="2-order"), Effect("drop_rate", "0.75-order", ">=", 0.25),
+            Effect("val_cross_entropy", "0.75-order", ">", 0, minus="1.25-order"))),),
+    model={"top_k": 1})
 
 
 def say_expert_choice(r):
@@ -136,7 +133,8 @@ expert_choice = Experiment(
     "The causal rule decides each byte on its prefix, which the model was not trained with.",
     (Claim(1, "Expert choice has load CV 0 (below 0.01) and leaves bytes uncovered: coverage(c = 1) < coverage(c = 2) "
               "< 1", "Zhou 2022",
-           (Effect("0.01 - load CV(c = 1)", lambda of: 0.01 - of("load_cv", "c-1")),
-            Effect("0.01 - load CV(c = 2)", lambda of: 0.01 - of("load_cv", "c-2")),
-            Effect("coverage(2) - coverage(1)", lambda of: of("token_coverage", "c-2") - of("token_coverage", "c-1")),
-            Effect("1 - coverage(2)", lambda of: 1 - of("token_coverage", "c-2"), every_run=True))),))
+           (Effect("load_cv", "c-1", "<", 0.01), Effect("load_cv", "c-2", "<", 0.01),
+            Effect("token_coverage", "c-2", ">", 0, minus="c-1"),
+            Effect("token_coverage", "c-2", "<", 1, every_run=True))),),
+    (Dispute("Is expert choice better than token choice?", "yes: Zhou 2022; no: OLMoE (Muennighoff 2024)",
+             (("c-1", "top-1"), ("c-2", "top-2"))),))

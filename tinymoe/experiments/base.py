@@ -1,5 +1,6 @@
 """What an experiment is: a question, settings as data, differences planned beforehand, and what is said of the rows."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ..config import ModelConfig
-from ..report import LOSS, Comparison, holm, text, told_apart
+from ..report import LOSS, Comparison, holm, label, text, told_apart
 from ..rows import complete_runs, gap, t_interval, value
 from ..train import Run, TrainConfig
 
@@ -49,28 +50,59 @@ class Setting:
         return Run(self.id, self.what, seed, ModelConfig(**model), TrainConfig(**training), self.start, measure)
 
 
+RELATIONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
 @dataclass(frozen=True)
 class Effect:
-    """A number above 0 where a claim is right: of(numbers) -> (seeds,), with numbers(metric, setting id) -> (seeds,).
+    """What a claim needs: a metric of a setting, or its difference from or ratio to another's, beyond a bound.
 
-    or_zero: 0 will do. every_run: for a number with a bound, such as a share: judged in every run instead of by an
-    interval, which knows no bound and would doubt what every run shows.
+    relation: of the number to the bound, one of RELATIONS. every_run: for a number that cannot lie on both sides of
+    its bound, such as a share: judged in every run instead of by an interval, which would doubt what every run shows.
     """
 
-    what: str
-    of: Callable
-    or_zero: bool = False
+    metric: str
+    setting: str
+    relation: str
+    bound: float
+    minus: str | None = None
+    over: str | None = None
     every_run: bool = False
+
+    def of(self, numbers):
+        """(seeds,) array, of numbers(metric, setting) -> (seeds,)."""
+        first = numbers(self.metric, self.setting)
+        if self.minus:
+            return first - numbers(self.metric, self.minus)
+        return first / numbers(self.metric, self.over) if self.over else first
+
+    def word(self, low, high):
+        """"held" where both ends are beyond the bound, "did not hold" where neither is, else "undecided"."""
+        ends = {RELATIONS[self.relation](end, self.bound) for end in (low, high)}
+        return "undecided" if len(ends) == 2 else "held" if True in ends else "did not hold"
+
+    def __str__(self):
+        other = f" - {self.minus}" if self.minus else f" / {self.over}" if self.over else ""
+        return f"{label(self.metric)}, {self.setting}{other}"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim: its number in the list of ten, what it says, who says so, and what must be above 0 for it."""
+    """A published claim: its number in the list of ten, what it says, who says so, and all that it needs."""
 
     number: int
     text: str
     published: str
     effects: tuple
+
+
+@dataclass(frozen=True)
+class Dispute:
+    """A question on which published signs disagree, who says what, and the planned pairs whose losses speak to it."""
+
+    question: str
+    published: str
+    pairs: tuple
 
 
 @dataclass(frozen=True)
@@ -93,6 +125,7 @@ class Experiment:
     figures: dict
     caution: str = ""
     claims: tuple = ()
+    disputes: tuple = ()
     model: dict = field(default_factory=dict)
     text: str | None = None
     measure: Callable | None = None
@@ -144,9 +177,9 @@ class Results:
         return ", ".join(f"{name} {text(self.groups[name], metric)}" for name in settings or self.groups
                          if name in self.groups)
 
-    def differences(self, metric, *firsts):
-        """The planned differences of a metric, as text; firsts: only those that begin with one of these."""
-        tests = [one for one in self.tests if one.metric == metric and (not firsts or one.first in firsts)]
+    def differences(self, metric, pairs=None):
+        """The planned differences of a metric, as text; pairs: only these, as (first, second)."""
+        tests = [one for one in self.tests if one.metric == metric and (not pairs or (one.first, one.second) in pairs)]
         return "; ".join(map(str, tests)) or "nothing to compare"
 
     def told_apart(self, metric):
@@ -158,19 +191,18 @@ class Results:
         return sorted(self.groups, key=lambda name: self.mean(metric, name))
 
     def outcome(self, claim):
-        """(verdict, [(what, Interval)]) of a Claim: it held where every effect is above 0 with its interval."""
-        found, words = [], set()
+        """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""
+        words, found = set(), []
         for effect in claim.effects:
-            gaps = effect.of(self.numbers)
-            interval = t_interval(gaps)
-            low, high = (interval.low, interval.high) if interval.n > 1 else (-np.inf, np.inf)
+            numbers = effect.of(self.numbers)
             if effect.every_run:
-                low, high = min(gaps), max(gaps)
-            held, failed = (low >= 0, high < 0) if effect.or_zero else (low > 0, high <= 0)
-            words.add("held" if held else "did not hold" if failed else "undecided")
-            found.append((effect.what, interval))
-        verdict = next(word for word in ("did not hold", "undecided", "held") if word in words)
-        return verdict, found
+                low, high = min(numbers), max(numbers)
+            else:
+                interval = t_interval(numbers)
+                low, high = (interval.low, interval.high) if interval.n > 1 else (-np.inf, np.inf)
+            words.add(effect.word(low, high))
+            found.append((effect, numbers))
+        return next(word for word in ("did not hold", "undecided", "held") if word in words), found
 
 
 def planned(metrics, pairs):
@@ -183,4 +215,5 @@ def against(reference, others):
     return tuple((other, reference) for other in others)
 
 
-__all__ = ["LOSS", "Claim", "Effect", "Experiment", "Results", "SCALES", "Scale", "Setting", "against", "planned"]
+__all__ = ["LOSS", "SCALES", "Claim", "Dispute", "Effect", "Experiment", "Results", "Scale", "Setting", "against",
+           "planned"]

@@ -51,11 +51,6 @@ def counterfactual_tables(r):
     return fig
 
 
-def byte_over_domain(name):
-    """Byte information less domain information of a setting, as an Effect's function."""
-    return lambda of: of("byte_excess", name) - of("mi_excess", name)
-
-
 specialise = Experiment(
     "specialise", "What do experts know?",
     (Setting("top-1", "top-1, balance loss 0.01", {"top_k": 1}), Setting("top-2", "top-2, balance loss 0.01"),
@@ -74,7 +69,7 @@ specialise = Experiment(
     "in training.",
     (Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the domain",
            "Jiang 2024; Xue 2024",
-           tuple(Effect(f"byte - domain, {name}", byte_over_domain(name)) for name in ("top-1", "top-2"))),),
+           tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),),
     measure=measures.specialisation)
 
 
@@ -102,10 +97,9 @@ batch = Experiment(
     "the 8 windows of a batch, each in its place: dropping in order spares the first.",
     (Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K does not",
            "Zhou 2022; Wang 2024",
-           (Effect("change by later bytes, expert choice - 1e-4",
-                   lambda of: of("later_logits", "expert-choice") - 1e-4, every_run=True),
-            Effect("1e-4 - change by later bytes, dropless", lambda of: 1e-4 - of("later_logits", "dropless")),
-            Effect("-bytes rerouted by later bytes, dropless", lambda of: -of("later_rerouted", "dropless"), True))),),
+           (Effect("later_logits", "expert-choice", ">", 1e-4, every_run=True),
+            Effect("later_logits", "dropless", "<", 1e-4, every_run=True),
+            Effect("later_rerouted", "dropless", "<=", 0, every_run=True))),),
     measure=measures.influence)
 
 

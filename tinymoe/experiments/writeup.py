@@ -1,14 +1,13 @@
 """FINDINGS.md and the figures of one experiment, from its rows, and the document that gathers the study and all."""
 
-import math
 from pathlib import Path
 
 import matplotlib
 
 from ..files import write_whole
 from ..plots import STYLE, save
-from ..report import METHODS, QUESTIONS, Study, label, question, run_ids, table, text
-from ..rows import load_runs, value
+from ..report import LOSS, METHODS, QUESTIONS, Study, label, question, run_ids, table, text
+from ..rows import load_runs, t_interval, value
 from .base import Results
 
 HOW_TO_READ = """**How to read.** Loss is causal validation cross-entropy in nats a byte unless said otherwise (each \
@@ -18,11 +17,11 @@ excludes 0 after Holm's correction over the differences planned in its experimen
 before it only, otherwise *undecided*, which does not mean equal. A layer is *collapsed* when its load is as uneven as \
 if fewer than half of its experts shared it (exp of its entropy), else *starved* with a dead expert (under 1% of its \
 fair share), else *in use*. Padding: the share of the places kept for tokens that stay empty."""
-VERDICTS = """A claim *held* where every effect that it needs is above 0 with its whole 95% interval over paired \
-seeds (or 0, where that is what it says), *did not hold* where one is below with its whole interval, and is \
-*undecided* otherwise. A number with a bound (dead experts, 1 - coverage, a largest change) is judged in every run \
-instead."""
-CLAIMS = ["claim", "what it says (published by)", "effects, each above 0 where it is right [95%]", "here", "experiment"]
+VERDICTS = """A claim *held* where all that it needs is so over the whole 95% interval, paired by seed, *did not \
+hold* where one thing is not so anywhere in its interval, and is *undecided* otherwise. What cannot lie on both sides \
+of its bound (dead experts, coverage, a largest change) is judged in every run instead."""
+CLAIMS = ["claim", "what it says (published by)", "measured here, and what the claim needs", "verdict", "experiment"]
+DISPUTES = ["open question", "published answers", "difference in loss here (nats) [95%], verdict", "experiment"]
 
 
 def draw(experiment, folder):
@@ -74,20 +73,29 @@ def finding(results):
 
 
 def claim_rows(results):
-    """Rows for the table of claims: number, claim, effects with intervals, verdict, experiment."""
+    """Rows for the table of claims: number, claim, numbers beside what is needed, verdict, experiment."""
     rows = []
     for claim in results.experiment.claims:
         verdict, found = results.outcome(claim) if results.whole else ("not tested", [])
-        numbers = "<br>".join(f"{what} = {interval(one)}" for what, one in found)
+        numbers = "<br>".join(measured(effect, numbers) for effect, numbers in found)
         rows.append([str(claim.number), f"{claim.text} ({claim.published})", numbers, f"**{verdict}**",
                      results.experiment.name])
     return rows
 
 
-def interval(one):
-    """`+0.123 [+0.100, +0.146]`, with powers of ten for what is small."""
-    mean, low, high = (f"{x:+.2e}" if 0 < abs(x) < 1e-3 else f"{x:+.3f}" for x in (one.mean, one.low, one.high))
-    return f"{mean} [{low}, {high}]" if math.isfinite(one.half) else mean
+def measured(effect, numbers):
+    """`load CV, a / b: 2.905 [2.411, 3.399], needs > 3`; for what is judged in every run the range of the runs."""
+    one = t_interval(numbers)
+    mean, low, high, least, most = (f"{x:{'+' if effect.minus else ''}.3f}"
+                                    for x in (one.mean, one.low, one.high, min(numbers), max(numbers)))
+    ends = f" (runs: {least} to {most})" if effect.every_run else f" [{low}, {high}]" if one.n > 1 else ""
+    return f"{effect}: {mean}{ends}, needs {effect.relation} {effect.bound:g}"
+
+
+def dispute_rows(results):
+    """Rows for the table of open questions: question, published answers, differences of the loss, experiment."""
+    return [[one.question, one.published, results.differences(LOSS, one.pairs).replace("; ", "<br>"),
+             results.experiment.name] for one in results.experiment.disputes]
 
 
 def write_findings(experiment, folder):
@@ -109,7 +117,8 @@ def write_findings(experiment, folder):
 
 ORIGIN = """Generated from the rows of the study (`full/`) and of the experiments (`experiments/`), each of which has \
 a document of its own with its tables, figures and planned differences."""
-OPEN = """Published signs disagree on many of these: an interval is what a few seeds of a small model say, no more."""
+OPEN = """Published signs disagree on these: an interval is what a few seeds of a small model say, no more. A negative \
+difference is in favour of the first."""
 CANNOT = """Differences of 1 to 3% in perplexity are within the scatter of seeds. Speed-ups of training by factors, \
 the stability that the z-loss gives at low precision, and the crossover of upcycling are not to be seen at this scale. \
 A t-interval of few seeds assumes normal scatter, which few seeds cannot check. Within an experiment Holm's correction \
@@ -121,8 +130,7 @@ evidence."""
 def scale(found):
     """How small the experiments are, as a sentence."""
     def ends(numbers):
-        least, most = min(numbers), max(numbers)
-        return f"{least:,.3g}" if least == most else f"{least:,.3g} to {most:,.3g}"
+        return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sorted({min(numbers), max(numbers)}))
 
     runs = [run for results in found for run in results.runs]
     return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
@@ -148,7 +156,8 @@ def gather(published, experiments):
              "## The three questions of the study",
              "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
              "## Ten claims of the literature", VERDICTS, table(CLAIMS, claims),
-             "## The laboratory, experiment by experiment", OPEN, *map(section, found),
+             "## Open questions", OPEN, table(DISPUTES, [row for results in found for row in dispute_rows(results)]),
+             "## The laboratory, experiment by experiment", *map(section, found),
              "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS]
     path = Path(published, "FINDINGS.md")
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
