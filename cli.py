@@ -202,11 +202,11 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
     if name not in lab.EXPERIMENTS:
         raise click.UsageError(f"no experiment {name}: choose one of {', '.join(lab.EXPERIMENTS)}")
     chosen, size = lab.EXPERIMENTS[name], lab.SCALES[scale or "default"]
-    if text and chosen.text:
+    if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
     out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
     runs = chosen.runs(size, seeds or size.seeds)
-    failures = {} if plot_only else _train(runs, out, text or chosen.text, jobs, fresh)
+    failures = {} if plot_only else _train(runs, out, chosen.text if text is None else text, jobs, fresh)
     try:
         click.echo(f"{len(writeup.draw(chosen, out))} figures in {out / 'figures'}")
         path, results = writeup.write_findings(chosen, out), lab.Results(chosen, out)
@@ -227,7 +227,10 @@ def _list_experiments(experiments):
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=RESULTS / "published")
 def findings(folder):
-    """Gather FOLDER/full and FOLDER/experiments into FOLDER/FINDINGS.md: the study, ten claims, open questions."""
+    """Gather FOLDER/full and FOLDER/experiments into FOLDER/FINDINGS.md: the study, ten claims, open questions.
+
+    FOLDER is results/published, unless another is given: results, for runs of your own.
+    """
     from tinymoe.experiments import EXPERIMENTS, writeup
     try:
         click.echo(writeup.gather(folder, EXPERIMENTS))
@@ -265,6 +268,8 @@ def routers():
 def params(model, context, width):
     """Count parameters, work and memory of a preset or of a model's config file, part by part.
 
+    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, deepseek-v3. A file: a published config.json, or that of a run.
+
     Active is what one token meets, embedding and head included. FLOPs are of the forward pass of one token: two for
     each active weight of a matrix product, and attention over --context positions.
     """
@@ -299,11 +304,9 @@ def params(model, context, width):
               help="Change any field of ModelConfig or TrainConfig.")
 def probe(router, steps, overrides):
     """Try what a router does to a small model: causality, neighbours in the batch, gradients, collapse."""
-    import numpy as np
-
-    from tinymoe import metrics, probes
-    from tinymoe.data import CorpusError, load_corpus
+    from tinymoe import probes
     from tinymoe.config import ModelConfig
+    from tinymoe.data import CorpusError, load_corpus
     from tinymoe.routers import ROUTERS
     from tinymoe.train import NonFiniteLoss, TrainConfig
     small = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": router,
@@ -333,14 +336,11 @@ def probe(router, steps, overrides):
     for term, (coefficient, norm) in probes.gradient_path(model, ids, targets).items():
         exactly = "  exactly zero" if norm == 0 else ""
         click.echo(f"  {f'{term}, coefficient {coefficient:g}':44} {norm:.2e}{exactly}")
-    click.echo("\nMean score, short of the exact balanced assignment's")
+    click.echo("\nMean score, short of the exact balanced assignment's (below 0: higher than balance allows)")
     for way, short in probes.assignment_shortfall(model, ids).items():
         click.echo(f"  {way:44} {short:+.5f}")
     click.echo("\nAlarms")
-    model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
-    warnings = [warning for i, part, routing in zip(config.moe_layers, model.moe_parts(), model.forward(ids).routings)
-                for warning in metrics.alarms(i, routing.load, routing.n_tokens, part.router)]
-    click.echo("\n".join(f"  {warning}" for warning in warnings or ["none"]))
+    click.echo("\n".join(f"  {warning}" for warning in probes.alarms(model, ids, targets) or ["none"]))
 
 
 # -- route --------------------------------------------------------------------------------------
@@ -373,8 +373,8 @@ def route(run, text, gate, entropy, layers):
             click.echo(f"layer {layer}, {routing.n_experts} experts")
             for line in view.lines(data, routing, colour, get_terminal_size((80, 24)).columns, gate, entropy):
                 click.echo(line)
-    click.echo("-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127; "
-               "bars: ▁ 0 to █ 1 (entropy: of ln E)")
+    bars = "; bars: ▁ 0 to █ 1, an entropy as a share of ln E, its largest" if gate or entropy else ""
+    click.echo(f"-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127{bars}")
     if len(data) > model.config.seq_len:
         click.echo(f"{len(data)} bytes are more than one window: the model starts anew every {model.config.seq_len}.")
     said = view.note(model.config)
@@ -406,7 +406,10 @@ def view(run, text, out):
     from tinymoe import view as v
     from tinymoe.data import CorpusError
     from tinymoe.files import CheckpointError, write_whole
+    from tinymoe.train import FILES
     out = out or run / "view.html"
+    if out.name in FILES:
+        raise click.UsageError(f"--out {out}: that is a file of a run; a page ends in .html")
     try:
         page = v.page(run, text)
         write_whole(out, page)

@@ -54,16 +54,36 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
     assert writeup.write_findings(experiment, tmp_path).read_text() == text
 
 
-def test_what_is_planned_names_settings_and_nothing_twice():
+def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     for experiment in EXPERIMENTS.values():
-        ids = [setting.id for setting in experiment.settings]
-        assert len(set(ids)) == len(ids) and len(set(experiment.planned)) == len(experiment.planned)
-        assert {name for _, *pair in experiment.planned for name in pair} <= set(ids), experiment.name
-        assert {setting.start for setting in experiment.settings} <= {None, *ids}
+        assert len(set(experiment.planned)) == len(experiment.planned)
         assert all((LOSS, *pair) in experiment.planned for one in experiment.disputes for pair in one.pairs)
-        named = {name for c in experiment.claims for e in c.effects for name in (e.setting, e.minus, e.over) if name}
-        assert named <= set(ids), experiment.name
     assert sorted(c.number for e in EXPERIMENTS.values() for c in e.claims) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"planned": (("load_cv", "learned", "topp-2"),)}, "no setting is called topp-2"),
+    ({"settings": EXPERIMENTS["frozen"].settings * 2}, "two settings have one id")])
+def test_a_name_that_is_no_setting_is_refused_before_anything_is_trained(changed, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(EXPERIMENTS["frozen"], **changed)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_in_no_mean(corpora, tmp_path):
+    experiment = EXPERIMENTS["frozen"]
+    for run in toy_runs(experiment):
+        if run.config_id == "learned":
+            training = dataclasses.replace(run.training, steps=2 + run.seed)
+            train(dataclasses.replace(run, training=training), corpora[None], tmp_path / "runs" / run.run_id)
+    with pytest.raises(ValueError, match="learned-seed1 and learned-seed0 differ in their training"):
+        lab.Results(experiment, tmp_path)
+
+
+def test_a_metric_that_nobody_measured_is_named(corpora, tmp_path):
+    run = next(iter(toy_runs(EXPERIMENTS["frozen"])))
+    train(run, corpora[None], tmp_path / "runs" / run.run_id)
+    with pytest.raises(ValueError, match="no metric entropy_of_nothing"):
+        lab.Results(EXPERIMENTS["frozen"], tmp_path).show("entropy_of_nothing")
 
 
 # -- verdicts --

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
@@ -92,12 +93,12 @@ def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     # exp: 6.6859, 7.3891, 8.1662: mean 7.4137, s = 0.74046, half width 1.8394.
     assert "| A top_k, K=1, aux 0 | 2.000 ± 0.248 | 7.41 ± 1.84 | 2.885 ± 0.358 |" in text
     # A - B: 0.4, 0.4, 0.3: mean 0.36667, s = 0.057735, half width 4.3027 * 0.033333 = 0.14342.
-    assert "A - B +0.367 [+0.223, +0.510], suggestive" in text
+    assert "`A` - `B` +0.367 [+0.223, +0.510], suggestive" in text
     # E: leaky loss 0.25 below the causal one; exp: 5.4739, 6.0496, 6.6859 and exp(-0.25) = 0.7788 of that.
     assert "6.07 ± 1.51 (leaky 4.73 ± 1.17)" in text
     # 20 steps of 4 * 16 bytes, over 1,600 bytes of training text.
     assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
-    assert "3 collapsed" in text and "smallest coefficient with every layer of every run in use: B" in text
+    assert "3 collapsed" in text and "smallest coefficient with every layer of every run in use: 0.01 (B)" in text
     assert "E has load CV 0 (below 0.01) and leaves bytes uncovered | held in 3 of 3 runs" in text
 
 
@@ -108,8 +109,8 @@ def test_findings_regenerate_byte_for_byte(tmp_path):
 def test_a_flipped_outcome_flips_the_sentence(tmp_path):
     worse = findings(write_study(tmp_path / "worse"))
     better = findings(write_study(tmp_path / "better", losses=LOSSES | {"E": (1.0, 1.1, 1.2), "A": (1.2, 1.2, 1.3)}))
-    assert "causal loss (nats): E - D +0.300" in worse and "causal loss (nats): E - D -0.400" in better
-    assert "**causal loss (nats): A - B +0.367" in worse and "**causal loss (nats): A - B -0.400" in better
+    assert "causal loss (nats): `E` - `D` +0.300" in worse and "causal loss (nats): `E` - `D` -0.400" in better
+    assert "**causal loss (nats): `A` - `B` +0.367" in worse and "**causal loss (nats): `A` - `B` -0.400" in better
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
@@ -136,6 +137,24 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
     with open(report.write_summary_csv(tmp_path)) as file:
         states = {line["run_id"]: line["state"] for line in csv.DictReader(file)}
     assert len(states) == 19 and states["C-seed2"] == "failed" and states["Z-seed0"] == "incomplete"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("log.jsonl", ""), ("log.jsonl", '{"step": 10}\n'), ("log.jsonl", "[]\n"), ("log.jsonl", None), ("summary.json", "{}"),
+    ("summary.json", "[1]"), ("summary.json", b"\xff\xfe"), ("config.json", "5"), ("config.json", '{"seed": 0}'),
+    ("config.json", None)])
+def test_a_finished_run_with_a_damaged_file_is_in_no_mean(tmp_path, name, content):
+    path = write_run(tmp_path, "A", 0, 2.0) / name
+    path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="A-seed0 is a finished run with damaged files"):
+        load_runs(tmp_path)
+
+
+def test_a_copy_of_a_run_is_not_counted_twice(tmp_path):
+    folder = write_run(tmp_path, "A", 0, 2.0)
+    shutil.copytree(folder, folder.with_name("A-seed0 copy"))
+    with pytest.raises(ValueError, match="copy is a finished run with damaged files"):
+        load_runs(tmp_path)
 
 
 def test_a_dense_control_has_no_experts_to_report(tmp_path):

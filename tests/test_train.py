@@ -243,7 +243,7 @@ def test_another_text_in_the_same_folder(stopped, tmp_path_factory):
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"], ids=["empty", "cut", "a list", "not text"])
 def test_a_broken_config(corpus, stopped, content):
     (stopped / "config.json").write_bytes(content)
-    refuses(t.RunError, "config.json .*--fresh", tiny(), corpus, stopped)
+    refuses(t.RunError, "config.json .*move this run's folder away", tiny(), corpus, stopped)
 
 
 def test_a_folder_in_use(corpus, stopped, monkeypatch):
@@ -284,12 +284,48 @@ def test_a_checkpoint_that_is_damaged_or_foreign(corpus, stopped, damage):
     refuses(files.CheckpointError, "checkpoint.npz .*", tiny(), corpus, stopped)
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe"])
+def test_a_broken_summary(corpus, tmp_path, content):
+    t.train(tiny(), corpus, tmp_path)
+    (tmp_path / "summary.json").write_bytes(content)
+    refuses(t.RunError, "summary.json .*move this run's folder away", tiny(), corpus, tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [("summary.json", "{}"), ("summary.json", None)])
+def test_what_is_not_finished_is_not_taken_for_it(corpus, tmp_path, name, content):
+    whole = t.train(tiny(), corpus, tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    assert t.train(tiny(), corpus, tmp_path)["final"] == whole["final"]
+
+
+def test_routings_of_an_earlier_run_are_gone(corpus, tmp_path):
+    t.train(tiny(), corpus, tmp_path)
+    for name in t.FILES:
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / "routings" / "000099.npz").touch()
+    t.train(tiny(), corpus, tmp_path)
+    assert not (tmp_path / "routings" / "000099.npz").exists()
+
+
+def test_models_that_cannot_be_loaded(corpus, tmp_path):
+    t.train(tiny(), corpus, tmp_path)
+    arrays, header = files.load_arrays(tmp_path / "checkpoint.npz", "checkpoint")
+    name = "p/head.weight"
+    for changed in (arrays[name][:1], arrays[name] * np.nan):
+        files.save_arrays(tmp_path / "checkpoint.npz", arrays | {name: changed}, header)
+        with pytest.raises(files.CheckpointError, match="head.weight has another shape, or is not finite"):
+            t.load_model(tmp_path)
+    (tmp_path / "checkpoint.npz").unlink()
+    with pytest.raises(files.CheckpointError, match="has rows but no checkpoint"):
+        t.load_model(tmp_path)
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_log_that_is_gone(corpus, stopped, finished):
     if finished:
         t.train(tiny(), corpus, stopped)
     (stopped / "log.jsonl").unlink()
-    refuses(files.CheckpointError, "log.jsonl is incomplete: start again with --fresh", tiny(), corpus, stopped)
+    refuses(files.CheckpointError, "log.jsonl is incomplete: move this run's folder away", tiny(), corpus, stopped)
 
 
 # -- losses that are not finite --

@@ -12,8 +12,8 @@ import pytest
 
 from test_train import WORDS, tiny
 from tinymoe import Tensor, Transformer, files, train, view
-from tinymoe.data import CorpusError, load_corpus
-from tinymoe.files import CheckpointError
+from tinymoe.data import SYNTHETIC, CorpusError, load_corpus
+from tinymoe.files import CheckpointError, load_arrays, save_arrays
 from tinymoe.routing import from_mask
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -136,6 +136,26 @@ def test_an_old_run_shows_its_checkpoint(run, tmp_path, corpus, monkeypatch):
     assert old["steps"] == [None] and old["text"] == new["text"] and old["names"] == new["names"]
     if old["router"] == "top_k" and not old["limited"]:  # the others' routes depend on the batch
         assert np.abs(array(old["probs"][0]).astype(int) - array(new["probs"][-1])).max() <= 1
+
+
+def test_a_run_without_routings_is_shown_on_the_text_it_was_trained_on(tmp_path, corpus):
+    own = load_corpus(SYNTHETIC, 16)
+    for name, text in (("own", own), ("other", corpus)):
+        train.train(tiny("A", model={"vocab_size": 256}), text, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "routings")
+    assert data_of(view.page(tmp_path / "own"))["names"] == own.names
+    with pytest.raises(CorpusError, match="a text of your own: give --text"):
+        view.page(tmp_path / "other")
+
+
+def test_routings_of_two_runs_make_no_page(tmp_path, corpus):
+    train.train(tiny("D"), corpus, tmp_path)
+    train.train(tiny("D", model={"moe_layers": [0, 1]}), corpus, tmp_path / "other")
+    shutil.copy(tmp_path / "other/routings/000006.npz", tmp_path / "routings/000007.npz")
+    arrays, header = load_arrays(tmp_path / "routings/000006.npz", "routings")
+    save_arrays(tmp_path / "routings/000006.npz", {k: a for k, a in arrays.items() if k != "gates"}, header)
+    with pytest.raises(CheckpointError, match="of another version or of several runs"):
+        view.page(tmp_path)
 
 
 def test_what_cannot_be_shown(run, tmp_path, corpus):

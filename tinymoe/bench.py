@@ -236,8 +236,8 @@ def draw_profile(rows, path):
 def draw_scaling(rows, path):
     """Three panels: time against experts, tokens and imbalance.
 
-    Dashed: the first time, in proportion to the matrix products alone. The optimizer's work is apart from them: it grows
-    with the experts, and does not grow with the tokens.
+    Dashed: the first time, in proportion to the matrix products alone. The optimizer's work is apart from them: it
+    grows with the experts, and does not grow with the tokens.
     """
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}

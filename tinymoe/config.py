@@ -165,8 +165,8 @@ class ModelConfig:
     def _check_router(self):
         """Make the router once, at a width of 1: it refuses what does not fit, numbers of another kind included."""
         known = {name for router in ROUTERS.values() for name in router.options}
-        given = {field.name: value for field in dataclasses.fields(self) if field.name in known and field.default is None
-                 and (value := getattr(self, field.name)) is not None}
+        given = {field.name: value for field in dataclasses.fields(self)
+                 if field.name in known and field.default is None and (value := getattr(self, field.name)) is not None}
         check(self.router, self.n_experts, self.top_k, given)
         for kind, fits, expected in ((int, whole, WHOLE),
                                      (float, finite, "a finite number of at least 0")):
@@ -177,7 +177,9 @@ class ModelConfig:
     def smallest_router(self):
         """The router at a width of 1 and for a vocabulary of 2: what it refuses, and the shapes of its parameters."""
         options = self.router_options()
-        return make(self.router, 1, self.n_experts, self.top_k, **options | {k: 2 for k in ("vocab_size",) if k in options})
+        if "vocab_size" in options:
+            options["vocab_size"] = 2
+        return make(self.router, 1, self.n_experts, self.top_k, **options)
 
     def router_options(self):
         """The keyword arguments that the router takes from this config."""
@@ -186,8 +188,8 @@ class ModelConfig:
 
     def sizes(self):
         """What the dense parts follow from."""
-        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm norm_eps post_norm positions rope_theta
-            bias tied attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim latent_eps""".split()
+        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm norm_eps post_norm positions bias tied
+            rope_theta attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim latent_eps""".split()
         return [getattr(self, name) for name in names]
 
     def to_dict(self):

@@ -44,15 +44,18 @@ def write_json(path, value):
 
 
 def read_rows(path):
-    """The JSON objects of a .jsonl file, up to the first line that a kill has torn."""
+    """The JSON objects of a .jsonl file, up to the first line that is none: a kill has torn it."""
     rows = []
     if not Path(path).exists():
         return rows
     for line in Path(path).read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -84,5 +87,5 @@ def load_arrays(path, kind):
     except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RuntimeError,
             zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path} is not a whole tinymoe {kind} ({type(error).__name__}): it may be truncated or "
-                              "from another program; move it away, or start again with --fresh") from None
+                              "from another program; move it away") from None
     return arrays, header

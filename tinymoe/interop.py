@@ -83,6 +83,9 @@ def _refuse(config, kind):
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
     require(SimpleNamespace(**config), " ".join(sizes), lambda n: whole(n, 0), "a whole number")
     require(SimpleNamespace(**config), "num_attention_heads", whole, WHOLE)
+    extra = config.get("num_nextn_predict_layers")
+    if extra is not None and not whole(extra, 0):
+        raise ValueError(f"num_nextn_predict_layers {extra!r} must be a whole number")
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
@@ -123,7 +126,10 @@ def _read(path):
     path, tensors = Path(path), {}
     folder, files = path if path.is_dir() else path.parent, _files(path)
     published = _json(folder / "config.json")
-    config = model_config(published)  # refuses before anything large is read
+    try:
+        config = model_config(published)  # refuses before anything large is read
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} holds a value of a wrong type ({error})") from None
     for file in files:
         try:
             found = dict(deserialize(file.read_bytes()))
@@ -146,11 +152,12 @@ def _files(path):
         return [path]
     index = sorted(path.glob("*.safetensors.index.json"))
     if index:
-        names = sorted(set(map(str, _json(index[0]).get("weight_map", {}).values())))
+        there = _json(index[0]).get("weight_map")
+        names = sorted(set(map(str, there.values()))) if isinstance(there, dict) else []
         if not names or not all(name.endswith(".safetensors") and path / name in path.iterdir() for name in names):
             raise CheckpointError(f"{index[0]} names {names}: it must name .safetensors files of its own folder")
         return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if not files:
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
         only = f", only pickles ({', '.join(pickled)}), which are never read: convert them" if pickled else ""
@@ -164,7 +171,7 @@ def _json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: put the model's config.json beside its weights") from None
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object: fetch it again")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import metrics
 from .evaluation import Validation, losses_and_routings
 from .routers import greedy_assignment, shortfall, sinkhorn_plan
 from .routing import largest
@@ -109,6 +110,14 @@ def assignment_shortfall(model, ids):
     ways = {"best expert": largest(scores, 1), "Sinkhorn": largest(sinkhorn_plan(scores), 1),
             "greedy": greedy_assignment(scores)}
     return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
+
+
+def alarms(model, ids, targets):
+    """Warnings about the model's layers, as sentences: dead or crowded experts, routers that learn nothing."""
+    model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
+    layers = zip(model.config.moe_layers, model.moe_parts(), model.forward(ids).routings)
+    return [warning for i, part, routing in layers
+            for warning in metrics.alarms(i, routing.load, routing.n_tokens, part.router)]
 
 
 def trained(config, corpus, steps, training, seed=0):

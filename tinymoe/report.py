@@ -13,31 +13,40 @@ from pathlib import Path
 import numpy as np
 
 from .files import write_whole
-from .rows import Interval, coefficient_sweep, complete_runs, excess, gap, load_runs, measure, over_seeds, t_interval
+from .rows import (
+    TOKEN_BYTES, Interval, coefficient_sweep, complete_runs, excess, gap, load_runs, measure, over_seeds, t_interval)
 
 LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
-NAMES = {LOSS: "causal loss (nats)", "load_cv": "load CV", "mi_excess": "domain information (nats)",
-         "byte_excess": "byte information (nats)",
-         "byte_over_domain": "byte less domain information (nats)", "repetition": "repetition", "weight_divergence": "weight divergence",
-         "causal_perplexity": "causal perplexity", "val_cross_entropy": "loss routed as in training (nats)",
-         "max_violation": "MaxVio, validation set", "max_violation_batch": "MaxVio, mean over batches",
-         "dead_experts": "dead experts a layer", "drop_rate": "share of assignments dropped",
-         "lost_all": "share of bytes without any expert", "token_coverage": "coverage", "padding": "padding",
-         "train_cross_entropy": "training loss at the end (nats)", "seconds": "seconds of training", "leak": "leak (nats)",
-         "excess": "loss above the entropy of the text (nats)", "router_entropy": "router entropy (nats)",
-         "megaflops": "MFLOP a byte", "parameters": "parameters (millions)",
-         "cross_entropy": "training loss (nats)",
-         "class_information_excess": "byte class information (nats)", "position_information_excess": "position information (nats)",
-         "function_divergence": "function divergence",
-         "drop_cost": "loss without an expert (+ nats)", "swap_cost": "if swapped (+ nats)",
-         "force_cost": "if forced (+ nats)", "worst_cv": "largest load CV while training",
-         "worst_dead": "most dead experts a layer while training",
-         "mates_rerouted": "bytes rerouted by other mates", "mates_logits": "logits changed by other mates, at most",
-         **{f"{number}_{n}": f"{what}, {n} devices" for n in (4, 16) for number, what in (
-             ("reach", "devices a byte reaches"), ("sent", "bytes sent a byte"), ("link", "bytes a byte, busiest link"),
-             ("slowest", "slowest device / mean load"), ("path", "microseconds a batch and layer"))},
-         "later_rerouted": "bytes rerouted by later bytes", "later_logits": "logits changed by later bytes, at most",
-         "noise_share": "noise in a batch's router gradient (share)"}
+NAMES = {
+    # losses
+    LOSS: "causal loss (nats)", "causal_perplexity": "causal perplexity",
+    "val_cross_entropy": "loss routed as in training (nats)", "leak": "causal less leaky loss (nats)",
+    "cross_entropy": "training loss (nats)", "train_cross_entropy": "training loss at the end (nats)",
+    "token_perplexity": f"perplexity over {TOKEN_BYTES} bytes", "excess": "loss above the entropy of the text (nats)",
+    # load
+    "load_cv": "load CV", "worst_cv": "largest load CV while training",
+    "max_violation": "MaxVio, validation set", "max_violation_batch": "MaxVio, mean over batches",
+    "dead_experts": "dead experts a layer", "worst_dead": "most dead experts a layer while training",
+    "drop_rate": "share of assignments dropped", "padding": "padding", "token_coverage": "coverage",
+    "lost_all": "share of bytes without any expert", "router_entropy": "router entropy (nats)",
+    # what experts know
+    "mi_excess": "domain information (nats)", "byte_excess": "byte information (nats)",
+    "byte_over_domain": "byte less domain information (nats)",
+    "class_information_excess": "byte class information (nats)",
+    "position_information_excess": "position information (nats)", "repetition": "repetition",
+    "weight_divergence": "weight divergence", "function_divergence": "function divergence",
+    "drop_cost": "loss without an expert (+ nats)", "swap_cost": "if swapped (+ nats)",
+    "force_cost": "if forced (+ nats)", "noise_share": "noise in a batch's router gradient (share)",
+    # what others change
+    "mates_rerouted": "share of bytes rerouted by other mates",
+    "mates_logits": "largest change of a logit by other mates",
+    "later_rerouted": "share of bytes rerouted by later bytes",
+    "later_logits": "largest change of a logit by later bytes",
+    # what it takes
+    "parameters": "parameters (millions)", "megaflops": "MFLOP a byte", "seconds": "seconds of training",
+    **{f"{number}_{n}": f"{what}, {n} devices" for n in (4, 16) for number, what in (
+        ("reach", "devices a byte reaches"), ("sent", "bytes sent a byte"), ("link", "bytes a byte, busiest link"),
+        ("slowest", "slowest device / mean load"), ("path", "microseconds a batch and layer"))}}
 CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity
     causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy
     marginal_entropy drop_rate token_coverage weight_divergence repetition mutual_information
@@ -53,9 +62,9 @@ METHODS = """Load CV: std / mean of the experts' assignments over the validation
 over the set and as a mean over batches. Repetition: share of assignments whose expert also serves the next byte \
 (chance: about K/E). Weight divergence: mean pairwise 1 - cosine of the experts' weights, over its value at \
 initialisation. Coverage: share of bytes with an expert. Information: plug-in mutual information with the expert \
-minus its mean under shuffled labels (domains over windows, bytes over positions). Numbers about experts: means over MoE \
-layers, routed by the rule of training (expert choice over the whole batch, so its load and coverage are not those of its \
-causal loss) but without router noise. A seed sets weights, data order (the same for every config of one seed) \
+minus its mean under shuffled labels (domains over windows, bytes over positions). Numbers about experts: means over \
+MoE layers, routed by the rule of training (expert choice over the whole batch, so its load and coverage are not those \
+of its causal loss) but without router noise. A seed sets weights, data order (the same for every config of one seed) \
 and noise; intervals cover the seed, not the choice of text."""
 QUESTIONS = {  # title: (numbers compared, figures, caution)
     "Which balance coefficient, and what does it do?": (
@@ -70,7 +79,8 @@ QUESTIONS = {  # title: (numbers compared, figures, caution)
         "alone."),
     "What does guaranteed balance cost?": (
         (LOSS,), ("final_perplexity", "coverage_and_drops"),
-        "Compared at equal K; differences between routers without that guarantee stand beside it, for scale. The leaky loss is routed over the whole batch, later bytes included, as in training; "
+        "Compared at equal K; differences between routers without that guarantee stand beside it, for scale. The leaky "
+        "loss is routed over the whole batch, later bytes included, as in training; "
         "the causal one must change the rule as well, so the gap between them is the leak and that change together."),
 }
 
@@ -96,11 +106,15 @@ class Comparison:
         return "clear" if self.survives else "suggestive"
 
     def __str__(self):
-        """`A - B +0.367 [+0.223, +0.510], clear`; more digits for small numbers."""
-        mean, low, high = (f"{x:+.{3 if abs(self.interval.mean) >= 0.01 else 4}f}"
-                           for x in (self.interval.mean, self.interval.low, self.interval.high))
+        """`A` - `B` +0.367 [+0.223, +0.510], clear; with as many digits as keep an end from looking like 0."""
+        numbers = self.interval.mean, self.interval.low, self.interval.high
+        size = abs(self.interval.mean)
+        digits = 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4
+        while digits < 6 and any(x and not round(x, digits) for x in numbers):
+            digits += 1
+        mean, low, high = (f"{x:+,.{digits}f}" for x in numbers)
         ends = "" if self.word == "not tested" else f" [{low}, {high}]"
-        return f"{self.first} - {self.second} {mean}{ends}, {self.word}" if self.interval.n else "no common seed"
+        return f"`{self.first}` - `{self.second}` {mean}{ends}, {self.word}" if self.interval.n else "no common seed"
 
 
 def holm(comparisons, level=0.05):
@@ -132,7 +146,8 @@ class Study:
                   if other not in self.balanced and models[one]["top_k"] == models[other]["top_k"]]
         routers = max(by_k.values(), key=len, default={}).values()  # different routers at equal K
         for_scale = list(combinations((name for name in routers if name not in self.balanced), 2)) if rivals else []
-        pairs = dict(zip(QUESTIONS, (list(combinations(self.sweep, 2)), list(combinations(routers, 2)), rivals + for_scale)))
+        pairs = dict(zip(QUESTIONS, (
+            list(combinations(self.sweep, 2)), list(combinations(routers, 2)), rivals + for_scale)))
         self.tests = holm([*(self.compare(title, metric, *pair) for title, (metrics, *_) in QUESTIONS.items()
                              for metric, pair in product(metrics, pairs[title])), *self.claims()])
 
@@ -144,7 +159,8 @@ class Study:
         """Published claims, each that a difference is above 0."""
         for name in self.balanced:
             gaps = [measure(run.final, LOSS) - measure(run.final, LEAKY) for run in self.groups[name]]
-            claim = "Loss is lower routed over the batch, as trained, than on the prefix alone (leak and change of rule)"
+            claim = ("Loss is lower routed over the batch, as trained, than on the prefix alone (leak and change of "
+                     "rule)")
             yield Comparison(claim, LOSS, f"causal {name}", f"leaky {name}",
                              t_interval(gaps))
         if self.sweep and self.groups[self.sweep[0]][0].model["aux_coef"] == 0:
@@ -167,11 +183,13 @@ class Study:
 
 
 def text(runs, metric, leaky=True):
-    """`mean ± half width` over seeds, a dash for no number; leaky: that number beside a causal one where they differ."""
-    one, digits = over_seeds(runs, metric), 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
+    """`mean ± half width` over seeds, a dash for none; leaky: that number beside a causal one where they differ."""
+    one = over_seeds(runs, metric)
     if not math.isfinite(one.mean):
         return "–"
-    number = f"{one.mean:.{digits}f}" + (f" ± {one.half:.{digits}f}" if one.half > 0 else "")
+    digits = 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
+    digits = 0 if abs(one.mean) >= 100 else digits
+    number = f"{round(one.mean, digits) + 0.0:,.{digits}f}" + (f" ± {one.half:,.{digits}f}" if one.half > 0 else "")
     if leaky and metric.startswith("causal_") and runs[0].leaky:
         number += f" (leaky {text(runs, metric.replace('causal', 'val'))})"
     return number
@@ -198,7 +216,7 @@ def table(header, rows):
 def told_apart(tests):
     """The differences whose interval excludes 0."""
     found = "; ".join(str(one) for one in tests if one.word in ("clear", "suggestive"))
-    return found or ("not tested" if all(one.word == "not tested" for one in tests) else "no pair told apart")
+    return found or ("not tested" if all(one.word == "not tested" for one in tests) else "no planned pair told apart")
 
 
 def layer_states(runs):
@@ -230,7 +248,8 @@ def question(study, title):
     source = run_ids(study.finished(names))
     if title == list(QUESTIONS)[0]:
         alive = [name for name in names if set(layer_states(study.groups[name])) == {"in use"}]
-        rest.append(f"smallest coefficient with every layer of every run in use: {alive[0] if alive else 'none'}")
+        least = f"{study.groups[alive[0]][0].model['aux_coef']:g} ({alive[0]})" if alive else "none of these"
+        rest.append(f"smallest coefficient with every layer of every run in use: {least}")
     elif LOSS in metrics:
         caution += "".join(f" Here {one}." for one in study.tests if one.first.startswith("causal"))
         rest.append("coverage " + listed("token_coverage"))
@@ -321,16 +340,18 @@ def write_findings(study_dir):
     alone = ", ".join(name for name, group in study.groups.items() if len(group) == 1)
     versions = ", ".join(f"{name} {number}" for name, number in runs[0].config["versions"].items())
     parts = [f"# Findings of the study `{path.resolve().parent.name}`",
-             f"Computed from the rows in `runs/` alone; finished: {run_ids(runs)}. {settings(runs[0])}", HOW_TO_READ.format(n=len(study.tests)),
+             f"Computed from the rows in `runs/` alone; finished: {run_ids(runs)}. {settings(runs[0])}",
+             HOW_TO_READ.format(n=len(study.tests)),
              *[f"**One seed, so no interval and no test: {alone}. Such numbers describe single runs.**"] * bool(alone),
              "## In short", "\n".join(f"- *{title}* {answer}" for title, (answer, _) in found.items()),
-             "## All configs", configs(study), study.image("perplexity_over_steps") or "No figures yet: `study --plot-only` draws them."]
+             "## All configs", configs(study),
+             study.image("perplexity_over_steps") or "No figures yet: `study --plot-only` draws them."]
     for number, (title, (_, section)) in enumerate(found.items(), 1):
         parts += [f"## {number}. {title}", *section]
     parts += ["## Published claims that these configs can test", claims(study),
               "## What this was too short or too small to show", limits(study), "## Methods",
-              f"{METHODS} Tables: {runs[0].final['validation_tokens']:,} validation bytes. Curves over steps, and the slope "
-              f"above: {runs[0].log[-1]['validation_tokens']:,}, so the two differ at the last step; {versions}."]
+              f"{METHODS} Tables: {runs[0].final['validation_tokens']:,} validation bytes. Curves over steps, and the "
+              f"slope above: {runs[0].log[-1]['validation_tokens']:,}, so the two differ at the last step; {versions}."]
     write_whole(path, "\n\n".join(parts) + "\n")
     return path
 

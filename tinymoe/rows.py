@@ -22,6 +22,9 @@ DERIVED = {
 }
 
 
+CONFIG = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters"}  # what is read of it
+
+
 @dataclass(frozen=True)
 class Run:
     """One training run: its settings, its log rows by step, and how it ended."""
@@ -57,21 +60,35 @@ class Run:
 
 
 def load_runs(study_dir):
-    """Every run under `study_dir/runs`, whatever its state, by config and seed. Without a config: incomplete."""
+    """Every run under `study_dir/runs`, whatever its state, by config and seed. Without a config: incomplete.
+
+    Raises ValueError for a finished run that is damaged: numbers of a part of it would pass for those of the whole.
+    """
     runs = []
     for folder in sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir()):
         config, summary, failure = (_read_json(folder / f"{name}.json") for name in ("config", "summary", "failure"))
-        log = {row["step"]: row for row in read_rows(folder / "log.jsonl")}  # a step written twice: the later row
+        log = {row.get("step"): row for row in read_rows(folder / "log.jsonl")}  # a step written twice: the later row
+        if (folder / "summary.json").exists() and not _whole(folder, config, summary, log):
+            raise ValueError(f"{folder} is a finished run with damaged files: move it away, or fetch it again")
         known = config or {"config_id": folder.name, "seed": -1, "model": {}}
-        runs.append(Run(folder.name, known, [log[step] for step in sorted(log)], summary if config else None, failure))
+        runs.append(Run(folder.name, known, [log[step] for step in sorted(log)], summary, failure))
     return sorted(runs, key=lambda run: (run.config_id, run.seed))
 
 
+def _whole(folder, config, summary, log):
+    """Whether the files of a finished run are all there, and of one run."""
+    if config is None or summary is None or not CONFIG <= config.keys() or not {"steps", "final"} <= summary.keys():
+        return False
+    return config["run_id"] == summary.get("run_id") == folder.name and max(log, default=None) == summary["steps"]
+
+
 def _read_json(path):
+    """The JSON object in a file, None where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def complete_runs(study_dir):
@@ -101,6 +118,8 @@ def measure(row, name, layer=None):
     if name in row:
         return math.nan if row[name] is None else float(row[name])
     layers = row["layers"] if layer is None else row["layers"][layer : layer + 1]
+    if layers and name not in DERIVED and name not in layers[0]:
+        raise ValueError(f"no metric {name}: it stands in no row, is not derived from one (rows.py), nor measured")
     numbers = [DERIVED[name](one) if name in DERIVED else one[name] for one in layers]
     return float(np.mean(numbers)) if numbers else math.nan
 
@@ -125,9 +144,9 @@ def t_interval(values, level=0.95):
     mean = float(values.mean()) if n else math.nan
     if n < 2 or not np.isfinite(values).all():
         return Interval(mean, math.nan, n)
-    error = float(values.std(ddof=1)) / math.sqrt(n)
-    if error == 0.0:
+    if np.ptp(values) == 0.0:  # not by their standard deviation, which rounding can raise above 0
         return Interval(mean, 0.0, n, float(mean == 0.0))
+    error = float(values.std(ddof=1)) / math.sqrt(n)
     half = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
     return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
 
@@ -154,6 +173,8 @@ def megaflops(run):
     return count(architecture(model), context=model["seq_len"] / 2)[-1].flops / 1e6
 
 
+TOKEN_BYTES = 4  # of English, in the vocabularies of 50,000 tokens that papers use
+
 # Numbers of a run that no row holds as they are.
 OF_RUN = {
     "padding": padding,
@@ -164,6 +185,7 @@ OF_RUN = {
     "train_cross_entropy": lambda run: run.log[-1]["cross_entropy"],  # the mean over the steps since the row before
     "worst_cv": lambda run: max(measure(row, "load_cv") for row in run.log if row["step"]),
     "worst_dead": lambda run: max(measure(row, "dead_experts") for row in run.log if row["step"]),
+    "token_perplexity": lambda run: math.exp(TOKEN_BYTES * measure(run.final, "causal_cross_entropy")),
     "lost_all": lambda run: 1 - measure(run.final, "token_coverage"),
     "leak": lambda run: measure(run.final, "causal_cross_entropy") - measure(run.final, "val_cross_entropy"),
 }

@@ -127,7 +127,9 @@ def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
                 if (folders[run.run_id] / "summary.json").exists() and not fresh:  # not worth a process
                     _attempt(run, corpus, folders[run.run_id], fresh, note)
                     continue
-                working[run.run_id] = _start(context, (run, corpus, folders[run.run_id], fresh, events))
+                args = run, corpus, folders[run.run_id], fresh, events
+                working[run.run_id] = context.Process(target=_worker, args=args, daemon=True)
+                _start(working[run.run_id])
             for event in _drain(events):
                 note(event)
                 if event.kind != "step":
@@ -137,11 +139,12 @@ def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
                 note(Event("failed", run_id, message=message))
     finally:
         for process in working.values():
-            process.kill()
+            if process.pid:
+                process.kill()
+                process.join()
 
 
-def _start(context, args):
-    process = context.Process(target=_worker, args=args, daemon=True)
+def _start(process):
     before = os.environ.get("NUMBA_NUM_THREADS")
     os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the new process loads numba: no idle threads that spin
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
@@ -153,7 +156,6 @@ def _start(context, args):
         del os.environ["NUMBA_NUM_THREADS"]
         if before is not None:
             os.environ["NUMBA_NUM_THREADS"] = before
-    return process
 
 
 def _drain(events, seconds=0.2):

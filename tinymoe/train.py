@@ -35,6 +35,7 @@ from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
 ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, a file an evaluation
+AGAIN = "move this run's folder away and run the same command again"
 RECORDED = 2  # of these windows, in each domain
 
 
@@ -82,7 +83,8 @@ class Run:
     """One run as data: what to train, on what, with which seed.
 
     start: a config id of the same study whose finished run of this seed gives the first weights; a mixture is
-        upcycled from a dense one. measure: measure(trainer) -> JSON-able dict, kept in the summary of the trained model.
+        upcycled from a dense one.
+    measure: measure(trainer) -> JSON-able dict, kept in the summary of the trained model.
     """
 
     config_id: str
@@ -118,12 +120,17 @@ def describe(run, corpus, model):
 def load_model(folder):
     """The model of a run's last checkpoint, a Transformer. Raises files.CheckpointError where there is none."""
     path = Path(folder, "checkpoint.npz")
+    if Path(folder, "log.jsonl").exists() and not path.exists():
+        raise CheckpointError(f"{folder} has rows but no checkpoint, as published runs have none: train it first")
     arrays, header = load_arrays(path, "checkpoint")
     try:
         model = Transformer(ModelConfig.from_dict(header["model"]))
         for name, p in model.parameters().items():
-            p.data[...] = arrays[f"p/{name}"]
-    except (KeyError, ValueError, TypeError) as error:
+            stored = arrays[f"p/{name}"]
+            if stored.shape != p.shape or not np.isfinite(stored).all():
+                raise ValueError(f"{name} has another shape, or is not finite")
+            p.data[...] = stored
+    except (KeyError, ValueError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
     return model
 
@@ -157,7 +164,7 @@ class Trainer:
         self.optimizer = AdamW(self.parameters, weight_decay=run.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
         on = [1] if run.start else []  # what goes on from another run reads on: not the same batches again
-        self.generators = {"data": np.random.default_rng([seed, 1, *on]), "noise": np.random.default_rng([seed, 2, *on])}
+        self.generators = {name: np.random.default_rng([seed, i, *on]) for i, name in ((1, "data"), (2, "noise"))}
         self.step, self.seconds, self.rows = 0, 0.0, []
         self.since = []  # numbers of each step since the last row
         self.recorded = None  # of the last evaluation: evaluation.record
@@ -249,10 +256,10 @@ class Trainer:
         stored, header = load_arrays(path, "checkpoint")
         complete = {"step", "seconds", "n_rows", "optimizer_steps", "generators"} <= header.keys()
         if not complete or {n: a.shape for n, a in stored.items()} != {n: a.shape for n, a in own.items()}:
-            raise CheckpointError(f"{path} lacks a part of this run's state: start again with --fresh")
+            raise CheckpointError(f"{path} lacks a part of this run's state: {AGAIN}")
         same = (header.get("run_id"), _filled(header.get("model"))) == (self.run.run_id, self.run.model.to_dict())
         if not same or len(rows) < header["n_rows"]:
-            raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: start again with --fresh")
+            raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: {AGAIN}")
         for name, array in own.items():
             array[...] = stored[name]
         self.optimizer.steps = header["optimizer_steps"]
@@ -287,7 +294,7 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        done = not fresh and (folder / "summary.json").exists() and (folder / "log.jsonl").exists()
+        done = not fresh and _done(folder)
         try:  # before anything is thrown away: memory may not hold it
             trainer = Trainer(dataclasses.replace(run, start=None) if done else run, corpus, folder)
         except (ValueError, TypeError) as error:  # `freeze` names nothing, or a size that no array has
@@ -307,6 +314,7 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
             if (folder / "checkpoint.npz").exists():
                 trainer.restore(folder)
             else:
+                shutil.rmtree(folder / ROUTINGS, ignore_errors=True)  # of a run that was there before
                 trainer.log_row()
                 trainer.save_routings(folder)
             _loop(trainer, folder, on_step)
@@ -321,6 +329,14 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
             summary["measured"] = run.measure(trainer)
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _done(folder):
+    """Whether the folder holds a finished run, with its log to the last row."""
+    if not (folder / "summary.json").exists():
+        return False
+    summary, rows = _read(folder / "summary.json"), read_rows(folder / "log.jsonl")
+    return summary.get("status") == "complete" and bool(rows) and rows[-1].get("step") == summary.get("steps")
 
 
 def _loop(trainer, folder, on_step):
@@ -341,7 +357,7 @@ def _read(path):
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise RunError(f"{path} is not a JSON object: move the folder away, or start again with --fresh")
+        raise RunError(f"{path} is not a JSON object: {AGAIN}")
     return value
 
 
@@ -352,7 +368,8 @@ def _claim(folder, config):
         return write_json(path, config)
     there = _read(path)
     wanted, found = _identity(config), _identity(there)
-    different = [f"{name} is {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
+    different = [f"{name} is {found.get(name)}, not {value}"
+                 for name, value in wanted.items() if found.get(name) != value]
     if different:
         raise RunError(f"{folder} holds a run with other settings ({'; '.join(different)}): choose another --out, "
                        "or start again with --fresh")

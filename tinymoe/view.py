@@ -10,9 +10,9 @@ import numpy as np
 
 from . import metrics
 from .config import ModelConfig
-from .data import CorpusError, load_corpus
+from .data import SYNTHETIC, CorpusError, load_corpus
 from .evaluation import record
-from .files import load_arrays
+from .files import CheckpointError, load_arrays
 from .plots import COLOURS
 from .routers import ROUTERS
 from .routing import merge
@@ -98,10 +98,14 @@ def page(folder, text=None):
     It shows the routings saved while training; without any, or for the first bytes of the file `text`, what the last
     checkpoint does. Raises files.CheckpointError, CorpusError or OSError where there is nothing to show.
     """
-    paths = [] if text else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
+    paths = [] if text is not None else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
     steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
-    data = json.dumps(_data(steps), allow_nan=False)
+    try:
+        data = json.dumps(_data(steps), allow_nan=False)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{Path(folder, ROUTINGS)} holds routings of another version or of several runs "
+                              f"({type(error).__name__}): move it away") from None
     for character in "<>&":  # so that no text can end the script element
         data = data.replace(character, f"\\u{ord(character):04x}")
     return template.replace("__DATA__", data)
@@ -111,11 +115,11 @@ def _now(folder, text):
     """(arrays, header) as in a file of saved routings, of the last checkpoint."""
     model = load_model(folder)
     length, names = model.config.seq_len, ["text"]
-    if text:
+    if text is not None:
         ids = _windows(text, length)
         domain = np.zeros(len(ids), int)
     else:
-        corpus = load_corpus(None, length)
+        corpus = _trained_on(folder, length)
         names, (ids, _, domain) = corpus.names, corpus.validation(RECORDED, length)
     with no_grad():
         routings = model.forward(ids, rng=np.random.default_rng([0, 0])).routings
@@ -123,6 +127,20 @@ def _now(folder, text):
         raise CorpusError(f"{folder} is a model without a mixture-of-experts layer: it routes nothing")
     header = {"run_id": Path(folder).resolve().name, "model": model.config.to_dict(), "step": None, "names": names}
     return record(ids, domain, [[r] for r in routings]), header
+
+
+def _trained_on(folder, length):
+    """The Corpus that a run was trained on, if it is one of those that need no path; CorpusError if it is another."""
+    try:
+        described = json.loads(Path(folder, "config.json").read_bytes())["corpus"]
+        hashes = {name: text["sha256"] for name, text in described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        hashes = None  # nobody knows: the default
+    for text in (None, SYNTHETIC):
+        corpus = load_corpus(text, length)
+        if hashes in (None, {name: one["sha256"] for name, one in corpus.describe().items()}):
+            return corpus
+    raise CorpusError(f"{folder} was trained on a text of your own: give --text")
 
 
 def _windows(path, length):
@@ -150,7 +168,8 @@ def _data(steps):
         "length": final["ids"].shape[1], "text": _base64(final["ids"]), "colours": PALETTE,
         "note": note(ModelConfig.from_dict(model)), "steps": [header["step"] for _, header in steps],
         "limited": model["capacity_factor"] is not None and ROUTERS[model["router"]].chooses == "token",
-        "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])] for arrays, _ in steps],
+        "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
+                       for arrays, _ in steps],
         "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,
         "gates": [_base64(np.where(arrays["chosen"], 1 + 254 * arrays["gates"].astype(float) / scale, 0))
                   for arrays, _ in steps]}

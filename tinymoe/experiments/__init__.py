@@ -1,6 +1,13 @@
 """The laboratory: experiments by name. Each is data, a paragraph made from numbers and figures (base.py).
 
-To add one, make an Experiment in a file of this folder and name it here.
+To add one, make an Experiment in a file of this folder and name it in EXPERIMENTS below:
+
+    jitter = Experiment(
+        "jitter", "Does noise at the router's input help?",
+        (Setting("none", "top-2"), Setting("jitter", "top-2, jitter 0.1", {"jitter": 0.1})),
+        (LOSS, "load_cv"), planned((LOSS,), against("none", ("jitter",))),
+        lambda r: [f"Loss: {r.show(LOSS)}; {r.differences(LOSS)}."],
+        {"at_the_end": at_the_end(LOSS, "load_cv"), "over_steps": over_steps("none", "causal_cross_entropy")})
 """
 
 from .architecture import dense, fine_grained, shared, surface, upcycle

@@ -41,7 +41,7 @@ fine_grained = Experiment(
 
 def say_dense(r):
     """Loss beside what it costs."""
-    sizes = "; ".join(f"{name} {r.mean('parameters', name):.2f} million parameters, "
+    sizes = "; ".join(f"`{name}` {r.mean('parameters', name):.3f} million parameters, "
                       f"{r.mean('megaflops', name):.2f} MFLOP a byte, {r.mean('seconds', name):.0f} s of training"
                       for name in r.groups)
     return [f"Training loss over the last tenth of the steps: {r.show('train_cross_entropy')}; "
@@ -61,7 +61,8 @@ dense = Experiment(
                 "loss_against_work": one_against_other("megaflops", LOSS)},
     "A dense layer is a mixture of one expert. Two things differ besides: the balance loss (0.01, here 0), and the "
     "scale, as two gates that sum to 1 average two experts where one layer twice as wide adds them up. Seconds are of "
-    "one thread beside another run; steps, not seconds, are equal.",
+    "one thread beside another run; steps, not seconds, are equal. So few steps at one learning rate may not serve the "
+    "larger dense model.",
     (Claim(9, "A mixture beats a dense model of equal active parameters on training loss, and one of equal total "
               "parameters is better still", "Shazeer 2017; Clark 2022",
            (Effect("train_cross_entropy", "mixture", "<", 0, minus="dense-active"),
@@ -101,9 +102,9 @@ surface = Experiment(
 
 def say_upcycle(r):
     """The ends, and the planned differences."""
-    return [f"Loss after equal further steps: {r.show(LOSS)}.", f"{r.differences(LOSS)}.",
-            "What starts from the dense model has had its steps too; `scratch-long` is a mixture from scratch with the "
-            "steps of both."]
+    return [f"Loss at the end: {r.show(LOSS)}.", f"{r.differences(LOSS)}.",
+            "`dense-on` and `upcycled` have had the steps of the dense model they start from, and as many of their "
+            "own; `scratch-long` as many from scratch as both; `dense` and `scratch` half of them."]
 
 
 upcycle = Experiment(
@@ -113,10 +114,11 @@ upcycle = Experiment(
      Setting("upcycled", "a mixture of copies of its layers, further", start="dense"),
      Setting("scratch", "a mixture from scratch, as many steps as the further ones"),
      Setting("scratch-long", "a mixture from scratch, the steps of both", length=2)),
-    (LOSS, "causal_perplexity", "load_cv", "weight_divergence"),
+    (LOSS, "causal_perplexity", "megaflops", "load_cv", "weight_divergence"),
     planned((LOSS,), (("upcycled", "dense-on"), ("upcycled", "scratch"), ("upcycled", "scratch-long"))),
     say_upcycle, {"over_steps": over_steps("dense-on", "causal_cross_entropy", names=["dense-on", "upcycled"]),
                   "at_the_end": at_the_end(LOSS)},
-    "The learning rate warms up and falls again in the further steps. The crossover of Komatsuzaki et al. (2022), "
-    "where training from scratch catches up, is not to be expected at this scale. The weight divergence of copies is "
-    "absolute.")
+    "In the mixtures two experts, each as wide as the dense layer, work for a byte: more parameters, and more "
+    "operations, than the dense model has. The learning rate warms up and falls again in the further steps. The "
+    "crossover of Komatsuzaki et al. (2022), where training from scratch catches up, is not to be expected at this "
+    "scale. The weight divergence of copies is absolute.")

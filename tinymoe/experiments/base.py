@@ -109,8 +109,10 @@ class Dispute:
 class Experiment:
     """A question and how it is answered.
 
+    metrics: what its table shows: fields of a run's final row or of the rows of its layers, names in rows.OF_RUN and
+        rows.DERIVED, or what `measure` returns. Any can be planned, claimed or drawn.
     planned: (metric, first, second) whose differences are tested, fixed before any result is looked at.
-    say: Results -> the sentences of its finding, made from numbers; figures: {name: Results -> Figure}.
+    say: Results -> the sentences of its finding, made from numbers; figures: {name: Results -> Figure} (figures.py).
     model: fields of ModelConfig for all settings; text: the corpus, None for the default.
     measure: asked of every trained model, with the Trainer; its numbers are metrics too.
     caution: what it cannot show.
@@ -130,6 +132,16 @@ class Experiment:
     text: str | None = None
     measure: Callable | None = None
 
+    def __post_init__(self):
+        pairs = [pair for _, *pair in self.planned] + [pair for one in self.disputes for pair in one.pairs]
+        claimed = [(e.setting, e.minus, e.over) for claim in self.claims for e in claim.effects]
+        started = [(s.start,) for s in self.settings]
+        known = {None, *(s.id for s in self.settings)}
+        unknown = {name for names in (*pairs, *claimed, *started) for name in names} - known
+        if unknown or len(known) <= len(self.settings):
+            why = f"no setting is called {min(unknown)}" if unknown else "two settings have one id"
+            raise ValueError(f"experiment {self.name}: {why}")
+
     def runs(self, scale, seeds):
         """The runs at a Scale with seeds 0 to seeds - 1, seed by seed."""
         return [setting.run(scale, seed, self.model, self.measure)
@@ -139,7 +151,7 @@ class Experiment:
 class Results:
     """The finished runs of an experiment under `folder`, by setting, and its planned differences.
 
-    Raises ValueError where no run is finished.
+    Raises ValueError where no run is finished, or where runs that would be averaged differ in more than the seed.
     """
 
     def __init__(self, experiment, folder):
@@ -147,6 +159,12 @@ class Results:
         self.groups = {s.id: found[s.id] for s in experiment.settings if s.id in found}
         if not self.groups:
             raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}")
+        for runs in self.groups.values():
+            for key in ("model", "training", "start", "corpus"):
+                other = [run for run in runs if run.config.get(key) != runs[0].config.get(key)]
+                if other:
+                    raise ValueError(f"{folder}: {other[0].run_id} and {runs[0].run_id} differ in their {key}, see "
+                                     "config.json: move one away, so that no mean is of both")
         self.tests = holm([
             Comparison(experiment.name, metric, first, second, gap(self.groups, metric, first, second))
             for metric, first, second in experiment.planned if first in self.groups and second in self.groups])
@@ -173,8 +191,8 @@ class Results:
         return float(np.mean([value(run, metric) for run in self.groups[setting]]))
 
     def show(self, metric, *settings):
-        """`a 1.234 ± 0.012, b ...` for the settings, all if none is named."""
-        return ", ".join(f"{name} {text(self.groups[name], metric)}" for name in settings or self.groups
+        """"`a` 1.234 ± 0.012, `b` ..." for the settings, all if none is named."""
+        return ", ".join(f"`{name}` {text(self.groups[name], metric)}" for name in settings or self.groups
                          if name in self.groups)
 
     def differences(self, metric, pairs=None):

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..plots import COLOURS, DOUBLE, MARKERS
 from ..report import label
-from ..rows import measure, over_seeds, value
+from ..rows import gap, measure, over_seeds, value
 
 
 def look(results, name):
@@ -82,33 +82,42 @@ def at_the_end(*metrics, names=None):
     return draw
 
 
-def one_against_other(x, y, log_x=False):
+def one_against_other(x, y):
     """A point for each setting, with its intervals: metric y against metric x."""
     def draw(results):
-        fig = Figure(figsize=(DOUBLE * 0.7, 3.2), layout="constrained")
+        fig = Figure(figsize=(DOUBLE, 3.2), layout="constrained")
         axes = fig.subplots()
         for name, runs in results.groups.items():
             a, b, style = over_seeds(runs, x), over_seeds(runs, y), look(results, name)
             axes.errorbar(a.mean, b.mean, xerr=np.nan_to_num(a.half), yerr=np.nan_to_num(b.half), linestyle="none",
                           elinewidth=0.8, capsize=0, **style)
-        axes.set(xlabel=label(x), ylabel=label(y), **({"xscale": "log"} if log_x else {}))
+        axes.set(xlabel=label(x), ylabel=label(y))
         legend(fig, results)
         return fig
     return draw
 
 
-def lines_by(groups_of, x_of, x_label, *metrics):
-    """A panel for each metric, lines through settings: groups_of = {line: setting ids}, x_of(setting id) -> x."""
+def lines_by(groups_of, x_of, x_label, *metrics, reference=None):
+    """A panel for each metric, lines through settings: groups_of = {line: setting ids}, x_of(setting id) -> x.
+
+    Losses are drawn less those of the reference setting, if there is one, seed by seed.
+    """
     def draw(results):
         fig = Figure(figsize=(DOUBLE, 2.8), layout="constrained")
         for axes, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
+            relative = reference is not None and metric.endswith("cross_entropy")
             for place, (line, names) in enumerate(groups_of.items()):
                 names = [name for name in names if name in results.groups]
-                found = [over_seeds(results.groups[name], metric) for name in names]
+                found = [gap(results.groups, metric, name, reference) if relative else
+                         over_seeds(results.groups[name], metric) for name in names]
                 axes.errorbar([x_of(name) for name in names], [one.mean for one in found], label=line,
                               yerr=np.nan_to_num([one.half for one in found]), elinewidth=0.8,
                               color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)])
-            axes.set(xlabel=x_label, ylabel=label(metric))
+            axes.set(xlabel=x_label, ylabel=label(metric) + (f"\nless that of {reference}" if relative else ""),
+                     xscale="log")
+            places = sorted({x_of(name) for names in groups_of.values() for name in names})
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+            axes.minorticks_off()
         handles, labels = axes.get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
         return fig

@@ -19,7 +19,7 @@ CHANGES = ("drop", "swap", "force")
 
 def say_specialise(r):
     """Information with each label, divergence, counterfactuals."""
-    told = "; ".join(f"{name} " + ", ".join(f"{r.mean(label, name):.3f}" for label in KNOWN) for name in r.groups)
+    told = "; ".join(f"`{name}` " + ", ".join(f"{r.mean(label, name):.3f}" for label in KNOWN) for name in r.groups)
     return ["Nats that the expert tells of a byte's value, its class, its position and its domain, each less its null: "
             f"{told}. Random routing tells nothing, so its numbers show the error of independent draws.",
             "For comparison, the likeliest domain by a table of byte pairs, counted in the training text without any "
@@ -29,11 +29,11 @@ def say_specialise(r):
             f"Loss rises by {r.show('drop_cost')} nats where one expert is dropped, by {r.show('swap_cost')} where two "
             f"are swapped, by {r.show('force_cost')} where all bytes are forced to one.",
             "The cost of one dropped expert varies over the domains with a standard deviation of "
-            f"{r.show('drop_spread')}."]
+            f"{r.show('drop_spread')} nats."]
 
 
 def counterfactual_tables(r):
-    """Rise of the loss by expert and domain, last layer, first seed: a row for each change, a column a setting."""
+    """Rise of the loss by expert and domain, last MoE layer, first seed: a row for each change, a column a setting."""
     names = [name for name in ("top-1", "top-2", "expert-choice") if name in r.groups]
     fig = Figure(figsize=(DOUBLE, 5.0), layout="constrained")
     panels = fig.subplots(len(CHANGES), len(names), squeeze=False, sharex=True, sharey=True)
@@ -46,8 +46,7 @@ def counterfactual_tables(r):
             axes.set_yticks(range(len(table)), r.runs[0].config["domains"])
             axes.grid(False)
         fig.colorbar(image, ax=row, label="+ nats a byte")
-    for axes in panels[-1]:
-        axes.set_xlabel("expert")
+    fig.supxlabel("expert of the last MoE layer, seed 0", fontsize="medium")
     return fig
 
 
@@ -61,12 +60,14 @@ specialise = Experiment(
      *(f"{change}_cost" for change in CHANGES)),
     planned(("mi_excess",),
             (("top-1", "random"), ("top-2", "random"), ("hash", "random"), ("top-2", "hash"))),
-    say_specialise, {"information": at_the_end(*KNOWN), "counterfactuals": counterfactual_tables},
-    "A byte gives its domain away in part, so domain information above 0 is no proof of topics. Hash routing shows "
-    "what a random table of the byte tells; a table that is learned could tell more, up to what the byte itself does. "
-    "Information with the domain cannot exceed ln 4 = 1.39 nats, with the byte ln 8 = 2.08. A dropped expert's gate is "
-    "not given to the others, so its cost is of the missing share too. Expert choice is routed over the batch here, as "
-    "in training.",
+    say_specialise, {"information": at_the_end("byte_excess", "class_information_excess", "mi_excess"),
+                     "counterfactuals": counterfactual_tables},
+    "Position: eighths of the window. Function divergence: mean pairwise 1 - cosine of the experts' outputs on the "
+    "same bytes. A byte gives its domain away in part, so domain information above 0 is no proof of topics. Hash "
+    "routing shows what a random table of the byte tells; a table that is learned could tell more, up to what the byte "
+    "itself does. Information with the domain cannot exceed ln 4 = 1.39 nats; with the byte ln(8 / K), so 2.08 for "
+    "top-1 and 1.39 for two experts a byte: compare at equal K. A dropped expert's gate is not given to the others, so "
+    "its cost is of the missing share too. Expert choice is routed over the batch here, as in training.",
     (Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the domain",
            "Jiang 2024; Xue 2024",
            tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),),
@@ -77,10 +78,12 @@ def say_batch(r):
     """Who changes what."""
     def of(name, who):
         return (f"{r.mean(f'{who}_rerouted', name):.1%} of the bytes rerouted, a logit changed by up to "
-                f"{r.mean(f'{who}_logits', name):.1e}")
+                f"{r.mean(f'{who}_logits', name):.2g}")
 
-    return [f"{name}: by other batch mates {of(name, 'mates')}; by later bytes {of(name, 'later')}."
-            for name in r.groups] + ["All routed as in training. Below 1e-4 a change of a logit is rounding."]
+    return [f"`{name}`: by other batch mates {of(name, 'mates')}; by later bytes {of(name, 'later')}."
+            for name in r.groups] + [
+                "All routed as in training. A byte is rerouted where any layer routes it otherwise; below 1e-4 a "
+                "change of a logit is rounding."]
 
 
 batch = Experiment(
@@ -92,7 +95,7 @@ batch = Experiment(
      Setting("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE)),
     ("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
     planned(("mates_rerouted",), against("dropless", ("capacity-order", "capacity-gate", "expert-choice"))),
-    say_batch, {"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits")},
+    say_batch, {"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits", "later_logits")},
     "Mates, or the second half of the own window, are replaced by random bytes, which route unlike text. Means over "
     "the 8 windows of a batch, each in its place: dropping in order spares the first.",
     (Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K does not",
@@ -105,13 +108,13 @@ batch = Experiment(
 
 def say_traffic(r):
     """Four devices in numbers."""
-    return [f"In one layer, on 4 devices, a byte reaches {r.show('reach_4')} devices and sends {r.show('sent_4')} "
-            "bytes to others and back.",
-            f"The slowest of them has {r.show('slowest_4')} times the mean load; a batch takes the layer "
-            f"{r.show('path_4')} microseconds at {measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} "
-            "GFLOP/s.",
-            f"Sent: {r.differences('sent_4')}.", f"Slowest: {r.told_apart('slowest_4')}.",
-            f"Loss, with the limit on: {r.told_apart('val_cross_entropy')}."]
+    return ["In one layer, on 4 devices: devices that a byte of text reaches, where groups allow at most 2: "
+            f"{r.show('reach_4')}.",
+            f"Bytes sent to other devices and back for a byte of text: {r.show('sent_4')}; {r.differences('sent_4')}.",
+            f"Load of the slowest device, in units of the mean: {r.show('slowest_4')}; {r.differences('slowest_4')}.",
+            f"Microseconds that a batch takes the layer at {measures.BANDWIDTH / 1e9:g} GB/s and "
+            f"{measures.FLOPS / 1e9:g} GFLOP/s: {r.show('path_4')}.",
+            "Loss, routed as in training: " + r.differences("val_cross_entropy") + "."]
 
 
 def by_devices(r):
@@ -120,9 +123,11 @@ def by_devices(r):
                "slowest": "slowest device / mean load", "path": "microseconds a batch and layer"}
     fig = Figure(figsize=(DOUBLE, 2.6), layout="constrained")
     for axes, (number, label) in zip(fig.subplots(1, len(numbers)), numbers.items()):
-        for name, runs in r.groups.items():
+        for place, (name, runs) in enumerate(r.groups.items()):
             devices = [n for n in measures.DEVICES if f"{number}_{n}" in runs[0].measured]
-            axes.plot(devices, [over_seeds(runs, f"{number}_{n}").mean for n in devices], **look(r, name))
+            found = [over_seeds(runs, f"{number}_{n}") for n in devices]
+            axes.errorbar([n * 1.04 ** (place - 2) for n in devices], [one.mean for one in found],
+                          yerr=np.nan_to_num([one.half for one in found]), elinewidth=0.8, **look(r, name))
         axes.set(xlabel="devices", ylabel=label, xscale="log")
         axes.set_xticks(devices, devices, minor=False)
         axes.minorticks_off()
@@ -160,15 +165,17 @@ def say_known(r):
 MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]
 known = Experiment(
     "known", "Do experts find a source that is known to be there?",
-    (Setting("top-1", "top-1, balance loss 0.01", {"top_k": 1}), Setting("top-2", "top-2, balance loss 0.01"),
-     Setting("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
-     Setting("hash", "top-2 by a random table of the byte", {"router": "hash"}),
-     Setting("dense", "no experts", {"moe_layers": ()})),
+    tuple(Setting(name, what, model, length=3) for name, what, model in (
+        ("top-1", "top-1, balance loss 0.01", {"top_k": 1}), ("top-2", "top-2, balance loss 0.01", {}),
+        ("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
+        ("hash", "top-2 by a random table of the byte", {"router": "hash"}),
+        ("dense", "no experts", {"moe_layers": ()}))),
     (LOSS, "excess", "mi_excess", "byte_excess", "load_cv"),
     planned(("excess", "mi_excess"), (("top-1", "hash"), ("top-2", "hash"))) + (("excess", "top-2", "dense"),),
     say_known, {"over_steps": over_steps("top-2", "causal_cross_entropy", "mi_excess", names=MIXTURES),
                 "at_the_end": at_the_end("excess", "mi_excess", names=MIXTURES)},
     "The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter alone says "
     "nothing of its source. A reader who knows the source pays the entropy; one who must find it out pays at most ln 4 "
-    "nats more in a whole window.",
+    "nats more in a whole window; one who never does pays up to that for every letter. Runs are three "
+    "times as long as those of other experiments.",
     text=SYNTHETIC)

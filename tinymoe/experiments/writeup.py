@@ -3,23 +3,27 @@
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from ..files import write_whole
 from ..plots import STYLE, save
-from ..report import LOSS, METHODS, QUESTIONS, Study, label, question, run_ids, table, text
-from ..rows import load_runs, t_interval, value
-from .base import Results
+from ..report import LOSS, METHODS, QUESTIONS, Study, label, question, run_ids, settings, table, text
+from ..rows import load_runs, over_seeds, t_interval, value
+from .base import SCALES, Results
 
 HOW_TO_READ = """**How to read.** Loss is causal validation cross-entropy in nats a byte unless said otherwise (each \
 byte routed on its prefix alone); *leaky*: routed by the rule of training, which may see later bytes, or drop some. ± \
-and brackets are 95% t-intervals over seeds, differences paired by seed. A difference is *clear* when its interval \
-excludes 0 after Holm's correction over the differences planned in its experiment, *suggestive* when it excludes 0 \
-before it only, otherwise *undecided*, which does not mean equal. A layer is *collapsed* when its load is as uneven as \
-if fewer than half of its experts shared it (exp of its entropy), else *starved* with a dead expert (under 1% of its \
-fair share), else *in use*. Padding: the share of the places kept for tokens that stay empty."""
+and brackets are 95% t-intervals over seeds (no ±: one seed, or all alike), differences paired by seed. A difference \
+is *clear* when its interval excludes 0 after Holm's correction over the differences planned in its experiment, \
+*suggestive* when it excludes 0 before it only, otherwise *undecided*, which does not mean equal. A layer is \
+*collapsed* when its load is as uneven as if fewer than half of its experts shared it (exp of its entropy), else \
+*starved* with a dead expert (under 1% of its fair share), else *in use*. Padding: the share of the places kept for \
+tokens that stay empty. Curves over steps are of fewer validation windows than the tables; their bands are the range \
+of the seeds. An interval may cross a bound that its number cannot."""
 VERDICTS = """A claim *held* where all that it needs is so over the whole 95% interval, paired by seed, *did not \
-hold* where one thing is not so anywhere in its interval, and is *undecided* otherwise. What cannot lie on both sides \
-of its bound (dead experts, coverage, a largest change) is judged in every run instead."""
+hold* where one thing is not so anywhere in its interval, and is *undecided* otherwise. Numbers that cannot pass their \
+bound (dead experts, coverage, a largest change) are judged in every run instead. No correction is made for the number \
+of claims and of what they need."""
 CLAIMS = ["claim", "what it says (published by)", "measured here, and what the claim needs", "verdict", "experiment"]
 DISPUTES = ["open question", "published answers", "difference in loss here (nats) [95%], verdict", "experiment"]
 
@@ -56,11 +60,14 @@ def about(results):
 
 
 def missing(results):
-    """Warnings about settings or seeds that are not finished, and runs that failed; empty where all are there."""
+    """Warnings: runs too short, settings or seeds that are not finished, runs that failed; empty where all is well."""
     most = max(map(len, results.groups.values()))
     ids = [s.id for s in results.experiment.settings if len(results.groups.get(s.id, [])) < most]
     failed = [run.run_id for run in load_runs(results.folder) if run.state == "failed"]
     said = [f"**Not finished, and so not in all numbers: {', '.join(ids)}.**"] * bool(ids)
+    steps = max(run.summary["steps"] for run in results.runs)
+    few = steps < SCALES["default"].steps
+    said += [f"**{steps} steps show that the experiment runs: draw no conclusion.**"] * few
     said += [f"**Loss not finite, so that numbers are of the other runs: {', '.join(failed)}.**"] * bool(failed)
     return " ".join(said)
 
@@ -105,7 +112,7 @@ def write_findings(experiment, folder):
               if Path(folder, "figures", f"{name}.png").exists()]
     claims = claim_rows(results)
     parts = [f"# {experiment.name}: {experiment.question}", about(results), missing(results), finding(results),
-             f"What it cannot show: {experiment.caution}", settings_table(results), *images,
+             f"What it cannot show: {experiment.caution}" * bool(experiment.caution), settings_table(results), *images,
              *(["## Claims", VERDICTS, table(CLAIMS, claims)] if claims else []),
              "## Planned differences", "\n".join(f"- {label(one.metric)}: {one}" for one in results.tests),
              HOW_TO_READ, METHODS, f"Runs: {run_ids(results.runs)}."]
@@ -119,7 +126,7 @@ ORIGIN = """Generated from the rows of the study (`full/`) and of the experiment
 a document of its own with its tables, figures and planned differences."""
 OPEN = """Published signs disagree on these: an interval is what a few seeds of a small model say, no more. A negative \
 difference is in favour of the first."""
-CANNOT = """Differences of 1 to 3% in perplexity are within the scatter of seeds. Speed-ups of training by factors, \
+CANNOT = """Speed-ups of training by factors, \
 the stability that the z-loss gives at low precision, and the crossover of upcycling are not to be seen at this scale. \
 A t-interval of few seeds assumes normal scatter, which few seeds cannot check. Within an experiment Holm's correction \
 holds over its planned differences; over all experiments together nothing corrects, and ten claims are ten looks. The \
@@ -133,27 +140,33 @@ def scale(found):
         return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sorted({min(numbers), max(numbers)}))
 
     runs = [run for results in found for run in results.runs]
+    scatter = [over_seeds(group, "causal_perplexity") for results in found for group in results.groups.values()]
+    shares = sorted(100 * one.half / one.mean for one in scatter if one.n > 1)
+    said = (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to {shares[-1]:.1f}% "
+            f"(95%, median {np.median(shares):.1f}%). ") if shares else ""
     return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
             f"for {ends([run.summary['steps'] for run in runs])} steps, with "
             f"{ends([len(group) for results in found for group in results.groups.values()])} seeds a setting and peak "
-            f"rates of {ends([run.config['training']['learning_rate'] for run in runs])}. ") if runs else ""
+            f"rates of {ends([run.config['training']['learning_rate'] for run in runs])}. {said}") if runs else ""
 
 
 def gather(published, experiments):
     """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
 
-    Raises ValueError where the study has no finished run; experiments without one are named as missing.
+    Raises ValueError where the study has no finished run, or a run is damaged; experiments without a finished run are
+    named as missing.
     """
     study, found, absent = Study(Path(published, "full")), [], []
     for experiment in experiments.values():
-        try:
-            found.append(Results(experiment, Path(published, "experiments", experiment.name)))
-        except ValueError:
+        folder = Path(published, "experiments", experiment.name)
+        if any(folder.glob("runs/*/summary.json")):
+            found.append(Results(experiment, folder))
+        else:
             absent.append(experiment.name)
     claims = sorted((row for results in found for row in claim_rows(results)), key=lambda row: int(row[0]))
     parts = ["# Findings", ORIGIN, HOW_TO_READ,
              f"**Without finished runs, and so not here: {', '.join(absent)}.**" if absent else "",
-             "## The three questions of the study",
+             "## The three questions of the study", legend(study),
              "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
              "## Ten claims of the literature", VERDICTS, table(CLAIMS, claims),
              "## Open questions", OPEN, table(DISPUTES, [row for results in found for row in dispute_rows(results)]),
@@ -164,9 +177,17 @@ def gather(published, experiments):
     return path
 
 
+def legend(study):
+    """What the letters of the study's configs stand for, and how large it was."""
+    configs = "; ".join(runs[0].label for runs in study.groups.values())
+    return (f"{configs} (K: experts a byte, aux: balance coefficient). {settings(study.runs[0])} Holm's correction "
+            f"over {len(study.tests)} comparisons.")
+
+
 def section(results):
     """One experiment in the gathered document."""
     e = results.experiment
+    compared = "; ".join(f"`{s.id}` {s.what}" for s in e.settings if s.id in results.groups)
     source = f"Runs: {run_ids(results.runs)}, in [experiments/{e.name}](experiments/{e.name}/FINDINGS.md)."
-    return "\n\n".join(filter(None, [f"### {e.question} (`{e.name}`)", missing(results), finding(results),
-                                     f"{e.caution} {source}"]))
+    return "\n\n".join(filter(None, [f"### {e.question} (`{e.name}`)", f"Compared: {compared}.", missing(results),
+                                     finding(results), f"{e.caution} {source}"]))

@@ -14,7 +14,7 @@ import pkgutil
 
 from ..routing import largest
 from .base import ROUTERS, LinearRouter, RouteContext, Router, check, make
-from .token_choice import Frozen, NoisyTopK, Reinforce, Shuffled, SigmoidBias, TopK  # noqa: I001 (the order of the table)
+from .token_choice import Frozen, NoisyTopK, Reinforce, Shuffled, SigmoidBias, TopK  # noqa: I001 (the table's order)
 from .expert_choice import ExpertChoice
 from .fixed import Hash, Random
 from .assignment import (BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall,
@@ -22,8 +22,8 @@ from .assignment import (BaseAssignment, Sinkhorn, balanced_assignment, greedy_a
 from .sequence import Sequence
 
 __all__ = ["ROUTERS", "BaseAssignment", "ExpertChoice", "Frozen", "Hash", "LinearRouter", "NoisyTopK", "Random",
-           "Reinforce", "RouteContext", "Router", "Sequence", "Shuffled", "SigmoidBias", "Sinkhorn", "TopK", "balanced_assignment", "check",
-           "greedy_assignment", "largest", "make", "shortfall", "sinkhorn_plan"]
+           "Reinforce", "RouteContext", "Router", "Sequence", "Shuffled", "SigmoidBias", "Sinkhorn", "TopK",
+           "balanced_assignment", "check", "greedy_assignment", "largest", "make", "shortfall", "sinkhorn_plan"]
 
 for _file in pkgutil.iter_modules(__path__):  # those that are not named above
     importlib.import_module(f"{__name__}.{_file.name}")
