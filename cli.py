@@ -221,7 +221,7 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
 def _list_experiments(experiments):
     for name, each in experiments.items():
         click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
-    click.echo("\npython cli.py experiment NAME runs one: three seeds, under 20 minutes on two cores.")
+    click.echo("\npython cli.py experiment NAME runs one: three seeds, 4 to 20 minutes on two idle cores.")
 
 
 @main.command()

@@ -160,8 +160,8 @@ def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
             train(run, corpora[None], tmp_path / "runs" / run.run_id)
     results = lab.Results(experiment, tmp_path)
     assert results.seeds == [0, 2] and len(results.groups["2-of-8"]) == 3
-    losses = {run.run_id: rows.value(run, lab.base.LOSS) for run in results.runs}
-    assert results.numbers(lab.base.LOSS, "2-of-8").tolist() == [losses["2-of-8-seed0"], losses["2-of-8-seed2"]]
+    losses = {run.run_id: rows.value(run, LOSS) for run in results.runs}
+    assert results.numbers(LOSS, "2-of-8").tolist() == [losses["2-of-8-seed0"], losses["2-of-8-seed2"]]
     assert results.tests[0].interval.mean == pytest.approx(np.mean([losses[f"4-of-16-seed{s}"] - losses[f"2-of-8-seed{s}"] for s in (0, 2)]))
     failed = tmp_path / "runs/8-of-32-seed1"
     shutil.copytree(tmp_path / "runs/8-of-32-seed0", failed)

@@ -144,7 +144,7 @@ def test_a_run_without_routings_is_shown_on_the_text_it_was_trained_on(tmp_path,
         train.train(tiny("A", model={"vocab_size": 256}), text, tmp_path / name)
         shutil.rmtree(tmp_path / name / "routings")
     assert data_of(view.page(tmp_path / "own"))["names"] == own.names
-    with pytest.raises(CorpusError, match="a text of your own: give --text"):
+    with pytest.raises(CorpusError, match="a text that is not here: give --text"):
         view.page(tmp_path / "other")
 
 

@@ -188,8 +188,8 @@ class ModelConfig:
 
     def sizes(self):
         """What the dense parts follow from."""
-        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm norm_eps post_norm positions bias tied
-            rope_theta attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim latent_eps""".split()
+        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm norm_eps post_norm positions tied
+            bias rope_theta attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim latent_eps""".split()
         return [getattr(self, name) for name in names]
 
     def to_dict(self):

@@ -138,7 +138,8 @@ def label_load(routing, labels, n_labels):
 
 
 def mutual_information(counts):
-    """I(row; column) of a table of n counts in nats, the plug-in estimate; too large by (rows - 1)(columns - 1) / 2n."""
+    """I(row; column) of a table of n counts in nats: the plug-in estimate, too large by about
+    (rows - 1)(columns - 1) / 2n."""
     joint = counts / max(1, counts.sum())
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0

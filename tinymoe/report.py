@@ -16,7 +16,7 @@ from .files import write_whole
 from .rows import (
     TOKEN_BYTES, Interval, coefficient_sweep, complete_runs, excess, gap, load_runs, measure, over_seeds, t_interval)
 
-LOSS, LEAKY = "causal_cross_entropy", "val_cross_entropy"
+LOSS = "causal_cross_entropy"
 NAMES = {
     # losses
     LOSS: "causal loss (nats)", "causal_perplexity": "causal perplexity",
@@ -109,12 +109,18 @@ class Comparison:
         """`A` - `B` +0.367 [+0.223, +0.510], clear; with as many digits as keep an end from looking like 0."""
         numbers = self.interval.mean, self.interval.low, self.interval.high
         size = abs(self.interval.mean)
-        digits = 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4
-        while digits < 6 and any(x and not round(x, digits) for x in numbers):
-            digits += 1
+        digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
         mean, low, high = (f"{x:+,.{digits}f}" for x in numbers)
         ends = "" if self.word == "not tested" else f" [{low}, {high}]"
-        return f"`{self.first}` - `{self.second}` {mean}{ends}, {self.word}" if self.interval.n else "no common seed"
+        return f"`{self.first}` - `{self.second}` " + (f"{mean}{ends}, {self.word}" if self.interval.n else
+                                                       "has no common seed")
+
+
+def enough_digits(numbers, digits, bound=0.0):
+    """So many digits after the point, or more, up to 6, so that no other number looks like the bound."""
+    while digits < 6 and any(x != bound and round(x, digits) == round(bound, digits) for x in numbers):
+        digits += 1
+    return digits
 
 
 def holm(comparisons, level=0.05):
@@ -158,17 +164,15 @@ class Study:
     def claims(self):
         """Published claims, each that a difference is above 0."""
         for name in self.balanced:
-            gaps = [measure(run.final, LOSS) - measure(run.final, LEAKY) for run in self.groups[name]]
             claim = ("Loss is lower routed over the batch, as trained, than on the prefix alone (leak and change of "
                      "rule)")
-            yield Comparison(claim, LOSS, f"causal {name}", f"leaky {name}",
-                             t_interval(gaps))
+            yield Comparison(claim, LOSS, f"causal {name}", f"leaky {name}", over_seeds(self.groups[name], "leak"))
         if self.sweep and self.groups[self.sweep[0]][0].model["aux_coef"] == 0:
             yield self.compare("Without a balance loss the load CV is over 3 times that of light balancing", "load_cv",
                                *self.sweep[:2], factor=3)
         gaps = {}
         for run in self.finished(self.moe):
-            gaps.setdefault(run.seed, []).append(measure(run.final, "byte_excess") - measure(run.final, "mi_excess"))
+            gaps.setdefault(run.seed, []).append(measure(run.final, "byte_over_domain"))
         if gaps:
             yield Comparison("In every config experts tell more of the byte than of the domain (least of any config, "
                              "by seed)", "byte_excess", "byte", "domain", t_interval(list(map(min, gaps.values()))))
@@ -188,7 +192,7 @@ def text(runs, metric, leaky=True):
     if not math.isfinite(one.mean):
         return "–"
     digits = 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
-    digits = 0 if abs(one.mean) >= 100 else digits
+    digits = enough_digits([one.half], 0 if abs(one.mean) >= 100 else digits)
     number = f"{round(one.mean, digits) + 0.0:,.{digits}f}" + (f" ± {one.half:,.{digits}f}" if one.half > 0 else "")
     if leaky and metric.startswith("causal_") and runs[0].leaky:
         number += f" (leaky {text(runs, metric.replace('causal', 'val'))})"
@@ -228,6 +232,11 @@ def layer_states(runs):
     return {state: n for state, n in counts.items() if n}
 
 
+def first_in_use(groups, names):
+    """The first of these configs of which every layer of every run ended in use; None if there is none."""
+    return next((name for name in names if set(layer_states(groups[name])) == {"in use"}), None)
+
+
 def question(study, title):
     """(the answer in short, the paragraphs of the section) of one of QUESTIONS."""
     metrics, figures, caution = QUESTIONS[title]
@@ -247,8 +256,8 @@ def question(study, title):
     first, *rest = (f"{NAMES[metric]}: {told_apart(of[metric])}" for metric in metrics)
     source = run_ids(study.finished(names))
     if title == list(QUESTIONS)[0]:
-        alive = [name for name in names if set(layer_states(study.groups[name])) == {"in use"}]
-        least = f"{study.groups[alive[0]][0].model['aux_coef']:g} ({alive[0]})" if alive else "none of these"
+        alive = first_in_use(study.groups, names)
+        least = f"{study.groups[alive][0].model['aux_coef']:g} ({alive})" if alive else "none of these"
         rest.append(f"smallest coefficient with every layer of every run in use: {least}")
     elif LOSS in metrics:
         caution += "".join(f" Here {one}." for one in study.tests if one.first.startswith("causal"))

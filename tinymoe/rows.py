@@ -22,7 +22,8 @@ DERIVED = {
 }
 
 
-CONFIG = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters"}  # what is read of it
+CONFIG_KEYS = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters", "versions",
+               "threads"}  # what is read of a config.json
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def load_runs(study_dir):
     runs = []
     for folder in sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir()):
         config, summary, failure = (_read_json(folder / f"{name}.json") for name in ("config", "summary", "failure"))
-        log = {row.get("step"): row for row in read_rows(folder / "log.jsonl")}  # a step written twice: the later row
+        rows = [row for row in read_rows(folder / "log.jsonl") if isinstance(row.get("step"), int)]
+        log = {row["step"]: row for row in rows}  # a step written twice: the later row
         if (folder / "summary.json").exists() and not _whole(folder, config, summary, log):
             raise ValueError(f"{folder} is a finished run with damaged files: move it away, or fetch it again")
         known = config or {"config_id": folder.name, "seed": -1, "model": {}}
@@ -77,9 +79,10 @@ def load_runs(study_dir):
 
 def _whole(folder, config, summary, log):
     """Whether the files of a finished run are all there, and of one run."""
-    if config is None or summary is None or not CONFIG <= config.keys() or not {"steps", "final"} <= summary.keys():
+    if config is None or summary is None or not CONFIG_KEYS <= config.keys() or not {"steps", "final"} <= summary.keys():
         return False
-    return config["run_id"] == summary.get("run_id") == folder.name and max(log, default=None) == summary["steps"]
+    whole_log = max(log, default=None) == summary["steps"]
+    return config["run_id"] == summary.get("run_id") == folder.name and whole_log
 
 
 def _read_json(path):
@@ -119,7 +122,8 @@ def measure(row, name, layer=None):
         return math.nan if row[name] is None else float(row[name])
     layers = row["layers"] if layer is None else row["layers"][layer : layer + 1]
     if layers and name not in DERIVED and name not in layers[0]:
-        raise ValueError(f"no metric {name}: it stands in no row, is not derived from one (rows.py), nor measured")
+        raise ValueError(f"no metric {name}: it stands in no row, and is neither derived from one (rows.py) nor "
+                         "measured")
     numbers = [DERIVED[name](one) if name in DERIVED else one[name] for one in layers]
     return float(np.mean(numbers)) if numbers else math.nan
 

@@ -19,7 +19,7 @@ from . import kernels
 from .data import load_corpus
 from .files import CheckpointError
 from .config import ModelConfig
-from .train import NonFiniteLoss, Run, RunError, TrainConfig, train
+from .train import NonFiniteLoss, Run, RunError, TrainConfig, finished, train
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
         while waiting or working:
             while waiting and len(working) < jobs:
                 run = waiting.pop(0)
-                if (folders[run.run_id] / "summary.json").exists() and not fresh:  # not worth a process
+                if finished(folders[run.run_id]) and not fresh:  # not worth a process
                     _attempt(run, corpus, folders[run.run_id], fresh, note)
                     continue
                 args = run, corpus, folders[run.run_id], fresh, events
@@ -138,10 +138,11 @@ def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
                 message = f"its process ended with exit code {working.pop(run_id).exitcode}: run the same command again"
                 note(Event("failed", run_id, message=message))
     finally:
-        for process in working.values():
-            if process.pid:
-                process.kill()
-                process.join()
+        started = [process for process in working.values() if process.pid]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
 
 
 def _start(process):
@@ -151,11 +152,11 @@ def _start(process):
     try:
         process.start()  # which inherits the mask: Ctrl-C while it still imports is not its business either
     finally:
-        if masked is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         del os.environ["NUMBA_NUM_THREADS"]
         if before is not None:
             os.environ["NUMBA_NUM_THREADS"] = before
+        if masked is not None:  # a Ctrl-C that waited is raised here
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
 def _drain(events, seconds=0.2):

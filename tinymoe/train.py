@@ -121,7 +121,7 @@ def load_model(folder):
     """The model of a run's last checkpoint, a Transformer. Raises files.CheckpointError where there is none."""
     path = Path(folder, "checkpoint.npz")
     if Path(folder, "log.jsonl").exists() and not path.exists():
-        raise CheckpointError(f"{folder} has rows but no checkpoint, as published runs have none: train it first")
+        raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
     arrays, header = load_arrays(path, "checkpoint")
     try:
         model = Transformer(ModelConfig.from_dict(header["model"]))
@@ -257,7 +257,7 @@ class Trainer:
         complete = {"step", "seconds", "n_rows", "optimizer_steps", "generators"} <= header.keys()
         if not complete or {n: a.shape for n, a in stored.items()} != {n: a.shape for n, a in own.items()}:
             raise CheckpointError(f"{path} lacks a part of this run's state: {AGAIN}")
-        same = (header.get("run_id"), _filled(header.get("model"))) == (self.run.run_id, self.run.model.to_dict())
+        same = (header.get("run_id"), filled(header.get("model"))) == (self.run.run_id, self.run.model.to_dict())
         if not same or len(rows) < header["n_rows"]:
             raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: {AGAIN}")
         for name, array in own.items():
@@ -294,15 +294,13 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        done = not fresh and _done(folder)
+        done = not fresh and finished(folder)
         try:  # before anything is thrown away: memory may not hold it
             trainer = Trainer(dataclasses.replace(run, start=None) if done else run, corpus, folder)
         except (ValueError, TypeError) as error:  # `freeze` names nothing, or a size that no array has
             raise RunError(str(error)) from None
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
             (folder / name).unlink(missing_ok=True)
-        if fresh:
-            shutil.rmtree(folder / ROUTINGS, ignore_errors=True)
         for temporary in [*folder.glob(".*.*"), *folder.glob(f"{ROUTINGS}/.*.*")]:  # of a process killed while it wrote
             temporary.unlink(missing_ok=True)
         _claim(folder, describe(run, corpus, trainer.model))
@@ -331,12 +329,13 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
         return summary
 
 
-def _done(folder):
-    """Whether the folder holds a finished run, with its log to the last row."""
-    if not (folder / "summary.json").exists():
+def finished(folder):
+    """Whether the folder holds a finished run, with its log to the last row. A torn summary is written again."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        return summary["status"] == "complete" and read_rows(folder / "log.jsonl")[-1]["step"] == summary["steps"]
+    except (OSError, ValueError, TypeError, LookupError):
         return False
-    summary, rows = _read(folder / "summary.json"), read_rows(folder / "log.jsonl")
-    return summary.get("status") == "complete" and bool(rows) and rows[-1].get("step") == summary.get("steps")
 
 
 def _loop(trainer, folder, on_step):
@@ -378,12 +377,12 @@ def _claim(folder, config):
 def _identity(config):
     """What makes a run itself, as a flat dict: its id, its settings, and the hashes of its texts."""
     texts = {f"corpus {name}": text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()}
-    parts = {"model": _filled(config.get("model", {})), "training": config.get("training", {})}
+    parts = {"model": filled(config.get("model", {})), "training": config.get("training", {})}
     return {"run_id": config.get("run_id"), "start": config.get("start")} | texts | {
         f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def _filled(model):
+def filled(model):
     """A stored ModelConfig, with the default of every setting that is newer than the file; as it is, if it is none."""
     try:
         return ModelConfig.from_dict(model).to_dict()

@@ -130,7 +130,10 @@ def _now(folder, text):
 
 
 def _trained_on(folder, length):
-    """The Corpus that a run was trained on, if it is one of those that need no path; CorpusError if it is another."""
+    """The Corpus that a run was trained on, if it is one of those that need no path; CorpusError if it is another.
+
+    The default one where config.json does not tell.
+    """
     try:
         described = json.loads(Path(folder, "config.json").read_bytes())["corpus"]
         hashes = {name: text["sha256"] for name, text in described.items()}
@@ -140,7 +143,7 @@ def _trained_on(folder, length):
         corpus = load_corpus(text, length)
         if hashes in (None, {name: one["sha256"] for name, one in corpus.describe().items()}):
             return corpus
-    raise CorpusError(f"{folder} was trained on a text of your own: give --text")
+    raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
 
 
 def _windows(path, length):

@@ -1,6 +1,9 @@
-"""The laboratory: experiments by name. Each is data, a paragraph made from numbers and figures (base.py).
+"""The laboratory: experiments by name. Each is data, a paragraph made from numbers, and figures (base.py).
 
-To add one, make an Experiment in a file of this folder and name it in EXPERIMENTS below:
+To add one, make an Experiment in a file of this folder, import it here and name it in EXPERIMENTS:
+
+    from .base import LOSS, Experiment, Setting, against, planned
+    from .figures import at_the_end, over_steps
 
     jitter = Experiment(
         "jitter", "Does noise at the router's input help?",

@@ -1,6 +1,6 @@
 """Experiments on the load: does routing collapse, what balances it, and what do limits and guarantees cost?"""
 
-from ..report import layer_states
+from ..report import first_in_use, layer_states
 from ..rows import coefficient_sweep
 from .base import LOSS, Claim, Dispute, Effect, Experiment, Setting, against, planned
 from .figures import at_the_end, lines_by, one_against_other, over_steps
@@ -12,9 +12,9 @@ def say_collapse(r):
     """States of the layers, load, and what the cure costs."""
     states = "; ".join(f"`{name}` " + ", ".join(f"{n} {state}" for state, n in layer_states(runs).items())
                        for name, runs in r.groups.items())
-    alive = [name for name in coefficient_sweep(r.groups) if set(layer_states(r.groups[name])) == {"in use"}]
+    alive = first_in_use(r.groups, coefficient_sweep(r.groups))
     return [f"The layers of all runs ended so: {states}. The smallest coefficient with every layer in use: "
-            f"{f'`{alive[0]}`' if alive else 'none of these'}.",
+            f"{f'`{alive}`' if alive else 'none of these'}.",
             f"Load CV at the end: {r.show('load_cv')}; at the worst of the evaluations while training: "
             f"{r.show('worst_cv')}.",
             f"Dead experts a layer at the end: {r.show('dead_experts')}; at the worst: "

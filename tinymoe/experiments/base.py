@@ -10,7 +10,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..report import LOSS, Comparison, holm, label, text, told_apart
 from ..rows import complete_runs, gap, t_interval, value
-from ..train import Run, TrainConfig
+from ..train import Run, TrainConfig, filled
 
 @dataclass(frozen=True)
 class Scale:
@@ -57,8 +57,9 @@ RELATIONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operat
 class Effect:
     """What a claim needs: a metric of a setting, or its difference from or ratio to another's, beyond a bound.
 
-    relation: of the number to the bound, one of RELATIONS. every_run: for a number that cannot lie on both sides of
-    its bound, such as a share: judged in every run instead of by an interval, which would doubt what every run shows.
+    relation: of the number to the bound, one of RELATIONS. every_run: for a number that cannot pass its bound, such as
+    a share, or a change that is either rounding or not: judged in every run instead of by an interval, which would
+    doubt what every run shows.
     """
 
     metric: str
@@ -98,7 +99,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Dispute:
-    """A question on which published signs disagree, who says what, and the planned pairs whose losses speak to it."""
+    """A question on which published results disagree, who says what, and the planned pairs whose losses speak to it."""
 
     question: str
     published: str
@@ -110,7 +111,8 @@ class Experiment:
     """A question and how it is answered.
 
     metrics: what its table shows: fields of a run's final row or of the rows of its layers, names in rows.OF_RUN and
-        rows.DERIVED, or what `measure` returns. Any can be planned, claimed or drawn.
+        rows.DERIVED, or what `measure` returns. Any can be planned, claimed, or drawn at the end; over the steps only
+        what the rows of a log hold.
     planned: (metric, first, second) whose differences are tested, fixed before any result is looked at.
     say: Results -> the sentences of its finding, made from numbers; figures: {name: Results -> Figure} (figures.py).
     model: fields of ModelConfig for all settings; text: the corpus, None for the default.
@@ -160,11 +162,10 @@ class Results:
         if not self.groups:
             raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}")
         for runs in self.groups.values():
-            for key in ("model", "training", "start", "corpus"):
-                other = [run for run in runs if run.config.get(key) != runs[0].config.get(key)]
-                if other:
-                    raise ValueError(f"{folder}: {other[0].run_id} and {runs[0].run_id} differ in their {key}, see "
-                                     "config.json: move one away, so that no mean is of both")
+            _require_equal(runs, "model", lambda run: filled(run.model))
+            _require_equal(runs, "training")
+            _require_equal(runs, "start")
+        _require_equal(self.runs, "corpus")
         self.tests = holm([
             Comparison(experiment.name, metric, first, second, gap(self.groups, metric, first, second))
             for metric, first, second in experiment.planned if first in self.groups and second in self.groups])
@@ -192,8 +193,7 @@ class Results:
 
     def show(self, metric, *settings):
         """"`a` 1.234 ± 0.012, `b` ..." for the settings, all if none is named."""
-        return ", ".join(f"`{name}` {text(self.groups[name], metric)}" for name in settings or self.groups
-                         if name in self.groups)
+        return ", ".join(f"`{name}` {text(self.groups[name], metric)}" for name in settings or self.groups)
 
     def differences(self, metric, pairs=None):
         """The planned differences of a metric, as text; pairs: only these, as (first, second)."""
@@ -213,14 +213,25 @@ class Results:
         words, found = set(), []
         for effect in claim.effects:
             numbers = effect.of(self.numbers)
+            interval = t_interval(numbers)
             if effect.every_run:
                 low, high = min(numbers), max(numbers)
             else:
-                interval = t_interval(numbers)
-                low, high = (interval.low, interval.high) if interval.n > 1 else (-np.inf, np.inf)
+                low, high = interval.low, interval.high
+            if not np.isfinite([low, high]).all():  # one seed, or a number that is none
+                low, high = -np.inf, np.inf
             words.add(effect.word(low, high))
             found.append((effect, numbers))
         return next(word for word in ("did not hold", "undecided", "held") if word in words), found
+
+
+def _require_equal(runs, key, of=None):
+    """ValueError where runs that are averaged or compared differ in a part of their config.json."""
+    for run in runs[1:]:
+        one, other = map(of or (lambda run: run.config.get(key)), (runs[0], run))
+        if one != other:
+            raise ValueError(f"{run.run_id} and {runs[0].run_id} differ in their {key}, see config.json: move one "
+                             "away, so that nothing is made of both")
 
 
 def planned(metrics, pairs):

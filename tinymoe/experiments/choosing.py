@@ -101,8 +101,8 @@ rate = Experiment(
     planned((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"]),
     say_rate, {"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in RATES] for c in CONFIGS},
                                    lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv")},
-    "A ranking of means ignores their intervals: neighbours in it need not differ. Where the largest of the rates is the "
-    "best, a larger one may be better still.")
+    "A ranking of means ignores their intervals: neighbours in it need not differ. Where the largest of the rates is "
+    "the best, a larger one may be better still.")
 
 
 def say_reinforce(r):

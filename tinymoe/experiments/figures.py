@@ -107,7 +107,6 @@ def lines_by(groups_of, x_of, x_label, *metrics, reference=None):
         for axes, metric in zip(fig.subplots(1, len(metrics), squeeze=False)[0], metrics):
             relative = reference is not None and metric.endswith("cross_entropy")
             for place, (line, names) in enumerate(groups_of.items()):
-                names = [name for name in names if name in results.groups]
                 found = [gap(results.groups, metric, name, reference) if relative else
                          over_seeds(results.groups[name], metric) for name in names]
                 axes.errorbar([x_of(name) for name in names], [one.mean for one in found], label=line,

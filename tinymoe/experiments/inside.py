@@ -34,7 +34,7 @@ def say_specialise(r):
 
 def counterfactual_tables(r):
     """Rise of the loss by expert and domain, last MoE layer, first seed: a row for each change, a column a setting."""
-    names = [name for name in ("top-1", "top-2", "expert-choice") if name in r.groups]
+    names = ["top-1", "top-2", "expert-choice"]
     fig = Figure(figsize=(DOUBLE, 5.0), layout="constrained")
     panels = fig.subplots(len(CHANGES), len(names), squeeze=False, sharex=True, sharey=True)
     for row, change in zip(panels, CHANGES):
@@ -46,7 +46,7 @@ def counterfactual_tables(r):
             axes.set_yticks(range(len(table)), r.runs[0].config["domains"])
             axes.grid(False)
         fig.colorbar(image, ax=row, label="+ nats a byte")
-    fig.supxlabel("expert of the last MoE layer, seed 0", fontsize="medium")
+    fig.supxlabel("expert of the last MoE layer, first seed", fontsize="medium")
     return fig
 
 
@@ -65,9 +65,10 @@ specialise = Experiment(
     "Position: eighths of the window. Function divergence: mean pairwise 1 - cosine of the experts' outputs on the "
     "same bytes. A byte gives its domain away in part, so domain information above 0 is no proof of topics. Hash "
     "routing shows what a random table of the byte tells; a table that is learned could tell more, up to what the byte "
-    "itself does. Information with the domain cannot exceed ln 4 = 1.39 nats; with the byte ln(8 / K), so 2.08 for "
-    "top-1 and 1.39 for two experts a byte: compare at equal K. A dropped expert's gate is not given to the others, so "
-    "its cost is of the missing share too. Expert choice is routed over the batch here, as in training.",
+    "itself does. Information with the domain cannot exceed the log of their number (ln 4 = 1.39), with the byte "
+    "ln(8 / K), so 2.08 for top-1 and 1.39 for two experts a byte: compare at equal K. A dropped expert's gate is not "
+    "given to the others, so its cost is of the missing share too. Expert choice is routed over the batch here, as in "
+    "training.",
     (Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the domain",
            "Jiang 2024; Xue 2024",
            tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),),
@@ -77,7 +78,7 @@ specialise = Experiment(
 def say_batch(r):
     """Who changes what."""
     def of(name, who):
-        return (f"{r.mean(f'{who}_rerouted', name):.1%} of the bytes rerouted, a logit changed by up to "
+        return (f"{r.mean(f'{who}_rerouted', name):.1%} of the bytes rerouted, largest change of a logit "
                 f"{r.mean(f'{who}_logits', name):.2g}")
 
     return [f"`{name}`: by other batch mates {of(name, 'mates')}; by later bytes {of(name, 'later')}."
@@ -96,7 +97,7 @@ batch = Experiment(
     ("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
     planned(("mates_rerouted",), against("dropless", ("capacity-order", "capacity-gate", "expert-choice"))),
     say_batch, {"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits", "later_logits")},
-    "Mates, or the second half of the own window, are replaced by random bytes, which route unlike text. Means over "
+    "Mates, or the second half of its own window, are replaced by random bytes, which route unlike text. Means over "
     "the 8 windows of a batch, each in its place: dropping in order spares the first.",
     (Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K does not",
            "Zhou 2022; Wang 2024",
@@ -112,7 +113,7 @@ def say_traffic(r):
             f"{r.show('reach_4')}.",
             f"Bytes sent to other devices and back for a byte of text: {r.show('sent_4')}; {r.differences('sent_4')}.",
             f"Load of the slowest device, in units of the mean: {r.show('slowest_4')}; {r.differences('slowest_4')}.",
-            f"Microseconds that a batch takes the layer at {measures.BANDWIDTH / 1e9:g} GB/s and "
+            f"Microseconds that the layer takes for a batch at {measures.BANDWIDTH / 1e9:g} GB/s and "
             f"{measures.FLOPS / 1e9:g} GFLOP/s: {r.show('path_4')}.",
             "Loss, routed as in training: " + r.differences("val_cross_entropy") + "."]
 

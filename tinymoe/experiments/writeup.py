@@ -7,7 +7,7 @@ import numpy as np
 
 from ..files import write_whole
 from ..plots import STYLE, save
-from ..report import LOSS, METHODS, QUESTIONS, Study, label, question, run_ids, settings, table, text
+from ..report import LOSS, METHODS, QUESTIONS, Study, enough_digits, label, question, run_ids, settings, table, text
 from ..rows import load_runs, over_seeds, t_interval, value
 from .base import SCALES, Results
 
@@ -22,14 +22,15 @@ tokens that stay empty. Curves over steps are of fewer validation windows than t
 of the seeds. An interval may cross a bound that its number cannot."""
 VERDICTS = """A claim *held* where all that it needs is so over the whole 95% interval, paired by seed, *did not \
 hold* where one thing is not so anywhere in its interval, and is *undecided* otherwise. Numbers that cannot pass their \
-bound (dead experts, coverage, a largest change) are judged in every run instead. No correction is made for the number \
-of claims and of what they need."""
-CLAIMS = ["claim", "what it says (published by)", "measured here, and what the claim needs", "verdict", "experiment"]
-DISPUTES = ["open question", "published answers", "difference in loss here (nats) [95%], verdict", "experiment"]
+bound (dead experts, coverage), and changes that are rounding or not, are judged in every run instead. No correction \
+is made for the number of claims and of what they need."""
+CLAIM_COLUMNS = [
+    "claim", "what it says (published by)", "measured here, and what the claim needs", "verdict", "experiment"]
+DISPUTE_COLUMNS = ["open question", "published answers", "difference in loss here (nats) [95%], verdict", "experiment"]
 
 
 def draw(experiment, folder):
-    """Draw the figures of an experiment's finished runs into folder/figures; returns the paths, none if runs lack."""
+    """Draw the figures of an experiment into folder/figures; returns the paths, none while a setting has no run."""
     results, paths = Results(experiment, folder), []
     if not results.whole:
         return paths
@@ -61,8 +62,8 @@ def about(results):
 
 def missing(results):
     """Warnings: runs too short, settings or seeds that are not finished, runs that failed; empty where all is well."""
-    most = max(map(len, results.groups.values()))
-    ids = [s.id for s in results.experiment.settings if len(results.groups.get(s.id, [])) < most]
+    seeds = {s.id: {run.seed for run in results.groups.get(s.id, [])} for s in results.experiment.settings}
+    ids = [name for name, own in seeds.items() if own < set.union(*seeds.values())]
     failed = [run.run_id for run in load_runs(results.folder) if run.state == "failed"]
     said = [f"**Not finished, and so not in all numbers: {', '.join(ids)}.**"] * bool(ids)
     steps = max(run.summary["steps"] for run in results.runs)
@@ -93,9 +94,10 @@ def claim_rows(results):
 def measured(effect, numbers):
     """`load CV, a / b: 2.905 [2.411, 3.399], needs > 3`; for what is judged in every run the range of the runs."""
     one = t_interval(numbers)
-    mean, low, high, least, most = (f"{x:{'+' if effect.minus else ''}.3f}"
-                                    for x in (one.mean, one.low, one.high, min(numbers), max(numbers)))
-    ends = f" (runs: {least} to {most})" if effect.every_run else f" [{low}, {high}]" if one.n > 1 else ""
+    shown = one.mean, *((min(numbers), max(numbers)) if effect.every_run else (one.low, one.high))
+    digits = enough_digits(shown, 3, effect.bound)
+    mean, low, high = (f"{x:{'+' if effect.minus else ''}.{digits}f}" for x in shown)
+    ends = f" (runs: {low} to {high})" if effect.every_run else f" [{low}, {high}]" if np.isfinite(one.half) else ""
     return f"{effect}: {mean}{ends}, needs {effect.relation} {effect.bound:g}"
 
 
@@ -113,7 +115,7 @@ def write_findings(experiment, folder):
     claims = claim_rows(results)
     parts = [f"# {experiment.name}: {experiment.question}", about(results), missing(results), finding(results),
              f"What it cannot show: {experiment.caution}" * bool(experiment.caution), settings_table(results), *images,
-             *(["## Claims", VERDICTS, table(CLAIMS, claims)] if claims else []),
+             *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []),
              "## Planned differences", "\n".join(f"- {label(one.metric)}: {one}" for one in results.tests),
              HOW_TO_READ, METHODS, f"Runs: {run_ids(results.runs)}."]
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
@@ -124,14 +126,13 @@ def write_findings(experiment, folder):
 
 ORIGIN = """Generated from the rows of the study (`full/`) and of the experiments (`experiments/`), each of which has \
 a document of its own with its tables, figures and planned differences."""
-OPEN = """Published signs disagree on these: an interval is what a few seeds of a small model say, no more. A negative \
-difference is in favour of the first."""
-CANNOT = """Speed-ups of training by factors, \
-the stability that the z-loss gives at low precision, and the crossover of upcycling are not to be seen at this scale. \
-A t-interval of few seeds assumes normal scatter, which few seeds cannot check. Within an experiment Holm's correction \
-holds over its planned differences; over all experiments together nothing corrects, and ten claims are ten looks. The \
-same run (top-1 or top-2 with coefficient 0.01) is the reference of several experiments: they are no independent \
-evidence."""
+OPEN = """Published results disagree on these: an interval is what a few seeds of a small model say, no more. A \
+negative difference is in favour of the first."""
+CANNOT = """Speed-ups of training by factors, the stability that the z-loss gives at low precision, and the crossover \
+of upcycling are not to be seen at this scale. A t-interval of few seeds assumes normal scatter, which few seeds cannot \
+check. Within an experiment Holm's correction holds over its planned differences; over all experiments together nothing \
+corrects, and ten claims are ten looks. The same run (top-1 or top-2 with coefficient 0.01) is the reference of several \
+experiments: they are not independent evidence."""
 
 
 def scale(found):
@@ -163,13 +164,13 @@ def gather(published, experiments):
             found.append(Results(experiment, folder))
         else:
             absent.append(experiment.name)
-    claims = sorted((row for results in found for row in claim_rows(results)), key=lambda row: int(row[0]))
+    claims = sorted(linked(claim_rows, found), key=lambda row: int(row[0]))
     parts = ["# Findings", ORIGIN, HOW_TO_READ,
              f"**Without finished runs, and so not here: {', '.join(absent)}.**" if absent else "",
              "## The three questions of the study", legend(study),
              "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
-             "## Ten claims of the literature", VERDICTS, table(CLAIMS, claims),
-             "## Open questions", OPEN, table(DISPUTES, [row for results in found for row in dispute_rows(results)]),
+             "## Ten claims of the literature", VERDICTS, table(CLAIM_COLUMNS, claims),
+             "## Open questions", OPEN, table(DISPUTE_COLUMNS, linked(dispute_rows, found)),
              "## The laboratory, experiment by experiment", *map(section, found),
              "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS]
     path = Path(published, "FINDINGS.md")
@@ -177,11 +178,16 @@ def gather(published, experiments):
     return path
 
 
+def linked(rows_of, found):
+    """The rows of all experiments, whose last cell, a name, becomes a link to the document that has the run ids."""
+    return [[*row, f"[{name}](experiments/{name}/FINDINGS.md)"] for results in found for *row, name in rows_of(results)]
+
+
 def legend(study):
     """What the letters of the study's configs stand for, and how large it was."""
-    configs = "; ".join(runs[0].label for runs in study.groups.values())
-    return (f"{configs} (K: experts a byte, aux: balance coefficient). {settings(study.runs[0])} Holm's correction "
-            f"over {len(study.tests)} comparisons.")
+    runs = [runs[0] for runs in study.groups.values()]
+    return (f"{'; '.join(run.label for run in runs)} (K: experts a byte, aux: balance coefficient). {settings(runs[0])} "
+            f"Holm's correction over {len(study.tests)} comparisons.")
 
 
 def section(results):

@@ -40,7 +40,8 @@ from .updates import ALONE, COLUMNS, adamw, add_rows, sum_of_squares
 __all__ = ["ACTIVATIONS", "ALONE", "COLUMNS", "GATED", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation",
            "activation_backward", "adamw", "add_rows", "call_attention", "call_others", "causal_attention",
            "causal_attention_backward", "compile_all", "experts_backward", "experts_forward", "get_threads",
-           "is_compiled", "layer_norm", "layer_norm_backward", "linear", "linear_backward", "set_threads", "sum_of_squares", "thread_info"]
+           "is_compiled", "layer_norm", "layer_norm_backward", "linear", "linear_backward", "set_threads",
+           "sum_of_squares", "thread_info"]
 
 
 def compile_all(dtype):

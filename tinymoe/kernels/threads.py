@@ -1,7 +1,7 @@
 """How kernels are compiled, kept and spread over threads."""
+
 import ctypes
 import hashlib
-import os
 import platform
 import tempfile
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from .. import functional as F
-
 from ..tensor import primitive
 from .token_choice import TopK
 
