@@ -191,6 +191,11 @@ def by_layer(groups, numbers):
     return fig
 
 
+def any_limited(groups):
+    """Whether a config has a capacity limit, without which nothing is dropped."""
+    return any(runs[0].model.get("capacity_factor") is not None for runs in groups.values())
+
+
 FOR_ALL = {"perplexity_over_steps": perplexity_over_steps, "final_perplexity": final_perplexity}
 FOR_EXPERTS = {
     "expert_load": expert_load, "imbalance": imbalance, "domain_by_expert": domain_by_expert,
@@ -200,7 +205,8 @@ FOR_EXPERTS = {
     "weight_divergence": lambda groups: by_layer(groups, {
         "weight_divergence": "weight divergence\n(1 = initialisation)"}),
     "coverage_and_drops": lambda groups: by_layer(groups, {
-        "token_coverage": "share of tokens\nwith an expert", "drop_rate": "share of assignments\ndropped"}),
+        "token_coverage": "share of tokens\nwith an expert",
+        **({"drop_rate": "share of assignments\ndropped"} if any_limited(groups) else {})}),
 }
 
 

@@ -170,7 +170,7 @@ known = Experiment(
         ("top-1", "top-1, balance loss 0.01", {"top_k": 1}), ("top-2", "top-2, balance loss 0.01", {}),
         ("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
         ("hash", "top-2 by a random table of the byte", {"router": "hash"}),
-        ("dense", "no experts", {"moe_layers": ()}))),
+        ("dense", "no experts, layers as wide as one", {"moe_layers": ()}))),
     (LOSS, "excess", "mi_excess", "byte_excess", "load_cv"),
     planned(("excess", "mi_excess"), (("top-1", "hash"), ("top-2", "hash"))) + (("excess", "top-2", "dense"),),
     say_known, {"over_steps": over_steps("top-2", "causal_cross_entropy", "mi_excess", names=MIXTURES),
