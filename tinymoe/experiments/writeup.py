@@ -168,7 +168,7 @@ def gather(published, experiments):
     parts = ["# Findings", ORIGIN, HOW_TO_READ,
              f"**Without finished runs, and so not here: {', '.join(absent)}.**" if absent else "",
              "## The three questions of the study", legend(study),
-             "\n".join(f"- *{title}* {question(study, title)[0]}" for title in QUESTIONS),
+             "\n".join(f"- *{title}* {question(study, title)[0]} {QUESTIONS[title][-1]}" for title in QUESTIONS),
              "## Ten claims of the literature", VERDICTS, table(CLAIM_COLUMNS, claims),
              "## Open questions", OPEN, table(DISPUTE_COLUMNS, linked(dispute_rows, found)),
              "## The laboratory, experiment by experiment", *map(section, found),
