@@ -208,11 +208,12 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
     runs = chosen.runs(size, seeds or size.seeds)
     failures = {} if plot_only else _train(runs, out, chosen.text if text is None else text, jobs, fresh)
     try:
-        click.echo(f"{len(writeup.draw(chosen, out))} figures in {out / 'figures'}")
+        click.echo(f"{len(writeup.draw(chosen, out))} figure(s) in {out / 'figures'}")
         path, results = writeup.write_findings(chosen, out), lab.Results(chosen, out)
     except (ValueError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
-    lines = (click.wrap_text(line, 100, subsequent_indent="  ") for line in writeup.finding(results).splitlines())
+    said = [writeup.missing(results), *writeup.finding(results).splitlines()]
+    lines = [click.wrap_text(line, 100, subsequent_indent="  ") for line in said if line]
     click.echo("\n".join(["", chosen.question, *lines, "", f"findings in {path}"]))
     if failures:
         raise SystemExit(1)

@@ -110,11 +110,11 @@ def machine():
             "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "numba", "scipy")}}}
 
 
-def describe(run, corpus, model):
-    """config.json: everything that makes the run."""
+def describe(run, corpus):
+    """Everything that makes the run, ready for JSON; config.json adds the model's size and the machine."""
     return {"run_id": run.run_id, "config_id": run.config_id, "purpose": run.purpose, "seed": run.seed,
             "model": run.model.to_dict(), "training": dataclasses.asdict(run.training), "start": run.start,
-            "corpus": corpus.describe(), "domains": corpus.names, "parameters": model.count_parameters(), **machine()}
+            "corpus": corpus.describe(), "domains": corpus.names}
 
 
 def load_model(folder):
@@ -291,21 +291,25 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
     Returns the summary, a dict.
     Raises NonFiniteLoss (recorded in failure.json), RunError, files.CheckpointError.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), describe(run, corpus)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        done = not fresh and finished(folder)
+        if not fresh and finished(folder):
+            _require_same(folder, config)
+            return _read(folder / "summary.json")
         try:  # before anything is thrown away: memory may not hold it
-            trainer = Trainer(dataclasses.replace(run, start=None) if done else run, corpus, folder)
+            trainer = Trainer(run, corpus, folder)
         except (ValueError, TypeError) as error:  # `freeze` names nothing, or a size that no array has
             raise RunError(str(error)) from None
         for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
             (folder / name).unlink(missing_ok=True)
         for temporary in [*folder.glob(".*.*"), *folder.glob(f"{ROUTINGS}/.*.*")]:  # of a process killed while it wrote
             temporary.unlink(missing_ok=True)
-        _claim(folder, describe(run, corpus, trainer.model))
-        if done:
-            return _read(folder / "summary.json")
+        if (folder / "config.json").exists():
+            _require_same(folder, config)
+        else:
+            sizes = {"parameters": trainer.model.count_parameters()}
+            write_json(folder / "config.json", config | sizes | machine())
         (folder / "failure.json").unlink(missing_ok=True)
         kernels.compile_all(np.float32)  # read back, never compiled here: so that every process has the same bits
         try:
@@ -332,8 +336,9 @@ def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
 def finished(folder):
     """Whether the folder holds a finished run, with its log to the last row. A torn summary is written again."""
     try:
-        summary = json.loads((folder / "summary.json").read_bytes())
-        return summary["status"] == "complete" and read_rows(folder / "log.jsonl")[-1]["step"] == summary["steps"]
+        summary, last = json.loads((folder / "summary.json").read_bytes()), read_rows(folder / "log.jsonl")[-1]
+        whole = summary["status"] == "complete" and last["step"] == summary["steps"]
+        return whole and (folder / "config.json").exists()
     except (OSError, ValueError, TypeError, LookupError):
         return False
 
@@ -360,13 +365,9 @@ def _read(path):
     return value
 
 
-def _claim(folder, config):
-    """Write config.json, or check that the one there is of the same run."""
-    path = folder / "config.json"
-    if not path.exists():
-        return write_json(path, config)
-    there = _read(path)
-    wanted, found = _identity(config), _identity(there)
+def _require_same(folder, config):
+    """RunError where the folder's config.json is of another run than this description."""
+    wanted, found = _identity(config), _identity(_read(folder / "config.json"))
     different = [f"{name} is {found.get(name)}, not {value}"
                  for name, value in wanted.items() if found.get(name) != value]
     if different:
