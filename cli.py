@@ -222,7 +222,7 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
 def _list_experiments(experiments):
     for name, each in experiments.items():
         click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
-    click.echo("\npython cli.py experiment NAME runs one: three seeds, 4 to 20 minutes on two idle cores.")
+    click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
 
 
 @main.command()

@@ -24,6 +24,13 @@ def test_every_source_goes_on_with_four_letters_and_uses_all_alike():
         assert synthetic.entropy_rate(chain) == pytest.approx(1.75 * np.log(2))
 
 
+def test_who_never_finds_the_source_pays_the_surprise_of_the_mean_chain():
+    chains = [source.transitions() for source in synthetic.sources()]
+    paid = [-chain[i, j] * np.log(np.mean([other[i, j] for other in chains])) / 64 / 4
+            for chain in chains for i, j in zip(*np.nonzero(chain))]
+    assert synthetic.blind_rate() == pytest.approx(sum(paid))
+
+
 def test_the_text_follows_the_chain():
     source = synthetic.sources()[1]
     text = np.frombuffer(source.text(np.random.default_rng(0), 100_000), np.uint8)

@@ -80,8 +80,8 @@ QUESTIONS = {  # title: (numbers compared, figures, caution)
     "What does guaranteed balance cost?": (
         (LOSS,), ("final_perplexity", "coverage_and_drops"),
         "Compared at equal K; differences between routers without that guarantee stand beside it, for scale. The leaky "
-        "loss is routed over the whole batch, later bytes included, as in training; the causal one must change the rule "
-        "as well, so the gap between them is the leak and that change together. The causal rule balances nothing: "
+        "loss is routed over the whole batch, later bytes included, as in training; the causal one must change the "
+        "rule as well, so the gap between them is the leak and that change together. The causal rule balances nothing: "
         "neither loss is the price of balance alone."),
 }
 

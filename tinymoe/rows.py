@@ -79,10 +79,10 @@ def load_runs(study_dir):
 
 def _whole(folder, config, summary, log):
     """Whether the files of a finished run are all there, and of one run."""
-    if config is None or summary is None or not CONFIG_KEYS <= config.keys() or not {"steps", "final"} <= summary.keys():
+    if not CONFIG_KEYS <= (config or {}).keys() or not {"run_id", "steps", "final"} <= (summary or {}).keys():
         return False
     whole_log = max(log, default=None) == summary["steps"]
-    return config["run_id"] == summary.get("run_id") == folder.name and whole_log
+    return config["run_id"] == summary["run_id"] == folder.name and whole_log
 
 
 def _read_json(path):

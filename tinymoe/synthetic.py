@@ -53,6 +53,14 @@ def entropy_rate(chain):
     return float(stationary @ surprise / stationary.sum())
 
 
+def blind_rate(seed=0):
+    """Nats a letter of the best reader who sees one letter at a time, and so never finds out which source he reads.
+
+    The sources are equally likely and every letter is equally frequent, so this is the entropy rate of their mean.
+    """
+    return entropy_rate(np.mean([source.transitions() for source in sources(seed)], axis=0))
+
+
 def texts(seed=0):
     """Yield (name, bytes, entropy rate) of each source."""
     rng = np.random.default_rng([seed, 1])

@@ -22,7 +22,8 @@ shared = Experiment(
     planned((LOSS, "mi_excess"), SHARED_OR_NOT),
     say_loss_and_domains, {"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
     "At equal active and total parameters. Published results disagree: DeepSeekMoE for a shared expert, OLMoE against. "
-    "With one routed expert the gate is raw, with several it is renormalised: that differs too. Load CV and "
+    "With one routed expert the gate is raw, with several it is renormalised, and the shared expert has none: that "
+    "differs too. Load CV and "
     "information have other bounds with another number of experts.",
     disputes=(Dispute("Does a shared expert help?", "yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)",
                       SHARED_OR_NOT),))
@@ -35,9 +36,9 @@ fine_grained = Experiment(
     (LOSS, "parameters", "megaflops", "seconds", "load_cv", "mi_excess"),
     planned((LOSS, "mi_excess"), (("4-of-16", "2-of-8"), ("8-of-32", "2-of-8"))),
     say_loss_and_domains, {"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
-    "At equal active and total parameters but for the routers. DeepSeekMoE and OLMoE report a gain, at other scales. "
-    "Load CV and information have other bounds with another number of experts. Seconds are of one thread beside another "
-    "run.")
+    "At equal active and total parameters but for routers and biases (1%). DeepSeekMoE and OLMoE report a gain, at "
+    "other scales. Load CV and information have other bounds with another number of experts. Seconds are of one thread "
+    "beside another run.")
 
 
 def say_dense(r):
@@ -98,8 +99,8 @@ surface = Experiment(
     say_surface, {"by_experts": lines_by({f"K = {k}": names for k, names in SURFACE.items()}, n_experts, "experts",
                                          LOSS, "parameters", "seconds")},
     "Every expert is as wide as before, so more experts are more parameters and a larger K more active ones. K = 1 has "
-    "raw gates, K > 1 renormalised ones, and one learning rate need not suit all. Seconds are of one thread beside "
-    "another run.")
+    "raw gates, K > 1 renormalised ones, and one learning rate need not suit all. Where K = E nothing is "
+    "chosen. Seconds are of one thread beside another run.")
 
 
 def say_upcycle(r):

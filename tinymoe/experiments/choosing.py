@@ -86,15 +86,18 @@ def say_rate(r):
     places = {rate: [order.index(c) for c in CONFIGS] for rate, order in orders.items()}
     alike = ", ".join(f"{a:g} and {b:g}: {kendalltau(places[a], places[b])[0]:+.2f}" for a, b in combinations(RATES, 2))
     best = ", ".join(f"{c} {min(RATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
+    faster = ", ".join(f"{c} {r.mean(LOSS, f'{c}-{RATES[-1]:g}') - r.mean(LOSS, f'{c}-{RATES[1]:g}'):+.3f}"
+                       for c in CONFIGS)
     ranking = "; ".join(f"at {rate:g}: {', '.join(order)}" for rate, order in orders.items())
     return [f"From the lowest mean loss to the highest, {ranking}.",
             f"Kendall's tau between these rankings (1: the same, -1: reversed), {alike}.",
-            f"The best of the three rates: {best}.", f"Loss: {r.differences(LOSS)}."]
+            f"The best of the three rates: {best}. Mean loss at {RATES[-1]:g} less that at {RATES[1]:g}: {faster}.",
+            f"Loss: {r.differences(LOSS)}."]
 
 
 rate = Experiment(
     "rate", "Does the ranking of the routers survive another learning rate?",
-    tuple(Setting(f"{c.id}-{rate:g}", f"{c.router}, top-{c.top_k}, aux {c.aux_coef:g}, peak rate {rate:g}",
+    tuple(Setting(f"{c.id}-{rate:g}", f"{c.router}, K = {c.top_k}, aux {c.aux_coef:g}, peak rate {rate:g}",
                   {"router": c.router, "top_k": c.top_k, "aux_coef": c.aux_coef}, training={"learning_rate": rate})
           for c in CONFIGS.values() for rate in RATES),
     (LOSS, "causal_perplexity", "load_cv"),

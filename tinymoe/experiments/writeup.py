@@ -128,11 +128,12 @@ ORIGIN = """Generated from the rows of the study (`full/`) and of the experiment
 a document of its own with its tables, figures and planned differences."""
 OPEN = """Published results disagree on these: an interval is what a few seeds of a small model say, no more. A \
 negative difference is in favour of the first."""
-CANNOT = """Speed-ups of training by factors, the stability that the z-loss gives at low precision, and the crossover \
-of upcycling are not to be seen at this scale. A t-interval of few seeds assumes normal scatter, which few seeds cannot \
-check. Within an experiment Holm's correction holds over its planned differences; over all experiments together nothing \
-corrects, and ten claims are ten looks. The same run (top-1 or top-2 with coefficient 0.01) is the reference of several \
-experiments: they are not independent evidence."""
+CANNOT = """All but `rate` train at one learning rate, which need not be the best of any setting: compare their \
+differences with those that another rate makes there. Speed-ups of training by factors, the stability that the z-loss \
+gives at low precision, and the crossover of upcycling cannot be seen at this scale. A t-interval of few seeds assumes \
+normal scatter, which few seeds cannot check. Within an experiment Holm's correction holds over its planned \
+differences; over all experiments together nothing corrects, and ten claims are ten looks. The same runs (top-1 or \
+top-2 with coefficient 0.01) are the reference of several experiments: these are not independent evidence."""
 
 
 def scale(found):
@@ -186,8 +187,9 @@ def linked(rows_of, found):
 def legend(study):
     """What the letters of the study's configs stand for, and how large it was."""
     runs = [runs[0] for runs in study.groups.values()]
-    return (f"{'; '.join(run.label for run in runs)} (K: experts a byte, aux: balance coefficient). {settings(runs[0])} "
-            f"Holm's correction over {len(study.tests)} comparisons.")
+    labels = "; ".join(run.label for run in runs)
+    return (f"{labels} (K: experts a byte, aux: balance coefficient). {settings(runs[0])} Holm's correction over "
+            f"{len(study.tests)} comparisons.")
 
 
 def section(results):
