@@ -225,6 +225,18 @@ def test_the_bigram_classifier_knows_texts_that_share_no_pair(tmp_path):
     assert found["bigram_accuracy"] == 1 and found["bigram_information_excess"] > 0.6  # ln 2 less what chance gives
 
 
+def test_what_the_expert_adds_to_the_byte():
+    """Two letters, two domains, two experts. Byte xor domain: neither alone tells of the domain, both together ln 2."""
+    rng = np.random.default_rng(0)
+    domain, ids = np.arange(64) % 2, rng.integers(0, 2, (64, 32))
+    valid = Validation(ids, ids, domain, ("a", "b"), 8)
+    for expert, expected in ((ids ^ domain[:, None], np.log(2)), (ids, 0), (np.repeat(domain, 32).reshape(64, 32), np.log(2)),
+                             (rng.integers(0, 2, (64, 32)), 0)):
+        gates = np.eye(2)[expert.ravel()]
+        routing = from_mask(gates > 0, Tensor(gates), Tensor(gates), Tensor(gates))
+        assert measures.domain_given_byte(routing, valid) == pytest.approx(expected, abs=0.02)
+
+
 def test_information_of_an_expert_a_byte():
     """Experts 0 and 1 by the byte, which is its class here: ln 2; the position says nothing."""
     rng = np.random.default_rng(0)

@@ -32,6 +32,7 @@ NAMES = {
     # what experts know
     "mi_excess": "domain information (nats)", "byte_excess": "byte information (nats)",
     "byte_over_domain": "byte less domain information (nats)",
+    "domain_given_byte": "domain information beyond the byte (nats)",
     "class_information_excess": "byte class information (nats)",
     "position_information_excess": "position information (nats)", "repetition": "repetition",
     "weight_divergence": "weight divergence", "function_divergence": "function divergence",

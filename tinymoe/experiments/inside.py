@@ -24,7 +24,8 @@ def say_specialise(r):
             f"{told}. Random routing tells nothing, so its numbers show the error of independent draws.",
             "For comparison, the likeliest domain by a table of byte pairs, counted in the training text without any "
             f"network, tells {r.mean('bigram_information_excess', 'top-2'):.3f} nats of the domain.",
-            f"Domain information: {r.differences('mi_excess')}.",
+            f"Domain information: {r.differences('mi_excess')}. Beyond what the byte itself tells: "
+            f"{r.show('domain_given_byte')}.",
             f"Weight divergence: {r.show('weight_divergence')}; function divergence: {r.show('function_divergence')}.",
             f"Loss rises by {r.show('drop_cost')} nats where one expert is dropped, by {r.show('swap_cost')} where two "
             f"are swapped, by {r.show('force_cost')} where all bytes are forced to one.",
@@ -56,19 +57,19 @@ specialise = Experiment(
      Setting("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
      Setting("hash", "top-2 by a random table of the byte", {"router": "hash"}),
      Setting("random", "2 at random", {"router": "random"})),
-    (LOSS, *KNOWN, "weight_divergence", "function_divergence",
+    (LOSS, *KNOWN, "domain_given_byte", "weight_divergence", "function_divergence",
      *(f"{change}_cost" for change in CHANGES)),
     planned(("mi_excess",),
             (("top-1", "random"), ("top-2", "random"), ("hash", "random"), ("top-2", "hash"))),
-    say_specialise, {"information": at_the_end("byte_excess", "class_information_excess", "mi_excess"),
+    say_specialise, {"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
                      "counterfactuals": counterfactual_tables},
     "Position: eighths of the window. Function divergence: mean pairwise 1 - cosine of the experts' outputs on the "
-    "same bytes. A byte gives its domain away in part, so domain information above 0 is no proof of topics. Hash "
-    "routing shows what a random table of the byte tells; a table that is learned could tell more, up to what the byte "
-    "itself does. Information with the domain cannot exceed the log of their number (ln 4 = 1.39), with the byte "
-    "ln(8 / K), so 2.08 for top-1 and 1.39 for two experts a byte: compare at equal K. A dropped expert's gate is not "
-    "given to the others, so its cost is of the missing share too. Expert choice is routed over the batch here, as in "
-    "training.",
+    "same bytes. A byte gives its domain away in part, so domain information above 0 is no proof of topics; what is "
+    "beyond the byte may come from the bytes before it. Hash routing shows what a random table of the byte tells; a "
+    "table that is learned could tell more, up to what the byte itself does. Information with the domain cannot exceed "
+    "the log of their number (ln 4 = 1.39), with the byte ln(8 / K), so 2.08 for top-1 and 1.39 for two experts a byte: "
+    "compare at equal K. A dropped expert's gate is not given to the others, so its cost is of the missing share too. "
+    "Expert choice is routed over the batch here, as in training.",
     (Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the domain",
            "Jiang 2024; Xue 2024",
            tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),),
@@ -163,8 +164,8 @@ def say_known(r):
             f"and never the source: {blind:.3f}. {r.differences('excess')}.",
             f"Of the {np.log(N_SOURCES):.3f} nats that the source has, the expert tells, less its null: "
             f"{r.show('mi_excess')}; {r.differences('mi_excess')}.",
-            f"Of the letter it tells, in nats: {r.show('byte_excess')}. What it tells of the source to one who knows "
-            "the letter was not measured."]
+            f"Of the source to one who knows the letter: {r.show('domain_given_byte')}.",
+            f"Of the letter, in nats: {r.show('byte_excess')}."]
 
 
 MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]
@@ -175,12 +176,12 @@ known = Experiment(
         ("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
         ("hash", "top-2 by a random table of the byte", {"router": "hash"}),
         ("dense", "no experts, layers as wide as one", {"moe_layers": ()}))),
-    (LOSS, "excess", "mi_excess", "byte_excess", "load_cv"),
+    (LOSS, "excess", "mi_excess", "domain_given_byte", "byte_excess", "load_cv"),
     planned(("excess", "mi_excess"), (("top-1", "hash"), ("top-2", "hash"))) + (("excess", "top-2", "dense"),),
     say_known, {"over_steps": over_steps("top-2", "causal_cross_entropy", "mi_excess", names=MIXTURES),
-                "at_the_end": at_the_end("excess", "mi_excess")},
+                "at_the_end": at_the_end("excess", "mi_excess", "domain_given_byte")},
     "The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter alone says "
     "nothing of its source. A reader who knows the source pays the entropy; one who must find it out pays at most ln 4 "
     "nats more in a whole window. Runs are three times as long as those of other experiments. `top-1` and `dense` have "
     "fewer active parameters than the others; hash routing has constant gates.",
-    text=SYNTHETIC)
+    text=SYNTHETIC, measure=measures.beyond_the_byte)

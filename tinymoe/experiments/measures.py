@@ -103,7 +103,7 @@ def specialisation(trainer):
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
     found = {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
-    found |= bigram_classifier(trainer.corpus, valid)
+    found |= beyond_the_byte(trainer) | bigram_classifier(trainer.corpus, valid)
     divergences = [function_divergence(part, model, valid) for part in model.moe_parts()]
     found["function_divergence"] = float(np.mean(divergences))
     return found | counterfactuals(model, valid, nats)
@@ -116,6 +116,28 @@ def information(routing, valid):
     labels = {"class": byte_class(valid.ids).ravel(), "position": np.tile(np.arange(length) * 8 // length, n_windows)}
     rng = np.random.default_rng(0)
     return {f"{name}_information_excess": _excess(routing.mask(), of, rng) for name, of in labels.items()}
+
+
+def beyond_the_byte(trainer):
+    """`domain_given_byte` of a model on the final validation windows, the mean over its layers; None if it is dense."""
+    valid = windows(trainer, trainer.run.training.final_windows)
+    _, by_layer = losses_and_routings(trainer.model, valid, causal=False)
+    layers = [domain_given_byte(merge(routings), valid) for routings in by_layer]
+    return {"domain_given_byte": float(np.mean(layers)) if layers else None}
+
+
+def domain_given_byte(routing, valid):
+    """I(expert; domain | byte) = I(expert; byte and domain) - I(expert; byte), what the expert tells of the domain to
+    one who sees the byte, less its mean under domains shuffled over windows."""
+    ids, rng = valid.ids.ravel(), np.random.default_rng(0)
+
+    def tells(domain):
+        both = np.repeat(domain, valid.ids.shape[1]) * 256 + ids
+        alone, together = (metrics.label_load(routing, of, n) for of, n in ((ids, 256), (both, 256 * len(valid.names))))
+        return metrics.mutual_information(together) - metrics.mutual_information(alone)
+
+    null = np.mean([tells(rng.permutation(valid.domain)) for _ in range(metrics.N_SHUFFLES)])
+    return float(tells(valid.domain) - null)
 
 
 def _excess(counts, labels, rng):
