@@ -119,8 +119,8 @@ class Comparison:
 
 
 def enough_digits(numbers, digits, bound=0.0):
-    """So many digits after the point, or more, up to 6, so that no other number looks like the bound."""
-    while digits < 6 and any(x != bound and round(x, digits) == round(bound, digits) for x in numbers):
+    """So many digits after the point, or more, that no number looks like the bound which differs from it in 6 digits."""
+    while any(round(x, digits) == round(bound, digits) and round(x, 6) != round(bound, 6) for x in numbers):
         digits += 1
     return digits
 
@@ -195,7 +195,8 @@ def text(runs, metric, leaky=True):
         return "–"
     digits = 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
     digits = enough_digits([one.half], 0 if abs(one.mean) >= 100 else digits)
-    number = f"{round(one.mean, digits) + 0.0:,.{digits}f}" + (f" ± {one.half:,.{digits}f}" if one.half > 0 else "")
+    scatter = f" ± {one.half:,.{digits}f}" if round(one.half, 6) > 0 else ""  # nan, of one seed, is not above 0
+    number = f"{round(one.mean, digits) + 0.0:,.{digits}f}" + scatter
     if leaky and metric.startswith("causal_") and runs[0].leaky:
         number += f" (leaky {text(runs, metric.replace('causal', 'val'))})"
     return number

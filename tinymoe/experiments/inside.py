@@ -19,7 +19,8 @@ CHANGES = ("drop", "swap", "force")
 
 def say_specialise(r):
     """Information with each label, divergence, counterfactuals."""
-    told = "; ".join(f"`{name}` " + ", ".join(f"{r.mean(label, name):.3f}" for label in KNOWN) for name in r.groups)
+    told = "; ".join(f"`{name}` " + ", ".join(f"{round(r.mean(label, name), 3) + 0.0:.3f}" for label in KNOWN)
+                     for name in r.groups)
     return ["Nats that the expert tells of a byte's value, its class, its position and its domain, each less its null: "
             f"{told}. Random routing tells nothing, so its numbers show the error of independent draws.",
             "For comparison, the likeliest domain by a table of byte pairs, counted in the training text without any "

@@ -128,7 +128,8 @@ def beyond_the_byte(trainer):
 
 def domain_given_byte(routing, valid):
     """I(expert; domain | byte) = I(expert; byte and domain) - I(expert; byte), what the expert tells of the domain to
-    one who sees the byte, less its mean under domains shuffled over windows."""
+    one who sees the byte, less its mean under domains shuffled over windows: a null that takes a little too much where
+    a domain has bytes of its own, since shuffled windows fill more of the table."""
     ids, rng = valid.ids.ravel(), np.random.default_rng(0)
 
     def tells(domain):
