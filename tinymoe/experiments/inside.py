@@ -62,13 +62,14 @@ specialise = Experiment(
      *(f"{change}_cost" for change in CHANGES)),
     planned(("mi_excess",),
             (("top-1", "random"), ("top-2", "random"), ("hash", "random"), ("top-2", "hash"))),
-    say_specialise, {"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
+    say_specialise, {"information": at_the_end("byte_excess", "class_information_excess", "mi_excess",
+                                               "domain_given_byte"),
                      "counterfactuals": counterfactual_tables},
     "Position: eighths of the window. Function divergence: mean pairwise 1 - cosine of the experts' outputs on the "
     "same bytes. A byte gives its domain away in part, so domain information above 0 is no proof of topics; what is "
     "beyond the byte may come from the bytes before it. Hash routing shows what a random table of the byte tells; a "
     "table that is learned could tell more, up to what the byte itself does. Information with the domain cannot exceed "
-    "the log of their number (ln 4 = 1.39), with the byte ln(8 / K), so 2.08 for top-1 and 1.39 for two experts a byte: "
+    "the log of their number (ln 4 = 1.39), with the byte ln(8 / K), 2.08 for top-1 and 1.39 for two experts a byte: "
     "compare at equal K. A dropped expert's gate is not given to the others, so its cost is of the missing share too. "
     "Expert choice is routed over the batch here, as in training.",
     (Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the domain",
