@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from tinymoe.params import PRESETS
 from test_train import MODEL, TRAINING, WORDS, results, snapshot
 from tinymoe import ModelConfig, files, plots, report, train
 
@@ -62,6 +63,11 @@ def test_help_is_instant_and_imports_nothing_heavy():
 def test_every_command_has_help(command):
     code, output = invoke(command, "--help")
     assert code == 0 and output.startswith("Usage:") and cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
+
+
+def test_the_help_of_params_names_every_preset():
+    output = invoke("params", "--help")[1]
+    assert all(name in output for name in PRESETS)
 
 
 # -- from end to end --

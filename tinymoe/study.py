@@ -32,9 +32,10 @@ class Setting:
     aux_coef: float
     purpose: str
 
-    def model_config(self, overrides):
-        """The ModelConfig of this row, changed by a dict of fields."""
-        return ModelConfig(**{"router": self.router, "top_k": self.top_k, "aux_coef": self.aux_coef} | overrides)
+    @property
+    def model(self):
+        """What this row changes of a ModelConfig, as a dict of fields."""
+        return {"router": self.router, "top_k": self.top_k, "aux_coef": self.aux_coef}
 
 
 CONFIGS = {s.id: s for s in (
@@ -54,7 +55,7 @@ def runs(ids, n_seeds, training, overrides=None):
     overrides: dict of ModelConfig fields for all of them; it wins over the table.
     Raises ValueError where ModelConfig does, and for a vocabulary that does not hold every byte.
     """
-    found = [Run(s.id, s.purpose, seed, s.model_config(overrides or {}), training)
+    found = [Run(s.id, s.purpose, seed, ModelConfig(**s.model | (overrides or {})), training)
              for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
     for run in found:
         if run.model.vocab_size < 256:

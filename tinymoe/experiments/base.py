@@ -12,6 +12,7 @@ from ..report import LOSS, Comparison, holm, label, text, told_apart
 from ..rows import complete_runs, gap, t_interval, value
 from ..train import Run, TrainConfig, filled
 
+
 @dataclass(frozen=True)
 class Scale:
     """How large an experiment is: the model that its settings change, the steps, and the seeds."""
@@ -77,10 +78,16 @@ class Effect:
             return first - numbers(self.metric, self.minus)
         return first / numbers(self.metric, self.over) if self.over else first
 
-    def word(self, low, high):
+    def ends(self, numbers):
+        """(low, high) of the interval over seeds, or of the runs; infinite where nothing is decided: one seed, nan."""
+        interval = t_interval(numbers)
+        low, high = (min(numbers), max(numbers)) if self.every_run else (interval.low, interval.high)
+        return (low, high) if np.isfinite([low, high]).all() else (-np.inf, np.inf)
+
+    def word(self, numbers):
         """"held" where both ends are beyond the bound, "did not hold" where neither is, else "undecided"."""
-        ends = {RELATIONS[self.relation](end, self.bound) for end in (low, high)}
-        return "undecided" if len(ends) == 2 else "held" if True in ends else "did not hold"
+        beyond = {RELATIONS[self.relation](end, self.bound) for end in self.ends(numbers)}
+        return "undecided" if len(beyond) == 2 else "held" if True in beyond else "did not hold"
 
     def __str__(self):
         other = f" - {self.minus}" if self.minus else f" / {self.over}" if self.over else ""
@@ -210,18 +217,8 @@ class Results:
 
     def outcome(self, claim):
         """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""
-        words, found = set(), []
-        for effect in claim.effects:
-            numbers = effect.of(self.numbers)
-            interval = t_interval(numbers)
-            if effect.every_run:
-                low, high = min(numbers), max(numbers)
-            else:
-                low, high = interval.low, interval.high
-            if not np.isfinite([low, high]).all():  # one seed, or a number that is none
-                low, high = -np.inf, np.inf
-            words.add(effect.word(low, high))
-            found.append((effect, numbers))
+        found = [(effect, effect.of(self.numbers)) for effect in claim.effects]
+        words = {effect.word(numbers) for effect, numbers in found}
         return next(word for word in ("did not hold", "undecided", "held") if word in words), found
 
 

@@ -98,7 +98,7 @@ def say_rate(r):
 rate = Experiment(
     "rate", "Does the ranking of the routers survive another learning rate?",
     tuple(Setting(f"{c.id}-{rate:g}", f"{c.router}, K = {c.top_k}, aux {c.aux_coef:g}, peak rate {rate:g}",
-                  {"router": c.router, "top_k": c.top_k, "aux_coef": c.aux_coef}, training={"learning_rate": rate})
+                  c.model, training={"learning_rate": rate})
           for c in CONFIGS.values() for rate in RATES),
     (LOSS, "causal_perplexity", "load_cv"),
     planned((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"]),

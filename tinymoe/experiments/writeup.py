@@ -8,7 +8,7 @@ import numpy as np
 from ..files import write_whole
 from ..plots import STYLE, save
 from ..report import LOSS, METHODS, QUESTIONS, Study, enough_digits, label, question, run_ids, settings, table, text
-from ..rows import load_runs, over_seeds, t_interval, value
+from ..rows import load_runs, over_seeds, value
 from .base import SCALES, Results
 
 HOW_TO_READ = """**How to read.** Loss is causal validation cross-entropy in nats a byte unless said otherwise (each \
@@ -93,11 +93,10 @@ def claim_rows(results):
 
 def measured(effect, numbers):
     """`load CV, a / b: 2.905 [2.411, 3.399], needs > 3`; for what is judged in every run the range of the runs."""
-    one = t_interval(numbers)
-    shown = one.mean, *((min(numbers), max(numbers)) if effect.every_run else (one.low, one.high))
+    shown = np.mean(numbers), *effect.ends(numbers)
     digits = enough_digits(shown, 3, effect.bound)
     mean, low, high = (f"{x:{'+' if effect.minus else ''}.{digits}f}" for x in shown)
-    ends = f" (runs: {low} to {high})" if effect.every_run else f" [{low}, {high}]" if np.isfinite(one.half) else ""
+    ends = f" (runs: {low} to {high})" if effect.every_run else f" [{low}, {high}]" if np.isfinite(shown).all() else ""
     return f"{effect}: {mean}{ends}, needs {effect.relation} {effect.bound:g}"
 
 
