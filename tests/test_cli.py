@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from tinymoe.params import PRESETS
 from test_train import MODEL, TRAINING, WORDS, results, snapshot
 from tinymoe import ModelConfig, files, plots, report, train
+from tinymoe.params import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "

@@ -20,8 +20,6 @@ DERIVED = {
     "router_entropy_share": lambda layer: layer["router_entropy"] / math.log(max(2, len(layer["load"]))),
     "marginal_entropy_share": lambda layer: layer["marginal_entropy"] / math.log(max(2, len(layer["load"]))),
 }
-
-
 CONFIG_KEYS = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters", "versions",
                "threads"}  # what is read of a config.json
 
