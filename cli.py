@@ -53,7 +53,7 @@ def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh,
     out = out or RESULTS / ("quick" if quick else "full")
     if plot_only:
         return _write_up(out, plot=True)
-    from tinymoe import study as s
+    from tinymoe.study import runner as s
     all_runs = _runs(s, configs, seeds, steps or (s.QUICK_STEPS if quick else None), overrides)
     failures = _train(all_runs, out, text, jobs, fresh)
     if len(failures) < len(all_runs):
@@ -64,8 +64,8 @@ def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh,
 
 def _train(all_runs, out, text, jobs, fresh):
     """Train the runs with a progress bar, and say which failed; returns the messages of those."""
-    from tinymoe import study as s
-    from tinymoe.data import CorpusError
+    from tinymoe.study import runner as s
+    from tinymoe.training.data import CorpusError
     click.echo(f"{len(all_runs)} run(s) of {_steps(all_runs)} steps, {min(jobs, len(all_runs))} at a time -> {out}")
     if not s.kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
@@ -100,8 +100,8 @@ def _settings(overrides):
     """NAME=VALUE texts as (fields of ModelConfig, fields of TrainConfig); click.UsageError for what is neither."""
     import dataclasses
 
-    from tinymoe.config import ModelConfig
-    from tinymoe.train import TrainConfig
+    from tinymoe.model.config import ModelConfig
+    from tinymoe.training.trainer import TrainConfig
     model, training = {}, {}
     known = {field.name: part for cls, part in ((ModelConfig, model), (TrainConfig, training))
              for field in dataclasses.fields(cls)}
@@ -147,11 +147,11 @@ class _Progress:
 
 def _write_up(out, plot):
     """Figures, summary.csv and FINDINGS.md of the runs under `out`, and a table of them on the screen."""
-    from tinymoe import report, rows
+    from tinymoe.study import report, results as rows
     try:
         groups = rows.complete_runs(out)
         if plot:
-            from tinymoe import plots
+            from tinymoe.study import figures as plots
             click.echo(f"{len(plots.draw_all(out))} figures in {out / 'figures'}")
         findings = report.write_findings(out)  # after the figures, which it shows
         report.write_summary_csv(out)
@@ -196,7 +196,7 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
     Interrupted at any moment, the same command goes on from the last checkpoints.
     """
     from tinymoe import experiments as lab
-    from tinymoe.experiments import writeup
+    from tinymoe.study import experiment_report as writeup
     if name is None:
         return _list_experiments(lab.EXPERIMENTS)
     if name not in lab.EXPERIMENTS:
@@ -232,7 +232,8 @@ def findings(folder):
 
     FOLDER is results/published, unless another is given: results, for runs of your own.
     """
-    from tinymoe.experiments import EXPERIMENTS, writeup
+    from tinymoe.experiments import EXPERIMENTS
+    from tinymoe.study import experiment_report as writeup
     try:
         click.echo(writeup.gather(folder, EXPERIMENTS))
     except (ValueError, OSError) as error:
@@ -244,7 +245,7 @@ def findings(folder):
 @main.command()
 def routers():
     """List the routers: who chooses, what is balanced, what is causal, what is learned, what it costs."""
-    from tinymoe.routers import ROUTERS
+    from tinymoe.moe.routers import ROUTERS
     lines = [("name", "who chooses", "equal load", "causal", "learned", "cost a layer", "paper")]
     for name, router in ROUTERS.items():
         causal = {(True, True): "yes", (True, False): "not while training", (False, False): "no"}[
@@ -274,7 +275,7 @@ def params(model, context, width):
     Active is what one token meets, embedding and head included. FLOPs are of the forward pass of one token: two for
     each active weight of a matrix product, and attention over --context positions.
     """
-    from tinymoe import params as p
+    from tinymoe.model import counting as p
     try:
         if model in p.PRESETS:
             config = p.PRESETS[model]
@@ -305,11 +306,11 @@ def params(model, context, width):
               help="Change any field of ModelConfig or TrainConfig.")
 def probe(router, steps, overrides):
     """Try what a router does to a small model: causality, neighbours in the batch, gradients, collapse."""
-    from tinymoe import probes
-    from tinymoe.config import ModelConfig
-    from tinymoe.data import CorpusError, load_corpus
-    from tinymoe.routers import ROUTERS
-    from tinymoe.train import NonFiniteLoss, TrainConfig
+    from tinymoe.study import probes
+    from tinymoe.model.config import ModelConfig
+    from tinymoe.training.data import CorpusError, load_corpus
+    from tinymoe.moe.routers import ROUTERS
+    from tinymoe.training.trainer import NonFiniteLoss, TrainConfig
     small = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": router,
              "top_k": 1 if router in ROUTERS and ROUTERS[router].top_1_only else 2}
     model, training = _settings(overrides)
@@ -361,7 +362,7 @@ def route(run, text, gate, entropy, layers):
     model, data = _model(run), text.encode("utf-8", "surrogateescape")
     from shutil import get_terminal_size
 
-    from tinymoe import view
+    from tinymoe.tools import view
     known = model.config.moe_layers
     if not data:
         raise click.UsageError("TEXT is empty: give at least one byte")
@@ -386,7 +387,7 @@ def route(run, text, gate, entropy, layers):
 def _model(run):
     """The model of a run folder; one line and exit code 1 where there is none."""
     from tinymoe.files import CheckpointError
-    from tinymoe.train import load_model
+    from tinymoe.training.trainer import load_model
     try:
         return load_model(run)
     except CheckpointError as error:
@@ -404,10 +405,10 @@ def view(run, text, out):
 
     It needs no network. A run without saved routings, or --text, is shown as its last checkpoint routes.
     """
-    from tinymoe import view as v
-    from tinymoe.data import CorpusError
+    from tinymoe.tools import view as v
+    from tinymoe.training.data import CorpusError
     from tinymoe.files import CheckpointError, write_whole
-    from tinymoe.train import FILES
+    from tinymoe.training.trainer import FILES
     out = out or run / "view.html"
     if out.name in FILES:
         raise click.UsageError(f"--out {out}: that is a file of a run; a page ends in .html")
@@ -437,7 +438,7 @@ def generate(run, prompt, length, temperature, top, seed):
     import numpy as np
 
     from tinymoe import kernels
-    from tinymoe.generate import generate as sample
+    from tinymoe.model.generate import generate as sample
     kernels.set_threads(1)  # one window is too little work to share; the text is the same
     decoder = getincrementaldecoder("utf-8")("replace")  # a character appears when its last byte is there
 
@@ -462,7 +463,7 @@ def generate(run, prompt, length, temperature, top, seed):
 @click.option("--only", metavar="TEXT", help="Check only what has this text in its name.")
 def gradcheck(only):
     """Compare every gradient with finite differences; exits 1 if any is wrong."""
-    from tinymoe import checks
+    from tinymoe.tools import checks
     rows = []
     for row in checks.run_all(only):
         click.echo(row.line())
@@ -487,7 +488,7 @@ def gradcheck(only):
               help="Folder of the rows and figures.")
 def bench(quick, profile, repeats, out):
     """Time the expert backends against each other, a training step operation by operation, and how both scale."""
-    from tinymoe import bench as b
+    from tinymoe.tools import bench as b
     from tinymoe import kernels
     try:
         seconds = kernels.compile_all("float32")

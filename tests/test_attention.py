@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
-from tinymoe import functional as F
-from tinymoe.attention import CausalSelfAttention, LatentAttention
+from tinymoe import ModelConfig, Tensor, Transformer
+from tinymoe.autograd import gradcheck
+from tinymoe.autograd import functional as F
+from tinymoe.layers.attention import CausalSelfAttention, LatentAttention
 
 B, T, D = 2, 5, 8
 

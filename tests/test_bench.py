@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tinymoe import bench, kernels
-from tinymoe.model import ModelConfig
+from tinymoe.tools import bench
+from tinymoe import kernels
+from tinymoe.model.transformer import ModelConfig
 
 SMALL = ModelConfig(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=16, seq_len=4, moe_layers=(1,), n_experts=4)
 

@@ -14,8 +14,11 @@ from click.testing import CliRunner
 
 import cli
 from test_train import MODEL, TRAINING, WORDS, results, snapshot
-from tinymoe import ModelConfig, files, plots, report, train
-from tinymoe.params import PRESETS
+from tinymoe import ModelConfig
+from tinymoe import files
+from tinymoe.study import figures as plots, report
+from tinymoe.training import trainer as train
+from tinymoe.model.counting import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -127,7 +130,7 @@ def test_odd_names_of_domains_reach_figures_and_findings(text, tmp_path):
 def test_what_is_no_file_in_a_folder_of_texts_is_passed_over(text, tmp_path):
     (tmp_path / "plain.txt").write_text(WORDS)
     os.mkfifo(tmp_path / "pipe")
-    done = subprocess.run([sys.executable, "-c", f"from tinymoe.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"],
+    done = subprocess.run([sys.executable, "-c", f"from tinymoe.training.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"],
                           capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.stdout == "['plain']\n"
 

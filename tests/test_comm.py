@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from tinymoe import ExpertBank, RouteContext, Tensor, comm, routers
-from tinymoe.routing import from_mask
+from tinymoe import ExpertBank, RouteContext, Tensor
+from tinymoe.moe import devices as comm, routers
+from tinymoe.moe.routing import from_mask
 
 
 def routing(gates):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from tinymoe.data import EXPECTED_SHA256, CorpusError, load_corpus, split_spans
+from tinymoe.training.data import EXPECTED_SHA256, CorpusError, load_corpus, split_spans
 
 
 @pytest.fixture(scope="module")

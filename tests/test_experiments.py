@@ -11,14 +11,16 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from tinymoe import ModelConfig, Tensor, Transformer, rows
+from tinymoe import ModelConfig, Tensor, Transformer
+from tinymoe.study import results as rows
 from tinymoe import experiments as lab
-from tinymoe.data import load_corpus
-from tinymoe.evaluation import Validation, losses_and_routings
-from tinymoe.experiments import EXPERIMENTS, measures, writeup
-from tinymoe.report import LOSS
-from tinymoe.routing import from_mask
-from tinymoe.train import Trainer, train
+from tinymoe.training.data import load_corpus
+from tinymoe.training.evaluation import Validation, losses_and_routings
+from tinymoe.experiments import EXPERIMENTS
+from tinymoe.study import measures, experiment_report as writeup
+from tinymoe.study.report import LOSS
+from tinymoe.moe.routing import from_mask
+from tinymoe.training.trainer import Trainer, train
 
 TOY = lab.Scale({"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (1,), "seq_len": 16}, 2, 2)
 
@@ -274,7 +276,7 @@ def test_padding_and_excess_are_what_they_say():
     """Capacity 2 of 4 experts for 4 tokens of top-1 (factor 2): 8 places, of which 3 are taken in each batch of 4."""
     model = {"n_experts": 4, "top_k": 1, "seq_len": 2, "capacity_factor": 2.0}
     final = {"layers": [{"load": [6, 0, 0, 0]}], "validation_tokens": 8, "causal_cross_entropy": 1.5}
-    run = rows.Run("a", {"model": model, "training": {"batch_size": 2}, "corpus": {"x": {"entropy_rate": 1.0}, "y": {"entropy_rate": 1.2}}},
+    run = rows.RunRecord("a", {"model": model, "training": {"batch_size": 2}, "corpus": {"x": {"entropy_rate": 1.0}, "y": {"entropy_rate": 1.2}}},
                    [], {"final": final})
     assert rows.value(run, "padding") == pytest.approx(1 - 6 / 16) and rows.value(run, "excess") == pytest.approx(.4)
 

@@ -3,9 +3,12 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import ExpertBank, RouteContext, Routing, Tensor, gradcheck, kernels, routers
-from tinymoe.experts import BACKENDS
-from tinymoe.routing import from_mask
+from tinymoe import ExpertBank, RouteContext, Routing, Tensor
+from tinymoe.autograd import gradcheck
+from tinymoe import kernels
+from tinymoe.moe import routers
+from tinymoe.moe.experts import BACKENDS
+from tinymoe.moe.routing import from_mask
 
 D, F, E = 3, 4, 4
 NAMES = ["w1", "b1", "w2", "b2"]

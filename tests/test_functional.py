@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import Tensor, functional as F
+from tinymoe import Tensor
+from tinymoe.autograd import functional as F
 
 pytestmark = pytest.mark.filterwarnings("error")
 

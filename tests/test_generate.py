@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tinymoe as tm
-from tinymoe.generate import generate, next_probabilities
+from tinymoe.model.generate import generate, next_probabilities
 
 SMALL = dict(vocab_size=9, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=6, moe_layers=(0, 1), n_experts=4)
 

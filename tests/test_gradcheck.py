@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from tinymoe import Tensor, functional as F, gradcheck
-from tinymoe.tensor import primitive
+from tinymoe import Tensor
+from tinymoe.autograd import functional as F, gradcheck
+from tinymoe.autograd.tensor import primitive
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)

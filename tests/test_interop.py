@@ -8,7 +8,7 @@ import pytest
 
 import published
 import tinymoe as tm
-from tinymoe import interop
+from tinymoe.model import published as interop
 from tinymoe.files import CheckpointError
 
 safetensors = pytest.importorskip("safetensors.numpy")

@@ -1,21 +1,23 @@
-"""The architecture, read from the import statements: each file of tinymoe imports only from files above it."""
+"""The architecture, read from the import statements: a folder of tinymoe imports only from floors below its own."""
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("files tensor kernels functional gradcheck nn attention routing routers losses experts comm config moe model params interop synthetic "
-         "data optim metrics evaluation train probes generate study rows plots view report experiments bench checks").split()
+FLOORS = [["files"], ["kernels"], ["autograd"], ["layers"], ["moe"], ["model"], ["training"], ["study"],
+          ["experiments", "tools"]]  # from the bottom up; a folder imports only from floors below its own
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.glob("tinymoe/**/*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EVERYWHERE = [*FILES, ROOT / "cli.py"]
 
 
 def module(path):
-    """The part of tinymoe that a file belongs to: "routers" for routers.py and for routers/any.py."""
+    """The floor's folder (or file) that a file belongs to: "moe" for moe/any.py."""
     return path.relative_to(ROOT / "tinymoe").parts[0].removesuffix(".py")
 
 
@@ -37,28 +39,49 @@ def inside(path):
     return list(dict.fromkeys(p[1] for p in parts if p[0] == "tinymoe" and len(p) > 1))
 
 
+def dotted(path):
+    """tinymoe.moe.routing of its file; a package has the name of its folder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules(path):
+    """The modules of tinymoe that a file imports; a package that it lies in itself does not count."""
+    known, own = {dotted(file) for file in FILES}, dotted(path)
+    for name in imports(path):
+        found = name if name in known else name.rpartition(".")[0]
+        if found in known and not f"{own}.".startswith(f"{found}."):
+            yield found
+
+
 def outside(path):
     return {name.split(".")[0] for name in imports(path)} - {"tinymoe"}
 
 
-def test_every_file_has_its_place_in_the_order():
-    assert {module(path) for path in FILES} - {"__init__"} == set(ORDER)
+def test_the_package_is_its_floors_and_nothing_else():
+    there = {path.name.removesuffix(".py") for path in (ROOT / "tinymoe").iterdir()} - {"__init__", "__pycache__"}
+    assert there == set(FLOOR)
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_a_file_imports_only_from_files_above_it(path):
-    if module(path) != "__init__":
-        place = ORDER.index(module(path))
-        assert [name for name in inside(path) if ORDER.index(name) > place] == []
+def test_a_folder_imports_only_from_floors_below(path):
+    own = module(path)
+    if own != "__init__":
+        assert [name for name in inside(path) if name != own and FLOOR[name] >= FLOOR[own]] == []
+
+
+def test_no_imports_go_in_a_circle():
+    known = {dotted(path): set(modules(path)) for path in FILES if path != ROOT / "tinymoe/__init__.py"}
+    assert tuple(TopologicalSorter(known).static_order())  # raises CycleError
 
 
 def test_the_package_imports_in_reading_order():
-    names = inside(ROOT / "tinymoe" / "__init__.py")
-    assert names == sorted(names, key=ORDER.index)
+    floors = [FLOOR[name] for name in inside(ROOT / "tinymoe" / "__init__.py")]
+    assert floors == sorted(floors)
 
 
-def test_only_the_kernels_import_numba():
-    assert {module(path) for path in FILES if outside(path) & {"numba", "llvmlite"}} == {"kernels"}
+def test_only_the_compiled_kernels_import_numba():
+    found = {path.relative_to(ROOT / "tinymoe").parts[:2] for path in FILES if outside(path) & {"numba", "llvmlite"}}
+    assert found == {("kernels", "compiled")}
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=[*NAMES, "cli.py"])

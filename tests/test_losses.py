@@ -2,9 +2,11 @@
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer, gradcheck, losses, routers
-from tinymoe import functional as F
-from tinymoe.routing import from_mask, limit_capacity
+from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer
+from tinymoe.autograd import gradcheck
+from tinymoe.moe import losses, routers
+from tinymoe.autograd import functional as F
+from tinymoe.moe.routing import from_mask, limit_capacity
 
 
 def routing(gates, probs=None, logits=None, **fields):

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from tinymoe import ExpertBank, Tensor, metrics
-from tinymoe.routing import from_mask, limit_capacity
+from tinymoe import ExpertBank, Tensor
+from tinymoe.moe import metrics
+from tinymoe.moe.routing import from_mask, limit_capacity
 
 
 def routing(gates, probs=None):

@@ -4,9 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck, losses
+from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer
+from tinymoe.autograd import gradcheck
+from tinymoe.moe import losses
 from tinymoe.files import CheckpointError, save_arrays
-from tinymoe.routing import from_mask
+from tinymoe.moe.routing import from_mask
 
 SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=3, top_k=2)
 IDS = np.array([[0, 3, 6, 2, 5], [1, 1, 4, 0, 2]])

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import Tensor, optim
+from tinymoe import Tensor
+from tinymoe.training import optim
 
 pytestmark = pytest.mark.filterwarnings("error")
 

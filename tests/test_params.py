@@ -4,7 +4,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Transformer, params
+from tinymoe import ModelConfig, Transformer
+from tinymoe.model import counting as params
 
 PUBLISHED = {  # the keys and values of the models' own config files
     "mixtral-8x7b": {

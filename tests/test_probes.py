@@ -2,7 +2,9 @@
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer, metrics, probes, routers
+from tinymoe import ModelConfig, Tensor, Transformer
+from tinymoe.moe import metrics, routers
+from tinymoe.study import probes
 
 IDS = np.random.default_rng(0).integers(0, 11, (4, 8))
 TARGETS = (IDS + 3) % 11

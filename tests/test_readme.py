@@ -12,8 +12,10 @@ import numpy as np
 
 import cli
 import tinymoe as tm
-from tinymoe import report, routers
-from tinymoe.experiments import EXPERIMENTS, writeup
+from tinymoe.study import report
+from tinymoe.moe import routers
+from tinymoe.experiments import EXPERIMENTS
+from tinymoe.study import experiment_report as writeup
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from tinymoe import plots, report
-from tinymoe.report import Comparison, holm
-from tinymoe.rows import Interval, load_runs, t_interval
+from tinymoe.study import figures as plots, report
+from tinymoe.study.report import Comparison, holm
+from tinymoe.study.results import Interval, load_runs, t_interval
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
            "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01)}

@@ -4,11 +4,14 @@ import itertools
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, metrics, nn, routers
-from tinymoe import functional as F
-from tinymoe.evaluation import Validation, evaluate
-from tinymoe.optim import AdamW
-from tinymoe.routers import ROUTERS, RouteContext
+from tinymoe import ModelConfig, Tensor, Transformer
+from tinymoe.autograd import gradcheck
+from tinymoe.moe import metrics, routers
+from tinymoe.layers import nn
+from tinymoe.autograd import functional as F
+from tinymoe.training.evaluation import Validation, evaluate
+from tinymoe.training.optim import AdamW
+from tinymoe.moe.routers import ROUTERS, RouteContext
 
 ALL = list(ROUTERS)
 

@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import ModelConfig, Tensor, Transformer, gradcheck, routers
-from tinymoe import functional as F
-from tinymoe.routers import RouteContext
+from tinymoe import ModelConfig, Tensor, Transformer
+from tinymoe.autograd import gradcheck
+from tinymoe.moe import routers
+from tinymoe.autograd import functional as F
+from tinymoe.moe.routers import RouteContext
 
 NAMES = ["top_k", "noisy_top_k", "expert_choice"]          # those of the study
 P = np.array([[.5, .3, .2],

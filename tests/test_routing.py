@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from tinymoe import Routing, Tensor, routers
-from tinymoe.routing import capacity, from_mask, largest, limit_capacity, merge
+from tinymoe import Routing, Tensor
+from tinymoe.moe import routers
+from tinymoe.moe.routing import capacity, from_mask, largest, limit_capacity, merge
 
 GATES = np.array([[.40, .60, 0],     # first choice expert 1, second expert 0
                   [.35, 0, .30],     # first choice expert 0, second expert 2

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
-from tinymoe import study, train
-from tinymoe.data import CorpusError
+from tinymoe.study import runner as study
+from tinymoe.training import trainer as train
+from tinymoe.training.data import CorpusError
 
 ROOT = Path(__file__).resolve().parent.parent
 

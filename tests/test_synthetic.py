@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tinymoe import synthetic
-from tinymoe.data import SYNTHETIC, load_corpus
+from tinymoe.training import synthetic
+from tinymoe.training.data import SYNTHETIC, load_corpus
 
 
 @pytest.mark.parametrize("chain, expected", [

@@ -9,7 +9,7 @@ import pytest
 import naive
 import tinymoe as tm
 from tinymoe import Tensor
-from tinymoe.tensor import record
+from tinymoe.autograd.tensor import record
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import tinymoe as tm
-from tinymoe import files, kernels, study, train as t
-from tinymoe.data import load_corpus
+from tinymoe import files, kernels
+from tinymoe.study import runner as study
+from tinymoe.training import trainer as t
+from tinymoe.training.data import load_corpus
 
 MODEL = dict(d_model=16, n_heads=2, d_ff=32, n_layers=2, moe_layers=[1], seq_len=16, n_experts=4)
 TRAINING = dict(steps=6, batch_size=4, n_evaluations=3, eval_windows=2, final_windows=2)  # looks after steps 2, 4 and 6

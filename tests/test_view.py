@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from test_train import WORDS, tiny
-from tinymoe import Tensor, Transformer, files, train, view
-from tinymoe.data import SYNTHETIC, CorpusError, load_corpus
+from tinymoe import Tensor, Transformer
+from tinymoe import files
+from tinymoe.training import trainer as train
+from tinymoe.tools import view
+from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
 from tinymoe.files import CheckpointError, load_arrays, save_arrays
-from tinymoe.routing import from_mask
+from tinymoe.moe.routing import from_mask
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -16,17 +16,19 @@ import threadpoolctl  # noqa: E402
 
 threadpoolctl.threadpool_limits(1, user_api="blas")
 
-from . import files, tensor  # noqa: E402
-from .tensor import Tensor, no_grad  # noqa: E402
-from . import kernels, functional  # noqa: E402
-from .gradcheck import GradcheckResult, gradcheck  # noqa: E402
-from . import nn, attention, routing, routers, losses, experts, comm, config, moe, model, params, interop  # noqa: E402
-from .routing import Routing  # noqa: E402
-from .routers import RouteContext  # noqa: E402
-from .experts import ExpertBank  # noqa: E402
-from .config import ModelConfig  # noqa: E402
-from .moe import MoELayer  # noqa: E402
-from .model import LossTerms, ModelOutput, Transformer  # noqa: E402
-from . import data, optim, metrics  # noqa: E402
+from . import files, kernels  # noqa: E402
+from .autograd import functional, tensor  # noqa: E402
+from .autograd.gradcheck import GradcheckResult, gradcheck  # noqa: E402
+from .autograd.tensor import Tensor, no_grad  # noqa: E402
+from .layers import attention, nn  # noqa: E402
+from .moe import devices as comm, experts, layer, losses, metrics, routers, routing  # noqa: E402
+from .moe.experts import ExpertBank  # noqa: E402
+from .moe.layer import MoELayer  # noqa: E402
+from .moe.routers import RouteContext  # noqa: E402
+from .moe.routing import Routing  # noqa: E402
+from .model import config, counting as params, published as interop  # noqa: E402
+from .model.config import ModelConfig  # noqa: E402
+from .model.transformer import LossTerms, ModelOutput, Transformer  # noqa: E402
+from .training import data, optim  # noqa: E402
 
 __version__ = "0.1.0"

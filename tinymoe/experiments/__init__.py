@@ -15,7 +15,7 @@ To add one, make an Experiment in a file of this folder, import it here and name
 
 from .architecture import dense, fine_grained, shared, surface, upcycle
 from .balancing import balance, capacity, collapse, expert_choice
-from .base import SCALES, Claim, Dispute, Effect, Experiment, Results, Scale, Setting
+from ..study.experiment import SCALES, Claim, Dispute, Effect, Experiment, Results, Scale, Setting
 from .choosing import frozen, rate, reinforce, unit
 from .inside import batch, known, specialise, traffic
 

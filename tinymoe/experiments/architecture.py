@@ -1,7 +1,7 @@
 """Experiments on what a mixture is made of: shared and small experts, dense layers, sizes, and where it starts."""
 
-from .base import LOSS, Claim, Dispute, Effect, Experiment, Setting, planned
-from .figures import at_the_end, lines_by, one_against_other, over_steps
+from ..study.experiment import LOSS, Claim, Dispute, Effect, Experiment, Setting, planned
+from ..study.experiment_figures import at_the_end, lines_by, one_against_other, over_steps
 
 
 def say_loss_and_domains(r):

@@ -1,9 +1,9 @@
 """Experiments on the load: does routing collapse, what balances it, and what do limits and guarantees cost?"""
 
-from ..report import first_in_use, layer_states
-from ..rows import coefficient_sweep
-from .base import LOSS, Claim, Dispute, Effect, Experiment, Setting, against, planned
-from .figures import at_the_end, lines_by, one_against_other, over_steps
+from ..study.report import first_in_use, layer_states
+from ..study.results import coefficient_sweep
+from ..study.experiment import LOSS, Claim, Dispute, Effect, Experiment, Setting, against, planned
+from ..study.experiment_figures import at_the_end, lines_by, one_against_other, over_steps
 
 COEFFICIENTS = (0, 0.001, 0.01, 0.1, 0.3)
 

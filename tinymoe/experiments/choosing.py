@@ -4,11 +4,11 @@ from itertools import combinations
 
 from scipy.stats import kendalltau
 
-from ..rows import TOKEN_BYTES
-from ..study import CONFIGS
-from . import measures
-from .base import LOSS, Claim, Dispute, Effect, Experiment, Setting, against, planned
-from .figures import at_the_end, lines_by, over_steps
+from ..study.results import TOKEN_BYTES
+from ..study.runner import CONFIGS
+from ..study import measures
+from ..study.experiment import LOSS, Claim, Dispute, Effect, Experiment, Setting, against, planned
+from ..study.experiment_figures import at_the_end, lines_by, over_steps
 
 
 def say_frozen(r):

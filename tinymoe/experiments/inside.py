@@ -4,13 +4,13 @@ text whose truth is known."""
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..data import SYNTHETIC
-from ..plots import DOUBLE
-from ..rows import over_seeds
-from ..synthetic import N_SOURCES, blind_rate, entropy_rate, sources
-from . import measures
-from .base import LOSS, Claim, Effect, Experiment, Setting, against, planned
-from .figures import at_the_end, legend, look, over_steps
+from ..training.data import SYNTHETIC
+from ..study.figures import DOUBLE
+from ..study.results import over_seeds
+from ..training.synthetic import N_SOURCES, blind_rate, entropy_rate, sources
+from ..study import measures
+from ..study.experiment import LOSS, Claim, Effect, Experiment, Setting, against, planned
+from ..study.experiment_figures import at_the_end, legend, look, over_steps
 
 EXPERT_CHOICE = {"router": "expert_choice", "aux_coef": 0.0}
 KNOWN = ["byte_excess", "class_information_excess", "position_information_excess", "mi_excess"]

@@ -30,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .activations import ACTIVATIONS, GATED, activation, activation_backward
-from .attention import QUERIES, causal_attention, causal_attention_backward
-from .dense import SEGMENT, layer_norm, layer_norm_backward, linear, linear_backward
-from .experts import experts_backward, experts_forward
-from .threads import PIECE, SLICE, compiled_mark, get_threads, set_threads, thread_info
-from .updates import ALONE, COLUMNS, adamw, add_rows, sum_of_squares
+from .compiled.activations import ACTIVATIONS, GATED, activation, activation_backward
+from .compiled.attention import QUERIES, causal_attention, causal_attention_backward
+from .compiled.dense import SEGMENT, layer_norm, layer_norm_backward, linear, linear_backward
+from .compiled.experts import experts_backward, experts_forward
+from .compiled.runtime import PIECE, SLICE, compiled_mark, get_threads, set_threads, thread_info
+from .compiled.updates import ALONE, COLUMNS, adamw, add_rows, sum_of_squares
 
 __all__ = ["ACTIVATIONS", "ALONE", "COLUMNS", "GATED", "PIECE", "QUERIES", "SEGMENT", "SLICE", "activation",
            "activation_backward", "adamw", "add_rows", "call_attention", "call_others", "causal_attention",

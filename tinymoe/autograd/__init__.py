@@ -1,0 +1,1 @@
+"""Reverse-mode automatic differentiation: tensor, then functional, then gradcheck."""

@@ -1,0 +1,278 @@
+"""Functions of Tensors: activations, softmax family, losses, normalisation, lookups.
+
+Each is one node of the graph with its VJP beside it. The ones that a training step spends its
+time in call a compiled kernel; tests/naive.py holds their plain forms.
+"""
+
+import numpy as np
+from scipy.special import expit, ndtr
+
+from .. import kernels
+from .tensor import Tensor, primitive, record
+
+COMPILED = (np.dtype(np.float32), np.dtype(np.float64))  # what the kernels take
+
+
+def _rows(x):
+    """(..., D) as rows (N, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _compilable(name, *tensors):
+    """TypeError for what the kernels are not compiled for: they know two dtypes and do not mix them."""
+    dtype = tensors[0].dtype
+    if dtype not in COMPILED or any(t.dtype != dtype for t in tensors):
+        found = " and ".join(sorted({t.dtype.name for t in tensors}))
+        raise TypeError(f"{name} takes float32 or float64 alone, not {found}: convert with .astype first")
+
+
+def _same_width(name, x, *vectors):
+    for v in vectors:
+        if v.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
+
+
+# -- activations --------------------------------------------------------------------------------
+
+def activation(x, name):
+    """The named activation: "gelu", "silu", "relu", or gated, "geglu" or "swiglu": x (..., 2F) -> (..., F), f(a) * b of
+    the halves a and b (Shazeer 2020)."""
+    _compilable(name, x)
+    return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
+
+
+def gelu(x):
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the tanh form of the Gaussian error linear unit (Hendrycks &
+    Gimpel 2016)."""
+    return activation(x, "gelu")
+
+
+def silu(x):
+    """x * sigmoid(x), also called swish (Hendrycks & Gimpel 2016)."""
+    return activation(x, "silu")
+
+
+def relu(x):
+    """max(x, 0); the gradient at 0 is 0."""
+    return activation(x, "relu")
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow, and exact to the last digits in both tails."""
+    value = expit(x.data)
+    return primitive(value, (x, lambda g: g * value * (1 - value)))
+
+
+def softplus(x):
+    """log(1 + exp(x)), without overflow."""
+    return primitive(np.logaddexp(x.data, 0).astype(x.dtype), (x, lambda g: g * expit(x.data)))
+
+
+def normal_cdf(x):
+    """P(Z <= x) for a standard normal Z."""
+    density = np.exp(-0.5 * x.data ** 2) / np.sqrt(2 * np.pi).astype(x.dtype)
+    return primitive(ndtr(x.data).astype(density.dtype), (x, lambda g: g * density))
+
+
+# -- softmax family -----------------------------------------------------------------------------
+
+def _softmax(x, axis):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def softmax(x, axis=-1):
+    """exp(x) / sum exp(x) along an axis; -inf gives probability 0."""
+    p = _softmax(x.data, axis)
+    return primitive(p, (x, lambda g: p * (g - (g * p).sum(axis=axis, keepdims=True))))
+
+
+def log_softmax(x, axis=-1):
+    """x - logsumexp(x) along an axis."""
+    value = _log_softmax(x.data, axis)
+    return primitive(value, (x, lambda g: g - np.exp(value) * g.sum(axis=axis, keepdims=True)))
+
+
+def logsumexp(x, axis=-1):
+    """log sum exp(x) along an axis, which is removed."""
+    value = _logsumexp(x.data, axis)
+    return primitive(value.squeeze(axis), (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
+
+
+def _shift(x, axis):
+    """(largest entry, log sum exp(x - largest)): apart, since their sum rounds the second away where x is large."""
+    top = x.max(axis=axis, keepdims=True)
+    top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
+    with np.errstate(divide="ignore"):
+        return top, np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
+
+
+def _logsumexp(x, axis):
+    top, rest = _shift(x, axis)
+    return top + rest
+
+
+def _log_softmax(x, axis):
+    top, rest = _shift(x, axis)
+    return x - top - rest
+
+
+def cross_entropy(logits, targets):
+    """Mean over rows of -log softmax(logits)[target], in nats.
+
+    logits (N, V), targets (N,) integers in 0..V-1. Raises ValueError for other shapes or targets.
+    """
+    targets = np.asarray(targets)
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"cross_entropy takes logits (N, V) and targets (N,), not {logits.shape} and {targets.shape}")
+    n, v = logits.shape
+    if n == 0 or targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= v:
+        raise ValueError(f"targets must be at least one integer, each from 0 to {v - 1}")
+    rows = np.arange(n)
+    log_probs = _log_softmax(logits.data, -1)
+
+    def vjp(g):
+        d = np.exp(log_probs)
+        d[rows, targets] -= 1
+        d *= g / n
+        return d
+
+    return primitive(-log_probs[rows, targets].mean(), (logits, vjp))
+
+
+# -- layers' arithmetic -------------------------------------------------------------------------
+
+def linear(x, weight, bias=None):
+    """x @ weight + bias for x (..., I), weight (I, O), bias (O,) or None -> (..., O)."""
+    if x.shape[-1:] != weight.shape[:1]:
+        raise ValueError(f"linear: x has shape {x.shape}, but the weight takes {weight.shape[0]} features")
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"linear: the bias has shape {bias.shape}, but the weight gives {weight.shape[1]} features")
+    parents = (x, weight) if bias is None else (x, weight, bias)
+    _compilable("linear", *parents)
+    rows = _rows(x.data)
+    value = kernels.linear(rows, weight.data, None if bias is None else bias.data)
+
+    def vjp(g):
+        dx, dw, db = kernels.linear_backward(_rows(g), rows, weight.data)
+        return (dx.reshape(x.shape), dw, db)[:len(parents)]
+
+    return record(value.reshape(*x.shape[:-1], weight.shape[1]), parents, vjp)
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016).
+
+    x (..., D), weight (D,), bias (D,); the variance is the population's.
+    """
+    _same_width("layer_norm", x, weight, bias)
+    _compilable("layer_norm", x, weight, bias)
+    rows = _rows(x.data)
+    value, mean, rstd = kernels.layer_norm(rows, weight.data, bias.data, eps)
+
+    def vjp(g):
+        dx, dweight, dbias = kernels.layer_norm_backward(_rows(g), rows, weight.data, mean, rstd)
+        return dx.reshape(x.shape), dweight, dbias
+
+    return record(value.reshape(x.shape), (x, weight, bias), vjp)
+
+
+def rms_norm(x, weight, eps=1e-5):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019). x (..., D), weight (D,)."""
+    _same_width("rms_norm", x, weight)
+    rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
+    normed = x.data * rstd
+
+    def vjp_x(g):
+        h = g * weight.data
+        return rstd * (h - normed * (h * normed).mean(axis=-1, keepdims=True))
+
+    return primitive((normed * weight.data).astype(x.dtype), (x, vjp_x), (weight, lambda g: g * normed))
+
+
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(d), over positions <= own) v for each head (Vaswani et al. 2017, eq. 1).
+
+    q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), where G divides H and head h reads group
+    h // (H // G) (grouped queries, Ainslie et al. 2023) -> (B, T, H, dv).
+    """
+    (B, T, H, d), (G, dv) = q.shape, v.shape[2:]
+    if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or G == 0 or H % G:
+        raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
+                         f"not {q.shape}, {k.shape}, {v.shape}")
+    _compilable("causal_attention", q, k, v)
+    value, saved = kernels.causal_attention(q.data, k.data, v.data)
+    return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
+
+
+def rotary(x, base=10_000.0):
+    """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape.
+
+    Entries i and i + d/2 of a head at position t turn together by the angle t base^(-2i/d), so that the product of
+    a query and a key depends on their distance alone. (The paper pairs neighbours, 2i and 2i + 1: the same up to the
+    order of the entries.) Raises ValueError for an odd d.
+    """
+    T, d = x.shape[1], x.shape[-1]
+    if d % 2:
+        raise ValueError(f"rotary turns pairs of entries, but a head has {d}")
+    angle = np.arange(T)[:, None] * base ** (-np.arange(0, d, 2) / d)  # (T, d/2)
+    cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
+
+    def turn(z, sin):
+        a, b = z[..., :d // 2], z[..., d // 2:]
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+    return primitive(turn(x.data, sin), (x, lambda g: turn(g, -sin)))
+
+
+# -- lookups and joins --------------------------------------------------------------------------
+
+def embedding(table, ids):
+    """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D). Raises IndexError out of range."""
+    ids = np.asarray(ids)
+    _compilable("embedding", table)
+    if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
+        raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but the table has rows 0 to {table.shape[0] - 1}")
+    return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
+
+
+def gather(x, index, axis=-1):
+    """out[..., i, ...] = x[..., index[..., i, ...], ...] along an axis: `np.take_along_axis`, repeats allowed."""
+    index = np.asarray(index)
+
+    def vjp(g):
+        out = np.zeros(x.shape, x.dtype)
+        places = list(np.ogrid[tuple(map(slice, index.shape))])
+        places[axis] = index
+        np.add.at(out, tuple(places), g)
+        return out
+
+    return primitive(np.take_along_axis(x.data, index, axis), (x, vjp))
+
+
+def scatter_add(rows, index, n):
+    """out[i] = sum of rows[j] over j with index[j] = i. rows (M, ...), index (M,) in 0..n-1 -> (n, ...)."""
+    value = np.zeros((n, *rows.shape[1:]), rows.dtype)
+    np.add.at(value, index, rows.data)
+    return primitive(value, (rows, lambda g: g[index]))
+
+
+def concatenate(tensors, axis=0):
+    """Join tensors along an axis that they have."""
+    ends = np.cumsum([t.shape[axis] for t in tensors])
+
+    def part(end, size):
+        return lambda g: g.swapaxes(0, axis)[end - size:end].swapaxes(0, axis)
+
+    return primitive(np.concatenate([t.data for t in tensors], axis),
+                     *((t, part(end, t.shape[axis])) for t, end in zip(tensors, ends)))
+
+
+def where(condition, a, b):
+    """a where the condition (a boolean array) holds, else b; a and b are Tensors, arrays or numbers."""
+    if not isinstance(a, Tensor):
+        a = b._operand(a) if isinstance(b, Tensor) else Tensor(a)
+    b = a._operand(b)
+    condition = np.asarray(condition)
+    return primitive(np.where(condition, a.data, b.data),
+                     (a, lambda g: np.where(condition, g, 0)), (b, lambda g: np.where(condition, 0, g)))

@@ -1,0 +1,1 @@
+"""The numba kernels: runtime, activations, dense, attention, experts, updates. The only folder that imports numba."""

@@ -1,0 +1,181 @@
+"""Causal attention with grouped queries. A task is one group of heads in one sequence: it owns dk and dv."""
+import numpy as np
+from numba import prange
+
+from .activations import exp
+from .runtime import loop, plain, pool
+
+QUERIES = 64            # queries in a block: their part of the masked triangle is computed anyway
+
+
+@loop
+def _read_head(x, h, start, out):
+    """Rows from `start` on of head h of x (T,H,d), side by side."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = x[start + i, h, j]
+
+
+@loop
+def _write_head(rows, h, start, out):
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            out[start + i, h, j] = rows[i, j]
+
+
+@loop
+def _space(n, m, like):
+    return np.empty((n, m), like.dtype)
+
+
+@loop
+def _add_product(weights, rows, out):
+    """out += weights rows, in the first rows of out"""
+    product = _space(weights.shape[0], rows.shape[1], rows)
+    np.dot(weights, rows, product)
+    for i in range(product.shape[0]):
+        for j in range(product.shape[1]):
+            out[i, j] += product[i, j]
+
+
+@loop
+def _block(saved, n, keys, done):
+    """Where the weights of n queries over `keys` keys are kept: (keys,n), a column a query, after `done` others."""
+    return saved[done:done + keys * n].reshape(keys, n)
+
+
+@loop
+def _softmax(scores, scale, start):
+    """The softmax of each column of scores (keys,n), scaled, in place; query i sees the keys up to start + i.
+
+    Down the columns of a block, so that every inner loop is elementwise over its queries.
+    """
+    keys, n = scores.shape
+    highest, total = np.full(n, -np.inf, scores.dtype), np.zeros(n, scores.dtype)
+    for j in range(keys):
+        scores[j, :max(0, j - start)] = -np.inf
+        for i in range(n):
+            highest[i] = scores[j, i] if scores[j, i] > highest[i] else highest[i]
+    for j in range(keys):
+        for i in range(n):
+            scores[j, i] = exp(scale * (scores[j, i] - highest[i]))
+            total[i] += scores[j, i]
+    for j in range(keys):
+        for i in range(n):
+            scores[j, i] /= total[i]
+
+
+@loop
+def _softmax_backward(probs, scale, d):
+    """d (keys,n), the gradient of probs, becomes that of q . k: scale p (d - the column's sum of p d)."""
+    keys, n = probs.shape
+    inner = np.zeros(n, probs.dtype)
+    for j in range(keys):
+        for i in range(n):
+            inner[i] += probs[j, i] * d[j, i]
+    for j in range(keys):
+        for i in range(n):
+            d[j, i] = scale * probs[j, i] * (d[j, i] - inner[i])
+
+
+@loop
+def _attend(q, k, v, scale, out, saved, h):
+    """Head h of q (T,H,d) with keys k (T,d), values v (T,dv): a block of queries sees keys up to its end."""
+    T, done = len(k), 0
+    for start in range(0, T, QUERIES):
+        stop = min(T, start + QUERIES)
+        n = stop - start
+        q_block, out_block, weights = _space(n, q.shape[2], q), _space(n, v.shape[1], q), _block(saved, n, stop, done)
+        _read_head(q, h, start, q_block)
+        np.dot(k[:stop], q_block.T, weights)
+        _softmax(weights, scale, start)
+        np.dot(weights.T, v[:stop], out_block)
+        _write_head(out_block, h, start, out)
+        done += weights.size
+
+
+@loop
+def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv, h):
+    """Head h; dk (T,d) and dv (T,dv) are added to, because the heads of a group share them."""
+    T, done = len(k), 0
+    for start in range(0, T, QUERIES):
+        stop = min(T, start + QUERIES)
+        n = stop - start
+        q_block, dout_block, weights = _space(n, q.shape[2], q), _space(n, v.shape[1], q), _block(saved, n, stop, done)
+        d = _space(stop, n, q)
+        _read_head(q, h, start, q_block)
+        _read_head(dout, h, start, dout_block)
+        np.dot(v[:stop], dout_block.T, d)
+        _softmax_backward(weights, scale, d)
+        _add_product(weights, dout_block, dv)
+        _add_product(d, q_block, dk)
+        np.dot(d.T, k[:stop], q_block)
+        _write_head(q_block, h, start, dq)
+        done += weights.size
+
+
+@loop
+def _panel(x, g):
+    """Group g of x (T,G,d), its rows side by side."""
+    panel = _space(x.shape[0], x.shape[2], x)
+    _read_head(x, g, 0, panel)
+    return panel
+
+
+@loop
+def _attend_group(q, k, v, scale, out, saved, g):
+    """All heads of group g in one sequence."""
+    heads = q.shape[1] // k.shape[1]
+    k_panel, v_panel = _panel(k, g), _panel(v, g)
+    for h in range(g * heads, (g + 1) * heads):
+        _attend(q, k_panel, v_panel, scale, out, saved[h], h)
+
+
+@loop
+def _attend_group_backward(dout, q, k, v, saved, scale, dq, dk, dv, g):
+    heads = q.shape[1] // k.shape[1]
+    k_panel, v_panel = _panel(k, g), _panel(v, g)
+    dk_panel, dv_panel = np.zeros_like(k_panel), np.zeros_like(v_panel)
+    for h in range(g * heads, (g + 1) * heads):
+        _attend_backward(dout, q, k_panel, v_panel, saved[h], scale, dq, dk_panel, dv_panel, h)
+    _write_head(dk_panel, g, 0, dk)
+    _write_head(dv_panel, g, 0, dv)
+
+
+@pool
+def _attention(q, k, v, scale, out, saved):
+    G = k.shape[2]
+    for task in prange(q.shape[0] * G):
+        b = task // G
+        _attend_group(q[b], k[b], v[b], scale, out[b], saved[b], task % G)
+
+
+@pool
+def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
+    G = k.shape[2]
+    for task in prange(q.shape[0] * G):
+        b = task // G
+        _attend_group_backward(dout[b], q[b], k[b], v[b], saved[b], scale, dq[b], dk[b], dv[b], task % G)
+
+
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v over the past (Vaswani et al. 2017), H a multiple of G (Ainslie et al. 2023):
+    head h of q (B,T,H,d) reads group h // (H / G) of k (B,T,G,d) and v (B,T,G,dv).
+
+    Returns out (B,T,H,dv) and what causal_attention_backward needs: the softmax, block by block. Within a block of
+    queries the future weighs zero, but is multiplied: a NaN in v can reach earlier rows of its own block.
+    """
+    q, k, v = plain(q), plain(k), plain(v)
+    B, T, H, d = q.shape
+    out = np.empty((B, T, H, v.shape[3]), q.dtype)
+    saved = np.empty((B, H, sum(min(QUERIES, T - i) * min(i + QUERIES, T) for i in range(0, T, QUERIES))), q.dtype)
+    _attention(q, k, v, q.dtype.type(d**-0.5), out, saved)
+    return out, saved
+
+
+def causal_attention_backward(dout, q, k, v, saved):
+    """-> dq, dk, dv"""
+    dout, q, k, v, saved = map(plain, (dout, q, k, v, saved))
+    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    _attention_backward(dout, q, k, v, saved, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
+    return dq, dk, dv

@@ -1,0 +1,158 @@
+"""Linear layers and layer norm, row by row, and the partial sums of their weight gradients."""
+import numpy as np
+from numba import prange
+
+from .runtime import PIECE, SLICE, blocks, loop, plain, pool
+
+SEGMENT = 256           # rows multiplied at once, and summed into one partial weight gradient
+
+
+@loop
+def add_bias(rows, bias):
+    """rows (N,O) += bias (O,), in place"""
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            rows[i, j] += bias[j]
+
+
+@loop
+def column_sums(rows, out):
+    """out (O,) = the sum of rows (N,O) over N"""
+    out[:] = 0
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            out[j] += rows[i, j]
+
+
+@pool
+def _linear(x, w, b, y):
+    for block in prange(blocks(x.shape[0], SEGMENT)):
+        part = slice(block * SEGMENT, min(x.shape[0], (block + 1) * SEGMENT))
+        np.dot(x[part], w, y[part])
+        if b.size > 0:
+            add_bias(y[part], b)
+
+
+@pool
+def _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots):
+    """dw (I,O) and db (O,) hold the sums over the first segment of rows, a slot those over each of the others."""
+    segments = 1 + dw_slots.shape[0]
+    for s in prange(segments):
+        part = slice(x.shape[0] * s // segments, x.shape[0] * (s + 1) // segments)
+        np.dot(x[part].T, dy[part], dw if s == 0 else dw_slots[s - 1])
+        np.dot(dy[part], w.T, dx[part])
+        column_sums(dy[part], db if s == 0 else db_slots[s - 1])
+
+
+@loop
+def _add_slots(total, slots, lo, hi, empty):
+    """total[lo:hi] += the same elements of each slot, in order; zero first if nothing was written there."""
+    if empty:
+        total[lo:hi] = 0
+    for s in range(slots.shape[0]):
+        for j in range(lo, hi):
+            total[j] += slots[s, j]
+
+
+@pool
+def _add_partials(dw, db, dw_slots, db_slots, first, empty):
+    """A job is a slice of one expert's weights, so that threads share the sum of an expert that has all slots."""
+    jobs = blocks(dw.shape[1], SLICE)
+    for job in prange(empty.size * jobs):
+        e, lo = job // jobs, job % jobs * SLICE
+        _add_slots(dw[e], dw_slots[first[e]:first[e + 1]], lo, min(lo + SLICE, dw.shape[1]), empty[e])
+        if lo == 0:
+            _add_slots(db[e], db_slots[first[e]:first[e + 1]], 0, db.shape[1], empty[e])
+
+
+def add_partials(dw, db, dw_slots, db_slots, first, empty):
+    """dw[e] (E,...) += the slots first[e]:first[e+1] of dw_slots, db (E,O) likewise; zero where `empty` (E,)."""
+    _add_partials(dw.reshape(len(dw), -1), db, dw_slots.reshape(len(dw_slots), dw[0].size), db_slots, first, empty)
+
+
+def linear(x, w, b):
+    """x (N,I) @ w (I,O) + b (O,) or None -> (N,O)"""
+    x, w, b = plain(x), plain(w), np.empty(0, x.dtype) if b is None else plain(b)
+    y = np.empty((len(x), w.shape[1]), x.dtype)
+    _linear(x, w, b, y)
+    return y
+
+
+def linear_backward(dy, x, w):
+    """-> dx (N,I), dw (I,O), db (O,)"""
+    dy, x, w = plain(dy), plain(x), plain(w)
+    n_slots = max(1, blocks(len(x), segment_rows(len(x)))) - 1
+    dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
+    dw_slots, db_slots = np.empty((n_slots, *dw.shape), x.dtype), np.empty((n_slots, *db.shape), x.dtype)
+    _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots)
+    if n_slots:
+        add_partials(dw[None], db[None], dw_slots, db_slots, np.array([0, n_slots]), np.array([False]))
+    return dx, dw, db
+
+
+def segment_rows(n):
+    """Rows in a partial weight gradient: from 32 segments on they grow, so that partial sums stay few."""
+    return max(SEGMENT, blocks(n, 32))
+
+
+@loop
+def _normalise(x, weight, bias, eps, y):
+    """One row: y = (x - mean) rstd weight + bias, rstd = 1 / sqrt(variance + eps)."""
+    zero, n = eps - eps, type(eps)(x.size)
+    total, squares = zero, zero
+    for j in range(x.size):
+        total += x[j]
+    mean = total / n
+    for j in range(x.size):
+        squares += (x[j] - mean) * (x[j] - mean)
+    rstd = type(eps)(1) / np.sqrt(squares / n + eps)
+    for j in range(x.size):
+        y[j] = (x[j] - mean) * rstd * weight[j] + bias[j]
+    return mean, rstd
+
+
+@loop
+def _normalise_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
+    """One row, with z = (x - mean) rstd and g = dy weight: dx = rstd (g - average(g) - z average(g z))."""
+    n = type(mean)(x.size)
+    g_sum, gz_sum = mean - mean, mean - mean
+    for j in range(x.size):
+        z, g = (x[j] - mean) * rstd, dy[j] * weight[j]
+        g_sum += g
+        gz_sum += g * z
+        dweight[j] += dy[j] * z
+        dbias[j] += dy[j]
+    g_sum, gz_sum = g_sum / n, gz_sum / n
+    for j in range(x.size):
+        dx[j] = rstd * (dy[j] * weight[j] - g_sum - (x[j] - mean) * rstd * gz_sum)
+
+
+@pool
+def _layer_norm(x, weight, bias, eps, y, mean, rstd):
+    for block in prange(blocks(x.shape[0], PIECE)):
+        for i in range(block * PIECE, min(x.shape[0], (block + 1) * PIECE)):
+            mean[i], rstd[i] = _normalise(x[i], weight, bias, eps, y[i])
+
+
+@pool
+def _layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
+    """dweight and dbias (blocks, D) hold one partial sum for each block of rows."""
+    for block in prange(dweight.shape[0]):
+        for i in range(block * PIECE, min(x.shape[0], (block + 1) * PIECE)):
+            _normalise_backward(dy[i], x[i], weight, mean[i], rstd[i], dx[i], dweight[block], dbias[block])
+
+
+def layer_norm(x, weight, bias, eps):
+    """Rows of x (N,D) to mean 0 and variance 1, times weight plus bias (Ba et al. 2016) -> y, mean, rstd"""
+    x, weight, bias = plain(x), plain(weight), plain(bias)
+    y, mean, rstd = np.empty_like(x), np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
+    _layer_norm(x, weight, bias, x.dtype.type(eps), y, mean, rstd)
+    return y, mean, rstd
+
+
+def layer_norm_backward(dy, x, weight, mean, rstd):
+    """-> dx (N,D), dweight (D,), dbias (D,)"""
+    dy, x, weight, mean, rstd = map(plain, (dy, x, weight, mean, rstd))
+    dx, partial = np.empty_like(x), np.zeros((2, blocks(len(x), PIECE), x.shape[1]), x.dtype)
+    _layer_norm_backward(dy, x, weight, mean, rstd, dx, partial[0], partial[1])
+    return dx, partial[0].sum(axis=0), partial[1].sum(axis=0)

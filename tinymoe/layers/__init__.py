@@ -1,0 +1,1 @@
+"""Layers with parameters: nn, then attention."""

@@ -1,0 +1,1 @@
+"""The language model: config, transformer, generate; counting and published weights."""

@@ -1,0 +1,300 @@
+"""Published weights: a small Mixtral, OLMoE or DeepSeek-V3, read from .safetensors files into a Transformer.
+
+Three things lie otherwise in those files than here, none of which changes what is computed:
+
+    matrices are stored (out, in) there, (in, out) here;
+    an expert's gate and up matrix are two there, one here, (D, 2F): first the half that the activation takes;
+    DeepSeek-V3's rotary positions turn entries 2i and 2i + 1 together, ours i and i + d/2: columns are put in order.
+
+Whatever in a config.json would change the logits is done or refused; what only training reads (dropout, coefficients
+of losses, the layers of multi-token prediction) is left out.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from .config import WHOLE, ModelConfig, require, whole
+from ..files import CheckpointError
+from .transformer import Block, Transformer
+from .counting import MODERN, KEYS, architecture
+
+SIZES = {  # whole numbers that a config.json must have, besides KEYS
+    "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
+    "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
+    "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
+        moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace""",
+}
+OTHERS = {  # what else it must have
+    "mixtral": "", "olmoe": "norm_topk_prob",
+    "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
+DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
+ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
+    rope_interleave sliding_window num_nextn_predict_layers""".split()
+NO_MATTER = """model_type architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id
+    eos_token_id pad_token_id initializer_range attention_dropout output_router_logits router_aux_loss_coef
+    router_jitter_noise aux_loss_alpha seq_aux pretraining_tp ep_size qk_head_dim _name_or_path return_dict id2label
+    label2id chunk_size_feed_forward""".split()
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+LATENT = {"query_down": "q_a_proj", "query_norm": "q_a_layernorm", "query": "q_b_proj", "latent": "kv_a_proj_with_mqa",
+          "latent_norm": "kv_a_layernorm", "key_value": "kv_b_proj", "out": "o_proj"}
+GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": "q_norm", "key_norm": "k_norm",
+           "out": "o_proj"}
+
+
+# -- the config ---------------------------------------------------------------------------------
+
+def model_config(config):
+    """The ModelConfig of a published config.json, given as a dict; its aux_coef is 0.
+
+    Mixtral (Jiang et al. 2024), OLMoE (Muennighoff et al. 2024) and DeepSeek-V3 (DeepSeek-AI 2024). Raises ValueError
+    for another model_type, a missing key, and whatever is not computed here: rotary positions that are stretched (YaRN
+    and others), a sliding window shorter than the longest sequence, biases, clipping, quantised weights, unknown keys.
+    """
+    kind = config.get("model_type")
+    if kind not in SIZES:
+        raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(SIZES)}")
+    _refuse(config, kind)
+    a, (eps, theta) = architecture(config), DEFAULTS[kind]
+    own = {"n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim,
+           "renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
+    if kind == "deepseek_v3":
+        groups = config["n_group"] or 1
+        own |= {"n_kv_heads": None, "head_dim": a.head_dim - a.rope_dim, "attention": "latent", "q_rank": a.q_rank,
+                "kv_rank": a.kv_rank, "rope_dim": a.rope_dim, "v_dim": a.v_dim, "latent_eps": eps,
+                "router": "sigmoid_bias", "gate_scale": float(config["routed_scaling_factor"])}
+        own |= {"n_groups": groups, "group_limit": config["topk_group"]} if groups > 1 else {}
+    return ModelConfig(
+        vocab_size=a.vocab_size, n_layers=a.n_layers, moe_layers=tuple(range(a.n_dense, a.n_layers)), d_model=a.d_model,
+        n_heads=a.n_heads, d_ff=a.d_ff, d_expert=a.d_expert, seq_len=config["max_position_embeddings"], tied=a.tied,
+        n_experts=a.n_experts, n_shared=a.n_shared, top_k=a.top_k, activation="swiglu", qk_norm=a.qk_norm, aux_coef=0.0,
+        norm_eps=config.get("rms_norm_eps", eps), rope_theta=_rope_theta(config, theta), **MODERN, **own)
+
+
+def _refuse(config, kind):
+    """ValueError for a setting that is missing, or would change the logits and is not computed here."""
+    sizes = (*KEYS, *SIZES[kind].split())
+    missing = [key for key in (*sizes, *OTHERS[kind].split()) if key not in config]
+    if missing:
+        raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
+    require(SimpleNamespace(**config), " ".join(sizes), lambda n: whole(n, 0), "a whole number")
+    require(SimpleNamespace(**config), "num_attention_heads", whole, WHOLE)
+    extra = config.get("num_nextn_predict_layers")
+    if extra is not None and not whole(extra, 0):
+        raise ValueError(f"num_nextn_predict_layers {extra!r} must be a whole number")
+    for key, value in ONLY.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
+    known = {*sizes, *OTHERS[kind].split(), *ONLY, *READ, *NO_MATTER}
+    other = [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]
+    if other:
+        raise ValueError(f"not supported: {', '.join(other)}; if it changes nothing for this {kind}, take it out of "
+                         "the config")
+    window, longest = config.get("sliding_window"), config["max_position_embeddings"]
+    if window and window < longest:
+        raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, "
+                         "and no sequence reaches beyond it")
+    heads = config["num_attention_heads"]
+    if kind == "deepseek_v3" and config.get("num_key_value_heads", heads) not in (heads, None):
+        raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} must be num_attention_heads {heads}: "
+                         "with latent attention each head has keys and values of its own")
+
+
+def _rope_theta(config, default):
+    """The base of the rotary angles, wherever the config has it. ValueError for any that are stretched."""
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", default))
+    usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    if any(usual.get(key) != value for key, value in rope.items()):
+        raise ValueError(f"rotary positions with {rope} are not supported: only plain ones are, without rope_scaling")
+    return theta
+
+
+# -- the files ----------------------------------------------------------------------------------
+
+def _read(path):
+    """(dict of config.json, its ModelConfig, tensors: name -> {"shape", "dtype", "data"}) of a folder or one file."""
+    try:
+        from safetensors import SafetensorError, deserialize
+    except ImportError:
+        raise ImportError("reading published weights needs a package that is not installed: "
+                          "pip install safetensors") from None
+    path, tensors = Path(path), {}
+    folder, files = path if path.is_dir() else path.parent, _files(path)
+    published = _json(folder / "config.json")
+    try:
+        config = model_config(published)  # refuses before anything large is read
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} holds a value of a wrong type ({error})") from None
+    for file in files:
+        try:
+            found = dict(deserialize(file.read_bytes()))
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is no whole .safetensors file ({error}): fetch it again") from None
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(f"{folder} holds {twice[0]} in {file.name} and in another file: move one away")
+        tensors |= {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}  # older files
+    return published, config, tensors
+
+
+def _files(path):
+    """The .safetensors files of a path: itself, those that the index of a folder names, or all in the folder."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: check the path")
+    if not path.is_dir():
+        if path.suffix in PICKLED:
+            raise CheckpointError(f"{path} is a pickle, which can run any code when read: convert it to .safetensors")
+        return [path]
+    index = sorted(path.glob("*.safetensors.index.json"))
+    if index:
+        there = _json(index[0]).get("weight_map")
+        names = sorted(set(map(str, there.values()))) if isinstance(there, dict) else []
+        if not names or not all(name.endswith(".safetensors") and path / name in path.iterdir() for name in names):
+            raise CheckpointError(f"{index[0]} names {names}: it must name .safetensors files of its own folder")
+        return [path / name for name in names]
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    if not files:
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
+        only = f", only pickles ({', '.join(pickled)}), which are never read: convert them" if pickled else ""
+        raise CheckpointError(f"{path} holds no .safetensors file{only or ': check the path'}")
+    return files
+
+
+def _json(path):
+    """The object in a JSON file. CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: put the model's config.json beside its weights") from None
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object: fetch it again")
+    return value
+
+
+class _Weights:
+    """Tensors by their published names, each taken once; `finish` tells what was missing, misshapen or left over."""
+
+    def __init__(self, tensors, dtype):
+        self.tensors, self.dtype, self.problems = tensors, np.dtype(dtype), []
+        if self.dtype not in (np.float32, np.float64):
+            raise ValueError(f"dtype {self.dtype} must be float32 or float64")
+
+    def take(self, name, shape):
+        """The named array, of the published shape, in the model's dtype."""
+        found = self.tensors.pop(name, None)
+        if found is None:
+            self.problems.append(f"{name} {shape} is missing")
+        elif tuple(found["shape"]) != shape:
+            self.problems.append(f"{name} has shape {tuple(found['shape'])}, not {shape}")
+        elif found["dtype"] not in DTYPES:
+            self.problems.append(f"{name} is {found['dtype']}, not one of {', '.join(DTYPES)}")
+        else:
+            array = np.frombuffer(found["data"], DTYPES[found["dtype"]]).reshape(shape)
+            if found["dtype"] == "BF16":  # the upper half of a float32, a type that NumPy lacks
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            return array.astype(self.dtype)
+        return np.zeros(shape, self.dtype)
+
+    def fill(self, parameter, name):
+        """Put the named tensor, transposed, in place of a parameter."""
+        parameter.data = np.ascontiguousarray(self.take(name, parameter.shape[::-1]).T)
+
+    def finish(self, path):
+        """Raise the CheckpointError of all that did not fit."""
+        problems = self.problems + [f"{name} is not part of this model" for name in sorted(self.tensors)]
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+def load(path, dtype=np.float32):
+    """The Transformer of a published model, in float32 or float64.
+
+    path: a folder with config.json and .safetensors files, with or without an index, or one such file beside its
+    config.json. Needs the package safetensors (ImportError). Raises ValueError for what `model_config` refuses, and
+    CheckpointError for files that are missing, broken, pickled, or hold other tensors than the config asks for.
+    """
+    published, config, tensors = _read(path)
+    extra = range(published.get("num_nextn_predict_layers") or 0)
+    beyond = tuple(f"model.layers.{config.n_layers + i}." for i in extra)  # multi-token prediction
+    weights = _Weights({name: t for name, t in tensors.items() if not name.startswith(beyond)}, dtype)
+    model = Transformer(config, dtype=dtype)
+    embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.d_model))
+    model.token_embedding.weight.data = embedding
+    for i, block in enumerate(model.blocks):
+        _fill(block, weights, f"model.layers.{i}.", config, published)
+    weights.fill(model.norm.weight, "model.norm.weight")
+    if model.head is not None:
+        weights.fill(model.head.weight, "lm_head.weight")
+    elif "lm_head.weight" in tensors and not np.array_equal(weights.take("lm_head.weight", embedding.shape), embedding):
+        weights.problems.append("lm_head.weight is not the embedding, which tie_word_embeddings says it is")
+    weights.finish(path)
+    return model
+
+
+def load_block(path, layer=0, dtype=np.float32):
+    """One Block of a published model; its feed_forward is the MoELayer (or, in DeepSeek-V3's first layers, dense).
+
+    path: as of `load`, but no more than the tensors of that layer have to be there. Their names may begin with
+    model.layers.N. or with nothing. Raises what `load` does, and ValueError for a layer that the config does not have.
+    """
+    published, config, tensors = _read(path)
+    if layer not in range(config.n_layers):
+        raise ValueError(f"layer {layer!r} must be from 0 to {config.n_layers - 1}")
+    prefix = f"model.layers.{layer}." if any(name.startswith("model.layers.") for name in tensors) else ""
+    weights = _Weights({name: t for name, t in tensors.items() if name.startswith(prefix)}, dtype)
+    block = Block(config, layer in config.moe_layers, np.random.default_rng(0), dtype)
+    _fill(block, weights, prefix, config, published)
+    weights.finish(path)
+    return block
+
+
+def _fill(block, weights, prefix, config, published):
+    """Put the weights of one layer in place."""
+    mixtral, latent = published["model_type"] == "mixtral", config.attention == "latent"
+    weights.fill(block.norm1.weight, f"{prefix}input_layernorm.weight")
+    weights.fill(block.norm2.weight, f"{prefix}post_attention_layernorm.weight")
+    names = LATENT | ({} if config.q_rank else {"query": "q_proj"}) if latent else GROUPED
+    for ours, theirs in names.items():
+        if getattr(block.attention, ours) is not None:
+            weights.fill(getattr(block.attention, ours).weight, f"{prefix}self_attn.{theirs}.weight")
+    if latent and published.get("rope_interleave", True):
+        _pair_halves(block.attention)
+    mlp, layer = f"{prefix}{'block_sparse_moe' if mixtral else 'mlp'}.", block.feed_forward
+    if not block.is_moe:
+        layer.up.weight.data, layer.down.weight.data = _gated(weights, mlp, config.d_model, config.d_ff)
+        return
+    weights.fill(layer.router.weight, f"{mlp}gate.weight")
+    if latent:
+        weights.fill(layer.router.bias, f"{mlp}gate.e_score_correction_bias")
+    experts = [_gated(weights, f"{mlp}experts.{e}.", config.d_model, config.d_expert, mixtral)
+               for e in range(config.n_experts)]
+    layer.experts.w1.data, layer.experts.w2.data = map(np.stack, zip(*experts))
+    if layer.shared is not None:
+        layer.shared.up.weight.data, layer.shared.down.weight.data = _gated(
+            weights, f"{mlp}shared_experts.", config.d_model, config.n_shared * config.d_expert)
+
+
+def _gated(weights, prefix, d_model, width, mixtral=False):
+    """(D, 2F), (F, D): gate and up matrix side by side, and the down matrix, of (silu(x gate) * (x up)) @ down."""
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    both = [weights.take(f"{prefix}{name}.weight", (width, d_model)).T for name in (gate, up)]
+    return np.concatenate(both, axis=1), weights.take(f"{prefix}{down}.weight", (d_model, width)).T.copy()
+
+
+def _pair_halves(attention):
+    """Reorder the rotary columns 0, 1, 2, 3, ... to 0, 2, ..., 1, 3, ...: neighbours become entries i and i + d/2."""
+    order = np.r_[0:attention.rope_dim:2, 1:attention.rope_dim:2]
+    query, latent = attention.query.weight.data, attention.latent.weight.data
+    heads = query.reshape(len(query), attention.n_heads, -1)  # a view
+    for columns in (heads[..., attention.head_dim:], latent[:, attention.kv_rank:]):
+        columns[...] = columns[..., order]

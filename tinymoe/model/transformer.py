@@ -1,0 +1,276 @@
+"""The transformer: its blocks and its loss."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..autograd import functional as F
+from ..moe import losses
+from ..layers.attention import CausalSelfAttention, LatentAttention
+from .config import NORMS, ModelConfig
+from ..files import CheckpointError, load_arrays, save_arrays
+from ..moe.layer import MoELayer
+from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
+from ..moe.routers import ROUTERS, RouteContext
+from ..moe.routing import Routing
+from ..autograd.tensor import Tensor, no_grad
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """logits (B, T, V) Tensor; routings: one for each MoE layer, in order; states (B, T, D): before the last norm."""
+
+    logits: Tensor
+    routings: list[Routing]
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Scalar Tensors. total = cross_entropy + each coefficient * its term; the terms are means over MoE layers.
+
+    balance and z are None in a dense model, the others also where their coefficient is 0.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    balance: Tensor | None = None
+    z: Tensor | None = None
+    importance: Tensor | None = None
+    load: Tensor | None = None
+    sequence: Tensor | None = None
+    device: Tensor | None = None
+    communication: Tensor | None = None
+    policy: Tensor | None = None
+    multi_token: Tensor | None = None
+
+
+def make_attention(config, rng, out_std, dtype):
+    """The attention layer of a config."""
+    c = config
+    if c.attention == "latent":
+        return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim,
+                               c.v_dim, c.rope_theta, c.latent_eps or c.norm_eps)
+    return CausalSelfAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.n_kv_heads, c.head_dim, c.bias,
+                               c.positions == "rotary", c.qk_norm, c.rope_theta, c.norm_eps)
+
+
+def make_norm(config, dtype):
+    """A normalisation over the width of a config."""
+    return NORMS[config.norm](config.d_model, dtype, config.norm_eps)
+
+
+class Block(Module):
+    """Attention, then a dense or mixture-of-experts feed-forward layer, each normalised before and added."""
+
+    def __init__(self, config, is_moe, rng, dtype):
+        out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
+        self.is_moe = is_moe
+        self.norm1, self.norm2 = make_norm(config, dtype), make_norm(config, dtype)
+        self.attention = make_attention(config, rng, out_std, dtype)
+        self.feed_forward = (MoELayer(config, rng, out_std, dtype) if is_moe else FeedForward(
+            config.d_model, config.d_ff, rng, config.activation, out_std, dtype, config.bias))
+        self.post1, self.post2 = (make_norm(config, dtype), make_norm(config, dtype)) if config.post_norm \
+            else (same, same)
+
+    def forward(self, x, context):
+        """(B, T, D) -> ((B, T, D), Routing, or None from a dense layer)."""
+        x = x + self.post1(self.attention(self.norm1(x)))
+        if self.is_moe:
+            y, routing = self.feed_forward(self.norm2(x), context)
+            return x + self.post2(y), routing
+        return x + self.post2(self.feed_forward(self.norm2(x))), None
+
+
+def token_nats(logits, targets):
+    """(N,) array: the cross-entropy of each row of logits (N, V) with its target, outside the graph."""
+    with no_grad():
+        return -F.gather(F.log_softmax(logits), targets.reshape(-1, 1)).data[:, 0]
+
+
+def same(x):
+    """x, where nothing is to be done to it."""
+    return x
+
+
+class NextButOne(Module):
+    """A second head: the token after the next, from a state and the next token (DeepSeek-V3, eq. 21 to 24, depth 1).
+
+    h' = block(W [norm(state), norm(embedding of the next token)]), with a dense block; the model's own last norm and
+    head read it.
+    """
+
+    def __init__(self, config, rng, dtype):
+        self.state_norm, self.next_norm = make_norm(config, dtype), make_norm(config, dtype)
+        self.join = Linear(2 * config.d_model, config.d_model, rng, bias=False, dtype=dtype)
+        self.block = Block(config, False, rng, dtype)
+
+    def forward(self, states, following, context):
+        """states (B, T, D) and the embeddings (B, T, D) of the tokens that follow them -> (B, T, D)."""
+        joined = F.concatenate([self.state_norm(states), self.next_norm(following)], axis=2)
+        return self.block(self.join(joined), context)[0]
+
+
+class Transformer(Module):
+    """A decoder-only language model over `config`. seed: an integer or Generator for the initial weights."""
+
+    def __init__(self, config, seed=0, dtype=np.float32):
+        rng = np.random.default_rng(seed)
+        self.config = config
+        self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
+        learned = config.positions == "learned" and config.attention != "latent"
+        self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype) if learned else None
+        self.blocks = [Block(config, i in config.moe_layers, rng, dtype) for i in range(config.n_layers)]
+        self.norm = make_norm(config, dtype)
+        self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
+        self.next_but_one = NextButOne(config, rng, dtype) if config.mtp_coef else None
+        freeze(self, config.freeze)
+
+    @classmethod
+    def upcycle(cls, dense, config, seed=0):
+        """A mixture that starts as a trained dense model (Komatsuzaki et al. 2022).
+
+        Every expert is a copy of the dense feed-forward layer; routers are drawn anew. Where the gates of each token
+        sum to 1, the output is the dense model's at the start.
+        dense: a Transformer without MoE layers; config: a ModelConfig of the same sizes, with MoE layers.
+        Raises ValueError where they do not fit together.
+        """
+        if config.sizes() != dense.config.sizes() or dense.config.moe_layers or config.n_shared \
+                or config.expert_width != config.d_ff:
+            raise ValueError("upcycling takes a dense model and a config of the same sizes, with experts as wide as "
+                             "its feed-forward layers and none shared")
+        model, known = cls(config, seed, dense.token_embedding.weight.dtype), dense.parameters()
+        for name, p in model.parameters().items():
+            if name in known:
+                p.data = known[name].data.copy()
+        for i, block in enumerate(model.blocks):
+            if block.is_moe:
+                bank, layer = block.feed_forward.experts, dense.blocks[i].feed_forward
+                for p, q in ((bank.w1, layer.up.weight), (bank.b1, layer.up.bias), (bank.w2, layer.down.weight),
+                             (bank.b2, layer.down.bias)):
+                    if q is not None:
+                        p.data = np.repeat(q.data[None], config.n_experts, axis=0)
+        return model
+
+    def moe_parts(self):
+        """The MoELayer of each block that has one, in order."""
+        return [b.feed_forward for b in self.blocks if b.is_moe]
+
+    def after_step(self, routings):
+        """Tell each router the Routing (one for each MoE layer) of the training step that was just taken."""
+        for layer, routing in zip(self.moe_parts(), routings, strict=True):
+            layer.router.after_step(routing)
+
+    def expert_banks(self):
+        """The ExpertBank of each MoE layer, in order."""
+        return [layer.experts for layer in self.moe_parts()]
+
+    def count_parameters(self):
+        """{"total", "active"}: all parameters, and those a token meets (K of E experts; embeddings included)."""
+        total = sum(p.size for p in self.parameters().values())
+        experts = sum(p.size for bank in self.expert_banks() for p in bank.parameters().values())
+        idle = 1 - self.config.top_k / self.config.n_experts
+        return {"total": total, "active": round(total - idle * experts)}
+
+    @property
+    def causal(self):
+        """Whether no token's route depends on later tokens or on other sequences."""
+        return all(layer.causal for layer in self.moe_parts())
+
+    def embed(self, ids):
+        """(B, T) ids -> (B, T, D). Raises ValueError for sequences longer than config.seq_len."""
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.seq_len:
+            raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with T from 1 to "
+                             f"seq_len {self.config.seq_len}")
+        x = self.token_embedding(ids)
+        return x if self.position_embedding is None else x + self.position_embedding(np.arange(ids.shape[1]))
+
+    def read_out(self, x):
+        """States (B, T, D) -> logits (B, T, V)."""
+        x = self.norm(x)
+        return F.linear(x, self.token_embedding.weight.T) if self.head is None else self.head(x)
+
+    def forward(self, ids, training=False, rng=None, causal=False):
+        """ids (B, T) integers -> ModelOutput.
+
+        training and rng reach the routers; causal=True routes each token by its prefix alone (RouteContext).
+        """
+        context = RouteContext(np.asarray(ids), training, rng, causal)
+        x, routings = self.embed(ids), []
+        for block in self.blocks:
+            x, routing = block(x, context)
+            if routing is not None:
+                routings.append(routing)
+        return ModelOutput(self.read_out(x), routings, x)
+
+    def loss(self, ids, targets, training=False, rng=None):
+        """LossTerms of predicting targets (B, T) from ids (B, T)."""
+        return self.loss_terms(self.forward(ids, training, rng), targets)
+
+    def loss_terms(self, output, targets):
+        """LossTerms of a ModelOutput whose targets (B, T) are given."""
+        c = self.config
+        logits = output.logits.reshape(-1, c.vocab_size)
+        targets = np.asarray(targets)
+        total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
+        terms, length = {}, output.logits.shape[1]
+        nats = token_nats(logits, targets) if ROUTERS[c.router].sampled else None
+        soft = all(r.soft_load is not None for r in output.routings)  # only while training
+        for name, wanted, coefficient, loss in (
+                ("balance", True, c.aux_coef, losses.load_balancing_loss),
+                ("z", True, c.z_coef, losses.z_loss),
+                ("importance", False, c.importance_coef, losses.importance_loss),
+                ("load", False, c.load_coef * soft, losses.load_loss),
+                ("sequence", False, c.sequence_coef, lambda r: losses.sequence_balance_loss(r, length)),
+                ("device", False, c.device_coef, lambda r: losses.device_balance_loss(r, c.n_devices)),
+                ("communication", False, c.communication_coef,
+                 lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices)),
+                ("policy", False, c.policy_coef * (nats is not None), lambda r: losses.policy_loss(r, nats))):
+            if output.routings and (wanted or coefficient):
+                terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
+                total = total + coefficient * terms[name] if coefficient else total
+        if c.mtp_coef and length > 1:
+            terms["multi_token"] = self.multi_token_loss(output.states, targets)
+            total = total + c.mtp_coef * terms["multi_token"]
+        return LossTerms(total, cross_entropy, **terms)
+
+    def multi_token_loss(self, states, targets):
+        """Cross-entropy of the second head: from each state (B, T, D) and its target, the target after it."""
+        following = self.token_embedding(targets[:, :-1])
+        x = self.next_but_one(states[:, :-1], following, RouteContext(targets[:, :-1]))
+        return F.cross_entropy(self.read_out(x).reshape(-1, self.config.vocab_size), targets[:, 1:].reshape(-1))
+
+    def first_nonfinite(self, ids):
+        """The first place where a forward pass is not finite ("layer 3", say), or None."""
+        for name, p in self.parameters().items():
+            if not np.isfinite(p.data).all():
+                return f"parameter {name}"
+        context = RouteContext(np.asarray(ids))
+        with no_grad():
+            x = self.embed(ids)
+            for i, block in enumerate(self.blocks):
+                x, _ = block(x, context)
+                if not np.isfinite(x.data).all():
+                    return f"layer {i}"
+            return None if np.isfinite(self.read_out(x).data).all() else "the head"
+
+    def save(self, path):
+        """Write the weights and the config to an .npz file, whole or not at all."""
+        save_arrays(path, {name: p.data for name, p in self.parameters().items()},
+                    {"kind": "model", "config": self.config.to_dict()})
+
+    @classmethod
+    def load(cls, path):
+        """The model that `save` wrote. Raises files.CheckpointError for a truncated or foreign file."""
+        arrays, header = load_arrays(path, "model")
+        try:
+            model = cls(ModelConfig.from_dict(header["config"]), dtype=next(iter(arrays.values())).dtype)
+        except (ValueError, TypeError, KeyError, StopIteration) as error:
+            raise CheckpointError(f"{path} does not describe a tinymoe model: {error}") from None
+        parameters = model.parameters()
+        if {n: a.shape for n, a in arrays.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise CheckpointError(f"{path} holds other arrays than its config needs: write it again with save")
+        for name, p in parameters.items():
+            p.data = arrays[name].astype(p.dtype)
+        return model

@@ -1,0 +1,127 @@
+"""Auxiliary losses of a router: pure functions of one layer's Routing, each a scalar Tensor.
+
+Published codes scale the balance loss differently (by K, or by the number of layers). Here it is 1
+at perfect balance whatever K is, one value for each layer; the model takes the mean over layers.
+"""
+
+import numpy as np
+
+from ..autograd import functional as F
+
+# What a coefficient of the balance loss is multiplied by, for one layer, in units of sum over e of E f_e P_e with
+# f_e = n_e / (N K): by the number of layers L and of experts per token K.
+CONVENTIONS = {
+    "tinymoe": lambda n_layers, top_k: 1 / n_layers,  # mean over layers
+    "switch": lambda n_layers, top_k: top_k,  # f_e = n_e / N; a loss for each layer, summed
+    "megatron": lambda n_layers, top_k: 1,  # a loss for each layer, summed
+    "hf_mixtral": lambda n_layers, top_k: top_k / n_layers,  # f_e = n_e / N; tokens of all layers in one mean
+    "deepseek": lambda n_layers, top_k: 1,  # a loss for each layer, summed
+}
+
+
+def equivalent_coefficient(coefficient, source, target, n_layers, top_k):
+    """The coefficient of the balance loss that gives `target` the gradient that `coefficient` gives `source`.
+
+    source, target: names in CONVENTIONS, else ValueError; n_layers: MoE layers. For "hf_mixtral", which pools the
+    layers before the product, it is exact where all layers have the same load.
+    """
+    for name in (source, target):
+        if name not in CONVENTIONS:
+            raise ValueError(f"unknown convention {name!r}: choose one of {', '.join(CONVENTIONS)}")
+    if not (n_layers > 0 and top_k > 0):
+        raise ValueError(f"n_layers {n_layers} and top_k {top_k} must be above 0")
+    return coefficient * CONVENTIONS[source](n_layers, top_k) / CONVENTIONS[target](n_layers, top_k)
+
+
+def load_balancing_loss(routing):
+    """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; GShard).
+
+    f_e is the share of the assignments that went to e, before any capacity limit, and has no
+    gradient; P_e is the mean over tokens of `probs`, the full softmax. Equals 1 at perfect balance and E / K where
+    everything goes to K experts with certainty. 1 is not a lower bound.
+    """
+    share = (routing.wanted / max(routing.wanted.sum(), 1)).astype(routing.probs.dtype)
+    return routing.n_experts * (share * routing.probs.mean(axis=0)).sum()
+
+
+def sequence_balance_loss(routing, seq_len):
+    """The mean over sequences of load_balancing_loss within each (DeepSeek-V3, eq. 17 to 20, where f
+    counts the best K without bias; here what was chosen); 1 where all balance.
+
+    The routing's N tokens are whole sequences of seq_len. Assignments that a capacity limit dropped do not count.
+    """
+    chosen = routing.mask().reshape(-1, seq_len, routing.n_experts).sum(axis=1)  # (B, E)
+    share = (chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1)).astype(routing.probs.dtype)
+    probs = routing.probs.reshape(-1, seq_len, routing.n_experts).mean(axis=1)
+    return routing.n_experts * (share * probs).sum(axis=1).mean()
+
+
+def device_balance_loss(routing, n_devices):
+    """D * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
+
+    Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
+    device d, without gradient; P_d: the sum of P_e over its experts.
+    """
+    per_device = _by_device(routing.wanted, n_devices).sum(axis=1)
+    return _device_product(per_device / max(per_device.sum(), 1), routing, n_devices)
+
+
+def communication_balance_loss(routing, n_devices, max_devices):
+    """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 where every token goes to M devices evenly.
+
+    f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
+    token may reach. Tokens that a capacity limit kept from a device do not count.
+    """
+    sent = _by_device(routing.mask().T, n_devices).any(axis=1)  # (D, N)
+    return _device_product(sent.mean(axis=1) / max_devices, routing, n_devices)
+
+
+def _by_device(per_expert, n_devices):
+    """(E, ...) -> (devices, E / devices, ...)"""
+    if len(per_expert) % n_devices:
+        raise ValueError(f"n_devices {n_devices} must divide n_experts {len(per_expert)}")
+    return per_expert.reshape(n_devices, -1, *per_expert.shape[1:])
+
+
+def _device_product(share, routing, n_devices):
+    probs = _by_device(routing.probs.mean(axis=0), n_devices).sum(axis=1)
+    return n_devices * (share.astype(routing.probs.dtype) * probs).sum()
+
+
+def z_loss(routing):
+    """Mean over tokens of logsumexp(logits)^2: keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    return (F.logsumexp(routing.logits) ** 2).mean()
+
+
+def importance_loss(routing):
+    """CV^2 of the column sums of the gates (Shazeer et al. 2017, eq. 6 and 7)."""
+    return _cv_squared(F.scatter_add(routing.gate, routing.expert, routing.n_experts))
+
+
+def load_loss(routing):
+    """CV^2 of the router's smooth load (Shazeer et al. 2017, eq. 11).
+
+    Raises ValueError for a routing without one: only noisy_top_k makes it, while training.
+    """
+    if routing.soft_load is None:
+        raise ValueError("load_loss needs Routing.soft_load, which only noisy_top_k gives, while training: "
+                         "use load_balancing_loss with this router")
+    return _cv_squared(routing.soft_load)
+
+
+def policy_loss(routing, nats):
+    """Mean over tokens of (cost - mean cost of the other tokens) * ln p(chosen expert) (REINFORCE, Williams 1992).
+
+    nats (N,): what predicting each token's successor cost. The routing must have one expert a token, drawn from its
+    probs. The gradient is that of the expected cost where a draw changes its own token's cost alone; later tokens see
+    it through attention, and neither that nor its part in the baseline is accounted for.
+    """
+    n = len(nats)
+    advantage = (nats - nats.mean()) * n / max(1, n - 1)
+    return (F.log_softmax(routing.logits) * (routing.mask() * advantage[:, None]).astype(nats.dtype)).sum() * (1 / n)
+
+
+def _cv_squared(x):
+    """Squared coefficient of variation: population variance / (mean^2 + 1e-10)."""
+    mean = x.mean()
+    return ((x - mean) ** 2).mean() / (mean ** 2 + 1e-10)

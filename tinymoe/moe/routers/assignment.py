@@ -1,0 +1,109 @@
+"""Tokens and experts are matched so that every expert gets its share: exactly, or by Sinkhorn's iteration."""
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from ...autograd import functional as F
+from ...layers.nn import INIT_STD
+from ..routing import capacity, from_mask, largest
+from .base import LinearRouter
+
+
+class Sinkhorn(LinearRouter, name="sinkhorn"):
+    """While training, the K largest entries of a balanced plan choose; at evaluation plain top-K (Clark et al. 2022).
+
+    The plan is exp(logits) with rows and columns scaled to sums 1 and N / E in turn. The gate is sigmoid(logit) for
+    K = 1 and softmax(logits) otherwise, not renormalised; the plan has no gradient.
+    sinkhorn_iterations: of the scaling.
+    """
+
+    paper = "Clark 2022"
+    balanced = "nearly, while training"
+    causal_training = False
+    cost = "2 N D E + 2 N E an iteration"
+    options = ("router_std", "sinkhorn_iterations")
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD,
+                 sinkhorn_iterations=20):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
+        self.iterations = sinkhorn_iterations
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        balanced = context.training and not context.causal
+        scores = sinkhorn_plan(logits.data, self.iterations) if balanced else logits.data
+        probs = F.softmax(logits)
+        gates = F.sigmoid(logits) if self.top_k == 1 else probs
+        return from_mask(largest(scores, self.top_k), gates, logits, probs)
+
+
+class BaseAssignment(LinearRouter, name="base_assignment"):
+    """While training, the balanced assignment of largest total score; at evaluation each token's best expert
+    (BASE layers, Lewis et al. 2021).
+
+    The gate is sigmoid(score), K = 1. The exact solver takes about N^3 operations.
+    """
+
+    paper = "Lewis 2021"
+    chooses = "neither"
+    balanced = "while training"
+    causal_training = False
+    top_1_only = True
+    cost = "2 N D E + an assignment, about N^3"
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        balanced = context.training and not context.causal
+        chosen = balanced_assignment(logits.data) if balanced else largest(logits.data, 1)
+        return from_mask(chosen, F.sigmoid(logits), logits, F.softmax(logits))
+
+
+def sinkhorn_plan(scores, iterations=20):
+    """(N, E): exp(scores) with its rows scaled to sum 1 and its columns to sum N / E, in turn; columns last.
+
+    Sinkhorn 1967. In float64, on scores less their row's largest.
+    """
+    scores = scores.astype(float)
+    plan = np.exp(scores - scores.max(axis=1, keepdims=True))
+    n, n_experts = plan.shape
+    for _ in range(iterations):
+        plan /= plan.sum(axis=1, keepdims=True)
+        total = plan.sum(axis=0, keepdims=True)
+        plan *= np.divide(n / n_experts, total, out=np.zeros_like(total), where=total > 1e-300)
+    return plan
+
+
+def balanced_assignment(scores):
+    """(N, E) bool: one expert a token, at most ceil(N / E) tokens an expert, of the largest total score."""
+    n, n_experts = scores.shape
+    room = capacity(n, n_experts, 1)
+    finite = np.nan_to_num(scores, nan=0.0, posinf=1e30, neginf=-1e30)  # a run that diverges is stopped by its loss
+    token, place = linear_sum_assignment(np.repeat(finite, room, axis=1), maximize=True)
+    return _mask(token, place // room, scores.shape)
+
+
+def greedy_assignment(scores):
+    """The same by taking the largest score that is still free, again and again; ties go to the earlier token."""
+    n, n_experts = scores.shape
+    free, room = np.ones(n, bool), np.full(n_experts, capacity(n, n_experts, 1))
+    expert = np.empty(n, int)
+    for place in np.argsort(-scores, axis=None, kind="stable"):
+        token, e = divmod(place, n_experts)
+        if free[token] and room[e]:
+            free[token], expert[token] = False, e
+            room[e] -= 1
+    return _mask(np.arange(n), expert, scores.shape)
+
+
+def shortfall(scores, chosen):
+    """How far the mean score of a top-1 choice (N, E) falls short of the exact balanced assignment's.
+
+    Negative where the choice is better, which it can be only by being less balanced.
+    """
+    return float((scores * (balanced_assignment(scores).astype(int) - chosen)).sum() / len(scores))
+
+
+def _mask(token, expert, shape):
+    mask = np.zeros(shape, bool)
+    mask[token, expert] = True
+    return mask

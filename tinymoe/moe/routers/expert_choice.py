@@ -1,0 +1,69 @@
+"""Each expert chooses its tokens."""
+
+import numpy as np
+
+from ...autograd import functional as F
+from ...layers.nn import INIT_STD
+from ..routing import capacity, from_mask, largest
+from .base import LinearRouter
+
+
+class ExpertChoice(LinearRouter, name="expert_choice"):
+    """Each expert takes the C = N * K / E tokens of largest probability (Zhou et al. 2022, eq. 1 to 3).
+
+    K is the mean number of experts a token gets (the paper's c) and may be a fraction; a token may
+    get none. Gates are the softmax over experts, not renormalised. Load is equal by construction,
+    but a token's route depends on later tokens and on its neighbours in the batch. With
+    context.causal, a token is taken by an expert where it is among the best ceil(n * K / E) of the
+    n tokens of its own sequence so far.
+
+    softmax_over: "experts", as in the paper, or "tokens": an expert ranks tokens by its logit, and its gates are the
+        softmax over all tokens of the batch (with context.causal, over the sequence so far), times their number, so
+        that a gate is 1 on average however many there are.
+    Raises ValueError for another softmax_over, or context.causal without ids.
+    """
+
+    paper = "Zhou 2022"
+    chooses = "expert"
+    balanced = "yes"
+    causal = causal_training = False
+    mean_k = True
+    options = ("router_std", "softmax_over")
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD, softmax_over="experts"):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
+        if softmax_over not in ("experts", "tokens"):
+            raise ValueError(f"softmax_over {softmax_over!r} must be experts or tokens")
+        self.over_tokens = softmax_over == "tokens"
+
+    def forward(self, x, context):
+        if context.causal and context.ids is None:
+            raise ValueError("causal expert choice needs RouteContext.ids to know where sequences begin")
+        logits = self.scores(x)
+        probs = F.softmax(logits)
+        gates = self._softmax_over_tokens(logits, context) if self.over_tokens else probs
+        scores = logits.data if self.over_tokens else probs.data
+        chosen = self._prefix_choice(scores, context) if context.causal else self._batch_choice(scores)
+        return from_mask(chosen, gates, logits, probs)
+
+    def _softmax_over_tokens(self, logits, context):
+        if not context.causal:
+            return F.softmax(logits, axis=0) * len(logits)
+        length = context.ids.shape[1]
+        sequences = logits.reshape(-1, length, logits.shape[1])  # (B, T, E)
+        e = (sequences - sequences.data.max(axis=1, keepdims=True)).exp()
+        so_far = np.tri(length, dtype=logits.dtype)
+        mean = (so_far / so_far.sum(axis=1, keepdims=True)) @ e
+        return (e / mean).reshape(logits.shape)
+
+    def _batch_choice(self, p):
+        return largest(p, capacity(*p.shape, self.top_k), axis=0)
+
+    def _prefix_choice(self, p, context):
+        length, n_experts = context.ids.shape[1], p.shape[1]
+        room = np.array([capacity(t + 1, n_experts, self.top_k) for t in range(length)])
+        chosen = np.empty((len(p) // length, length, n_experts), bool)
+        for sequence, scores in zip(chosen, p.reshape(chosen.shape)):
+            for t in range(length):  # an earlier token wins a tie, as in the batch form
+                sequence[t] = (scores[:t] >= scores[t]).sum(axis=0) < room[t]
+        return chosen.reshape(-1, n_experts)

@@ -1,0 +1,174 @@
+"""The Routing record: what every router makes, and all that experts, losses and metrics take.
+
+A routing is a sparse gate matrix G (N tokens, E experts): the layer's output is
+y = sum over e of G[:, e] * FFN_e(x). It is stored by column, as a flat list of A assignments sorted
+by expert and then by token, since a token may have any number of experts (expert choice).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..autograd.tensor import Tensor, primitive
+
+DROP_POLICIES = ("order", "gate")
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which expert sees which token, and with what weight.
+
+    token      (A,) int     row of each assignment; sorted by expert, then by token
+    offsets    (E+1,) int   assignments of expert e are token[offsets[e]:offsets[e+1]]
+    gate       (A,) Tensor  the weight, differentiable back to the router
+    logits     (N, E) Tensor, probs (N, E) Tensor: the router's scores, for the losses and the entropy
+    n_dropped  int          assignments that a capacity limit removed
+    soft_load  (E,) Tensor  a router's smooth estimate of its load, or None
+    demand     (E,) int     the load before any capacity limit, or None where there was none
+
+    Raises ValueError where the sizes do not fit together.
+    """
+
+    token: np.ndarray
+    offsets: np.ndarray
+    gate: Tensor
+    logits: Tensor
+    probs: Tensor
+    n_dropped: int = 0
+    soft_load: Tensor | None = None
+    demand: np.ndarray | None = None
+
+    def __post_init__(self):
+        n_assignments, n_experts = len(self.token), self.probs.shape[1]
+        if self.gate.shape != (n_assignments,) or self.offsets.shape != (n_experts + 1,):
+            raise ValueError(f"{n_assignments} assignments to {n_experts} experts need gates ({n_assignments},) and "
+                             f"offsets ({n_experts + 1},), not {self.gate.shape} and {self.offsets.shape}")
+        if self.offsets[0] != 0 or self.offsets[-1] != n_assignments or (np.diff(self.offsets) < 0).any():
+            raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
+        if n_assignments and not (0 <= self.token.min() and self.token.max() < self.n_tokens):
+            raise ValueError(f"token runs from {self.token.min()} to {self.token.max()}, but the tokens are 0 to "
+                             f"{self.n_tokens - 1}")
+
+    @property
+    def n_tokens(self):
+        return self.probs.shape[0]
+
+    @property
+    def n_experts(self):
+        return self.probs.shape[1]
+
+    @property
+    def load(self):
+        """(E,) int: tokens of each expert, the column counts of the gate matrix."""
+        return np.diff(self.offsets)
+
+    @property
+    def coverage(self):
+        """(N,) int: experts of each token, the row counts of the gate matrix."""
+        return np.bincount(self.token, minlength=self.n_tokens)
+
+    @property
+    def wanted(self):
+        """(E,) int: the load that the router asked for, before any capacity limit."""
+        return self.load if self.demand is None else self.demand
+
+    @property
+    def expert(self):
+        """(A,) int: the expert of each assignment."""
+        return np.repeat(np.arange(self.n_experts), self.load)
+
+    def mask(self):
+        """(N, E) bool: where the gate matrix has an assignment."""
+        mask = np.zeros((self.n_tokens, self.n_experts), bool)
+        mask[self.token, self.expert] = True
+        return mask
+
+    def to_dense(self):
+        """The gate matrix (N, E) as a Tensor, zero where nothing is assigned."""
+        place = (self.token, self.expert)
+        dense = np.zeros((self.n_tokens, self.n_experts), self.gate.dtype)
+        dense[place] = self.gate.data
+        return primitive(dense, (self.gate, lambda g: g[place]))
+
+
+def largest(scores, k, axis=-1):
+    """Boolean mask of the k largest scores along an axis; ties go to the lowest index, and a NaN is below all."""
+    if k == 0:
+        return np.zeros(scores.shape, bool)
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    kth = np.take(np.partition(scores, -k, axis), [-k], axis)
+    chosen = scores >= kth
+    if np.count_nonzero(chosen) == k * kth.size:  # no ties at the edge anywhere, as nearly always
+        return chosen
+    above, ties = scores > kth, scores == kth
+    room = k - above.sum(axis, keepdims=True)
+    return above | ties & (ties.cumsum(axis) <= room)
+
+
+def from_mask(chosen, gates, logits, probs, **fields):
+    """A Routing from a boolean matrix and a gate for each of its places.
+
+    chosen (N, E) bool; gates (N, E) Tensor, read where chosen; further fields as in Routing.
+    """
+    n_tokens, n_experts = chosen.shape
+    expert, token = np.divmod(np.flatnonzero(np.ascontiguousarray(chosen.T)), n_tokens)  # nonzero, but faster
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=n_experts))])
+    gate = primitive(gates.data[token, expert], (gates, lambda g: _scatter(g, token, expert, gates.shape)))
+    return Routing(token, offsets, gate, logits, probs, **fields)
+
+
+def _scatter(g, token, expert, shape):
+    out = np.zeros(shape, g.dtype)
+    out[token, expert] = g
+    return out
+
+
+def merge(routings):
+    """One Routing of all tokens of several, in order, for the metrics; it is outside any graph.
+
+    The routings of a validation set's batches become one whose metrics speak of the whole set.
+    """
+    parts = zip(*((r.mask(), r.to_dense().data, r.logits.data, r.probs.data) for r in routings))
+    chosen, gates, logits, probs = map(np.concatenate, parts)
+    demand = sum(r.wanted for r in routings) if any(r.demand is not None for r in routings) else None
+    return from_mask(chosen, Tensor(gates), Tensor(logits), Tensor(probs), demand=demand,
+                     n_dropped=sum(r.n_dropped for r in routings))
+
+
+def capacity(n_tokens, n_experts, per_token, factor=1.0):
+    """Assignments one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
+    exact = factor * n_tokens * per_token / n_experts
+    return min(n_tokens, max(1, math.ceil(round(exact, 9))))  # 1.1 * 10 is 11.000000000000002, but means 11
+
+
+def limit_capacity(routing, factor, top_k, policy="order"):
+    """Drop what exceeds `capacity` in each expert; a dropped assignment adds nothing to its token.
+
+    policy "order" keeps first choices before second choices, and earlier tokens before later ones
+    (GShard, Lepikhin et al. 2020, algorithm 1); "gate" keeps the largest gates. Ties go to the earlier token.
+    """
+    if policy not in DROP_POLICIES:
+        raise ValueError(f"unknown drop policy {policy!r}: choose one of {', '.join(DROP_POLICIES)}")
+    limit = capacity(routing.n_tokens, routing.n_experts, top_k, factor)
+    urgency = _choice_rank(routing) if policy == "order" else -routing.gate.data
+    # sorted by expert, then urgency, then token: a stable sort keeps the token order within ties
+    order = np.lexsort((urgency, routing.expert))
+    place = np.arange(len(order)) - np.repeat(routing.offsets[:-1], routing.load)
+    kept = np.sort(order[place < limit])
+    load = np.minimum(routing.load, limit)
+    return dataclasses.replace(routing, token=routing.token[kept], gate=routing.gate[kept],
+                               offsets=np.concatenate([[0], np.cumsum(load)]),
+                               n_dropped=routing.n_dropped + len(order) - len(kept),
+                               demand=routing.wanted)
+
+
+def _choice_rank(routing):
+    """(A,) int: 0 for a token's first choice (largest gate), 1 for its second, ..."""
+    order = np.lexsort((-routing.gate.data, routing.token))
+    coverage = routing.coverage
+    starts = np.cumsum(coverage) - coverage
+    rank = np.empty(len(order), int)
+    rank[order] = np.arange(len(order)) - np.repeat(starts, coverage)
+    return rank

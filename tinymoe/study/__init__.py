@@ -1,0 +1,1 @@
+"""A study: experiments, runs side by side, results, statistics, figures, report."""

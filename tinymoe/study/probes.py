@@ -1,0 +1,129 @@
+"""What a router does to a model, found out by trying: what `python cli.py probe ROUTER` runs.
+
+A small model is trained for a moment on real text, then asked: does a later token, or a neighbour in the batch, change
+what an earlier one gets? Where does the router's gradient come from? Has routing collapsed?
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..moe import metrics
+from ..training.evaluation import Validation, losses_and_routings
+from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
+from ..moe.routing import largest
+from ..autograd.tensor import no_grad
+from ..training.trainer import RunPlan, Trainer
+
+
+@dataclass(frozen=True)
+class Influence:
+    """How far something that should not matter changes a model's output.
+
+    tokens: share of the tokens, of those that should not notice, whose experts change in any layer.
+    logits: the largest change of a logit of theirs; below 1e-4 it is rounding.
+    """
+
+    tokens: float
+    logits: float
+
+
+def compared(model, ids, other_ids, keep, **options):
+    """The Influence on the tokens kept (a function (B, T, ...) -> (M, ...)) of giving other_ids instead of ids."""
+    def look(ids):
+        with no_grad():
+            output = model.forward(ids, rng=np.random.default_rng(0), **options)
+        chosen = [keep(r.mask().reshape(*ids.shape, -1)) for r in output.routings]
+        return np.concatenate(chosen, axis=-1), keep(output.logits.data)
+
+    (chosen, logits), (other_chosen, other_logits) = look(ids), look(other_ids)
+    return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
+
+
+def causality(model, ids, causal=False, training=False, seed=0):
+    """What the second half of each sequence does to the first: nothing, where routing is causal.
+
+    ids (B, T); their second halves become random tokens. training: as a training step routes, with the same noise
+    both times. Attention is causal, so what changes comes through the routers.
+    """
+    half = ids.shape[1] // 2
+    other = ids.copy()
+    other[:, half:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[:, half:].shape)
+    return compared(model, ids, other, _kept(lambda x: x[:, :half]), causal=causal, training=training)
+
+
+def _kept(part):
+    return lambda x: part(x).reshape(-1, x.shape[-1])
+
+
+def batch_independence(model, ids, seed=0):
+    """What its neighbours in the batch do to the first sequence of ids (B, T): dict of Influences.
+
+    "alone": without them; "other neighbours": random tokens in their place.
+    """
+    first, other = _kept(lambda x: x[:1]), ids.copy()
+    other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
+    return {"alone": compared(model, ids, ids[:1], first), "other neighbours": compared(model, ids, other, first)}
+
+
+def flattery(model, ids, targets):
+    """Loss routed on the prefix alone less loss routed as in the batch, in nats; 0 for a causal router."""
+    valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
+    leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
+    return float(causal - leaky)
+
+
+def gradient_path(model, ids, targets, seed=0):
+    """The gradient that each term of the loss gives to all routers' weights: dict term -> (coefficient, norm).
+
+    The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
+    router learns nothing from the term.
+    """
+    terms, c = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed)), model.config
+    coefficients = {"cross_entropy": 1.0, "balance": c.aux_coef, "z": c.z_coef, "importance": c.importance_coef,
+                    "load": c.load_coef, "sequence": c.sequence_coef, "device": c.device_coef,
+                    "communication": c.communication_coef, "policy": c.policy_coef, "multi_token": c.mtp_coef}
+    weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
+    norms = {}
+    for name, coefficient in coefficients.items():
+        term = getattr(terms, name)
+        if term is None:
+            continue
+        for p in model.parameters().values():
+            p.grad = None
+        if term.requires_grad:
+            ((coefficient or 1.0) * term).backward()
+        squares = sum((p.grad.astype(float) ** 2).sum() for p in weights if p.grad is not None)
+        norms[name] = coefficient or 1.0, float(np.sqrt(squares))
+    for p in model.parameters().values():
+        p.grad = None
+    return norms
+
+
+def assignment_shortfall(model, ids):
+    """How far each way to give every token one expert falls short, in mean score, of the exact balanced assignment.
+
+    dict of numbers, from the first MoE layer's logits on ids (B, T). "best expert" is below 0: better, but unbalanced.
+    """
+    with no_grad():
+        scores = model.forward(ids).routings[0].logits.data.astype(float)
+    ways = {"best expert": largest(scores, 1), "Sinkhorn": largest(sinkhorn_plan(scores), 1),
+            "greedy": greedy_assignment(scores)}
+    return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
+
+
+def alarms(model, ids, targets):
+    """Warnings about the model's layers, as sentences: dead or crowded experts, routers that learn nothing."""
+    model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
+    layers = zip(model.config.moe_layers, model.moe_parts(), model.forward(ids).routings)
+    return [warning for i, part, routing in layers
+            for warning in metrics.alarms(i, routing.load, routing.n_tokens, part.router)]
+
+
+def trained(config, corpus, steps, training, seed=0):
+    """A model after so many training steps, and validation ids and targets (8, T) of all domains."""
+    trainer = Trainer(RunPlan("probe", "probe", seed, config, training), corpus)
+    for _ in range(steps):
+        trainer.advance()
+    ids, targets, _ = corpus.validation(2, config.seq_len)
+    return trainer.model, ids, targets

@@ -1,0 +1,265 @@
+"""What `python cli.py bench` measures: the ladder of expert backends, where a training step spends its time, and how
+that grows with experts, tokens and imbalance.
+
+What is compared is timed in turn, so that a noisy moment of the machine hits all alike, and medians count; the step
+profile is a mean over steps.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import threadpoolctl
+
+from .. import kernels
+from ..model.config import ModelConfig
+from ..moe.experts import BACKENDS, ExpertBank
+from ..files import write_rows
+from ..model.transformer import Transformer
+from ..training.optim import AdamW, clip_gradients
+from ..moe.routing import from_mask, largest
+from ..autograd.tensor import Tensor
+from ..training.trainer import machine
+
+SIZES = (  # n_tokens, d_model, n_experts, top_k; d_ff is 4 d_model
+    (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4))
+
+
+def ladder(sizes=SIZES, repeats=5):
+    """Yield the rows of ExpertBank.benchmark for each size; the Python loop takes part at the smallest alone."""
+    for i, size in enumerate(sizes):
+        backends = tuple(b for b in BACKENDS if b != "loop" or i == 0)
+        yield from ExpertBank.benchmark(*size, backends=backends, repeats=repeats)
+
+
+# -- where a step spends its time ---------------------------------------------------------------
+
+def _experts_flops(x, token, offsets, gate, w1, b1, w2, *rest):
+    return 2 * len(token) * (w1[0].size + w2[0].size)
+
+
+def _attention_flops(q, k, v, *rest):
+    b, t, h, d = q.shape
+    return b * h * t * t * (d + v.shape[-1])  # the half that is not masked
+
+
+# Floating-point operations of the matrix products in a call; 0 for kernels without any.
+FLOPS = {
+    "linear": lambda x, w, b: 2 * x.shape[0] * w.size,
+    "linear_backward": lambda dy, x, w: 4 * x.shape[0] * w.size,
+    "causal_attention": _attention_flops,
+    "causal_attention_backward": lambda dout, *qkv: 2 * _attention_flops(*qkv),
+    "experts_forward": _experts_flops,
+    "experts_backward": lambda dy, *rest: 2 * _experts_flops(*rest),
+} | dict.fromkeys(("activation", "activation_backward", "layer_norm", "layer_norm_backward", "add_rows", "adamw",
+                   "sum_of_squares"), lambda *args: 0)
+
+
+@contextlib.contextmanager
+def timed_kernels():
+    """Inside, every kernel call adds to the dict that is yielded: name -> calls, seconds, flops (3,)."""
+    spent, originals = defaultdict(lambda: np.zeros(3)), {name: getattr(kernels, name) for name in FLOPS}
+
+    def timing(name, kernel):
+        def call(*args):
+            start = time.perf_counter()
+            result = kernel(*args)
+            spent[name] += 1, time.perf_counter() - start, FLOPS[name](*args)
+            return result
+        return call
+
+    try:
+        for name, kernel in originals.items():
+            setattr(kernels, name, timing(name, kernel))
+        yield spent
+    finally:
+        for name, kernel in originals.items():
+            setattr(kernels, name, kernel)
+
+
+def training_step(config, batch_size=8, seed=0):
+    """A function that takes one training step of a fresh model on random bytes."""
+    model, rng = Transformer(config, seed), np.random.default_rng(seed)
+    parameters = model.parameters()
+    optimizer = AdamW(parameters)
+
+    def step():
+        ids = rng.integers(0, config.vocab_size, (batch_size, config.seq_len + 1))
+        output = model.forward(ids[:, :-1], training=True, rng=rng)
+        loss = model.loss_terms(output, ids[:, 1:]).total
+        optimizer.zero_grad()
+        loss.backward(retain_graph=False)
+        clip_gradients(parameters, 1.0)
+        optimizer.step()
+        model.after_step(output.routings)
+    return step
+
+
+def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
+    """Rows {"operation", "calls", "ms", "share", "gflops"} of one training step, the slowest first.
+
+    ms and calls are means over `repeats` steps. "NumPy and Python" is all that is no kernel; the whole step is last.
+    """
+    step = training_step(config, batch_size)
+    for _ in range(3):
+        step()
+    with timed_kernels() as spent:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        total = time.perf_counter() - start
+    spent["NumPy and Python"] = repeats, total - sum(seconds for _, seconds, _ in spent.values()), 0
+    spent = dict(sorted(spent.items(), key=lambda item: -item[1][1]))
+    spent["whole step"] = repeats, total, sum(flops for _, _, flops in spent.values())
+    return [{"operation": name, "calls": calls / repeats, "ms": 1e3 * seconds / repeats, "share": seconds / total,
+             "gflops": flops / seconds / 1e9} for name, (calls, seconds, flops) in spent.items()]
+
+
+def sgemm_gflops(n=1024, repeats=10):
+    """GFLOP/s of NumPy's product of two float32 matrices (n, n) on as many threads as the kernels use: a yardstick."""
+    a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
+    with threadpoolctl.threadpool_limits(kernels.get_threads(), "blas"):
+        return 2 * n ** 3 / _medians({"": lambda: a @ a}, repeats)[""] / 1e6
+
+
+# -- how the time grows -------------------------------------------------------------------------
+
+def _medians(functions, repeats):
+    """dict name -> milliseconds, the median over rounds in which each function is called once."""
+    times = {name: [] for name in functions}
+    for round_ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if round_:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(ms)) for name, ms in times.items()}
+
+
+def skewed_layer(share, n_tokens=2048, d_model=128, n_experts=8, top_k=2, seed=0):
+    """A function that runs one expert layer forward and backward; `share` of the tokens have expert 0 among their K.
+
+    K / E is balance. The other choices are uniform.
+    """
+    rng = np.random.default_rng(seed)
+    scores = rng.random((n_tokens, n_experts), dtype=np.float32)
+    scores[:, 0] = rng.permutation(n_tokens) < round(share * n_tokens)  # 1 beats every score, 0 none
+    gates = Tensor(scores, requires_grad=True)
+    routing = from_mask(largest(scores, top_k), gates, gates, gates)
+    bank = ExpertBank(n_experts, d_model, 4 * d_model, seed=seed)
+    x = Tensor(rng.standard_normal((n_tokens, d_model)).astype(np.float32), requires_grad=True)
+
+    def both():
+        for leaf in (x, gates, *bank.parameters().values()):
+            leaf.grad = None
+        bank(x, routing).backward(x.data)
+    return both
+
+
+def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), shares=(0.25, 0.5, 0.8, 1.0), repeats=7):
+    """Rows {"against", "value", "ms", "relative"} of three scans; relative is to the first value of each.
+
+    experts: a training step with E experts, at equal active parameters but for the router's columns. tokens: a
+    training step on batches of so many tokens, multiples of seq_len. shares: one expert layer in which expert 0
+    serves that share of the tokens. What takes turns also takes the caches from each other.
+    """
+    length = ModelConfig().seq_len
+    scans = {"experts": (experts, lambda e: training_step(ModelConfig(n_experts=e))),
+             "tokens": (tokens, lambda n: training_step(ModelConfig(), n // length)),
+             "imbalance": (shares, skewed_layer)}
+    rows = []
+    for against, (values, make) in scans.items():
+        ms = _medians({value: make(value) for value in values}, repeats)
+        rows += [{"against": against, "value": value, "ms": ms[value], "relative": ms[value] / ms[values[0]]}
+                 for value in values]
+    return rows
+
+
+# -- writing it up ------------------------------------------------------------------------------
+
+def _figure(path, height, panels, draw):
+    """Call draw(figure, axes) in the style of the study's figures and save; nothing of matplotlib before this."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from ..study.figures import DOUBLE, STYLE, save
+
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(DOUBLE, height), layout="constrained")
+        draw(fig, fig.subplots(1, panels))
+        save(fig, path)
+
+
+def draw_ladder(rows, path):
+    """A bar for each size and backend: forward + backward in milliseconds, logarithmic."""
+    from ..study.figures import COLOURS
+
+    def size_of(row):
+        return row["n_tokens"], row["d_model"], row["n_experts"], row["top_k"]
+
+    rows = [row for row in rows if row["pass"] == "forward + backward"]
+    sizes = list(dict.fromkeys(map(size_of, rows)))
+
+    def draw(fig, axes):
+        for i, (backend, hatch) in enumerate(zip(BACKENDS, ("..", "//", "\\\\", ""))):
+            mine = {sizes.index(size_of(row)): row["ms"] for row in rows if row["backend"] == backend}
+            bars = axes.bar([place + 0.2 * (i - 1.5) for place in mine], mine.values(), 0.18, label=backend,
+                            color=COLOURS[i], hatch=hatch, edgecolor="white", linewidth=0.5)
+            axes.bar_label(bars, fmt="{:.3g}", fontsize=6, padding=1)
+        axes.set(yscale="log", ylabel="forward + backward (ms)", xticks=range(len(sizes)),
+                 xticklabels=[f"N {n}, D {d}\nE {e}, K {k}" for n, d, e, k in sizes])
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.12)
+        fig.legend(loc="outside upper center", ncols=4)
+
+    _figure(path, 2.8, 1, draw)
+
+
+def draw_profile(rows, path):
+    """A bar for each operation of the step, the slowest above, with its rate where it multiplies matrices."""
+    def draw(fig, axes):
+        operations, whole = rows[:-1], rows[-1]
+        bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color="#0072B2")
+        axes.bar_label(bars, [f"{row['share']:.0%}" + (f", {row['gflops']:.0f} GFLOP/s" if row["gflops"] else "")
+                              for row in operations], fontsize=6, padding=2)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.15)
+        axes.set(xlabel=f"milliseconds of a training step of {whole['ms']:.0f} ms, {whole['gflops']:.0f} GFLOP/s; "
+                        f"sgemm alone {whole['sgemm_gflops']:.0f} GFLOP/s")
+
+    _figure(path, 2.8, 1, draw)
+
+
+def draw_scaling(rows, path):
+    """Three panels: time against experts, tokens and imbalance.
+
+    Dashed: the first time, in proportion to the matrix products alone. The optimizer's work is apart from them: it
+    grows with the experts, and does not grow with the tokens.
+    """
+    labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
+              "imbalance": "share of tokens at expert 0"}
+
+    def draw(fig, panels):
+        for axes, (against, label) in zip(panels, labels.items()):
+            values, ms = zip(*((row["value"], row["ms"]) for row in rows if row["against"] == against))
+            ideal = [ms[0] * v / values[0] if against == "tokens" else ms[0] for v in values]
+            axes.plot(values, ms, "o-", color="#0072B2", label="measured")
+            axes.plot(values, ideal, "--", color="#000000", label="the first, in proportion to the matrix products")
+            if against != "imbalance":
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(values, [f"{v:g}" for v in values], minor=False)
+            axes.set(xlabel=label, ylim=(0, 1.15 * max(*ms, *ideal)), ylabel="layer, forward + backward (ms)"
+                     if against == "imbalance" else "training step (ms)")
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+    _figure(path, 2.4, 3, draw)
+
+
+def write(out, name, rows):
+    """Rows, each with the machine it was measured on, to out/NAME.jsonl; returns the path."""
+    path, where = Path(out) / f"{name}.jsonl", machine()
+    write_rows(path, [row | where for row in rows])
+    return path

@@ -1,0 +1,182 @@
+"""Looking inside: which expert each byte goes to, in the terminal and as one HTML page (its template is view.html)."""
+
+import base64
+import json
+import math
+from pathlib import Path
+
+import click
+import numpy as np
+
+from ..moe import metrics
+from ..model.config import ModelConfig
+from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.evaluation import snapshot
+from ..files import CheckpointError, load_arrays
+from ..study.figures import COLOURS
+from ..moe.routers import ROUTERS
+from ..moe.routing import merge
+from ..autograd.tensor import no_grad
+from ..training.trainer import RECORDED, ROUTINGS, load_model
+
+PALETTE = (*COLOURS, "#F0E442")  # an expert's number says which it is where there are more
+BARS = "▁▂▃▄▅▆▇█"
+MAX_WINDOWS = 8  # of a text of one's own
+MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB
+
+
+def symbol(byte):
+    """One visible character for a byte: itself in ASCII, ↵ newline, → tab, ¤ another control byte, · above 127."""
+    return {9: "→", 10: "↵"}.get(byte) or ("·" if byte > 127 else chr(byte) if 32 <= byte < 127 else "¤")
+
+
+def note(config):
+    """What the reader of a routing must know of how it was made, a sentence or more; "" where there is nothing."""
+    router, said = ROUTERS[config.router], []
+    if not router.causal:
+        said.append(f"{config.router} chooses over the whole batch, so a byte's expert may depend on later bytes.")
+    elif not router.causal_training:
+        said.append(f"While training, {config.router} chooses over the whole batch; elsewhere on the prefix alone.")
+    if config.capacity_factor is not None:
+        said.append("Who is dropped at the capacity limit depends on the whole batch.")
+    return " ".join(said)
+
+
+# -- in the terminal ----------------------------------------------------------------------------
+
+def prefix_routings(model, text):
+    """One Routing of the N bytes of text (bytes) for each MoE layer, routed on the prefix alone.
+
+    A text longer than seq_len goes through the model in windows, each of which knows nothing of the one before.
+    """
+    length, by_window = model.config.seq_len, []
+    with no_grad():
+        for start in range(0, len(text), length):
+            ids = np.frombuffer(text[start:start + length], np.uint8).astype(np.int64)[None]
+            by_window.append(model.forward(ids, rng=np.random.default_rng([0, start]), causal=True).routings)
+    return [merge(routings) for routings in zip(*by_window)]
+
+
+def lines(text, routing, colour, width, gate=False, entropy=False):
+    """Yield the lines of one layer's paragraph: the text, below it each byte's first expert, read downwards.
+
+    colour: whether bytes are coloured too; gate, entropy: whether bars show the gate of the first choice, and the
+    entropy of the router's probabilities as a share of ln E.
+    """
+    n_experts, gates, p = routing.n_experts, routing.to_dense().data, routing.probs.data
+    first = np.where(routing.coverage > 0, np.where(routing.mask(), gates, -np.inf).argmax(axis=1), -1)
+    digits = len(str(n_experts - 1))
+    numbers = [f"{e:{digits}}" if e >= 0 else "-".rjust(digits) for e in first]
+    rows = [("expert" if d == 0 else "", [number[d] for number in numbers]) for d in range(digits)]
+    if gate:
+        rows.append(("gate", [_bar(g) if e >= 0 else " " for g, e in zip(gates.max(axis=1), first)]))
+    if entropy:
+        rows.append(("entropy", [_bar(h / max(math.log(n_experts), 1e-9)) for h in metrics.entropy(p)]))
+    cells = [_coloured(symbol(byte), e) if colour and e >= 0 else symbol(byte) for byte, e in zip(text, first)]
+    step = max(8, width - 8)
+    for start in range(0, len(text), step):
+        for name, row in [("text", cells), *rows]:
+            yield f"{name:8}" + "".join(row[start:start + step])
+        yield ""
+
+
+def _bar(share):
+    return BARS[int(np.clip(share * len(BARS), 0, len(BARS) - 1))]
+
+
+def _coloured(character, expert):
+    red, green, blue = (int(PALETTE[expert % len(PALETTE)][i:i + 2], 16) for i in (1, 3, 5))
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 110
+    return click.style(character, fg="black" if light else "bright_white", bg=(red, green, blue))
+
+
+# -- as a page ----------------------------------------------------------------------------------
+
+def page(folder, text=None):
+    """The HTML page of a run folder, as text.
+
+    It shows the routings saved while training; without any, or for the first bytes of the file `text`, what the last
+    checkpoint does. Raises files.CheckpointError, CorpusError or OSError where there is nothing to show.
+    """
+    paths = [] if text is not None else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
+    steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
+    template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
+    try:
+        data = json.dumps(_data(steps), allow_nan=False)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{Path(folder, ROUTINGS)} holds routings of another version or of several runs "
+                              f"({type(error).__name__}): move it away") from None
+    for character in "<>&":  # so that no text can end the script element
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return template.replace("__DATA__", data)
+
+
+def _now(folder, text):
+    """(arrays, header) as in a file of saved routings, of the last checkpoint."""
+    model = load_model(folder)
+    length, names = model.config.seq_len, ["text"]
+    if text is not None:
+        ids = _windows(text, length)
+        domain = np.zeros(len(ids), int)
+    else:
+        corpus = _trained_on(folder, length)
+        names, (ids, _, domain) = corpus.names, corpus.validation(RECORDED, length)
+    with no_grad():
+        routings = model.forward(ids, rng=np.random.default_rng([0, 0])).routings
+    if not routings:
+        raise CorpusError(f"{folder} is a model without a mixture-of-experts layer: it routes nothing")
+    header = {"run_id": Path(folder).resolve().name, "model": model.config.to_dict(), "step": None, "names": names}
+    return snapshot(ids, domain, [[r] for r in routings]), header
+
+
+def _trained_on(folder, length):
+    """The Corpus that a run was trained on, if it is one of those that need no path; CorpusError if it is another.
+
+    The default one where config.json does not tell.
+    """
+    try:
+        described = json.loads(Path(folder, "config.json").read_bytes())["corpus"]
+        hashes = {name: text["sha256"] for name, text in described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        hashes = None  # nobody knows: the default
+    for text in (None, SYNTHETIC):
+        corpus = load_corpus(text, length)
+        if hashes in (None, {name: one["sha256"] for name, one in corpus.describe().items()}):
+            return corpus
+    raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
+
+
+def _windows(path, length):
+    """(W, T) of the first bytes of a file: at most MAX_WINDOWS whole windows, or one shorter."""
+    with open(path, "rb") as f:
+        raw = np.frombuffer(f.read(MAX_WINDOWS * length), np.uint8).astype(np.int64)
+    if not len(raw):
+        raise CorpusError(f"{path} is empty: give a file with text")
+    return raw[:len(raw) // length * length].reshape(-1, length) if len(raw) >= length else raw[None]
+
+
+def _data(steps):
+    """What the page's script reads, ready for JSON; arrays as base64 of bytes, (L, N, E) for each step.
+
+    A gate is 0 where the expert is not chosen, else 1 to 255 for 0 to the largest gate of the page.
+    """
+    final, header = steps[-1]
+    every = math.ceil(len(steps) * final["probs"].size / MAX_VALUES)
+    steps = steps[::-every][::-1]  # the last is always among them
+    model = header["model"]
+    scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
+    return {
+        "run": header["run_id"], "router": model["router"], "topK": model["top_k"], "experts": model["n_experts"],
+        "layers": list(model["moe_layers"]), "names": header["names"], "domain": final["domain"].tolist(),
+        "length": final["ids"].shape[1], "text": _base64(final["ids"]), "colours": PALETTE,
+        "note": note(ModelConfig.from_dict(model)), "steps": [header["step"] for _, header in steps],
+        "limited": model["capacity_factor"] is not None and ROUTERS[model["router"]].chooses == "token",
+        "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
+                       for arrays, _ in steps],
+        "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,
+        "gates": [_base64(np.where(arrays["chosen"], 1 + 254 * arrays["gates"].astype(float) / scale, 0))
+                  for arrays, _ in steps]}
+
+
+def _base64(array):
+    return base64.b64encode(np.rint(array).astype(np.uint8).tobytes()).decode()

@@ -1,0 +1,1 @@
+"""Training: data, synthetic text, optimizer, evaluation, trainer, run folder."""
