@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe.autograd import gradcheck
+from tinymoe import gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers.attention import CausalSelfAttention, LatentAttention
 

@@ -4,7 +4,7 @@ import pytest
 
 import naive
 from tinymoe import ExpertBank, RouteContext, Routing, Tensor
-from tinymoe.autograd import gradcheck
+from tinymoe import gradcheck
 from tinymoe import kernels
 from tinymoe.moe import routers
 from tinymoe.moe.experts import BACKENDS

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from tinymoe import Tensor
-from tinymoe.autograd import functional as F, gradcheck
+from tinymoe import gradcheck
+from tinymoe.autograd import functional as F
 from tinymoe.autograd.tensor import primitive
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer
-from tinymoe.autograd import gradcheck
+from tinymoe import gradcheck
 from tinymoe.moe import losses, routers
 from tinymoe.autograd import functional as F
 from tinymoe.moe.routing import from_mask, limit_capacity

@@ -1,14 +1,17 @@
 """The transformer as a whole: gradients, causality, loss arithmetic, parameter counts, save and load, errors."""
+import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
-from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer
-from tinymoe.autograd import gradcheck
-from tinymoe.moe import losses
+from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck
+from tinymoe.autograd import functional as F
 from tinymoe.files import CheckpointError, save_arrays
-from tinymoe.moe.routing import from_mask
+from tinymoe.moe import losses, routers
+from tinymoe.moe.routers import ROUTERS
+from tinymoe.moe.routing import from_mask, largest
 
 SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=3, top_k=2)
 IDS = np.array([[0, 3, 6, 2, 5], [1, 1, 4, 0, 2]])
@@ -26,9 +29,9 @@ def model(seed=0, dtype=np.float64, scale=20, **changes):
 
 # -- gradients and arithmetic -------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes", [dict(moe_layers=()), dict(top_k=1, aux_coef=.1), dict(z_coef=.1, importance_coef=.1),
-                                     dict(renormalise=False, activation="silu"), dict(capacity_factor=.75),
-                                     dict(router="expert_choice", top_k=1.5), dict(router="noisy_top_k", load_coef=.1)])
+@pytest.mark.parametrize("changes", [dict(moe_layers=()), dict(top_k=1, aux_coef=.1), dict(losses=dict(z=.1, importance=.1)),
+                                     dict(router_options=dict(renormalise=False), activation="silu"), dict(capacity_factor=.75),
+                                     dict(router="expert_choice", top_k=1.5), dict(router="noisy_top_k", losses=dict(load=.1))])
 def test_gradcheck_of_the_whole(changes):
     m = model(**changes)
     result = gradcheck(lambda *_: m.loss(IDS, TARGETS, True, np.random.default_rng(0)).total, *m.parameters().values())
@@ -36,7 +39,7 @@ def test_gradcheck_of_the_whole(changes):
 
 
 def test_loss_terms_add_up():
-    m = model(router="noisy_top_k", moe_layers=(0, 1), aux_coef=.5, z_coef=.25, importance_coef=2., load_coef=3.)
+    m = model(router="noisy_top_k", moe_layers=(0, 1), aux_coef=.5, losses=dict(z=.25, importance=2., load=3.))
     output = m.forward(IDS, True, np.random.default_rng(0))
     terms = m.loss_terms(output, TARGETS)
     for name, loss in (("balance", losses.load_balancing_loss), ("z", losses.z_loss), ("importance", losses.importance_loss),
@@ -60,7 +63,7 @@ def test_terms_without_a_coefficient():
 
 def test_evaluation_with_a_load_coefficient():
     """noisy_top_k has no smooth load at evaluation; the loss must still be there."""
-    terms = model(router="noisy_top_k", load_coef=.1).loss(IDS, TARGETS)
+    terms = model(router="noisy_top_k", losses=dict(load=.1)).loss(IDS, TARGETS)
     assert terms.load is None and np.isfinite(terms.total.item())
 
 
@@ -86,11 +89,11 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("router", ["top_k", "noisy_top_k", "expert_choice"])
 def test_dtype_is_kept_everywhere(router, dtype):
-    m = model(dtype=dtype, router=router, z_coef=.1, importance_coef=.1, capacity_factor=1.0)
+    m = model(dtype=dtype, router=router, losses=dict(z=.1, importance=.1), capacity_factor=1.0)
     rng = np.random.default_rng(0)
     terms = m.loss(IDS, TARGETS, True, rng)
     terms.total.backward()
-    assert {t.dtype for t in vars(terms).values() if t is not None} == {np.dtype(dtype)}
+    assert {t.dtype for t in (terms.total, terms.cross_entropy, *terms.terms.values())} == {np.dtype(dtype)}
     assert {p.grad.dtype for p in m.parameters().values()} == {np.dtype(dtype)}
 
 
@@ -124,9 +127,11 @@ def test_changing_later_tokens(changes, call, leaks):
     (dict(capacity_factor=0), "capacity_factor 0"), (dict(capacity_factor=float("nan")), "capacity_factor nan"),
     (dict(router="topk"), "router 'topk'.*expert_choice"), (dict(activation="tanh"), "activation 'tanh'.*gelu"),
     (dict(drop_policy="last"), "drop_policy 'last'.*order"), (dict(expert_backend="gpu"), "expert_backend 'gpu'.*numba"),
-    (dict(router="expert_choice", renormalise=True), "renormalise.*expert_choice"),
+    (dict(router="expert_choice", router_options=dict(renormalise=True)), "renormalise.*expert_choice"),
     (dict(norm_eps=0), "norm_eps 0 must be"), (dict(rope_theta=float("inf")), "rope_theta inf"), (dict(latent_eps=-1), "latent_eps -1"),
-    (dict(load_coef=.1), "load_coef.*noisy_top_k")])
+    (dict(losses=dict(load=.1)), r"losses\.load.*noisy_top_k"), (dict(losses=dict(balance=.1)), "aux_coef"), (dict(losses=dict(zz=.1)), "zz.*importance"),
+    (dict(router=["top_k", "hash"]), "3 MoE layers"), (dict(router_options=dict(n_groups=2.5, group_limit=1)), "n_groups 2.5 must be a whole"),
+    (dict(router_options=dict(renormalise=1)), "renormalise 1 must be true or false"), (dict(router=3), "router 3 must be a name")])
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**changes)
@@ -272,3 +277,101 @@ def test_what_does_not_fit_is_not_upcycled(changes):
         Transformer.upcycle(dense, ModelConfig(**SMALL | changes))
     with pytest.raises(ValueError, match="dense model"):
         Transformer.upcycle(Transformer(ModelConfig(**SMALL)), ModelConfig(**SMALL))
+
+
+# -- one router a layer, options, penalties, configs of version 0.1 -------------------------------
+
+def test_each_moe_layer_may_have_a_router_of_its_own():
+    config = ModelConfig(**SMALL | dict(n_layers=3, moe_layers=(0, 2), router=["hash", "noisy_top_k"], top_k=2,
+                                        router_options={"jitter": .1}, losses={"load": .5}))
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    m = Transformer(config, dtype=np.float64)
+    assert [part.router.name for part in m.moe_parts()] == ["hash", "noisy_top_k"]
+    assert m.moe_parts()[1].router.jitter == .1 and [config.router_of(i) for i in range(3)] == ["hash", None, "noisy_top_k"]
+    output = m.forward(IDS, True, np.random.default_rng(0))
+    terms = m.loss_terms(output, TARGETS)
+    assert terms.load.item() == pytest.approx(losses.load_loss(output.routings[1]).item())  # of the layer that has one
+    with pytest.raises(ValueError, match="gate_scale is no option of hash, noisy_top_k, which takes .*jitter"):
+        dataclasses.replace(config, router_options={"gate_scale": 2.0})
+
+
+@pytest.fixture
+def penalised(monkeypatch):
+    """A top-1 router with a term of its own and a state that grows by one in each step."""
+    monkeypatch.setitem(ROUTERS, "penalised", None)  # which takes the name out again at the end
+
+    class Penalised(routers.LinearRouter, name="penalised"):
+        """strength: of the penalty."""
+
+        shapes = {"weight": "DE", "count": "E"}
+
+        def __init__(self, *args, strength: float = 2.0, **options):
+            super().__init__(*args, **options)
+            self.strength, self.count = strength, Tensor(np.zeros(self.weight.shape[1], self.weight.dtype))
+
+        def forward(self, x, context):
+            probs = F.softmax(logits := self.scores(x))
+            return from_mask(largest(probs.data, 1), probs, logits, probs)
+
+        def penalty(self, routing, context):
+            return self.strength * (routing.probs ** 2).mean() * context.seq_len
+
+        def after_step(self, routing):
+            self.count.data = self.count.data + 1
+
+
+def test_a_router_may_add_a_penalty_and_save_a_state(penalised, tmp_path):
+    m = model(router="penalised", router_options={"strength": 3.0}, top_k=1, moe_layers=(0, 1), aux_coef=0)
+    output = m.forward(IDS)
+    terms = m.loss_terms(output, TARGETS)
+    by_hand = np.mean([3 * (r.probs.data ** 2).mean() * IDS.shape[1] for r in output.routings])
+    assert terms.penalty.item() == pytest.approx(by_hand)
+    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + by_hand)
+    assert gradcheck(lambda *_: m.loss(IDS, TARGETS).total, m.moe_parts()[0].router.weight).ok
+    m.after_step(output.routings)
+    m.save(tmp_path / "model.npz")
+    assert (Transformer.load(tmp_path / "model.npz").moe_parts()[1].router.count.data == 1).all()
+    assert routers.find("penalised").meaning("strength") == "of the penalty."
+    with pytest.raises(ValueError, match="strength -1 must be a finite number of at least 0"):
+        model(router="penalised", router_options={"strength": -1}, top_k=1)
+
+
+def test_a_loss_that_is_added_to_the_table_is_trained_on(monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "gates", losses.Loss("sum of gates", lambda r, c: r.gate.sum()))
+    m = model(losses={"gates": .5}, aux_coef=0, router_options={"renormalise": False})
+    terms = m.loss(IDS, TARGETS)
+    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + .5 * terms.terms["gates"].item())
+
+
+def test_a_config_of_version_0_1_is_read():
+    config = ModelConfig.from_dict({"router": "top_k", "n_groups": 2, "group_limit": 1, "jitter": None, "z_coef": .1, "load_coef": 0.0,
+                                    "policy_coef": 1.0, "n_devices": 2, "device_coef": .2})
+    assert config.router_options == {"n_groups": 2, "group_limit": 1} and config.losses == {"z": .1, "device": .2}
+    drawn = ModelConfig.from_dict({"router": "reinforce", "top_k": 1, "policy_coef": 0.0})
+    assert drawn.coefficients()["policy"] == 0 and ModelConfig(router="reinforce", top_k=1).coefficients()["policy"] == 1
+
+
+def test_a_user_file_makes_its_router_known(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine", None)
+    path = tmp_path / "mine.py"
+    path.write_text("from tinymoe.moe.routers import TopK\n\n\nclass Mine(TopK, name='mine'):\n    'Mine.'\n")
+    assert routers.load_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert routers.make("mine", 4, 4).name == "mine"
+    path.write_text("class Mine(")
+    with pytest.raises(ValueError, match="cannot import .*mine.py .SyntaxError"):
+        routers.load_file(path)
+    with pytest.raises(ValueError, match="unknown router 'other'.*--import FILE.py"):
+        routers.make("other", 4, 4)
+    with pytest.raises(ValueError, match="has a router named 'hash' already"):
+        type("Other", (routers.Router,), {"__module__": "mine"}, name="hash")
+
+
+def test_a_changed_routing_is_what_the_experts_run():
+    m = model(top_k=1)
+    before = m.forward(IDS).logits.data
+    layer = m.moe_parts()[0]
+    layer.change_routing = lambda routing, x: from_mask(np.roll(routing.mask(), 1, axis=1), routing.probs, routing.logits, routing.probs)
+    changed = m.forward(IDS)
+    assert (changed.logits.data != before).any()
+    layer.change_routing = None
+    assert (m.forward(IDS).logits.data == before).all()

@@ -90,7 +90,7 @@ def test_a_small_model_of_the_same_kind_is_a_setting(preset):
     config = dataclasses.replace(big, vocab_size=11, n_layers=2, moe_layers=(1,), d_model=8, d_ff=6, n_heads=4, seq_len=5, n_experts=8,
                                  d_expert=big.d_expert and 4, n_kv_heads=big.n_kv_heads and 2, head_dim=big.head_dim and 4,
                                  q_rank=min(big.q_rank, 3), kv_rank=3, rope_dim=2, v_dim=big.v_dim and 2, top_k=2,
-                                 n_groups=big.n_groups and 4, group_limit=big.group_limit and 2)
+                                 router_options=big.router_options | ({"n_groups": 4, "group_limit": 2} if "n_groups" in big.router_options else {}))
     model, ids = Transformer(config), np.arange(10).reshape(2, 5) % 11
     model.loss(ids, ids).total.backward()
     assert all(np.isfinite(p.grad).all() for p in model.parameters().values() if p.requires_grad and p.grad is not None)

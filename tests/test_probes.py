@@ -23,7 +23,7 @@ def model(router="top_k", scale=30, **changes):
     (dict(), False, False), (dict(router="noisy_top_k"), False, False), (dict(router="hash"), False, False),
     (dict(router="expert_choice"), True, True), (dict(router="sinkhorn"), False, True),
     (dict(router="base_assignment"), False, True), (dict(router="sequence"), False, False),
-    (dict(router="sequence", sequence_pool="mean"), True, True), (dict(capacity_factor=.5, drop_policy="gate"), True, True)])
+    (dict(router="sequence", router_options=dict(sequence_pool="mean")), True, True), (dict(capacity_factor=.5, drop_policy="gate"), True, True)])
 def test_who_leaks(changes, evaluated, trained):
     m = model(**changes)
     assert (probes.causality(m, IDS).tokens > 0) == evaluated
@@ -48,7 +48,7 @@ def test_flattery_is_zero_for_the_causal_and_not_for_expert_choice():
 
 
 @pytest.mark.parametrize("changes, zero", [
-    (dict(), set()), (dict(renormalise=True), {"cross_entropy"}), (dict(router="hash"), {"cross_entropy", "balance", "z"}),
+    (dict(), set()), (dict(router_options=dict(renormalise=True)), {"cross_entropy"}), (dict(router="hash"), {"cross_entropy", "balance", "z"}),
     (dict(router="frozen"), {"cross_entropy", "balance", "z"})])
 def test_gradient_path(changes, zero):
     """A renormalised top-1 gate is the constant 1: the text teaches its router nothing."""

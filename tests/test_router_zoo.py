@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe.autograd import gradcheck
+from tinymoe import gradcheck
 from tinymoe.moe import metrics, routers
 from tinymoe.layers import nn
 from tinymoe.autograd import functional as F
@@ -92,12 +92,12 @@ def test_a_masked_group_loses_even_to_negative_scores():
 @pytest.mark.parametrize("options, message", [
     (dict(n_groups=3, group_limit=1), "n_groups 3 .*n_experts 4"), (dict(n_groups=2), "go together"), (dict(n_groups=2, group_limit=3), "group_limit 3"),
     (dict(n_groups=4, group_limit=1), "leaves 1 experts, fewer than top_k 2"), (dict(second_expert="none"), "'none'.*threshold"),
-    (dict(bias_rate=.1), "bias_rate is no option of top_k, which takes router_std")])
+    (dict(bias_rate=.1), "bias_rate is no option of top_k, which takes .*renormalise")])
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         routers.make("top_k", 4, 4, 2, **options)
     with pytest.raises(ValueError, match=message):
-        ModelConfig(n_experts=4, **options)
+        ModelConfig(n_experts=4, router_options=options)
 
 
 @pytest.mark.parametrize("policy, kept", [("all", [2, 2]), ("threshold", [2, 1])])
@@ -289,9 +289,9 @@ def test_sequence_routing_by_hand():
 def test_one_decision_for_all_layers():
     config = dict(n_layers=3, moe_layers=(0, 1, 2))
     ids = np.arange(12).reshape(2, 6) % 11
-    layers = Transformer(small("sequence", sequence_scope="global", **config)).forward(ids).routings
+    layers = Transformer(small("sequence", router_options={"sequence_scope": "global"}, **config)).forward(ids).routings
     assert layers[0] is layers[1] is layers[2]
-    layers = Transformer(small("sequence", router_std=1.0, **config)).forward(ids).routings
+    layers = Transformer(small("sequence", router_options={"router_std": 1.0}, **config)).forward(ids).routings
     assert (layers[0].mask() != layers[2].mask()).any()
 
 
@@ -312,7 +312,7 @@ def test_noisy_top_k_takes_groups_and_then_has_no_smooth_load():
     assert router(Tensor(logits), context()).mask().tolist() == [[True, True, False, False]] * 2
     assert router(Tensor(logits), context(training=True)).soft_load is None
     with pytest.raises(ValueError, match="without groups"):
-        small("noisy_top_k", n_groups=2, group_limit=1, load_coef=.1)
+        small("noisy_top_k", router_options=dict(n_groups=2, group_limit=1), losses={"load": .1})
 
 
 # -- by trial, and shuffled --------------------------------------------------------------------
@@ -411,4 +411,8 @@ def test_every_router_says_what_it_is(name):
     router = ROUTERS[name]
     assert router.name == name and router.cost and router.chooses and router.balanced
     assert (router.paper != "–") == (name not in ("random", "shuffled")) and (router.__doc__ != routers.Router.__doc__)
-    assert set(router.options) <= {f for f in ModelConfig.__dataclass_fields__}
+    assert all(router.meaning(option) for option in router.options())
+    config = small(name)
+    parameters = Transformer(config).moe_parts()[0].router.parameters()
+    length = {"D": config.d_model, "E": config.n_experts, "V": config.vocab_size}
+    assert {n: p.shape for n, p in parameters.items()} == {n: tuple(map(length.get, axes)) for n, axes in router.shapes.items()}

@@ -4,7 +4,7 @@ import pytest
 
 import naive
 from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe.autograd import gradcheck
+from tinymoe import gradcheck
 from tinymoe.moe import routers
 from tinymoe.autograd import functional as F
 from tinymoe.moe.routers import RouteContext
@@ -118,7 +118,7 @@ def test_gradients_away_from_ties(name, k, options):
 def test_the_language_model_loss_reaches_the_router(k, renormalise, learns):
     """A renormalised top-1 gate is the constant 1: its router would never learn from the text. Hence the default."""
     config = ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=2, d_ff=8, seq_len=6, moe_layers=(0,), n_experts=4,
-                         top_k=k, renormalise=renormalise, aux_coef=0)
+                         top_k=k, router_options=dict(renormalise=renormalise), aux_coef=0)
     model, ids = Transformer(config, dtype=np.float64), np.arange(12).reshape(2, 6) % 11
     model.loss(ids, (ids + 1) % 11).total.backward()
     gradient = model.parameters()["blocks.0.feed_forward.router.weight"].grad

@@ -51,7 +51,7 @@ frozen = Experiment(
 
 
 UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"router": "sequence"}),
-         "global": ("each prefix, once for all layers", {"router": "sequence", "sequence_scope": "global"})}
+         "global": ("each prefix, once for all layers", {"router": "sequence", "router_options": {"sequence_scope": "global"}})}
 
 
 def say_unit(r):
@@ -121,9 +121,9 @@ reinforce = Experiment(
     "reinforce", "Can policy gradients train a router?",
     (Setting("top-k", "top-1, learned through its gate"),
      Setting("reinforce", "a draw, learned by REINFORCE with a baseline", {"router": "reinforce"}),
-     Setting("reinforce-0.1", "the same, policy coefficient 0.1", {"router": "reinforce", "policy_coef": 0.1}),
+     Setting("reinforce-0.1", "the same, policy coefficient 0.1", {"router": "reinforce", "losses": {"policy": 0.1}}),
      Setting("frozen-draw", "a draw, by the first weights for ever",
-             {"router": "reinforce", "policy_coef": 0.0, "freeze": ("router",)}),
+             {"router": "reinforce", "losses": {"policy": 0.0}, "freeze": ("router",)}),
      Setting("frozen", "top-1 with the first weights for ever", {"router": "frozen"})),
     (LOSS, "causal_perplexity", "load_cv", "router_entropy", "byte_excess", "noise_share"),
     planned((LOSS,), (("reinforce", "frozen-draw"), ("reinforce-0.1", "frozen-draw"), ("reinforce", "top-k"),

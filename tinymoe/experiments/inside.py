@@ -140,7 +140,7 @@ def by_devices(r):
     return fig
 
 
-GROUPS = {"n_groups": 4, "group_limit": 2, "n_devices": 4, "max_devices": 2}
+GROUPS = {"router_options": {"n_groups": 4, "group_limit": 2}, "n_devices": 4, "max_devices": 2}
 traffic = Experiment(
     "traffic", "What does the network pay?",
     (Setting("none", "top-4 of 16, no balance loss", {"aux_coef": 0.0}, 0.5),
@@ -148,7 +148,7 @@ traffic = Experiment(
      Setting("capacity", "balance loss, capacity factor 1.25", {"capacity_factor": 1.25}, 0.5),
      Setting("groups", "balance loss, 2 of 4 groups", GROUPS, 0.5),
      Setting("groups-balanced", "the same, with device and communication balance, 0.01 each",
-             GROUPS | {"device_coef": 0.01, "communication_coef": 0.01}, 0.5)),
+             GROUPS | {"losses": {"device": 0.01, "communication": 0.01}}, 0.5)),
     ("val_cross_entropy", LOSS, "reach_4", "sent_4", "link_4", "slowest_4", "path_4", "sent_16", "slowest_16",
      "path_16"),
     planned(("sent_4", "slowest_4", "val_cross_entropy"),

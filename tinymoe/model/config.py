@@ -2,204 +2,199 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from ..moe.experts import ACTIVATIONS, BACKENDS
 from ..layers.nn import LayerNorm, RMSNorm
-from ..moe.routers import ROUTERS, check, make
+from ..moe import routers
+from ..moe.experts import ACTIVATIONS, BACKENDS
+from ..moe.losses import LOSSES
 from ..moe.routing import DROP_POLICIES
-
-
-def whole(value, least=1):
-    """Whether a setting is a whole number of at least `least`, and such that an array can have it as its length."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < 2**31
-
-
-WHOLE = "a whole number of at least 1 (and below 2**31)"
-
-
-def finite(value):
-    """Whether a setting is a finite number of at least 0."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return number and 0 <= value < np.inf
-
-
-def require(config, names, fits, expected):
-    """Raise a ValueError for the first of the named fields whose value does not fit; it says what was expected."""
-    for name in names.split():
-        if not fits(getattr(config, name)):
-            raise ValueError(f"{name} {getattr(config, name)!r} must be {expected}")
-
+from ..moe.settings import (
+    COUNT, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, is_whole, one_of, optional, setting)
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
+              "a list of names")
+LAYERS = Check(lambda value: isinstance(value, (tuple, list)) and all(is_whole(i, 0) for i in value),
+               "a list of layer numbers")
+ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
+OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
+COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGATIVE.fits, value.values())),
+                     "an object: name of a loss to a finite number of at least 0")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that makes a model. Raises ValueError where the numbers do not fit together."""
+    """Everything that makes a model. Raises ValueError where a value is wrong, or values do not fit together."""
 
-    vocab_size: int = 256
-    n_layers: int = 6
-    d_model: int = 128
-    n_heads: int = 4
-    d_ff: int = 512  # hidden width of the dense layers
-    seq_len: int = 128  # the longest sequence
-    activation: str = "gelu"
-    norm: str = "layer"  # "layer" (Ba et al. 2016) or "rms" (Zhang & Sennrich 2019)
-    norm_eps: float = 1e-5  # added to the variance, or to the mean square
-    post_norm: bool = False  # normalise what a layer gives before it is added too, as Grok-1 does
-    positions: str = "learned"  # seq_len embeddings, or "rotary"
-    rope_theta: float = 10_000.0  # base of the rotary angles
-    bias: bool = True  # in linear layers and experts
-    tied: bool = False  # the head is the token embedding
-    attention: str = "multi_head"  # or "latent" (DeepSeek-V2), which has rotary positions of its own
-    head_dim: int | None = None  # None: d_model / n_heads
-    n_kv_heads: int | None = None  # groups of heads that share keys and values; None: n_heads
-    qk_norm: bool = False  # RMS-normalise queries and keys
-    q_rank: int = 0  # latent attention: of the queries' latent, 0 for none
-    kv_rank: int = 64  # of the latent of keys and values
-    rope_dim: int = 16  # of the rotary part of a head
-    v_dim: int | None = None  # of a head's values; None: head_dim
-    latent_eps: float | None = None  # norm_eps of the latents; None: norm_eps
-    mtp_coef: float = 0.0  # of the loss of a second head that predicts the token after the next (DeepSeek-V3)
-    moe_layers: tuple = (1, 3, 5)  # layers with experts, counted from 0; () is a dense model
-    n_experts: int = 8
-    d_expert: int | None = None  # hidden width of each expert; None: d_ff
-    n_shared: int = 0  # experts that serve every token, ungated, besides the n_experts
-    router: str = "top_k"
-    top_k: int = 2  # experts per token; for expert_choice the mean, which may be a fraction
-    capacity_factor: float | None = None  # None: no token is dropped
-    drop_policy: str = "order"  # which assignments exceed the capacity: "order" or "gate"
-    aux_coef: float = 0.01  # of the load-balancing loss, mean over MoE layers
-    z_coef: float = 0.0  # of the router z-loss
-    importance_coef: float = 0.0  # of the importance loss
-    load_coef: float = 0.0  # of the smooth load loss (noisy_top_k)
-    sequence_coef: float = 0.0  # of the balance loss within each sequence
-    device_coef: float = 0.0  # of the balance loss over devices
-    communication_coef: float = 0.0  # of the balance of what devices receive
-    policy_coef: float = 1.0  # of the policy loss, where the router draws its choices (reinforce)
-    n_devices: int = 1  # that the experts lie on, in equal runs
-    max_devices: int = 1  # that a token may reach: the group_limit of a router with as many groups
-    expert_backend: str = "numba"
-    freeze: tuple = ()  # parts that are not trained: pieces of parameter names, such as "router" or "experts"
-    # options of the router, None for its own default; routers/ says what they do
-    renormalise: bool | None = None
-    router_std: float | None = None
-    jitter: float | None = None
-    n_groups: int | None = None
-    group_limit: int | None = None
-    second_expert: str | None = None
-    second_threshold: float | None = None
-    bias_rate: float | None = None
-    gate_scale: float | None = None
-    sinkhorn_iterations: int | None = None
-    sequence_pool: str | None = None
-    sequence_scope: str | None = None
-    softmax_over: str | None = None
+    # the transformer
+    vocab_size: int = setting(256, "how many tokens there are; a byte needs 256", WHOLE)
+    n_layers: int = setting(6, "blocks of attention and feed-forward layer", WHOLE)
+    d_model: int = setting(128, "width D of the hidden states", WHOLE)
+    n_heads: int = setting(4, "attention heads", WHOLE)
+    d_ff: int = setting(512, "hidden width of the dense feed-forward layers", WHOLE)
+    seq_len: int = setting(128, "the longest sequence, in tokens", WHOLE)
+    activation: str = setting("gelu", "of feed-forward layers and experts", one_of(*ACTIVATIONS))
+    norm: str = setting("layer", "layer (Ba et al. 2016) or rms (Zhang & Sennrich 2019)", one_of(*NORMS))
+    norm_eps: float = setting(1e-5, "added to the variance, or to the mean square", POSITIVE)
+    post_norm: bool = setting(False, "normalise a layer's output too, before it is added, as Grok-1 does", FLAG)
+    positions: str = setting("learned", "learned embeddings, or rotary", one_of("learned", "rotary"))
+    rope_theta: float = setting(10_000.0, "base of the rotary angles", POSITIVE)
+    bias: bool = setting(True, "biases in linear layers and experts", FLAG)
+    tied: bool = setting(False, "the output layer is the token embedding", FLAG)
+    # attention
+    attention: str = setting("multi_head", "multi_head, or latent (DeepSeek-V2)", one_of("multi_head", "latent"))
+    head_dim: int | None = setting(None, "width of a head; None: d_model / n_heads", optional(WHOLE))
+    n_kv_heads: int | None = setting(None, "groups of heads that share keys and values; None: n_heads", optional(WHOLE))
+    qk_norm: bool = setting(False, "RMS-normalise queries and keys", FLAG)
+    q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
+    kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
+    rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
+    v_dim: int | None = setting(None, "latent attention: width of a head's values; None: head_dim", optional(WHOLE))
+    latent_eps: float | None = setting(None, "norm_eps of the latents; None: norm_eps", optional(POSITIVE))
+    # the mixture
+    moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
+    n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
+    d_expert: int | None = setting(None, "hidden width of an expert; None: d_ff", optional(WHOLE))
+    n_shared: int = setting(0, "further experts that serve every token, ungated", COUNT)
+    router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
+    router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
+                                   optional(OPTIONS))
+    top_k: float = setting(2, "experts K per token; a mean, perhaps a fraction, for expert_choice", POSITIVE)
+    capacity_factor: float | None = setting(None, "limit on an expert's load, in units of the mean; None for none",
+                                            optional(POSITIVE))
+    drop_policy: str = setting("order", "what a limit drops: later choices, or small gates", one_of(*DROP_POLICIES))
+    expert_backend: str = setting("numba", "how experts are computed", one_of(*BACKENDS))
+    n_devices: int = setting(1, "devices that the experts lie on, in equal runs", WHOLE)
+    max_devices: int = setting(1, "devices that a token may reach", WHOLE)
+    # the losses, besides the cross-entropy
+    aux_coef: float = setting(0.01, "coefficient of the balance loss, the mean over MoE layers", NOT_NEGATIVE)
+    losses: dict = setting(None, "coefficients of other losses, by name", optional(COEFFICIENTS))
+    mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
+                              NOT_NEGATIVE)
+    freeze: tuple = setting((), "parts that are not trained: pieces of parameter names, such as router", NAMES)
 
     def __post_init__(self):
-        sizes = "vocab_size n_layers d_model n_heads d_ff seq_len n_experts n_devices max_devices"
-        require(self, sizes, whole, WHOLE)
-        for name in sizes.split():
-            object.__setattr__(self, name, int(getattr(self, name)))  # NumPy's integers are no JSON
-        for name, known in (("norm", tuple(NORMS)), ("positions", ("learned", "rotary")),
-                            ("attention", ("multi_head", "latent")), ("activation", ACTIVATIONS),
-                            ("drop_policy", DROP_POLICIES),
-                            ("expert_backend", BACKENDS), ("renormalise", (None, True, False))):
-            require(self, name, lambda value: value in known and type(value) is not int,  # 1 is equal to True
-                    f"one of {', '.join(map(str, known))}")
+        check_fields(self)
+        for name, value in (("moe_layers", tuple(sorted(set(map(int, self.moe_layers))))),
+                            ("freeze", tuple(self.freeze)), ("losses", dict(self.losses or {})),
+                            ("router_options", dict(self.router_options or {})),
+                            ("router", self.router if isinstance(self.router, str) else tuple(self.router))):
+            object.__setattr__(self, name, value)
         self._check_dense()
         self._check_mixture()
-        self._check_router()
+        self._check_routers()
+
+    def _refuse(self, name, wrong, expected):
+        if wrong:
+            raise ValueError(f"{name} {getattr(self, name)!r} must be {expected}")
 
     def _check_dense(self):
-        """Layers, attention, norms, and what is frozen."""
-        require(self, "moe_layers", lambda layers: isinstance(layers, (tuple, list)) and
-                all(whole(i, 0) and i < self.n_layers for i in layers),
-                f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
-        object.__setattr__(self, "moe_layers", tuple(sorted(set(map(int, self.moe_layers)))))
+        """What layers and attention need of each other."""
+        head = self.head_dim or self.d_model // self.n_heads
+        self._refuse("moe_layers", any(i >= self.n_layers for i in self.moe_layers),
+                     f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        require(self, "head_dim v_dim", lambda n: n is None or whole(n), f"{WHOLE}, or None")
-        require(self, "n_kv_heads", lambda n: n is None or whole(n) and self.n_heads % n == 0,
-                f"a divisor of n_heads {self.n_heads}, or None")
-        require(self, "q_rank", lambda n: whole(n, 0), "a whole number of at least 0")
-        require(self, "kv_rank", whole, WHOLE)
-        require(self, "rope_dim", lambda n: whole(n, 2) and n % 2 == 0, "an even number of at least 2")
-        require(self, "norm_eps rope_theta", lambda x: finite(x) and x > 0, "a finite number above 0")
-        require(self, "latent_eps", lambda x: x is None or finite(x) and x > 0, "a finite number above 0, or None")
-        require(self, "post_norm bias tied qk_norm", lambda value: isinstance(value, bool), "true or false")
-        head = self.head_dim or self.d_model // self.n_heads
-        require(self, "positions", lambda p: p == "learned" or self.attention == "latent" or head % 2 == 0,
-                f"learned where a head has an odd number of entries ({head})")
-        require(self, "n_kv_heads qk_norm", lambda value: not value or self.attention != "latent",
-                "left out with latent attention")
-        require(self, "freeze", lambda parts: isinstance(parts, (tuple, list)) and
-                all(isinstance(part, str) for part in parts),
-                "a list of pieces of parameter names")
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        self._refuse("n_kv_heads", self.n_kv_heads is not None and self.n_heads % self.n_kv_heads,
+                     f"a divisor of n_heads {self.n_heads}, or None")
+        self._refuse("positions", self.positions == "rotary" and self.attention != "latent" and head % 2,
+                     f"learned where a head has an odd number of entries ({head})")
+        for name in ("n_kv_heads", "qk_norm"):
+            self._refuse(name, getattr(self, name) and self.attention == "latent", "left out with latent attention")
 
     def _check_mixture(self):
-        """Experts, losses and devices."""
-        require(self, "d_expert", lambda width: width is None or whole(width), f"{WHOLE}, or None for d_ff")
-        require(self, "n_shared", lambda n: whole(n, 0), "a whole number of at least 0")
-        require(self, "top_k", finite, "a finite number above 0")
-        require(self, "capacity_factor", lambda factor: factor is None or finite(factor) and factor > 0,
-                "a number above 0, or None for no limit")
-        require(self, "aux_coef z_coef importance_coef load_coef sequence_coef device_coef communication_coef "
-                "policy_coef mtp_coef", finite, "a finite number of at least 0")
-        require(self, "n_devices", lambda n: self.n_experts % n == 0, f"a divisor of n_experts {self.n_experts}")
-        require(self, "max_devices", lambda n: n <= self.n_devices, f"at most n_devices {self.n_devices}")
-        require(self, "device_coef communication_coef", lambda value: value == 0 or self.n_devices > 1,
-                "0 where n_devices is 1")
-        soft = [name for name, r in ROUTERS.items() if r.has_soft_load]
-        require(self, "load_coef", lambda value: value == 0 or self.router in soft and self.n_groups in (None, 1),
-                f"0 but for {', '.join(soft)} without groups")
+        """What experts, losses and devices need of each other."""
+        self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
+        self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
+        for name in self.losses:
+            if name == "balance" or name not in LOSSES:
+                known = ", ".join(one for one in LOSSES if one != "balance")
+                raise ValueError(f"unknown loss {name!r}: choose one of {known}; the balance loss is set by aux_coef")
+            if name in ("device", "communication") and self.losses[name] and self.n_devices == 1:
+                raise ValueError(f"losses.{name} {self.losses[name]} must be 0 where n_devices is 1")
+        grouped = self.router_options.get("n_groups", 1) != 1
+        if self.losses.get("load") and (grouped or not any(routers.find(r).has_soft_load for r in self.routers)):
+            soft = [name for name, cls in routers.ROUTERS.items() if cls.has_soft_load]
+            raise ValueError(f"losses.load {self.losses['load']} must be 0 but for {', '.join(soft)} without groups")
+
+    def _check_routers(self):
+        """Make each router once at a width of 1, so that it refuses what does not fit."""
+        if not isinstance(self.router, str) and len(self.router) != len(self.moe_layers):
+            raise ValueError(f"router {list(self.router)} must have one name for each of the {len(self.moe_layers)} "
+                             "MoE layers")
+        known = set().union(*(routers.find(name).options() for name in self.routers))
+        for option in self.router_options.keys() - known:
+            taken = ", ".join(sorted(known - {"vocab_size"})) or "none"
+            raise ValueError(f"{option} is no option of {', '.join(self.routers)}, which takes {taken}")
+        for name in self.routers:
+            options = self.options_of(name)
+            routers.find(name).check(self.n_experts, self.top_k, options)
+            small = {"vocab_size": 2} if "vocab_size" in options else {}
+            routers.make(name, 1, self.n_experts, self.top_k, **options | small)
 
     @property
-    def expert_width(self):
+    def expert_width(self) -> int:
         """The hidden width of an expert."""
         return self.d_ff if self.d_expert is None else self.d_expert
 
-    def _check_router(self):
-        """Make the router once, at a width of 1: it refuses what does not fit, numbers of another kind included."""
-        known = {name for router in ROUTERS.values() for name in router.options}
-        given = {field.name: value for field in dataclasses.fields(self)
-                 if field.name in known and field.default is None and (value := getattr(self, field.name)) is not None}
-        check(self.router, self.n_experts, self.top_k, given)
-        for kind, fits, expected in ((int, whole, WHOLE),
-                                     (float, finite, "a finite number of at least 0")):
-            names = [f.name for f in dataclasses.fields(self) if f.name in given and f.type == kind | None]
-            require(self, " ".join(names), fits, f"{expected}, or None")
-        self.smallest_router()
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """The different routers, by name, in order."""
+        return (self.router,) if isinstance(self.router, str) else tuple(dict.fromkeys(self.router))
 
-    def smallest_router(self):
-        """The router at a width of 1 and for a vocabulary of 2: what it refuses, and the shapes of its parameters."""
-        options = self.router_options()
-        if "vocab_size" in options:
-            options["vocab_size"] = 2
-        return make(self.router, 1, self.n_experts, self.top_k, **options)
+    def router_of(self, layer: int) -> str | None:
+        """The name of the router of a layer, counted from 0; None for a dense layer."""
+        if layer not in self.moe_layers:
+            return None
+        return self.router if isinstance(self.router, str) else self.router[self.moe_layers.index(layer)]
 
-    def router_options(self):
-        """The keyword arguments that the router takes from this config."""
-        wanted = ROUTERS[self.router].options
-        return {name: value for name in wanted if (value := getattr(self, name, None)) is not None}
+    def options_of(self, router: str) -> dict[str, Any]:
+        """The keyword arguments that a router takes from this config."""
+        known = routers.find(router).options()
+        given = {name: value for name, value in self.router_options.items() if name in known}
+        return given | ({"vocab_size": self.vocab_size} if "vocab_size" in known else {})
 
-    def sizes(self):
-        """What the dense parts follow from."""
-        names = """vocab_size n_layers d_model n_heads d_ff seq_len activation norm norm_eps post_norm positions tied
-            bias rope_theta attention head_dim n_kv_heads qk_norm q_rank kv_rank rope_dim v_dim latent_eps""".split()
-        return [getattr(self, name) for name in names]
+    def coefficients(self) -> dict[str, float]:
+        """name -> coefficient of every loss of LOSSES; 0 for those that nobody asked for."""
+        needed = {name: value for router in self.routers for name, value in routers.find(router).losses.items()}
+        return dict.fromkeys(LOSSES, 0.0) | {"balance": self.aux_coef} | needed | self.losses
 
-    def to_dict(self):
+    def sizes(self) -> list:
+        """The settings of the dense parts, which upcycling leaves as they are."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [getattr(self, name) for name in names[:names.index("moe_layers")]]
+
+    def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that from_dict takes back."""
-        return dataclasses.asdict(self) | {"moe_layers": list(self.moe_layers), "freeze": list(self.freeze)}
+        return {name: list(value) if isinstance(value, tuple) else value
+                for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values):
-        """The config of a dict. Raises ValueError for keys it does not know."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The config of a dict, of this version or an earlier one. Raises ValueError for keys it does not know."""
+        values = current(values)
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown ModelConfig keys: {', '.join(unknown)}")
         return cls(**values)
+
+
+FORMER_OPTIONS = """renormalise router_std jitter n_groups group_limit second_expert second_threshold bias_rate
+    gate_scale sinkhorn_iterations sequence_pool sequence_scope softmax_over""".split()
+FORMER_LOSSES = "z importance load sequence device communication policy".split()
+
+
+def current(values: dict[str, Any]) -> dict[str, Any]:
+    """The dict of a config as this version writes it: version 0.1 had router options and coefficients as fields."""
+    values = dict(values)
+    options = {name: values.pop(name) for name in FORMER_OPTIONS if name in values}
+    losses = {name: values.pop(f"{name}_coef") for name in FORMER_LOSSES if f"{name}_coef" in values}
+    if losses.get("policy") == 1.0:  # it was there for every router, and is the default where it applies
+        del losses["policy"]
+    options = {name: value for name, value in options.items() if value is not None}
+    losses = {name: value for name, value in losses.items() if value != 0 or name == "policy"}
+    for key, found in (("router_options", options), ("losses", losses)):
+        if found:
+            values[key] = found | (values.get(key) or {})
+    return values

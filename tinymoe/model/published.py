@@ -12,11 +12,11 @@ of losses, the layers of multi-token prediction) is left out.
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
-from .config import WHOLE, ModelConfig, require, whole
+from ..moe.settings import COUNT, WHOLE, optional
+from .config import ModelConfig
 from ..files import CheckpointError
 from .transformer import Block, Transformer
 from .counting import MODERN, KEYS, architecture
@@ -60,19 +60,21 @@ def model_config(config):
         raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(SIZES)}")
     _refuse(config, kind)
     a, (eps, theta) = architecture(config), DEFAULTS[kind]
-    own = {"n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim,
-           "renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
+    options = {"renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
+    own = {"n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim}
     if kind == "deepseek_v3":
         groups = config["n_group"] or 1
         own |= {"n_kv_heads": None, "head_dim": a.head_dim - a.rope_dim, "attention": "latent", "q_rank": a.q_rank,
                 "kv_rank": a.kv_rank, "rope_dim": a.rope_dim, "v_dim": a.v_dim, "latent_eps": eps,
-                "router": "sigmoid_bias", "gate_scale": float(config["routed_scaling_factor"])}
-        own |= {"n_groups": groups, "group_limit": config["topk_group"]} if groups > 1 else {}
+                "router": "sigmoid_bias"}
+        options |= {"gate_scale": float(config["routed_scaling_factor"])}
+        options |= {"n_groups": groups, "group_limit": config["topk_group"]} if groups > 1 else {}
     return ModelConfig(
         vocab_size=a.vocab_size, n_layers=a.n_layers, moe_layers=tuple(range(a.n_dense, a.n_layers)), d_model=a.d_model,
         n_heads=a.n_heads, d_ff=a.d_ff, d_expert=a.d_expert, seq_len=config["max_position_embeddings"], tied=a.tied,
         n_experts=a.n_experts, n_shared=a.n_shared, top_k=a.top_k, activation="swiglu", qk_norm=a.qk_norm, aux_coef=0.0,
-        norm_eps=config.get("rms_norm_eps", eps), rope_theta=_rope_theta(config, theta), **MODERN, **own)
+        norm_eps=config.get("rms_norm_eps", eps), rope_theta=_rope_theta(config, theta), router_options=options,
+        **MODERN, **own)
 
 
 def _refuse(config, kind):
@@ -81,11 +83,9 @@ def _refuse(config, kind):
     missing = [key for key in (*sizes, *OTHERS[kind].split()) if key not in config]
     if missing:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
-    require(SimpleNamespace(**config), " ".join(sizes), lambda n: whole(n, 0), "a whole number")
-    require(SimpleNamespace(**config), "num_attention_heads", whole, WHOLE)
-    extra = config.get("num_nextn_predict_layers")
-    if extra is not None and not whole(extra, 0):
-        raise ValueError(f"num_nextn_predict_layers {extra!r} must be a whole number")
+    for key in sizes:
+        (WHOLE if key == "num_attention_heads" else COUNT).require(key, config[key])
+    optional(COUNT).require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
@@ -252,7 +252,7 @@ def load_block(path, layer=0, dtype=np.float32):
         raise ValueError(f"layer {layer!r} must be from 0 to {config.n_layers - 1}")
     prefix = f"model.layers.{layer}." if any(name.startswith("model.layers.") for name in tensors) else ""
     weights = _Weights({name: t for name, t in tensors.items() if name.startswith(prefix)}, dtype)
-    block = Block(config, layer in config.moe_layers, np.random.default_rng(0), dtype)
+    block = Block(config, config.router_of(layer), np.random.default_rng(0), dtype)
     _fill(block, weights, prefix, config, published)
     weights.finish(path)
     return block

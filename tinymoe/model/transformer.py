@@ -1,19 +1,21 @@
 """The transformer: its blocks and its loss."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from ..autograd import functional as F
-from ..moe import losses
-from ..layers.attention import CausalSelfAttention, LatentAttention
-from .config import NORMS, ModelConfig
-from ..files import CheckpointError, load_arrays, save_arrays
-from ..moe.layer import MoELayer
-from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
-from ..moe.routers import ROUTERS, RouteContext
-from ..moe.routing import Routing
 from ..autograd.tensor import Tensor, no_grad
+from ..files import CheckpointError, load_arrays, save_arrays
+from ..layers.attention import CausalSelfAttention, LatentAttention
+from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
+from ..moe.layer import MoELayer
+from ..moe.losses import LOSSES, LossContext
+from ..moe.routers import RouteContext
+from ..moe.routing import Routing
+from .config import NORMS, ModelConfig
+from .counting import architecture, count
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,21 @@ class ModelOutput:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Scalar Tensors. total = cross_entropy + each coefficient * its term; the terms are means over MoE layers.
+    """The parts of a loss: total = cross_entropy + the sum of coefficient * term.
 
-    balance and z are None in a dense model, the others also where their coefficient is 0.
+    terms: name -> scalar Tensor, the mean over MoE layers, for every term that was computed: those of losses.LOSSES
+    that are logged or have a coefficient, "penalty" of routers that have one, "multi_token" of a second head. A term is
+    also an attribute (`terms.balance`), None where it was not computed.
     """
 
     total: Tensor
     cross_entropy: Tensor
-    balance: Tensor | None = None
-    z: Tensor | None = None
-    importance: Tensor | None = None
-    load: Tensor | None = None
-    sequence: Tensor | None = None
-    device: Tensor | None = None
-    communication: Tensor | None = None
-    policy: Tensor | None = None
-    multi_token: Tensor | None = None
+    terms: dict[str, Tensor]
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        if name in (*LOSSES, "penalty", "multi_token"):
+            return self.terms.get(name)
+        raise AttributeError(name)
 
 
 def make_attention(config, rng, out_std, dtype):
@@ -61,36 +62,41 @@ def make_norm(config, dtype):
 
 
 class Block(Module):
-    """Attention, then a dense or mixture-of-experts feed-forward layer, each normalised before and added."""
+    """Attention, then a dense or mixture-of-experts feed-forward layer, each normalised before and added.
 
-    def __init__(self, config, is_moe, rng, dtype):
+    router: the name of the layer's router, None for a dense layer.
+    """
+
+    def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
-        self.is_moe = is_moe
+        self.is_moe = router is not None
         self.norm1, self.norm2 = make_norm(config, dtype), make_norm(config, dtype)
         self.attention = make_attention(config, rng, out_std, dtype)
-        self.feed_forward = (MoELayer(config, rng, out_std, dtype) if is_moe else FeedForward(
+        self.feed_forward = (MoELayer(config, router, rng, out_std, dtype) if self.is_moe else FeedForward(
             config.d_model, config.d_ff, rng, config.activation, out_std, dtype, config.bias))
         self.post1, self.post2 = (make_norm(config, dtype), make_norm(config, dtype)) if config.post_norm \
-            else (same, same)
+            else (unchanged, unchanged)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> ((B, T, D), Routing, or None from a dense layer)."""
         x = x + self.post1(self.attention(self.norm1(x)))
+        z, routing = self.norm2(x), None
         if self.is_moe:
-            y, routing = self.feed_forward(self.norm2(x), context)
-            return x + self.post2(y), routing
-        return x + self.post2(self.feed_forward(self.norm2(x))), None
+            y, routing = self.feed_forward(z, context)
+        else:
+            y = self.feed_forward(z)
+        return x + self.post2(y), routing
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """x, in place of a norm that a config leaves out."""
+    return x
 
 
 def token_nats(logits, targets):
     """(N,) array: the cross-entropy of each row of logits (N, V) with its target, outside the graph."""
     with no_grad():
         return -F.gather(F.log_softmax(logits), targets.reshape(-1, 1)).data[:, 0]
-
-
-def same(x):
-    """x, where nothing is to be done to it."""
-    return x
 
 
 class NextButOne(Module):
@@ -103,7 +109,7 @@ class NextButOne(Module):
     def __init__(self, config, rng, dtype):
         self.state_norm, self.next_norm = make_norm(config, dtype), make_norm(config, dtype)
         self.join = Linear(2 * config.d_model, config.d_model, rng, bias=False, dtype=dtype)
-        self.block = Block(config, False, rng, dtype)
+        self.block = Block(config, None, rng, dtype)
 
     def forward(self, states, following, context):
         """states (B, T, D) and the embeddings (B, T, D) of the tokens that follow them -> (B, T, D)."""
@@ -120,7 +126,7 @@ class Transformer(Module):
         self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
         learned = config.positions == "learned" and config.attention != "latent"
         self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype) if learned else None
-        self.blocks = [Block(config, i in config.moe_layers, rng, dtype) for i in range(config.n_layers)]
+        self.blocks = [Block(config, config.router_of(i), rng, dtype) for i in range(config.n_layers)]
         self.norm = make_norm(config, dtype)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
         self.next_but_one = NextButOne(config, rng, dtype) if config.mtp_coef else None
@@ -165,12 +171,13 @@ class Transformer(Module):
         """The ExpertBank of each MoE layer, in order."""
         return [layer.experts for layer in self.moe_parts()]
 
-    def count_parameters(self):
-        """{"total", "active"}: all parameters, and those a token meets (K of E experts; embeddings included)."""
-        total = sum(p.size for p in self.parameters().values())
-        experts = sum(p.size for bank in self.expert_banks() for p in bank.parameters().values())
-        idle = 1 - self.config.top_k / self.config.n_experts
-        return {"total": total, "active": round(total - idle * experts)}
+    def count_parameters(self, experts_per_token: float | None = None) -> dict[str, int]:
+        """{"total", "active"}: all parameters, and those that a token meets, as model/counting.py counts them.
+
+        experts_per_token: the measured mean, for a router that does not fix K; None for config.top_k.
+        """
+        active = count(architecture(self.config, experts_per_token))[-1].active
+        return {"total": sum(p.size for p in self.parameters().values()), "active": round(active)}
 
     @property
     def causal(self):
@@ -208,32 +215,32 @@ class Transformer(Module):
         """LossTerms of predicting targets (B, T) from ids (B, T)."""
         return self.loss_terms(self.forward(ids, training, rng), targets)
 
-    def loss_terms(self, output, targets):
+    def loss_terms(self, output: ModelOutput, targets: np.ndarray) -> LossTerms:
         """LossTerms of a ModelOutput whose targets (B, T) are given."""
-        c = self.config
-        logits = output.logits.reshape(-1, c.vocab_size)
-        targets = np.asarray(targets)
+        c, logits, targets = self.config, output.logits.reshape(-1, self.config.vocab_size), np.asarray(targets)
         total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
-        terms, length = {}, output.logits.shape[1]
-        nats = token_nats(logits, targets) if ROUTERS[c.router].sampled else None
-        soft = all(r.soft_load is not None for r in output.routings)  # only while training
-        for name, wanted, coefficient, loss in (
-                ("balance", True, c.aux_coef, losses.load_balancing_loss),
-                ("z", True, c.z_coef, losses.z_loss),
-                ("importance", False, c.importance_coef, losses.importance_loss),
-                ("load", False, c.load_coef * soft, losses.load_loss),
-                ("sequence", False, c.sequence_coef, lambda r: losses.sequence_balance_loss(r, length)),
-                ("device", False, c.device_coef, lambda r: losses.device_balance_loss(r, c.n_devices)),
-                ("communication", False, c.communication_coef,
-                 lambda r: losses.communication_balance_loss(r, c.n_devices, c.max_devices)),
-                ("policy", False, c.policy_coef * (nats is not None), lambda r: losses.policy_loss(r, nats))):
-            if output.routings and (wanted or coefficient):
-                terms[name] = sum(map(loss, output.routings)) * (1 / len(output.routings))
-                total = total + coefficient * terms[name] if coefficient else total
-        if c.mtp_coef and length > 1:
+        terms = {}
+        for name, coefficient, term in self._routing_terms(output, lambda: token_nats(logits, targets)):
+            terms[name] = term
+            total = total + coefficient * term if coefficient else total
+        if c.mtp_coef and targets.shape[1] > 1:
             terms["multi_token"] = self.multi_token_loss(output.states, targets)
             total = total + c.mtp_coef * terms["multi_token"]
-        return LossTerms(total, cross_entropy, **terms)
+        return LossTerms(total, cross_entropy, terms)
+
+    def _routing_terms(self, output, nats):
+        """Yield (name, coefficient, mean over MoE layers) of the losses and of the routers' own penalties."""
+        c, shared = self.config, cache(nats)
+        layers = [(routing, LossContext(layer.router, output.logits.shape[1], c.n_devices, c.max_devices, shared))
+                  for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
+        coefficients = c.coefficients()
+        wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()
+                  if loss.logged or coefficients[name]]
+        wanted.append(("penalty", 1.0, lambda routing, context: context.router.penalty(routing, context)))
+        for name, coefficient, of in wanted:
+            found = [term for routing, context in layers if (term := of(routing, context)) is not None]
+            if found:
+                yield name, coefficient, sum(found) * (1 / len(found))
 
     def multi_token_loss(self, states, targets):
         """Cross-entropy of the second head: from each state (B, T, D) and its target, the target after it."""

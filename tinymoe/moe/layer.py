@@ -1,33 +1,48 @@
-"""The mixture-of-experts layer: route, limit, run the experts, add those that are shared."""
+"""The mixture-of-experts layer: route, apply the capacity limit, run the experts, add the shared expert."""
 
+from collections.abc import Callable
+
+import numpy as np
+
+from ..autograd.tensor import Tensor
+from ..layers.nn import FeedForward, Module
 from . import routers
 from .experts import ExpertBank
-from ..layers.nn import FeedForward, Module
-from .routing import limit_capacity
+from .routers import RouteContext
+from .routing import Routing, limit_capacity
 
 
 class MoELayer(Module):
-    """x (B, T, D) -> (y (B, T, D), Routing). `config` is a ModelConfig, `rng` draws the initial weights."""
+    """x (B, T, D) -> (y (B, T, D), Routing).
 
-    def __init__(self, config, rng, out_std, dtype):
-        self.router = routers.make(config.router, config.d_model, config.n_experts, config.top_k, rng, dtype,
-                                   **config.router_options())
-        self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, config.activation,
-                                  config.expert_backend, rng, dtype, out_std, config.bias)
-        # always on and ungated (DeepSeekMoE, Dai et al. 2024, eq. 9): side by side they are one wider layer
+    config: a ModelConfig. router: the name of this layer's router. rng draws the initial weights.
+    change_routing: a function (Routing, x (N, D) Tensor) -> Routing that is applied before the experts run, for
+        experiments on a trained model; None for no change.
+    """
+
+    def __init__(self, config, router: str, rng: np.random.Generator, out_std: float, dtype):
+        self.router = routers.make(router, config.d_model, config.n_experts, config.top_k, rng, dtype,
+                                   **config.options_of(router))
+        self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, activation=config.activation,
+                                  backend=config.expert_backend, seed=rng, dtype=dtype, out_std=out_std,
+                                  bias=config.bias)
+        # n_shared experts side by side are one wider layer, always on and ungated (Dai et al. 2024, eq. 9)
         self.shared = FeedForward(config.d_model, config.n_shared * config.expert_width, rng, config.activation,
                                   out_std, dtype, config.bias) if config.n_shared else None
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
+        self.change_routing: Callable[[Routing, Tensor], Routing] | None = None
 
     @property
-    def causal(self):
-        """Whether the layer routes by the prefix alone even where nobody asks it to."""
+    def causal(self) -> bool:
+        """Whether a token's route depends on its own prefix alone even where context.causal is False."""
         return self.router.causal and self.capacity_factor is None
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         routing = self.router(rows, context)
-        if self.capacity_factor is not None and not context.causal:  # who is dropped depends on the whole batch
+        if self.capacity_factor is not None and not context.causal:  # a limit looks at the whole batch
             routing = limit_capacity(routing, self.capacity_factor, self.top_k, self.drop_policy)
+        if self.change_routing is not None:
+            routing = self.change_routing(routing, rows)
         y = self.experts(rows, routing).reshape(x.shape)
         return (y if self.shared is None else y + self.shared(x)), routing

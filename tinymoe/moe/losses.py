@@ -1,12 +1,18 @@
 """Auxiliary losses of a router: pure functions of one layer's Routing, each a scalar Tensor.
 
-Published codes scale the balance loss differently (by K, or by the number of layers). Here it is 1
-at perfect balance whatever K is, one value for each layer; the model takes the mean over layers.
+`LOSSES` is the table that the model, the log and the probes read. Published codes scale the balance loss differently
+(by K, or by the number of layers). Here it is 1 at perfect balance whatever K is, one value for each layer, and the
+model takes the mean over layers.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..autograd import functional as F
+from ..autograd.tensor import Tensor
+from .routing import Routing
 
 # What a coefficient of the balance loss is multiplied by, for one layer, in units of sum over e of E f_e P_e with
 # f_e = n_e / (N K): by the number of layers L and of experts per token K.
@@ -19,7 +25,7 @@ CONVENTIONS = {
 }
 
 
-def equivalent_coefficient(coefficient, source, target, n_layers, top_k):
+def equivalent_coefficient(coefficient: float, source: str, target: str, n_layers: int, top_k: float) -> float:
     """The coefficient of the balance loss that gives `target` the gradient that `coefficient` gives `source`.
 
     source, target: names in CONVENTIONS, else ValueError; n_layers: MoE layers. For "hf_mixtral", which pools the
@@ -33,7 +39,7 @@ def equivalent_coefficient(coefficient, source, target, n_layers, top_k):
     return coefficient * CONVENTIONS[source](n_layers, top_k) / CONVENTIONS[target](n_layers, top_k)
 
 
-def load_balancing_loss(routing):
+def load_balancing_loss(routing: Routing) -> Tensor:
     """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; GShard).
 
     f_e is the share of the assignments that went to e, before any capacity limit, and has no
@@ -44,11 +50,11 @@ def load_balancing_loss(routing):
     return routing.n_experts * (share * routing.probs.mean(axis=0)).sum()
 
 
-def sequence_balance_loss(routing, seq_len):
-    """The mean over sequences of load_balancing_loss within each (DeepSeek-V3, eq. 17 to 20, where f
-    counts the best K without bias; here what was chosen); 1 where all balance.
+def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
+    """The mean over sequences of load_balancing_loss within each; 1 where all balance (DeepSeek-V3, eq. 17 to 20).
 
-    The routing's N tokens are whole sequences of seq_len. Assignments that a capacity limit dropped do not count.
+    DeepSeek-V3 counts the best K without the bias in f; here f counts the assignments made. The N tokens are whole
+    sequences of seq_len. Assignments that a capacity limit dropped do not count.
     """
     chosen = routing.mask().reshape(-1, seq_len, routing.n_experts).sum(axis=1)  # (B, E)
     share = (chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1)).astype(routing.probs.dtype)
@@ -56,7 +62,7 @@ def sequence_balance_loss(routing, seq_len):
     return routing.n_experts * (share * probs).sum(axis=1).mean()
 
 
-def device_balance_loss(routing, n_devices):
+def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
     """D * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
 
     Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
@@ -66,7 +72,7 @@ def device_balance_loss(routing, n_devices):
     return _device_product(per_device / max(per_device.sum(), 1), routing, n_devices)
 
 
-def communication_balance_loss(routing, n_devices, max_devices):
+def communication_balance_loss(routing: Routing, n_devices: int, max_devices: int) -> Tensor:
     """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 where every token goes to M devices evenly.
 
     f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
@@ -88,17 +94,17 @@ def _device_product(share, routing, n_devices):
     return n_devices * (share.astype(routing.probs.dtype) * probs).sum()
 
 
-def z_loss(routing):
+def z_loss(routing: Routing) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2: keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return (F.logsumexp(routing.logits) ** 2).mean()
 
 
-def importance_loss(routing):
+def importance_loss(routing: Routing) -> Tensor:
     """CV^2 of the column sums of the gates (Shazeer et al. 2017, eq. 6 and 7)."""
     return _cv_squared(F.scatter_add(routing.gate, routing.expert, routing.n_experts))
 
 
-def load_loss(routing):
+def load_loss(routing: Routing) -> Tensor:
     """CV^2 of the router's smooth load (Shazeer et al. 2017, eq. 11).
 
     Raises ValueError for a routing without one: only noisy_top_k makes it, while training.
@@ -109,12 +115,12 @@ def load_loss(routing):
     return _cv_squared(routing.soft_load)
 
 
-def policy_loss(routing, nats):
+def policy_loss(routing: Routing, nats: np.ndarray) -> Tensor:
     """Mean over tokens of (cost - mean cost of the other tokens) * ln p(chosen expert) (REINFORCE, Williams 1992).
 
-    nats (N,): what predicting each token's successor cost. The routing must have one expert a token, drawn from its
-    probs. The gradient is that of the expected cost where a draw changes its own token's cost alone; later tokens see
-    it through attention, and neither that nor its part in the baseline is accounted for.
+    nats (N,): the cross-entropy of each token's prediction. The routing must have one expert a token, drawn from its
+    probs. The gradient is that of the expected cost where a draw changes the cost of its own token alone. A draw also
+    reaches later tokens through attention; the loss leaves that out.
     """
     n = len(nats)
     advantage = (nats - nats.mean()) * n / max(1, n - 1)
@@ -125,3 +131,56 @@ def _cv_squared(x):
     """Squared coefficient of variation: population variance / (mean^2 + 1e-10)."""
     mean = x.mean()
     return ((x - mean) ** 2).mean() / (mean ** 2 + 1e-10)
+
+
+# -- the table ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss may read besides the routing.
+
+    router: the layer's router. seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in
+    ModelConfig. token_nats() computes `nats`, once, outside the graph.
+    """
+
+    router: object
+    seq_len: int
+    n_devices: int = 1
+    max_devices: int = 1
+    token_nats: Callable[[], np.ndarray] | None = None
+
+    @property
+    def nats(self) -> np.ndarray:
+        """(N,): the cross-entropy of each token."""
+        return self.token_nats()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One row of LOSSES.
+
+    of(routing, context) gives a scalar Tensor, or None where the loss does not apply to this routing. logged: whether
+    it is computed, and so logged, even with a coefficient of 0.
+    """
+
+    meaning: str
+    of: Callable[[Routing, LossContext], Tensor | None]
+    logged: bool = False
+
+
+# name -> Loss, in the order in which the model adds them. A loss added here is trained on with `losses.NAME=VALUE`,
+# logged, probed and reported.
+LOSSES = {
+    "balance": Loss("load balance (Switch); its coefficient is aux_coef", lambda r, c: load_balancing_loss(r), True),
+    "z": Loss("router z-loss (ST-MoE)", lambda r, c: z_loss(r), True),
+    "importance": Loss("CV^2 of the experts' summed gates (Shazeer 2017)", lambda r, c: importance_loss(r)),
+    "load": Loss("CV^2 of the smooth load of noisy_top_k (Shazeer 2017)",
+                 lambda r, c: None if r.soft_load is None else load_loss(r)),
+    "sequence": Loss("load balance within each sequence (DeepSeek-V3)",
+                     lambda r, c: sequence_balance_loss(r, c.seq_len)),
+    "device": Loss("load balance over devices (DeepSeek-V2)", lambda r, c: device_balance_loss(r, c.n_devices)),
+    "communication": Loss("balance of what devices receive (DeepSeek-V2)",
+                          lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),
+    "policy": Loss("REINFORCE, for routers that draw; 1 by default there (Williams 1992)",
+                   lambda r, c: policy_loss(r, c.nats) if c.router.sampled else None),
+}

@@ -79,22 +79,18 @@ def gradient_path(model, ids, targets, seed=0):
     The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
     router learns nothing from the term.
     """
-    terms, c = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed)), model.config
-    coefficients = {"cross_entropy": 1.0, "balance": c.aux_coef, "z": c.z_coef, "importance": c.importance_coef,
-                    "load": c.load_coef, "sequence": c.sequence_coef, "device": c.device_coef,
-                    "communication": c.communication_coef, "policy": c.policy_coef, "multi_token": c.mtp_coef}
+    terms = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed))
+    coefficients = {"cross_entropy": 1.0, **model.config.coefficients(), "multi_token": model.config.mtp_coef}
     weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
     norms = {}
-    for name, coefficient in coefficients.items():
-        term = getattr(terms, name)
-        if term is None:
-            continue
+    for name, term in {"cross_entropy": terms.cross_entropy, **terms.terms}.items():
+        coefficient = coefficients.get(name) or 1.0  # a penalty has no coefficient of its own
         for p in model.parameters().values():
             p.grad = None
         if term.requires_grad:
-            ((coefficient or 1.0) * term).backward()
+            (coefficient * term).backward()
         squares = sum((p.grad.astype(float) ** 2).sum() for p in weights if p.grad is not None)
-        norms[name] = coefficient or 1.0, float(np.sqrt(squares))
+        norms[name] = coefficient, float(np.sqrt(squares))
     for p in model.parameters().values():
         p.grad = None
     return norms

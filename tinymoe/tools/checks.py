@@ -212,7 +212,7 @@ def _bank(backend, mask):
 EXPERTS = {f"{backend}, {name}": _bank(backend, mask) for backend in BACKENDS for name, mask in ASSIGNMENTS.items()}
 
 SMALL = dict(vocab_size=7, n_layers=2, d_model=D, n_heads=2, d_ff=5, seq_len=6, moe_layers=(1,), n_experts=E,
-             z_coef=0.01)
+             losses={"z": 0.01})
 
 
 def _moe_layer(**options):
@@ -241,7 +241,7 @@ MODELS = {
     "Transformer, dense": _model(moe_layers=()),
     "Transformer, top_k, K = 1": _model(top_k=1),
     "Transformer, top_k, K = 2": _model(),
-    "Transformer, noisy_top_k": _model(router="noisy_top_k", importance_coef=0.1, load_coef=0.1),
+    "Transformer, noisy_top_k": _model(router="noisy_top_k", losses={"importance": 0.1, "load": 0.1}),
     "Transformer, expert_choice": _model(router="expert_choice"),
 }
 

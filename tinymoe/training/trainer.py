@@ -27,7 +27,8 @@ except ImportError:  # not a POSIX system: runs are not locked against a second 
 
 from .. import kernels
 from ..moe import metrics
-from ..model.config import WHOLE, ModelConfig, finite, require, whole
+from ..model.config import ModelConfig
+from ..moe.settings import NOT_NEGATIVE, POSITIVE, SHARE, WHOLE, check_fields, setting
 from .evaluation import Validation, evaluate, snapshot
 from ..files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
 from ..model.transformer import Transformer
@@ -56,22 +57,18 @@ class NonFiniteLoss(Exception):
 class TrainConfig:
     """How a run trains and how often it looks. Raises ValueError for numbers that make no run."""
 
-    steps: int = 2000
-    batch_size: int = 8  # windows of seq_len bytes
-    learning_rate: float = 1e-3  # the peak
-    warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.1  # of weight matrices only
-    max_norm: float = 1.0  # of the gradient
-    n_evaluations: int = 20  # besides the one before training
-    eval_windows: int = 8  # of each domain at each evaluation
-    final_windows: int = 64  # of each domain at the end
+    steps: int = setting(2000, "training steps", WHOLE)
+    batch_size: int = setting(8, "windows of seq_len bytes in a batch", WHOLE)
+    learning_rate: float = setting(1e-3, "the largest rate, after the warm-up", POSITIVE)
+    warmup: float = setting(0.05, "share of the steps in which the rate rises", SHARE)
+    weight_decay: float = setting(0.1, "of weight matrices only", NOT_NEGATIVE)
+    max_norm: float = setting(1.0, "the gradient is scaled down to this norm", POSITIVE)
+    n_evaluations: int = setting(20, "evaluations after the one before training", WHOLE)
+    eval_windows: int = setting(8, "windows of each domain at each evaluation", WHOLE)
+    final_windows: int = setting(64, "windows of each domain at the end", WHOLE)
 
     def __post_init__(self):
-        require(self, "steps batch_size n_evaluations eval_windows final_windows", whole,
-                WHOLE)
-        require(self, "learning_rate max_norm", lambda value: finite(value) and value > 0, "a finite number above 0")
-        require(self, "weight_decay", finite, "a finite number of at least 0")
-        require(self, "warmup", lambda value: finite(value) and value <= 1, "a number from 0 to 1")
+        check_fields(self)
 
     def evaluation_steps(self):
         """The steps after which the model is evaluated and saved; the last is always among them."""

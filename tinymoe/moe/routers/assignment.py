@@ -1,4 +1,4 @@
-"""Tokens and experts are matched so that every expert gets its share: exactly, or by Sinkhorn's iteration."""
+"""Tokens and experts are matched so that every expert gets its share, exactly or by Sinkhorn's iteration."""
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -10,21 +10,21 @@ from .base import LinearRouter
 
 
 class Sinkhorn(LinearRouter, name="sinkhorn"):
-    """While training, the K largest entries of a balanced plan choose; at evaluation plain top-K (Clark et al. 2022).
+    """While training, a token takes the K largest entries of a balanced plan; at evaluation top-K (Clark et al. 2022).
 
     The plan is exp(logits) with rows and columns scaled to sums 1 and N / E in turn. The gate is sigmoid(logit) for
-    K = 1 and softmax(logits) otherwise, not renormalised; the plan has no gradient.
-    sinkhorn_iterations: of the scaling.
+    K = 1 and softmax(logits) otherwise, not renormalised. The plan has no gradient.
+
+    sinkhorn_iterations: how often rows and columns are scaled.
     """
 
     paper = "Clark 2022"
     balanced = "nearly, while training"
     causal_training = False
     cost = "2 N D E + 2 N E an iteration"
-    options = ("router_std", "sinkhorn_iterations")
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD,
-                 sinkhorn_iterations=20):
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std: float = INIT_STD,
+                 sinkhorn_iterations: int = 20):
         super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
         self.iterations = sinkhorn_iterations
 
@@ -38,10 +38,10 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
 
 
 class BaseAssignment(LinearRouter, name="base_assignment"):
-    """While training, the balanced assignment of largest total score; at evaluation each token's best expert
-    (BASE layers, Lewis et al. 2021).
+    """While training, the balanced assignment of largest total score (BASE layers, Lewis et al. 2021).
 
-    The gate is sigmoid(score), K = 1. The exact solver takes about N^3 operations.
+    At evaluation each token takes its best expert. The gate is sigmoid(score), K = 1. The exact solver takes about N^3
+    operations.
     """
 
     paper = "Lewis 2021"
@@ -77,13 +77,13 @@ def balanced_assignment(scores):
     """(N, E) bool: one expert a token, at most ceil(N / E) tokens an expert, of the largest total score."""
     n, n_experts = scores.shape
     room = capacity(n, n_experts, 1)
-    finite = np.nan_to_num(scores, nan=0.0, posinf=1e30, neginf=-1e30)  # a run that diverges is stopped by its loss
+    finite = np.nan_to_num(scores, nan=0.0, posinf=1e30, neginf=-1e30)  # training stops at a loss that is not finite
     token, place = linear_sum_assignment(np.repeat(finite, room, axis=1), maximize=True)
     return _mask(token, place // room, scores.shape)
 
 
 def greedy_assignment(scores):
-    """The same by taking the largest score that is still free, again and again; ties go to the earlier token."""
+    """A balanced choice that takes the largest free score again and again; ties go to the earlier token."""
     n, n_experts = scores.shape
     free, room = np.ones(n, bool), np.full(n_experts, capacity(n, n_experts, 1))
     expert = np.empty(n, int)

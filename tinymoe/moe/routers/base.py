@@ -1,13 +1,23 @@
-"""What all routers share: the context they may look at, and the base class with their table."""
+"""What all routers share: the context they may read, and the base class with their table."""
 
+import hashlib
+import importlib.util
+import inspect
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...autograd import functional as F
+from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, Module, normal, zeros
+from ..losses import LossContext
+from ..routing import Routing
+from ..settings import BY_TYPE, optional
 
-ROUTERS = {}  # name -> class, in the order of definition
+ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
 
 @dataclass(frozen=True)
@@ -15,9 +25,9 @@ class RouteContext:
     """What a router may know besides the hidden states.
 
     ids: (B, T) tokens, N = B * T; rows of x follow them, sequence by sequence.
-    training: noise and other training-only behaviour. rng: the generator for it.
-    causal: decide each token's route from its own sequence's prefix alone. Routers with
-        `causal = True` do so anyway; the others change their rule.
+    training: turns on noise and other behaviour of training. rng: the generator for it.
+    causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
+        do; the others change their rule.
     shared: what one layer's router leaves for those of the layers above, within one forward pass.
     """
 
@@ -31,9 +41,10 @@ class RouteContext:
 class Router(Module):
     """router(x (N, D) Tensor, RouteContext) -> Routing.
 
-    A subclass `class Mine(Router, name="mine")` with `forward(x, context)` enters ROUTERS by its name.
-    What it says of itself, as class attributes, is its line in `python cli.py routers`; ModelConfig and the
-    layers ask these attributes, never a name.
+    A subclass `class Mine(Router, name="mine")` with `forward(x, context)` enters ROUTERS under its name. Its options
+    are the keyword arguments of its `__init__`; annotated ones are checked by their type, and a line `NAME: meaning` of
+    the docstring says what each means. The class attributes below describe the router: `cli.py routers` prints them,
+    and the model reads them instead of asking for a name.
     """
 
     paper = "–"
@@ -43,60 +54,115 @@ class Router(Module):
     causal_training = True  # and while training
     learned = True
     cost = "2 N D E"  # floating-point operations and what else takes time
-    options = ()  # ModelConfig fields that the class takes as keyword arguments
+    shapes: dict[str, str] = {}  # parameter -> its axes: D width, E experts, V vocabulary
+    losses: dict[str, float] = {}  # coefficients of losses.LOSSES that this router needs
     mean_k = False  # top_k is only the mean over tokens and may be a fraction
     top_1_only = False
     sampled = False  # while training it draws from its probs, as the policy loss needs
     has_soft_load = False  # while training its Routing carries soft_load, which the load loss needs
 
-    def __init_subclass__(cls, name=None):
+    def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()
-        if name is not None:
-            cls.name, ROUTERS[name] = name, cls
+        if name is None:
+            return
+        taken, own = ROUTERS.get(name), __name__.split(".")[0] + "."
+        if taken and taken.__module__.startswith(own) and taken.__module__ != cls.__module__:
+            raise ValueError(f"tinymoe has a router named {name!r} already: give {cls.__name__} another name")
+        cls.name, ROUTERS[name] = name, cls
 
     @classmethod
-    def check_top_k(cls, top_k, n_experts):
-        """Raise ValueError for a top_k that this router cannot give."""
-        whole = cls.mean_k or top_k == int(top_k)
-        if not (0 < top_k <= n_experts and whole and (top_k == 1 or not cls.top_1_only)):
+    def options(cls) -> dict[str, inspect.Parameter]:
+        """The keyword arguments of `__init__` beyond those of `make`; `**options` adds those of the parent class."""
+        found = {}
+        for each in cls.__mro__:
+            if "__init__" in vars(each):
+                parameters = inspect.signature(each.__init__, eval_str=True).parameters
+                found = {name: p for name, p in parameters.items() if p.default is not p.empty} | found
+                if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                    break
+        return found
+
+    @classmethod
+    def meaning(cls, option: str) -> str:
+        """What an option means: the lines after its name in the docstring of the class, or of one above it."""
+        for each in cls.__mro__:
+            found = re.search(rf"^(?:\w+, )*{option}(?:, \w+)*: (.*(?:\n +.*)*)", inspect.getdoc(each) or "", re.M)
+            if found:
+                return " ".join(found[1].split())
+        return ""
+
+    @classmethod
+    def check(cls, n_experts: int, top_k: float, options: dict[str, Any]) -> None:
+        """Raise ValueError for a top_k that this router cannot give, an unknown option, or a value of a wrong type."""
+        is_whole = cls.mean_k or top_k == int(top_k)
+        if not (0 < top_k <= n_experts and is_whole and (top_k == 1 or not cls.top_1_only)):
             kind = "1" if cls.top_1_only else "a number" if cls.mean_k else "a whole number"
             raise ValueError(f"top_k {top_k} must be {kind} above 0 and at most n_experts {n_experts} for {cls.name}")
+        known = cls.options()
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(f"{name} is no option of {cls.name}, which takes {', '.join(known) or 'none'}")
+            kinds = getattr(known[name].annotation, "__args__", (known[name].annotation,))
+            check = next((BY_TYPE[kind] for kind in kinds if kind in BY_TYPE), None)
+            if check:
+                (optional(check) if type(None) in kinds else check).require(name, value)
 
-    def after_step(self, routing):
-        """Called after each training step with the Routing that the step used; for rules outside the gradient."""
+    def penalty(self, routing: Routing, context: LossContext) -> Tensor | None:
+        """A term of the router's own, a scalar that the model adds to the loss (the mean over MoE layers)."""
+        return None
+
+    def after_step(self, routing: Routing) -> None:
+        """Called after each training step with the step's Routing; for rules outside the gradient."""
 
 
 class LinearRouter(Router):
-    """A router whose scores are x @ weight, weight (D, E) ~ N(0, router_std^2)."""
+    """A router whose scores are x @ weight, weight (D, E) ~ N(0, router_std^2).
 
-    options = ("router_std",)
+    router_std: standard deviation of the initial weights; 0 starts them at zero.
+    """
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD):
+    shapes = {"weight": "DE"}
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std: float = INIT_STD):
         shape = d_model, n_experts
         self.top_k, self.weight = top_k, normal(rng, shape, router_std, dtype) if router_std else zeros(shape, dtype)
 
-    def scores(self, x):
+    def scores(self, x: Tensor) -> Tensor:
         """(N, E): the logits, in the dtype of the model (float32 or float64, never less)."""
         return F.linear(x, self.weight)
 
 
-def make(name, d_model, n_experts, top_k=2, seed=0, dtype=np.float32, **options):
+def make(name: str, d_model: int, n_experts: int, top_k: float = 2, seed=0, dtype=np.float32, **options) -> Router:
     """The named router for d_model features and n_experts experts.
 
-    seed: an integer or a NumPy Generator for the initial weights. options: those that the class lists.
+    seed: an integer or a NumPy Generator for the initial weights. options: keyword arguments of the class.
     Raises ValueError for an unknown name, an option the class does not take, or an impossible top_k.
     """
-    check(name, n_experts, top_k, options)
-    top_k = top_k if ROUTERS[name].mean_k else int(top_k)
-    return ROUTERS[name](d_model, n_experts, top_k, np.random.default_rng(seed), dtype, **options)
+    cls = find(name)
+    cls.check(n_experts, top_k, options)
+    return cls(d_model, n_experts, top_k if cls.mean_k else int(top_k), np.random.default_rng(seed), dtype, **options)
 
 
-def check(name, n_experts, top_k, options):
-    """Raise the ValueErrors of `make`, without making anything."""
-    if name not in ROUTERS:
-        raise ValueError(f"unknown router {name!r}: choose one of {', '.join(ROUTERS)}")
-    router = ROUTERS[name]
-    router.check_top_k(top_k, n_experts)
-    for option in options:
-        if option not in router.options:
-            raise ValueError(f"{option} is no option of {name}, which takes {', '.join(router.options) or 'none'}")
+def find(name: str) -> type[Router]:
+    """The class of a router's name. ValueError for an unknown one."""
+    if not isinstance(name, str) or name not in ROUTERS:
+        raise ValueError(f"unknown router {name!r}: choose one of {', '.join(ROUTERS)}; if a file of yours defines it, "
+                         "name that file with --import FILE.py")
+    return ROUTERS[name]
+
+
+def load_file(path: str | Path) -> str:
+    """Run a Python file of the user's, so that the routers and losses it defines are known; returns its sha256.
+
+    Raises ValueError where the file cannot be read or run.
+    """
+    path = Path(path)
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
+        if spec is None:
+            raise ImportError("its name must end in .py")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:
+        raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct the file or its path") from None
+    return digest

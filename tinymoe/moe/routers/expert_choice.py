@@ -11,15 +11,14 @@ from .base import LinearRouter
 class ExpertChoice(LinearRouter, name="expert_choice"):
     """Each expert takes the C = N * K / E tokens of largest probability (Zhou et al. 2022, eq. 1 to 3).
 
-    K is the mean number of experts a token gets (the paper's c) and may be a fraction; a token may
-    get none. Gates are the softmax over experts, not renormalised. Load is equal by construction,
-    but a token's route depends on later tokens and on its neighbours in the batch. With
-    context.causal, a token is taken by an expert where it is among the best ceil(n * K / E) of the
-    n tokens of its own sequence so far.
+    K is the mean number of experts of a token (the paper's c) and may be a fraction; a token may have none. Gates are
+    the softmax over experts, not renormalised. The load is equal by construction, but a token's route depends on later
+    tokens and on its neighbours in the batch. With context.causal an expert takes a token if it is among the best
+    ceil(n * K / E) of the n tokens of its own sequence so far.
 
-    softmax_over: "experts", as in the paper, or "tokens": an expert ranks tokens by its logit, and its gates are the
-        softmax over all tokens of the batch (with context.causal, over the sequence so far), times their number, so
-        that a gate is 1 on average however many there are.
+    softmax_over: "experts", as in the paper, or "tokens". With "tokens" an expert ranks tokens by its logit, and its
+        gates are the softmax over all tokens of the batch (with context.causal, over the sequence so far), times their
+        number, so that the mean gate is 1 for any number of tokens.
     Raises ValueError for another softmax_over, or context.causal without ids.
     """
 
@@ -28,9 +27,9 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     balanced = "yes"
     causal = causal_training = False
     mean_k = True
-    options = ("router_std", "softmax_over")
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std=INIT_STD, softmax_over="experts"):
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std: float = INIT_STD,
+                 softmax_over: str = "experts"):
         super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
         if softmax_over not in ("experts", "tokens"):
             raise ValueError(f"softmax_over {softmax_over!r} must be experts or tokens")

@@ -1,9 +1,9 @@
-"""One decision for a whole sequence instead of one for each token."""
+"""One choice for a sequence instead of one for each token."""
 
 import numpy as np
 
 from ...autograd.tensor import primitive
-from .token_choice import TopK
+from .top_k import TopK
 
 POOLS, SCOPES = ("prefix", "mean"), ("layer", "global")
 
@@ -11,18 +11,17 @@ POOLS, SCOPES = ("prefix", "mean"), ("layer", "global")
 class Sequence(TopK, name="sequence"):
     """Top-K of a pooled state: all tokens of a sequence share their experts (Fan et al. 2024, arXiv 2402.13089).
 
-    sequence_pool: "mean" decides once, on the mean over the sequence, which later tokens take part in; "prefix" decides
-        at each token on the mean over its prefix, and is causal.
-    sequence_scope: "layer" decides in each layer; "global" takes the first layer's decision, gates and all, in
-        every layer; the routers of the others are never used.
+    sequence_pool: "prefix" chooses at each token by the mean state of its prefix, and is causal; "mean" chooses once,
+        by the mean state of the whole sequence, later tokens included.
+    sequence_scope: "layer" chooses in each layer; "global" uses the first MoE layer's choice and gates in every
+        layer, and the other routers are never called.
     Raises ValueError without RouteContext.ids, which say where sequences begin.
     """
 
     paper = "Fan 2024"
     chooses = "sequence"
-    options = (*TopK.options, "sequence_pool", "sequence_scope")
 
-    def __init__(self, *args, sequence_pool="prefix", sequence_scope="layer", **options):
+    def __init__(self, *args, sequence_pool: str = "prefix", sequence_scope: str = "layer", **options):
         super().__init__(*args, **options)
         if sequence_pool not in POOLS or sequence_scope not in SCOPES:
             raise ValueError(f"sequence_pool {sequence_pool!r} must be one of {', '.join(POOLS)}, "
@@ -36,8 +35,10 @@ class Sequence(TopK, name="sequence"):
         if context.ids is None:
             raise ValueError("sequence routing needs RouteContext.ids to know where sequences begin")
         states = self._jittered(x, context).reshape(*context.ids.shape, -1)  # (B, T, D)
-        pooled = prefix_mean(states) if self.pool == "prefix" or context.causal else \
-            states.mean(axis=1, keepdims=True) + 0 * states
+        if self.pool == "prefix" or context.causal:
+            pooled = prefix_mean(states)
+        else:
+            pooled = broadcast(states.mean(axis=1, keepdims=True), states.shape)
         routing = self._choose(self.scores(pooled.reshape(x.shape)), context)
         if self.scope == "global":
             context.shared["sequence"] = routing
@@ -52,3 +53,8 @@ def prefix_mean(x):
         return (g / count)[:, ::-1].cumsum(axis=1)[:, ::-1]
 
     return primitive((x.data.cumsum(axis=1) / count).astype(x.dtype), (x, vjp))
+
+
+def broadcast(x, shape):
+    """x repeated along its axes of size 1 to a shape with as many axes."""
+    return primitive(np.ascontiguousarray(np.broadcast_to(x.data, shape)), (x, lambda g: g))

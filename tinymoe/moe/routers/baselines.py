@@ -1,0 +1,100 @@
+"""Routers that do not learn to choose: by a table of the token's id, by chance, by weights that stay as drawn."""
+
+import numpy as np
+
+from ...autograd.tensor import Tensor
+from ...layers.nn import freeze
+from ..routing import from_mask, largest
+from .base import Router
+from .top_k import TopK
+
+
+class Frozen(TopK, name="frozen"):
+    """Top-K whose weights stay as they were drawn (Fan et al. 2024, arXiv 2402.13089).
+
+    It asks whether a router must learn. Its gates still depend on the hidden states, so the layers below learn through
+    them. `freeze=("router",)` in ModelConfig freezes any other router.
+    """
+
+    paper = "Fan 2024"
+    learned = False
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        freeze(self)
+
+
+class Shuffled(TopK, name="shuffled"):
+    """Top-K whose choices are permuted over the tokens: the load is the same, but says nothing about the token.
+
+    It asks whether balance alone helps. With context.causal a token takes the choice of a random token of its own
+    prefix. It draws from the context's generator, or without one from the same fixed seed in each call.
+    Raises ValueError for context.causal without ids.
+    """
+
+    paper = "–"
+    chooses = "neither"
+    causal = causal_training = False
+
+    def _select(self, scores, context):
+        chosen, rng = super()._select(scores, context), context.rng or np.random.default_rng(0)
+        if not context.causal:
+            return chosen[rng.permutation(len(chosen))]
+        if context.ids is None:
+            raise ValueError("causal shuffling needs RouteContext.ids to know where sequences begin")
+        place = np.tile(np.arange(context.ids.shape[1]), len(context.ids))
+        back = (rng.random(len(chosen)) * (place + 1)).astype(int)  # 0 to place
+        return chosen[np.arange(len(chosen)) - back]
+
+
+class Hash(Router, name="hash"):
+    """A token's K experts are read from a random table of its id, wherever it stands (Roller et al. 2021).
+
+    Gates are 1 / K. The load is as even as the ids are: a byte that makes up a sixth of the text overloads its
+    experts. Logits are 0 at the chosen experts and -30 elsewhere, so that their softmax is the choice.
+
+    vocab_size: ids run from 0 to vocab_size - 1; the model gives its own.
+    Raises ValueError without RouteContext.ids.
+    """
+
+    paper = "Roller 2021"
+    chooses = "neither"
+    learned = False
+    cost = "a lookup"
+    shapes = {"table": "VE"}
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, vocab_size: int = 256):
+        chosen = largest(rng.random((vocab_size, n_experts)), top_k)
+        self.top_k = top_k
+        self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
+
+    def forward(self, x, context):
+        if context.ids is None:
+            raise ValueError("hash routes by token id: give RouteContext the ids")
+        return constant(self.table.data[context.ids.reshape(-1)] > 0, x.dtype)
+
+
+class Random(Router, name="random"):
+    """A fresh uniform choice of K experts for each token in each call, with gates 1 / K.
+
+    It draws from the context's generator, or without one from the same fixed seed in each call.
+    """
+
+    chooses = "neither"
+    balanced = "on average"
+    learned = False
+    cost = "N E random numbers"
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype):
+        self.n_experts, self.top_k = n_experts, top_k
+
+    def forward(self, x, context):
+        rng = np.random.default_rng(0) if context.rng is None else context.rng
+        return constant(largest(rng.random((len(x), self.n_experts)), self.top_k), x.dtype)
+
+
+def constant(chosen, dtype):
+    """The Routing of a choice (N, E) made without scores: gates 1 / K, without gradient."""
+    probs = Tensor((chosen / chosen.sum(axis=1, keepdims=True)).astype(dtype))
+    logits = Tensor(np.where(chosen, 0, -30).astype(dtype))
+    return from_mask(chosen, probs, logits, probs)
