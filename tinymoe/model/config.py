@@ -9,13 +9,12 @@ from ..moe import routers
 from ..moe.experts import ACTIVATIONS, BACKENDS
 from ..moe.losses import LOSSES
 from ..moe.routing import DROP_POLICIES
-from ..moe.settings import (
-    COUNT, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, is_whole, one_of, optional, setting)
+from ..moe.settings import COUNT, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
               "a list of names")
-LAYERS = Check(lambda value: isinstance(value, (tuple, list)) and all(is_whole(i, 0) for i in value),
+LAYERS = Check(lambda value: isinstance(value, (tuple, list)) and all(map(COUNT.fits, value)),
                "a list of layer numbers")
 ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
 OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
@@ -44,32 +43,32 @@ class ModelConfig:
     tied: bool = setting(False, "the output layer is the token embedding", FLAG)
     # attention
     attention: str = setting("multi_head", "multi_head, or latent (DeepSeek-V2)", one_of("multi_head", "latent"))
-    head_dim: int | None = setting(None, "width of a head; None: d_model / n_heads", optional(WHOLE))
-    n_kv_heads: int | None = setting(None, "groups of heads that share keys and values; None: n_heads", optional(WHOLE))
+    head_dim: int | None = setting(None, "width of a head; None: d_model / n_heads", WHOLE.or_none())
+    n_kv_heads: int | None = setting(None, "groups of heads that share keys and values; None: n_heads", WHOLE.or_none())
     qk_norm: bool = setting(False, "RMS-normalise queries and keys", FLAG)
     q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
     kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
     rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
-    v_dim: int | None = setting(None, "latent attention: width of a head's values; None: head_dim", optional(WHOLE))
-    latent_eps: float | None = setting(None, "norm_eps of the latents; None: norm_eps", optional(POSITIVE))
+    v_dim: int | None = setting(None, "latent attention: width of a head's values; None: head_dim", WHOLE.or_none())
+    latent_eps: float | None = setting(None, "norm_eps of the latents; None: norm_eps", POSITIVE.or_none())
     # the mixture
     moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
-    d_expert: int | None = setting(None, "hidden width of an expert; None: d_ff", optional(WHOLE))
+    d_expert: int | None = setting(None, "hidden width of an expert; None: d_ff", WHOLE.or_none())
     n_shared: int = setting(0, "further experts that serve every token, ungated", COUNT)
     router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
-                                   optional(OPTIONS))
+                                   OPTIONS.or_none())
     top_k: float = setting(2, "experts K per token; a mean, perhaps a fraction, for expert_choice", POSITIVE)
     capacity_factor: float | None = setting(None, "limit on an expert's load, in units of the mean; None for none",
-                                            optional(POSITIVE))
+                                            POSITIVE.or_none())
     drop_policy: str = setting("order", "what a limit drops: later choices, or small gates", one_of(*DROP_POLICIES))
     expert_backend: str = setting("numba", "how experts are computed", one_of(*BACKENDS))
     n_devices: int = setting(1, "devices that the experts lie on, in equal runs", WHOLE)
     max_devices: int = setting(1, "devices that a token may reach", WHOLE)
     # the losses, besides the cross-entropy
     aux_coef: float = setting(0.01, "coefficient of the balance loss, the mean over MoE layers", NOT_NEGATIVE)
-    losses: dict = setting(None, "coefficients of other losses, by name", optional(COEFFICIENTS))
+    losses: dict = setting(None, "coefficients of other losses, by name", COEFFICIENTS.or_none())
     mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
                               NOT_NEGATIVE)
     freeze: tuple = setting((), "parts that are not trained: pieces of parameter names, such as router", NAMES)

@@ -11,10 +11,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .config import ModelConfig
 from ..kernels import GATED
 from ..moe.routers import find
-
+from .config import ModelConfig
 
 NEEDED = "n_layers", "d_model", "vocab_size", "n_heads", "head_dim", "n_kv_heads"  # at least 1
 
@@ -47,7 +46,7 @@ class Architecture:
     kv_rank: int = 0  # the latent of keys and values
     rope_dim: int = 0  # of head_dim, the rotary part, whose key all heads share
     v_dim: int = 0  # of a head's values
-    router_shapes: dict = field(default_factory=dict)  # axes of a router's parameter, such as "DE" -> in how many layers
+    router_shapes: dict = field(default_factory=dict)  # axes of a router's parameter, such as "DE" -> layers with it
 
     def __post_init__(self):
         for name, value in vars(self).items():

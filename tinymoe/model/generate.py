@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..moe.routing import largest
 from ..autograd.tensor import no_grad
+from ..moe.routing import largest
 
 
 def generate(model, prompt, length, temperature=1.0, rng=None, top=None):

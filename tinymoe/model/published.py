@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..moe.settings import COUNT, WHOLE, optional
-from .config import ModelConfig
 from ..files import CheckpointError
+from ..moe.settings import COUNT, WHOLE
+from .config import ModelConfig
+from .counting import KEYS, MODERN, architecture
 from .transformer import Block, Transformer
-from .counting import MODERN, KEYS, architecture
 
 SIZES = {  # whole numbers that a config.json must have, besides KEYS
     "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
@@ -85,7 +85,7 @@ def _refuse(config, kind):
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
     for key in sizes:
         (WHOLE if key == "num_attention_heads" else COUNT).require(key, config[key])
-    optional(COUNT).require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
+    COUNT.or_none().require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")

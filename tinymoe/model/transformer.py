@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ..autograd.tensor import Tensor, no_grad
 from ..files import CheckpointError, load_arrays, save_arrays
 from ..layers.attention import CausalSelfAttention, LatentAttention
 from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
+from ..moe.experts import ExpertBank
 from ..moe.layer import MoELayer
 from ..moe.losses import LOSSES, LossContext
 from ..moe.routers import RouteContext
@@ -46,8 +48,8 @@ class LossTerms:
         raise AttributeError(name)
 
 
-def make_attention(config, rng, out_std, dtype):
-    """The attention layer of a config."""
+def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float, dtype) -> Module:
+    """The attention layer that a config describes."""
     c = config
     if c.attention == "latent":
         return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim,
@@ -56,8 +58,8 @@ def make_attention(config, rng, out_std, dtype):
                                c.positions == "rotary", c.qk_norm, c.rope_theta, c.norm_eps)
 
 
-def make_norm(config, dtype):
-    """A normalisation over the width of a config."""
+def make_norm(config: ModelConfig, dtype) -> Module:
+    """A norm over the width D, of the config's kind."""
     return NORMS[config.norm](config.d_model, dtype, config.norm_eps)
 
 
@@ -93,7 +95,7 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def token_nats(logits, targets):
+def token_nats(logits: Tensor, targets: np.ndarray) -> np.ndarray:
     """(N,) array: the cross-entropy of each row of logits (N, V) with its target, outside the graph."""
     with no_grad():
         return -F.gather(F.log_softmax(logits), targets.reshape(-1, 1)).data[:, 0]
@@ -102,8 +104,8 @@ def token_nats(logits, targets):
 class NextButOne(Module):
     """A second head: the token after the next, from a state and the next token (DeepSeek-V3, eq. 21 to 24, depth 1).
 
-    h' = block(W [norm(state), norm(embedding of the next token)]), with a dense block; the model's own last norm and
-    head read it.
+    h' = block(W [norm(state), norm(embedding of the next token)]), with a dense block. The model's own last norm and
+    head turn h' into logits.
     """
 
     def __init__(self, config, rng, dtype):
@@ -120,7 +122,7 @@ class NextButOne(Module):
 class Transformer(Module):
     """A decoder-only language model over `config`. seed: an integer or Generator for the initial weights."""
 
-    def __init__(self, config, seed=0, dtype=np.float32):
+    def __init__(self, config: ModelConfig, seed: int | np.random.Generator = 0, dtype=np.float32):
         rng = np.random.default_rng(seed)
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
@@ -133,11 +135,11 @@ class Transformer(Module):
         freeze(self, config.freeze)
 
     @classmethod
-    def upcycle(cls, dense, config, seed=0):
-        """A mixture that starts as a trained dense model (Komatsuzaki et al. 2022).
+    def upcycle(cls, dense: "Transformer", config: ModelConfig, seed: int = 0) -> "Transformer":
+        """A mixture that starts from a trained dense model (Komatsuzaki et al. 2022).
 
-        Every expert is a copy of the dense feed-forward layer; routers are drawn anew. Where the gates of each token
-        sum to 1, the output is the dense model's at the start.
+        Every expert is a copy of the dense feed-forward layer; routers are drawn anew. If the gates of each token sum
+        to 1, the output at the start is that of the dense model.
         dense: a Transformer without MoE layers; config: a ModelConfig of the same sizes, with MoE layers.
         Raises ValueError where they do not fit together.
         """
@@ -158,16 +160,16 @@ class Transformer(Module):
                         p.data = np.repeat(q.data[None], config.n_experts, axis=0)
         return model
 
-    def moe_parts(self):
+    def moe_parts(self) -> list[MoELayer]:
         """The MoELayer of each block that has one, in order."""
         return [b.feed_forward for b in self.blocks if b.is_moe]
 
-    def after_step(self, routings):
-        """Tell each router the Routing (one for each MoE layer) of the training step that was just taken."""
+    def after_step(self, routings: list[Routing]) -> None:
+        """Give each router the Routing of the training step that was just taken; routings: one for each MoE layer."""
         for layer, routing in zip(self.moe_parts(), routings, strict=True):
             layer.router.after_step(routing)
 
-    def expert_banks(self):
+    def expert_banks(self) -> list[ExpertBank]:
         """The ExpertBank of each MoE layer, in order."""
         return [layer.experts for layer in self.moe_parts()]
 
@@ -180,11 +182,11 @@ class Transformer(Module):
         return {"total": sum(p.size for p in self.parameters().values()), "active": round(active)}
 
     @property
-    def causal(self):
-        """Whether no token's route depends on later tokens or on other sequences."""
+    def causal(self) -> bool:
+        """Whether every token's route depends on the prefix of its own sequence alone."""
         return all(layer.causal for layer in self.moe_parts())
 
-    def embed(self, ids):
+    def embed(self, ids: np.ndarray) -> Tensor:
         """(B, T) ids -> (B, T, D). Raises ValueError for sequences longer than config.seq_len."""
         ids = np.asarray(ids)
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.seq_len:
@@ -193,15 +195,16 @@ class Transformer(Module):
         x = self.token_embedding(ids)
         return x if self.position_embedding is None else x + self.position_embedding(np.arange(ids.shape[1]))
 
-    def read_out(self, x):
+    def read_out(self, x: Tensor) -> Tensor:
         """States (B, T, D) -> logits (B, T, V)."""
         x = self.norm(x)
         return F.linear(x, self.token_embedding.weight.T) if self.head is None else self.head(x)
 
-    def forward(self, ids, training=False, rng=None, causal=False):
+    def forward(self, ids: np.ndarray, training: bool = False, rng: np.random.Generator | None = None,
+                causal: bool = False) -> ModelOutput:
         """ids (B, T) integers -> ModelOutput.
 
-        training and rng reach the routers; causal=True routes each token by its prefix alone (RouteContext).
+        training and rng are passed to the routers; causal=True routes each token by its prefix alone (RouteContext).
         """
         context = RouteContext(np.asarray(ids), training, rng, causal)
         x, routings = self.embed(ids), []
@@ -211,7 +214,8 @@ class Transformer(Module):
                 routings.append(routing)
         return ModelOutput(self.read_out(x), routings, x)
 
-    def loss(self, ids, targets, training=False, rng=None):
+    def loss(self, ids: np.ndarray, targets: np.ndarray, training: bool = False,
+             rng: np.random.Generator | None = None) -> LossTerms:
         """LossTerms of predicting targets (B, T) from ids (B, T)."""
         return self.loss_terms(self.forward(ids, training, rng), targets)
 
@@ -242,14 +246,14 @@ class Transformer(Module):
             if found:
                 yield name, coefficient, sum(found) * (1 / len(found))
 
-    def multi_token_loss(self, states, targets):
+    def multi_token_loss(self, states: Tensor, targets: np.ndarray) -> Tensor:
         """Cross-entropy of the second head: from each state (B, T, D) and its target, the target after it."""
         following = self.token_embedding(targets[:, :-1])
         x = self.next_but_one(states[:, :-1], following, RouteContext(targets[:, :-1]))
         return F.cross_entropy(self.read_out(x).reshape(-1, self.config.vocab_size), targets[:, 1:].reshape(-1))
 
-    def first_nonfinite(self, ids):
-        """The first place where a forward pass is not finite ("layer 3", say), or None."""
+    def first_nonfinite(self, ids: np.ndarray) -> str | None:
+        """The first place where a forward pass is not finite, such as "layer 3"; None if all of it is."""
         for name, p in self.parameters().items():
             if not np.isfinite(p.data).all():
                 return f"parameter {name}"
@@ -262,14 +266,14 @@ class Transformer(Module):
                     return f"layer {i}"
             return None if np.isfinite(self.read_out(x).data).all() else "the head"
 
-    def save(self, path):
-        """Write the weights and the config to an .npz file, whole or not at all."""
+    def save(self, path: str | Path) -> None:
+        """Write the weights and the config to an .npz file, atomically."""
         save_arrays(path, {name: p.data for name, p in self.parameters().items()},
                     {"kind": "model", "config": self.config.to_dict()})
 
     @classmethod
-    def load(cls, path):
-        """The model that `save` wrote. Raises files.CheckpointError for a truncated or foreign file."""
+    def load(cls, path: str | Path) -> "Transformer":
+        """The model that `save` wrote. Raises files.CheckpointError for a truncated file or one of another program."""
         arrays, header = load_arrays(path, "model")
         try:
             model = cls(ModelConfig.from_dict(header["config"]), dtype=next(iter(arrays.values())).dtype)

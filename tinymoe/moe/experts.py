@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 
-from ..autograd import functional as F
 from .. import kernels
+from ..autograd import functional as F
+from ..autograd.tensor import Tensor, record
 from ..layers.nn import INIT_STD, Module, normal, zeros
 from .routing import from_mask, largest
-from ..autograd.tensor import Tensor, record
 
 
 def loop(bank, x, routing):

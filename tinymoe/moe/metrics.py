@@ -1,70 +1,74 @@
-"""What a routing does: pure functions of a Routing (or of its load), of labels and of weights.
+"""Metrics of a routing: pure functions of a Routing (or of its load), of labels and of weights.
 
-Definitions follow the papers; each docstring says which values mean balance.
+Definitions follow the papers. Each docstring says which values mean balance.
 """
 
 import numpy as np
 
+from .experts import ExpertBank
 from .routing import Routing
 
 DEAD_SHARE = 0.01  # an expert is dead below this share of its fair share
 N_SHUFFLES = 20
 
 
-def _load(x):
+Load = Routing | np.ndarray | list  # a Routing, or its load (E,)
+
+
+def _load(x: Load) -> np.ndarray:
     return np.asarray(x.load if isinstance(x, Routing) else x, dtype=float)
 
 
-def load_cv(routing):
+def load_cv(routing: Load) -> float:
     """Coefficient of variation of the load, std / mean: 0 at balance, sqrt(E - 1) where one expert has all.
 
-    routing: a Routing or a load (E,); so in the other load metrics. Without any assignment it is 0.
+    Without any assignment it is 0.
     """
     load = _load(routing)
     return float(load.std() / load.mean()) if load.any() else 0.0
 
 
-def max_violation(routing):
+def max_violation(routing: Load) -> float:
     """MaxVio, max / mean - 1: 0 at balance, E - 1 where one expert has all (Wang et al. 2024)."""
     load = _load(routing)
     return float(load.max() / load.mean() - 1) if load.any() else 0.0
 
 
-def load_entropy(routing):
-    """Entropy of the load divided by ln E: 1 at balance, 0 where one expert has all (1 for a single expert)."""
+def load_entropy(routing: Load) -> float:
+    """Entropy of the load divided by ln E: 1 at balance, 0 where one expert has all. For E = 1 it is 1."""
     load = _load(routing)
     if len(load) == 1 or not load.any():
         return 1.0
     return float(entropy(load / load.sum()) / np.log(len(load)))
 
 
-def dead_experts(routing):
+def dead_experts(routing: Load) -> int:
     """How many experts have less than 1% of their fair share A / E."""
     load = _load(routing)
     return int((load < DEAD_SHARE * load.mean()).sum()) if load.any() else len(load)
 
 
-def router_entropy(routing):
-    """Mean over tokens of the entropy of the router's probabilities, in nats: ln E where it is indifferent."""
+def router_entropy(routing: Routing) -> float:
+    """Mean over tokens of the entropy of the router's probabilities, in nats: ln E where all are equally probable."""
     return float(entropy(routing.probs.data.astype(float)).mean())
 
 
-def marginal_entropy(routing):
-    """Entropy of the mean probabilities, in nats: ln E where the router is balanced on the whole."""
+def marginal_entropy(routing: Routing) -> float:
+    """Entropy of the mean probabilities, in nats: ln E where experts are equally probable on average."""
     return float(entropy(routing.probs.data.mean(axis=0, dtype=float)))
 
 
-def drop_rate(routing):
+def drop_rate(routing: Routing) -> float:
     """Share of the assignments that a capacity limit removed."""
     return routing.n_dropped / max(1, len(routing.token) + routing.n_dropped)
 
 
-def token_coverage(routing):
+def token_coverage(routing: Routing) -> float:
     """Share of the tokens that have at least one expert."""
     return float((routing.coverage > 0).mean())
 
 
-def repetition(routing, seq_len):
+def repetition(routing: Routing, seq_len: int) -> float:
     """Share of the assignments whose expert also serves the next token of the sequence; chance is about K / E.
 
     The routing's tokens are whole sequences of seq_len, one after the other.
@@ -74,7 +78,7 @@ def repetition(routing, seq_len):
     return float(kept / max(1, chosen[:, :-1].sum()))
 
 
-def saturation(masks_then, masks_final):
+def saturation(masks_then: np.ndarray, masks_final: np.ndarray) -> float:
     """Share of the tokens' final experts that they already had at an earlier step; chance is K / E.
 
     masks (..., E) bool of the same tokens at the two steps, as Routing.mask() gives them (OLMoE, Muennighoff et al.
@@ -83,7 +87,7 @@ def saturation(masks_then, masks_final):
     return float((masks_then & masks_final).sum() / max(1, masks_final.sum()))
 
 
-def co_activation(routing):
+def co_activation(routing: Routing) -> np.ndarray:
     """(E, E): the share of expert i's tokens that expert j serves too, N_ij / N_i (OLMoE, section 5.2).
 
     The diagonal is 1, and the row of an expert without tokens 0.
@@ -92,12 +96,12 @@ def co_activation(routing):
     return mask.T @ mask / np.maximum(routing.load, 1)[:, None]
 
 
-def weight_divergence(bank, initial=None):
+def weight_divergence(bank: ExpertBank, initial: float | None = None) -> float:
     """Mean over pairs of experts of 1 - cosine of their weights (w1 and w2 as one vector).
 
-    bank: an ExpertBank. initial: the value at initialisation, by which it is divided if given:
-    random experts are already nearly orthogonal, so the raw number says little. Copies of one layer, which begin at 0
-    but for rounding, give the raw number.
+    initial: the value at initialisation. The result is divided by it, because random experts are already nearly
+    orthogonal and the raw number says little. Experts that start as copies of one layer start at 0 up to rounding; for
+    them the raw number is returned.
     """
     e = bank.n_experts
     if e == 1:
@@ -111,11 +115,10 @@ def weight_divergence(bank, initial=None):
 
 # -- warnings -----------------------------------------------------------------------------------
 
-def alarms(layer, load, n_tokens, router):
-    """Warnings about one MoE layer, as sentences: dead experts, one that serves over half of the tokens, no gradient.
+def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:
+    """Warnings about one MoE layer, as sentences: dead experts, an expert with over half of the tokens, no gradient.
 
-    layer: its index; load (E,) of n_tokens tokens, of which an expert takes each once at most; router: as a backward
-    pass left it, or None before the first.
+    layer: its number. load (E,): of n_tokens tokens. router: after a backward pass, or None before the first.
     """
     warnings, load = [], np.asarray(load)
     dead = dead_experts(load)
@@ -131,23 +134,26 @@ def alarms(layer, load, n_tokens, router):
 
 # -- information between experts and labels -----------------------------------------------------
 
-def label_load(routing, labels, n_labels):
+def label_load(routing: Routing, labels: np.ndarray, n_labels: int) -> np.ndarray:
     """(n_labels, E) counts: assignments of the tokens with each label (N,) to each expert."""
     place = labels[routing.token] * routing.n_experts + routing.expert
     return np.bincount(place, minlength=n_labels * routing.n_experts).reshape(n_labels, -1)
 
 
-def mutual_information(counts):
-    """I(row; column) of a table of n counts in nats: the plug-in estimate, too large by about
-    (rows - 1)(columns - 1) / 2n."""
+def mutual_information(counts: np.ndarray) -> float:
+    """I(row; column) of a table of n counts, in nats.
+
+    It is the plug-in estimate, too large by about (rows - 1)(columns - 1) / 2n.
+    """
     joint = counts / max(1, counts.sum())
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0
     return float((joint[there] * np.log(joint[there] / independent[there])).sum())
 
 
-def shuffled_information(counts_by_unit, labels, n_labels, rng, n_shuffles=N_SHUFFLES):
-    """Mean mutual information between experts and labels (U,) shuffled over units: what chance alone gives.
+def shuffled_information(counts_by_unit: np.ndarray, labels: np.ndarray, n_labels: int, rng: np.random.Generator,
+                         n_shuffles: int = N_SHUFFLES) -> float:
+    """Mean mutual information between experts and labels (U,) that are shuffled over units: the value of chance.
 
     counts_by_unit: (U, E) assignments of each unit (a window, or a token) to each expert.
     """
@@ -162,6 +168,6 @@ def shuffled_information(counts_by_unit, labels, n_labels, rng, n_shuffles=N_SHU
     return float(np.mean([shuffled() for _ in range(n_shuffles)]))
 
 
-def entropy(p):
+def entropy(p: np.ndarray) -> np.ndarray:
     """-sum p ln p over the last axis of p, in nats, with 0 ln 0 = 0."""
     return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)

@@ -1,8 +1,8 @@
-"""The Routing record: what every router makes, and all that experts, losses and metrics take.
+"""The Routing record: every router makes one; experts, losses and metrics take one.
 
 A routing is a sparse gate matrix G (N tokens, E experts): the layer's output is
-y = sum over e of G[:, e] * FFN_e(x). It is stored by column, as a flat list of A assignments sorted
-by expert and then by token, since a token may have any number of experts (expert choice).
+y = sum over e of G[:, e] * FFN_e(x). Its nonzeros are stored as a flat list of A assignments, sorted
+by expert and then by token, because a token may have any number of experts (expert choice).
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ DROP_POLICIES = ("order", "gate")
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Which expert sees which token, and with what weight.
+    """Which expert takes which token, and with what weight.
 
     token      (A,) int     row of each assignment; sorted by expert, then by token
     offsets    (E+1,) int   assignments of expert e are token[offsets[e]:offsets[e+1]]
-    gate       (A,) Tensor  the weight, differentiable back to the router
+    gate       (A,) Tensor  the weight; its gradient reaches the router
     logits     (N, E) Tensor, probs (N, E) Tensor: the router's scores, for the losses and the entropy
     n_dropped  int          assignments that a capacity limit removed
     soft_load  (E,) Tensor  a router's smooth estimate of its load, or None
@@ -52,40 +52,40 @@ class Routing:
                              f"{self.n_tokens - 1}")
 
     @property
-    def n_tokens(self):
+    def n_tokens(self) -> int:
         return self.probs.shape[0]
 
     @property
-    def n_experts(self):
+    def n_experts(self) -> int:
         return self.probs.shape[1]
 
     @property
-    def load(self):
+    def load(self) -> np.ndarray:
         """(E,) int: tokens of each expert, the column counts of the gate matrix."""
         return np.diff(self.offsets)
 
     @property
-    def coverage(self):
+    def coverage(self) -> np.ndarray:
         """(N,) int: experts of each token, the row counts of the gate matrix."""
         return np.bincount(self.token, minlength=self.n_tokens)
 
     @property
-    def wanted(self):
+    def wanted(self) -> np.ndarray:
         """(E,) int: the load that the router asked for, before any capacity limit."""
         return self.load if self.demand is None else self.demand
 
     @property
-    def expert(self):
+    def expert(self) -> np.ndarray:
         """(A,) int: the expert of each assignment."""
         return np.repeat(np.arange(self.n_experts), self.load)
 
-    def mask(self):
+    def mask(self) -> np.ndarray:
         """(N, E) bool: where the gate matrix has an assignment."""
         mask = np.zeros((self.n_tokens, self.n_experts), bool)
         mask[self.token, self.expert] = True
         return mask
 
-    def to_dense(self):
+    def to_dense(self) -> Tensor:
         """The gate matrix (N, E) as a Tensor, zero where nothing is assigned."""
         place = (self.token, self.expert)
         dense = np.zeros((self.n_tokens, self.n_experts), self.gate.dtype)
@@ -93,22 +93,22 @@ class Routing:
         return primitive(dense, (self.gate, lambda g: g[place]))
 
 
-def largest(scores, k, axis=-1):
-    """Boolean mask of the k largest scores along an axis; ties go to the lowest index, and a NaN is below all."""
+def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
+    """Boolean mask of the k largest scores along an axis. Ties go to the lowest index; NaN counts as the smallest."""
     if k == 0:
         return np.zeros(scores.shape, bool)
     scores = np.where(np.isnan(scores), -np.inf, scores)
     kth = np.take(np.partition(scores, -k, axis), [-k], axis)
     chosen = scores >= kth
-    if np.count_nonzero(chosen) == k * kth.size:  # no ties at the edge anywhere, as nearly always
+    if np.count_nonzero(chosen) == k * kth.size:  # no ties at the k-th score, the usual case
         return chosen
     above, ties = scores > kth, scores == kth
     room = k - above.sum(axis, keepdims=True)
     return above | ties & (ties.cumsum(axis) <= room)
 
 
-def from_mask(chosen, gates, logits, probs, **fields):
-    """A Routing from a boolean matrix and a gate for each of its places.
+def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, **fields) -> Routing:
+    """A Routing from a boolean matrix of assignments.
 
     chosen (N, E) bool; gates (N, E) Tensor, read where chosen; further fields as in Routing.
     """
@@ -125,11 +125,8 @@ def _scatter(g, token, expert, shape):
     return out
 
 
-def merge(routings):
-    """One Routing of all tokens of several, in order, for the metrics; it is outside any graph.
-
-    The routings of a validation set's batches become one whose metrics speak of the whole set.
-    """
+def merge(routings: list[Routing]) -> Routing:
+    """One Routing of the tokens of several, in order, outside any graph: for metrics of a whole validation set."""
     parts = zip(*((r.mask(), r.to_dense().data, r.logits.data, r.probs.data) for r in routings))
     chosen, gates, logits, probs = map(np.concatenate, parts)
     demand = sum(r.wanted for r in routings) if any(r.demand is not None for r in routings) else None
@@ -137,17 +134,18 @@ def merge(routings):
                      n_dropped=sum(r.n_dropped for r in routings))
 
 
-def capacity(n_tokens, n_experts, per_token, factor=1.0):
-    """Assignments one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
+def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.0) -> int:
+    """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
     exact = factor * n_tokens * per_token / n_experts
     return min(n_tokens, max(1, math.ceil(round(exact, 9))))  # 1.1 * 10 is 11.000000000000002, but means 11
 
 
-def limit_capacity(routing, factor, top_k, policy="order"):
-    """Drop what exceeds `capacity` in each expert; a dropped assignment adds nothing to its token.
+def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = "order") -> Routing:
+    """Drop the assignments of each expert beyond its `capacity`; a dropped assignment adds nothing to its token.
 
     policy "order" keeps first choices before second choices, and earlier tokens before later ones
     (GShard, Lepikhin et al. 2020, algorithm 1); "gate" keeps the largest gates. Ties go to the earlier token.
+    Raises ValueError for another policy.
     """
     if policy not in DROP_POLICIES:
         raise ValueError(f"unknown drop policy {policy!r}: choose one of {', '.join(DROP_POLICIES)}")

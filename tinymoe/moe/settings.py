@@ -20,6 +20,10 @@ class Check:
         if not self.fits(value):
             raise ValueError(f"{name} {shortened(value)} must be {self.expected}")
 
+    def or_none(self) -> "Check":
+        """The same check, but None is allowed too."""
+        return Check(lambda value: value is None or self.fits(value), f"{self.expected}, or None")
+
 
 def shortened(value: Any) -> str:
     """repr(value), cut in the middle where it is long."""
@@ -47,11 +51,6 @@ SHARE = Check(lambda value: is_finite(value) and value <= 1, "a number from 0 to
 FLAG = Check(lambda value: isinstance(value, bool), "true or false")
 NAME = Check(lambda value: isinstance(value, str), "a name")
 BY_TYPE = {int: WHOLE, float: NOT_NEGATIVE, bool: FLAG, str: NAME}  # the check of an annotation
-
-
-def optional(check: Check, meaning: str = "None") -> Check:
-    """The same check, but None is allowed too; `meaning` says what None stands for."""
-    return Check(lambda value: value is None or check.fits(value), f"{check.expected}, or {meaning}")
 
 
 def one_of(*names: str) -> Check:

@@ -9,12 +9,13 @@ To add a router, write `class Mine(Router, name="mine")` with `forward(x, contex
 a file of this folder, or in a file of your own that `--import` or `load_file` names.
 """
 
+# ruff: noqa: I001  (the imports are in the order of the table)
 import importlib
 import pkgutil
 
 from ..routing import largest
 from .base import ROUTERS, LinearRouter, RouteContext, Router, find, load_file, make
-from .top_k import TopK  # isort: split  (the order of the table)
+from .top_k import TopK
 from .noisy_top_k import NoisyTopK
 from .sigmoid_bias import SigmoidBias
 from .baselines import Frozen, Hash, Random, Shuffled

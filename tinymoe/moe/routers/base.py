@@ -15,7 +15,7 @@ from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, Module, normal, zeros
 from ..losses import LossContext
 from ..routing import Routing
-from ..settings import BY_TYPE, optional
+from ..settings import BY_TYPE
 
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
@@ -105,7 +105,7 @@ class Router(Module):
             kinds = getattr(known[name].annotation, "__args__", (known[name].annotation,))
             check = next((BY_TYPE[kind] for kind in kinds if kind in BY_TYPE), None)
             if check:
-                (optional(check) if type(None) in kinds else check).require(name, value)
+                (check.or_none() if type(None) in kinds else check).require(name, value)
 
     def penalty(self, routing: Routing, context: LossContext) -> Tensor | None:
         """A term of the router's own, a scalar that the model adds to the loss (the mean over MoE layers)."""
@@ -164,5 +164,5 @@ def load_file(path: str | Path) -> str:
             raise ImportError("its name must end in .py")
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:
-        raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct the file or its path") from None
+        raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct it") from None
     return digest
