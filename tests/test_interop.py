@@ -192,7 +192,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     content = (tmp_path / "model.safetensors").read_bytes()
     for broken in (content[:5], content[:-1], b""):
         (tmp_path / "model.safetensors").write_bytes(broken)
-        refused("no whole .safetensors file")
+        refused("not a complete .safetensors file")
     (tmp_path / "model.safetensors").write_bytes(content)
     (tmp_path / "copy.safetensors").write_bytes(content)
     refused("in another file")

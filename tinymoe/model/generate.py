@@ -1,17 +1,20 @@
-"""Text from a model, byte by byte, every route decided on what stands before it."""
+"""Text from a model, byte by byte, with causal routing."""
+
+from collections.abc import Iterator
 
 import numpy as np
 
 from ..autograd.tensor import no_grad
 from ..moe.routing import largest
+from .transformer import Transformer
 
 
-def generate(model, prompt, length, temperature=1.0, rng=None, top=None):
-    """Yield `length` bytes, integers, that continue prompt (bytes); the model sees the last seq_len of all so far.
+def generate(model: Transformer, prompt: bytes, length: int, temperature: float = 1.0,
+             rng: np.random.Generator | None = None, top: int | None = None) -> Iterator[int]:
+    """Yield `length` bytes, as integers, that continue prompt (bytes). The model sees the last seq_len bytes.
 
-    A byte is drawn from softmax(logits / temperature), among the `top` likeliest where top is given; temperature 0
-    takes the likeliest, the lowest of equals. rng: the Generator that draws, default_rng(0) by default.
-    Routing is causal, so the bytes that follow depend on nothing but these.
+    Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
+    Temperature 0 takes the most probable byte, the lowest of equals. rng: default_rng(0) by default.
     Raises ValueError for an empty prompt or a temperature that is negative or not finite.
     """
     if not prompt:
@@ -28,8 +31,9 @@ def _generate(model, ids, length, temperature, rng, top):
         yield ids[-1]
 
 
-def next_probabilities(model, ids, temperature=1.0, top=None):
-    """(V,) float64: the distribution that the byte after ids, a list, is drawn from; a byte is below 256."""
+def next_probabilities(model: Transformer, ids: list[int], temperature: float = 1.0,
+                       top: int | None = None) -> np.ndarray:
+    """(V,) float64: the distribution of the byte after ids, a list; entries from 256 on are left out."""
     with no_grad():
         output = model.forward(np.array([ids]), rng=np.random.default_rng(0), causal=True)
     logits = output.logits.data[0, -1, :256].astype(float)

@@ -1,13 +1,13 @@
 """Published weights: a small Mixtral, OLMoE or DeepSeek-V3, read from .safetensors files into a Transformer.
 
-Three things lie otherwise in those files than here, none of which changes what is computed:
+The files store three things in another form, which does not change the result:
 
-    matrices are stored (out, in) there, (in, out) here;
-    an expert's gate and up matrix are two there, one here, (D, 2F): first the half that the activation takes;
-    DeepSeek-V3's rotary positions turn entries 2i and 2i + 1 together, ours i and i + d/2: columns are put in order.
+    a matrix is (out, in) there, (in, out) here;
+    an expert's gate and up matrices are two there and one here, (D, 2F), with the activated half first;
+    DeepSeek-V3's rotary positions turn entries 2i and 2i + 1 together, ours i and i + d/2: we reorder the columns.
 
-Whatever in a config.json would change the logits is done or refused; what only training reads (dropout, coefficients
-of losses, the layers of multi-token prediction) is left out.
+A setting that would change the logits and is not computed here raises an error that names it. Settings that only
+training reads (dropout, coefficients of losses, the layers of multi-token prediction) are ignored.
 """
 
 import json
@@ -21,20 +21,20 @@ from .config import ModelConfig
 from .counting import KEYS, MODERN, architecture
 from .transformer import Block, Transformer
 
-SIZES = {  # whole numbers that a config.json must have, besides KEYS
+SIZES = {  # whole numbers that a config.json needs besides KEYS
     "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
     "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
     "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
         moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace""",
 }
-OTHERS = {  # what else it must have
+OTHERS = {  # other keys that it needs
     "mixtral": "", "olmoe": "norm_topk_prob",
     "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
 DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
 ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
     rope_interleave sliding_window num_nextn_predict_layers""".split()
-NO_MATTER = """model_type architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id
+IGNORED = """model_type architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id
     eos_token_id pad_token_id initializer_range attention_dropout output_router_logits router_aux_loss_coef
     router_jitter_noise aux_loss_alpha seq_aux pretraining_tp ep_size qk_head_dim _name_or_path return_dict id2label
     label2id chunk_size_feed_forward""".split()
@@ -48,12 +48,12 @@ GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": 
 
 # -- the config ---------------------------------------------------------------------------------
 
-def model_config(config):
-    """The ModelConfig of a published config.json, given as a dict; its aux_coef is 0.
+def model_config(config: dict) -> ModelConfig:
+    """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
 
-    Mixtral (Jiang et al. 2024), OLMoE (Muennighoff et al. 2024) and DeepSeek-V3 (DeepSeek-AI 2024). Raises ValueError
-    for another model_type, a missing key, and whatever is not computed here: rotary positions that are stretched (YaRN
-    and others), a sliding window shorter than the longest sequence, biases, clipping, quantised weights, unknown keys.
+    Reads Mixtral (Jiang et al. 2024), OLMoE (Muennighoff et al. 2024) and DeepSeek-V3 (DeepSeek-AI 2024). Raises
+    ValueError for another model_type, a missing or unknown key, and settings that are not computed here: stretched
+    rotary positions (YaRN), a sliding window below the longest sequence, biases, clipping, quantised weights.
     """
     kind = config.get("model_type")
     if kind not in SIZES:
@@ -78,34 +78,34 @@ def model_config(config):
 
 
 def _refuse(config, kind):
-    """ValueError for a setting that is missing, or would change the logits and is not computed here."""
+    """Raise ValueError for a missing setting, and for one that would change the logits and is not computed here."""
     sizes = (*KEYS, *SIZES[kind].split())
     missing = [key for key in (*sizes, *OTHERS[kind].split()) if key not in config]
     if missing:
-        raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: give each of them")
+        raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
     for key in sizes:
         (WHOLE if key == "num_attention_heads" else COUNT).require(key, config[key])
     COUNT.or_none().require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
-    known = {*sizes, *OTHERS[kind].split(), *ONLY, *READ, *NO_MATTER}
+    known = {*sizes, *OTHERS[kind].split(), *ONLY, *READ, *IGNORED}
     other = [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]
     if other:
-        raise ValueError(f"not supported: {', '.join(other)}; if it changes nothing for this {kind}, take it out of "
-                         "the config")
+        raise ValueError(f"not supported: {', '.join(other)}; remove it from the config if it changes nothing for this "
+                         f"{kind}")
     window, longest = config.get("sliding_window"), config["max_position_embeddings"]
     if window and window < longest:
-        raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, "
-                         "and no sequence reaches beyond it")
+        raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, so "
+                         "that no sequence is longer than the window")
     heads = config["num_attention_heads"]
     if kind == "deepseek_v3" and config.get("num_key_value_heads", heads) not in (heads, None):
         raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} must be num_attention_heads {heads}: "
-                         "with latent attention each head has keys and values of its own")
+                         "in latent attention heads share no keys and values")
 
 
 def _rope_theta(config, default):
-    """The base of the rotary angles, wherever the config has it. ValueError for any that are stretched."""
+    """The base of the rotary angles, from any of the keys that hold it. ValueError for stretched positions."""
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
     usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
@@ -133,8 +133,10 @@ def _read(path):
     for file in files:
         try:
             found = dict(deserialize(file.read_bytes()))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file} ({error.strerror}): fetch it again") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is no whole .safetensors file ({error}): fetch it again") from None
+            raise CheckpointError(f"{file} is not a complete .safetensors file ({error}): fetch it again") from None
         twice = sorted(found.keys() & tensors.keys())
         if twice:
             raise CheckpointError(f"{folder} holds {twice[0]} in {file.name} and in another file: move one away")
@@ -143,12 +145,12 @@ def _read(path):
 
 
 def _files(path):
-    """The .safetensors files of a path: itself, those that the index of a folder names, or all in the folder."""
+    """The .safetensors files of a path: the path itself, those that a folder's index names, or all in the folder."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: check the path")
     if not path.is_dir():
         if path.suffix in PICKLED:
-            raise CheckpointError(f"{path} is a pickle, which can run any code when read: convert it to .safetensors")
+            raise CheckpointError(f"{path} is a pickle, which can run code when it is read: convert it to .safetensors")
         return [path]
     index = sorted(path.glob("*.safetensors.index.json"))
     if index:
@@ -160,13 +162,13 @@ def _files(path):
     files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if not files:
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
-        only = f", only pickles ({', '.join(pickled)}), which are never read: convert them" if pickled else ""
+        only = f", only pickles ({', '.join(pickled)}), which tinymoe never reads: convert them" if pickled else ""
         raise CheckpointError(f"{path} holds no .safetensors file{only or ': check the path'}")
     return files
 
 
 def _json(path):
-    """The object in a JSON file. CheckpointError where there is none."""
+    """The object in a JSON file. Raises CheckpointError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -179,7 +181,7 @@ def _json(path):
 
 
 class _Weights:
-    """Tensors by their published names, each taken once; `finish` tells what was missing, misshapen or left over."""
+    """Tensors by their published names. Each is taken once; `finish` lists those missing, misshapen or left over."""
 
     def __init__(self, tensors, dtype):
         self.tensors, self.dtype, self.problems = tensors, np.dtype(dtype), []
@@ -187,7 +189,7 @@ class _Weights:
             raise ValueError(f"dtype {self.dtype} must be float32 or float64")
 
     def take(self, name, shape):
-        """The named array, of the published shape, in the model's dtype."""
+        """The named array, checked against its published shape, in the model's dtype."""
         found = self.tensors.pop(name, None)
         if found is None:
             self.problems.append(f"{name} {shape} is missing")
@@ -203,11 +205,11 @@ class _Weights:
         return np.zeros(shape, self.dtype)
 
     def fill(self, parameter, name):
-        """Put the named tensor, transposed, in place of a parameter."""
+        """Set a parameter to the named tensor, transposed."""
         parameter.data = np.ascontiguousarray(self.take(name, parameter.shape[::-1]).T)
 
     def finish(self, path):
-        """Raise the CheckpointError of all that did not fit."""
+        """Raise a CheckpointError that lists every problem, if there is one."""
         problems = self.problems + [f"{name} is not part of this model" for name in sorted(self.tensors)]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -216,12 +218,12 @@ class _Weights:
 
 # -- the model ----------------------------------------------------------------------------------
 
-def load(path, dtype=np.float32):
+def load(path: str | Path, dtype=np.float32) -> Transformer:
     """The Transformer of a published model, in float32 or float64.
 
     path: a folder with config.json and .safetensors files, with or without an index, or one such file beside its
-    config.json. Needs the package safetensors (ImportError). Raises ValueError for what `model_config` refuses, and
-    CheckpointError for files that are missing, broken, pickled, or hold other tensors than the config asks for.
+    config.json. Raises ImportError without the package safetensors, ValueError for what `model_config` refuses, and
+    CheckpointError for files that are missing, broken or pickled, or whose tensors do not fit the config.
     """
     published, config, tensors = _read(path)
     extra = range(published.get("num_nextn_predict_layers") or 0)
@@ -241,11 +243,11 @@ def load(path, dtype=np.float32):
     return model
 
 
-def load_block(path, layer=0, dtype=np.float32):
-    """One Block of a published model; its feed_forward is the MoELayer (or, in DeepSeek-V3's first layers, dense).
+def load_block(path: str | Path, layer: int = 0, dtype=np.float32) -> Block:
+    """One Block of a published model. Its feed_forward is a MoELayer, or dense in DeepSeek-V3's first layers.
 
-    path: as of `load`, but no more than the tensors of that layer have to be there. Their names may begin with
-    model.layers.N. or with nothing. Raises what `load` does, and ValueError for a layer that the config does not have.
+    path: as in `load`, but only the tensors of this layer are needed. Their names may start with model.layers.N. or
+    without a prefix. Raises as `load` does, and ValueError for a layer that the config does not have.
     """
     published, config, tensors = _read(path)
     if layer not in range(config.n_layers):
@@ -259,7 +261,7 @@ def load_block(path, layer=0, dtype=np.float32):
 
 
 def _fill(block, weights, prefix, config, published):
-    """Put the weights of one layer in place."""
+    """Set the weights of one layer."""
     mixtral, latent = published["model_type"] == "mixtral", config.attention == "latent"
     weights.fill(block.norm1.weight, f"{prefix}input_layernorm.weight")
     weights.fill(block.norm2.weight, f"{prefix}post_attention_layernorm.weight")
@@ -285,14 +287,14 @@ def _fill(block, weights, prefix, config, published):
 
 
 def _gated(weights, prefix, d_model, width, mixtral=False):
-    """(D, 2F), (F, D): gate and up matrix side by side, and the down matrix, of (silu(x gate) * (x up)) @ down."""
+    """(D, 2F), (F, D): the gate and up matrices side by side, and the down matrix; (silu(x gate) * (x up)) @ down."""
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     both = [weights.take(f"{prefix}{name}.weight", (width, d_model)).T for name in (gate, up)]
     return np.concatenate(both, axis=1), weights.take(f"{prefix}{down}.weight", (d_model, width)).T.copy()
 
 
 def _pair_halves(attention):
-    """Reorder the rotary columns 0, 1, 2, 3, ... to 0, 2, ..., 1, 3, ...: neighbours become entries i and i + d/2."""
+    """Reorder the rotary columns to 0, 2, ..., 1, 3, ...: neighbours 2i and 2i + 1 become entries i and i + d/2."""
     order = np.r_[0:attention.rope_dim:2, 1:attention.rope_dim:2]
     query, latent = attention.query.weight.data, attention.latent.weight.data
     heads = query.reshape(len(query), attention.n_heads, -1)  # a view
