@@ -1,7 +1,7 @@
-"""Functions of Tensors: activations, softmax family, losses, normalisation, lookups.
+"""Functions of Tensors: activations, the softmax family, losses, normalisation, lookups.
 
-Each is one node of the graph with its VJP beside it. The ones that a training step spends its
-time in call a compiled kernel; tests/naive.py holds their plain forms.
+Each makes one node of the graph, with its VJP beside it. Those that take most of a training step call a kernel: see
+kernels/reference.py for its equations.
 """
 
 import numpy as np
@@ -10,23 +10,20 @@ from scipy.special import expit, ndtr
 from .. import kernels
 from .tensor import Tensor, primitive, record
 
-COMPILED = (np.dtype(np.float32), np.dtype(np.float64))  # what the kernels take
-
 
 def _rows(x):
     """(..., D) as rows (N, D)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _compilable(name, *tensors):
-    """TypeError for what the kernels are not compiled for: they know two dtypes and do not mix them."""
-    dtype = tensors[0].dtype
-    if dtype not in COMPILED or any(t.dtype != dtype for t in tensors):
-        found = " and ".join(sorted({t.dtype.name for t in tensors}))
-        raise TypeError(f"{name} takes float32 or float64 alone, not {found}: convert with .astype first")
+def _check_dtypes(name, *tensors):
+    """TypeError unless all tensors are float32, or all are float64: the kernels take nothing else."""
+    found = sorted({t.dtype.name for t in tensors})
+    if found not in (["float32"], ["float64"]):
+        raise TypeError(f"{name} takes float32 or float64 alone, not {' and '.join(found)}: convert with .astype first")
 
 
-def _same_width(name, x, *vectors):
+def _check_widths(name, x, *vectors):
     for v in vectors:
         if v.shape != x.shape[-1:]:
             raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
@@ -34,16 +31,17 @@ def _same_width(name, x, *vectors):
 
 # -- activations --------------------------------------------------------------------------------
 
-def activation(x, name):
-    """The named activation: "gelu", "silu", "relu", or gated, "geglu" or "swiglu": x (..., 2F) -> (..., F), f(a) * b of
-    the halves a and b (Shazeer 2020)."""
-    _compilable(name, x)
+def activation(x: Tensor, name: str) -> Tensor:
+    """An activation by name: "gelu", "silu", "relu", or a gated one.
+
+    "geglu" and "swiglu" take x (..., 2F) to f(a) * b (..., F), where a and b are the halves of x (Shazeer 2020).
+    """
+    _check_dtypes(name, x)
     return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
 
 
 def gelu(x):
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the tanh form of the Gaussian error linear unit (Hendrycks &
-    Gimpel 2016)."""
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the tanh form (Hendrycks & Gimpel 2016)."""
     return activation(x, "gelu")
 
 
@@ -58,7 +56,7 @@ def relu(x):
 
 
 def sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow, and exact to the last digits in both tails."""
+    """1 / (1 + exp(-x)), without overflow and exact in both tails."""
     value = expit(x.data)
     return primitive(value, (x, lambda g: g * value * (1 - value)))
 
@@ -81,6 +79,19 @@ def _softmax(x, axis):
     return e / e.sum(axis=axis, keepdims=True)
 
 
+def _shift(x, axis):
+    """(largest entry, log sum exp(x - largest)): apart, because their sum rounds the second away where x is large."""
+    top = x.max(axis=axis, keepdims=True)
+    top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
+    with np.errstate(divide="ignore"):
+        return top, np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
+
+
+def _log_softmax(x, axis):
+    top, rest = _shift(x, axis)
+    return x - top - rest
+
+
 def softmax(x, axis=-1):
     """exp(x) / sum exp(x) along an axis; -inf gives probability 0."""
     p = _softmax(x.data, axis)
@@ -95,32 +106,14 @@ def log_softmax(x, axis=-1):
 
 def logsumexp(x, axis=-1):
     """log sum exp(x) along an axis, which is removed."""
-    value = _logsumexp(x.data, axis)
-    return primitive(value.squeeze(axis), (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
-
-
-def _shift(x, axis):
-    """(largest entry, log sum exp(x - largest)): apart, since their sum rounds the second away where x is large."""
-    top = x.max(axis=axis, keepdims=True)
-    top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
-    with np.errstate(divide="ignore"):
-        return top, np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
-
-
-def _logsumexp(x, axis):
-    top, rest = _shift(x, axis)
-    return top + rest
-
-
-def _log_softmax(x, axis):
-    top, rest = _shift(x, axis)
-    return x - top - rest
+    top, rest = _shift(x.data, axis)
+    return primitive((top + rest).squeeze(axis), (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
 
 
 def cross_entropy(logits, targets):
     """Mean over rows of -log softmax(logits)[target], in nats.
 
-    logits (N, V), targets (N,) integers in 0..V-1. Raises ValueError for other shapes or targets.
+    logits (N, V), targets (N,) integers from 0 to V - 1. Raises ValueError for other shapes or targets.
     """
     targets = np.asarray(targets)
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
@@ -149,7 +142,7 @@ def linear(x, weight, bias=None):
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"linear: the bias has shape {bias.shape}, but the weight gives {weight.shape[1]} features")
     parents = (x, weight) if bias is None else (x, weight, bias)
-    _compilable("linear", *parents)
+    _check_dtypes("linear", *parents)
     rows = _rows(x.data)
     value = kernels.linear(rows, weight.data, None if bias is None else bias.data)
 
@@ -165,8 +158,8 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
     x (..., D), weight (D,), bias (D,); the variance is the population's.
     """
-    _same_width("layer_norm", x, weight, bias)
-    _compilable("layer_norm", x, weight, bias)
+    _check_widths("layer_norm", x, weight, bias)
+    _check_dtypes("layer_norm", x, weight, bias)
     rows = _rows(x.data)
     value, mean, rstd = kernels.layer_norm(rows, weight.data, bias.data, eps)
 
@@ -179,7 +172,7 @@ def layer_norm(x, weight, bias, eps=1e-5):
 
 def rms_norm(x, weight, eps=1e-5):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019). x (..., D), weight (D,)."""
-    _same_width("rms_norm", x, weight)
+    _check_widths("rms_norm", x, weight)
     rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
     normed = x.data * rstd
 
@@ -191,16 +184,16 @@ def rms_norm(x, weight, eps=1e-5):
 
 
 def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(d), over positions <= own) v for each head (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T / sqrt(d)) v for each head, over positions up to the query's own (Vaswani et al. 2017, eq. 1).
 
-    q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), where G divides H and head h reads group
-    h // (H // G) (grouped queries, Ainslie et al. 2023) -> (B, T, H, dv).
+    q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv) -> (B, T, H, dv). G divides H, and head h reads group h // (H // G)
+    (grouped queries, Ainslie et al. 2023). Raises ValueError for shapes that do not fit together.
     """
     (B, T, H, d), (G, dv) = q.shape, v.shape[2:]
     if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or G == 0 or H % G:
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
                          f"not {q.shape}, {k.shape}, {v.shape}")
-    _compilable("causal_attention", q, k, v)
+    _check_dtypes("causal_attention", q, k, v)
     value, saved = kernels.causal_attention(q.data, k.data, v.data)
     return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
 
@@ -208,9 +201,9 @@ def causal_attention(q, k, v):
 def rotary(x, base=10_000.0):
     """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape.
 
-    Entries i and i + d/2 of a head at position t turn together by the angle t base^(-2i/d), so that the product of
-    a query and a key depends on their distance alone. (The paper pairs neighbours, 2i and 2i + 1: the same up to the
-    order of the entries.) Raises ValueError for an odd d.
+    Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
+    depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
+    Raises ValueError for an odd d.
     """
     T, d = x.shape[1], x.shape[-1]
     if d % 2:
@@ -230,7 +223,7 @@ def rotary(x, base=10_000.0):
 def embedding(table, ids):
     """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D). Raises IndexError out of range."""
     ids = np.asarray(ids)
-    _compilable("embedding", table)
+    _check_dtypes("embedding", table)
     if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
         raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but the table has rows 0 to {table.shape[0] - 1}")
     return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
@@ -258,7 +251,7 @@ def scatter_add(rows, index, n):
 
 
 def concatenate(tensors, axis=0):
-    """Join tensors along an axis that they have."""
+    """Join tensors along an existing axis."""
     ends = np.cumsum([t.shape[axis] for t in tensors])
 
     def part(end, size):

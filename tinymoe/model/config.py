@@ -4,9 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ..kernels import ACTIVATIONS
 from ..layers.nn import LayerNorm, RMSNorm
 from ..moe import routers
-from ..moe.experts import ACTIVATIONS, BACKENDS
+from ..moe.experts import BACKENDS
 from ..moe.losses import LOSSES
 from ..moe.routing import DROP_POLICIES
 from ..moe.settings import COUNT, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting

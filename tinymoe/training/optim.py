@@ -32,8 +32,8 @@ class AdamW:
             self.steps[name] += 1
             decay = 0.0 if name in self.no_decay else self.weight_decay
             p.data = np.require(p.data, requirements="CW")
-            kernels.adamw(p.data, p.grad, self.m[name], self.v[name], self.lr, *self.betas, self.eps, decay,
-                          self.steps[name])
+            kernels.adamw(p.data, p.grad, self.m[name], self.v[name], lr=self.lr, betas=self.betas, eps=self.eps,
+                          weight_decay=decay, step=self.steps[name])
 
     def zero_grad(self):
         """Forget all gradients."""

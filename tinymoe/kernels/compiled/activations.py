@@ -6,11 +6,11 @@ import numpy as np
 from numba import prange
 from numba.extending import overload
 
-from .runtime import SLICE, blocks, loop, plain, pool
+from ..reference import GATED
+from .runtime import SLICE, blocks, contiguous, example, loop, pool
 
 GELU, SILU, RELU, GEGLU, SWIGLU = range(5)
-ACTIVATIONS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWIGLU}
-GATED = {"geglu": "gelu", "swiglu": "silu"}         # the function of the first half, which the second half multiplies
+KINDS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWIGLU}
 
 
 def exp(x):
@@ -131,25 +131,24 @@ def _activation_backward(x, dx, kind):
         activate_backward(x[part], np.empty_like(x[part]), dx[part], dx[part], kind)
 
 
+@example(lambda ones: activation(ones(2, 2), "gelu"))
 def activation(x, name):
-    """f(x), any shape; f is "gelu" (the tanh form, Hendrycks & Gimpel 2016), "silu" or "relu".
-
-    Gated, "geglu" or "swiglu" (Shazeer 2020): x (...,2F) -> f(a) b (...,F) of the halves a and b.
-    """
+    """y = f(x), any shape; gated: y = f(a) b (...,F), where a and b are the halves of x (...,2F)"""
     if name in GATED:
         a, b = np.split(x, 2, axis=-1)
         return activation(a, GATED[name]) * b
-    x = plain(x)
+    x = contiguous(x)
     y = np.empty_like(x)
-    _activation(x.reshape(-1), y.reshape(-1), ACTIVATIONS[name])
+    _activation(x.reshape(-1), y.reshape(-1), KINDS[name])
     return y
 
 
+@example(lambda ones: activation_backward(ones(2, 2), ones(2, 2), "gelu"))
 def activation_backward(dy, x, name):
-    """dy f'(x), any shape; for the gated both halves of it"""
+    """dx = dy f'(x); gated: da = dy b f'(a) and db = dy f(a), side by side"""
     if name in GATED:
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([activation_backward(dy * b, a, GATED[name]), dy * activation(a, GATED[name])], axis=-1)
-    x, dx = plain(x), np.array(dy, order="C")
-    _activation_backward(x.reshape(-1), dx.reshape(-1), ACTIVATIONS[name])
+    x, dx = contiguous(x), np.array(dy, order="C")
+    _activation_backward(x.reshape(-1), dx.reshape(-1), KINDS[name])
     return dx

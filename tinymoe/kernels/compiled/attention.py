@@ -3,7 +3,7 @@ import numpy as np
 from numba import prange
 
 from .activations import exp
-from .runtime import loop, plain, pool
+from .runtime import contiguous, example, loop, pool
 
 QUERIES = 64            # queries in a block: their part of the masked triangle is computed anyway
 
@@ -158,6 +158,7 @@ def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
         _attend_group_backward(dout[b], q[b], k[b], v[b], saved[b], scale, dq[b], dk[b], dv[b], task % G)
 
 
+@example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))
 def causal_attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v over the past (Vaswani et al. 2017), H a multiple of G (Ainslie et al. 2023):
     head h of q (B,T,H,d) reads group h // (H / G) of k (B,T,G,d) and v (B,T,G,dv).
@@ -165,7 +166,7 @@ def causal_attention(q, k, v):
     Returns out (B,T,H,dv) and what causal_attention_backward needs: the softmax, block by block. Within a block of
     queries the future weighs zero, but is multiplied: a NaN in v can reach earlier rows of its own block.
     """
-    q, k, v = plain(q), plain(k), plain(v)
+    q, k, v = map(contiguous, (q, k, v))
     B, T, H, d = q.shape
     out = np.empty((B, T, H, v.shape[3]), q.dtype)
     saved = np.empty((B, H, sum(min(QUERIES, T - i) * min(i + QUERIES, T) for i in range(0, T, QUERIES))), q.dtype)
@@ -173,9 +174,10 @@ def causal_attention(q, k, v):
     return out, saved
 
 
-def causal_attention_backward(dout, q, k, v, saved):
+@example(lambda ones: causal_attention_backward(*[ones(1, 2, 1, 2)] * 4, ones(1, 1, 4)))
+def causal_attention_backward(dy, q, k, v, saved):
     """-> dq, dk, dv"""
-    dout, q, k, v, saved = map(plain, (dout, q, k, v, saved))
+    dy, q, k, v, saved = map(contiguous, (dy, q, k, v, saved))
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    _attention_backward(dout, q, k, v, saved, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
+    _attention_backward(dy, q, k, v, saved, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
     return dq, dk, dv

@@ -2,7 +2,7 @@
 import numpy as np
 from numba import prange
 
-from .runtime import PIECE, SLICE, blocks, loop, plain, pool
+from .runtime import PIECE, SLICE, blocks, contiguous, example, loop, pool
 
 SEGMENT = 256           # rows multiplied at once, and summed into one partial weight gradient
 
@@ -70,17 +70,19 @@ def add_partials(dw, db, dw_slots, db_slots, first, empty):
     _add_partials(dw.reshape(len(dw), -1), db, dw_slots.reshape(len(dw_slots), dw[0].size), db_slots, first, empty)
 
 
+@example(lambda ones: linear(ones(SEGMENT + 1, 2), ones(2, 2), ones(2)))
 def linear(x, w, b):
     """x (N,I) @ w (I,O) + b (O,) or None -> (N,O)"""
-    x, w, b = plain(x), plain(w), np.empty(0, x.dtype) if b is None else plain(b)
+    x, w, b = contiguous(x), contiguous(w), np.empty(0, x.dtype) if b is None else contiguous(b)
     y = np.empty((len(x), w.shape[1]), x.dtype)
     _linear(x, w, b, y)
     return y
 
 
+@example(lambda ones: linear_backward(ones(SEGMENT + 1, 2), ones(SEGMENT + 1, 2), ones(2, 2)))     # with a partial sum
 def linear_backward(dy, x, w):
     """-> dx (N,I), dw (I,O), db (O,)"""
-    dy, x, w = plain(dy), plain(x), plain(w)
+    dy, x, w = map(contiguous, (dy, x, w))
     n_slots = max(1, blocks(len(x), segment_rows(len(x)))) - 1
     dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
     dw_slots, db_slots = np.empty((n_slots, *dw.shape), x.dtype), np.empty((n_slots, *db.shape), x.dtype)
@@ -142,17 +144,19 @@ def _layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
             _normalise_backward(dy[i], x[i], weight, mean[i], rstd[i], dx[i], dweight[block], dbias[block])
 
 
+@example(lambda ones: layer_norm(ones(2, 2), ones(2), ones(2), 1e-5))
 def layer_norm(x, weight, bias, eps):
     """Rows of x (N,D) to mean 0 and variance 1, times weight plus bias (Ba et al. 2016) -> y, mean, rstd"""
-    x, weight, bias = plain(x), plain(weight), plain(bias)
+    x, weight, bias = map(contiguous, (x, weight, bias))
     y, mean, rstd = np.empty_like(x), np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     _layer_norm(x, weight, bias, x.dtype.type(eps), y, mean, rstd)
     return y, mean, rstd
 
 
+@example(lambda ones: layer_norm_backward(ones(2, 2), ones(2, 2), ones(2), ones(2), ones(2)))
 def layer_norm_backward(dy, x, weight, mean, rstd):
     """-> dx (N,D), dweight (D,), dbias (D,)"""
-    dy, x, weight, mean, rstd = map(plain, (dy, x, weight, mean, rstd))
+    dy, x, weight, mean, rstd = map(contiguous, (dy, x, weight, mean, rstd))
     dx, partial = np.empty_like(x), np.zeros((2, blocks(len(x), PIECE), x.shape[1]), x.dtype)
     _layer_norm_backward(dy, x, weight, mean, rstd, dx, partial[0], partial[1])
     return dx, partial[0].sum(axis=0), partial[1].sum(axis=0)

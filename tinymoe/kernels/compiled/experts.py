@@ -1,43 +1,54 @@
-"""A mixture's experts: each assigned row through its expert, and back."""
+"""The experts: each assigned row through its expert, and back."""
 import numpy as np
 from numba import prange
 
-from .activations import ACTIVATIONS, activate, activate_backward
+from ..reference import GATED
+from .activations import KINDS, activate, activate_backward
 from .dense import add_bias, add_partials, column_sums, segment_rows
-from .runtime import PIECE, blocks, get_threads, loop, plain, pool
+from .runtime import PIECE, blocks, contiguous, example, get_threads, loop, pool
 from .updates import scatter_add
+
+
+# The plan cuts each expert's assignments into pieces, here of at most 4 rows and for 2 threads:
+#
+#   expert        0                     1        2        3
+#   rows          0 1 2 3 4 5 6 7 8 9   10 11    (none)   12 13 14 15 16
+#   pieces        |0----|1----|2------| |3---|            |4---|5-------|
+#   slot          -1    0     1         -1                -1   2
+#   first_slot    0                     2        2        2                  3
+#   first_piece   0 (thread 0)                   4 (thread 1)                6
+#
+# The first piece of an expert writes its weight gradient to its place (NO_SLOT). Each other piece writes a partial sum
+# to a slot. The slots first_slot[e]:first_slot[e+1] are added to expert e later.
+# Thread t takes the pieces first_piece[t]:first_piece[t+1], so that all threads finish at nearly the same time.
+EXPERT, START, STOP, SLOT = range(4)        # columns of pieces (P,4): the expert, its rows start:stop, the slot
+NO_SLOT = -1
+FIXED_ROWS = 16                             # a piece costs the time of its rows and of this many more
 
 
 @loop
 def _plan(offsets, limit, n_threads):
-    """Cut each expert's assignments into equal pieces of at most `limit` -> pieces (P,4), first (E+1,), shares
-
-    A piece is expert, start, stop, slot. An expert's first piece writes its weight gradient straight to where
-    it belongs, with slot -1; the others to the partial sums first[e]:first[e+1], which are added later.
-    Thread t takes pieces shares[t]:shares[t+1], near equal in rows; a piece costs 16 rows more than it has.
-    """
-    E, P, cost = offsets.size - 1, 0, 0
-    first, shares = np.empty(E + 1, np.int64), np.zeros(n_threads + 1, np.int64)
+    """offsets (E+1,) -> pieces (P,4) of at most `limit` rows, first_slot (E+1,), first_piece (threads+1,): see above"""
+    E, P = offsets.size - 1, 0
+    first_slot, first_piece = np.zeros(E + 1, np.int64), np.zeros(n_threads + 1, np.int64)
     pieces = np.empty((blocks(offsets[E], limit) + E, 4), np.int64)      # at most so many
-    first[0] = 0
     for e in range(E):
         start, count = offsets[e], offsets[e + 1] - offsets[e]
         n = blocks(count, limit)
         for i in range(n):
-            pieces[P, 0], pieces[P, 1], pieces[P, 2] = e, start + count * i // n, start + count * (i + 1) // n
-            pieces[P, 3] = first[e] + i - 1 if i > 0 else -1
-            cost += pieces[P, 2] - pieces[P, 1] + 16
+            pieces[P, EXPERT], pieces[P, SLOT] = e, first_slot[e] + i - 1 if i > 0 else NO_SLOT
+            pieces[P, START], pieces[P, STOP] = start + count * i // n, start + count * (i + 1) // n
             P += 1
-        first[e + 1] = first[e] + max(n - 1, 0)
-    done, t = 0, 1
+        first_slot[e + 1] = first_slot[e] + max(n - 1, 0)
+    cost, done, t = offsets[E] + FIXED_ROWS * P, 0, 1
     for p in range(P):
-        rows = pieces[p, 2] - pieces[p, 1] + 16
-        while t < n_threads and (2 * done + rows) * n_threads > 2 * cost * t:    # its middle is past the bound
-            shares[t] = p
+        own = pieces[p, STOP] - pieces[p, START] + FIXED_ROWS
+        while t < n_threads and (2 * done + own) * n_threads > 2 * cost * t:     # its middle is past the thread's end
+            first_piece[t] = p
             t += 1
-        done += rows
-    shares[t:] = P
-    return pieces[:P], first, shares
+        done += own
+    first_piece[t:] = P
+    return pieces[:P], first_slot, first_piece
 
 
 @loop
@@ -61,10 +72,10 @@ def _expert_piece(x, token, w1, b1, w2, b2, kind, rows, before, after, out):
 
 
 @pool
-def _experts_forward(x, token, pieces, shares, w1, b1, w2, b2, kind, rows, before, out):
-    for thread in prange(shares.size - 1):
+def _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, kind, rows, before, out):
+    for thread in prange(first_piece.size - 1):
         after = np.empty((PIECE, w2.shape[1]), x.dtype)
-        for p in range(shares[thread], shares[thread + 1]):
+        for p in range(first_piece[thread], first_piece[thread + 1]):
             e, start, stop, _ = pieces[p]
             part = slice(start, stop)
             _expert_piece(x, token[part], w1[e], b1[e], w2[e], b2[e], kind,
@@ -85,9 +96,9 @@ def _gate_backward(dy, token, gate, out, dout, dgate):
 
 @loop
 def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_after, d_before, d_rows, dw1, db1, dw2, db2):
-    """From the gradient of a piece's output to everything else, while its rows are in cache.
+    """From the gradient of a piece's output to all other gradients, while its rows are in cache.
 
-    Where the activation is not gated, d_after becomes d_before in place: they are the same array.
+    An activation without a gate is differentiated in place: d_after is then the same array as d_before.
     """
     np.dot(dout, w2.T, d_after)
     for i in range(before.shape[0]):
@@ -100,56 +111,63 @@ def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_after, d_b
 
 
 @pool
-def _experts_backward(dy, token, gate, pieces, shares, w1, w2, kind, rows, before, out, d_rows, dgate, dw, partial):
-    for thread in prange(shares.size - 1):
-        first, last, most = shares[thread], shares[thread + 1], 0
-        for p in range(first, last):
-            most = max(most, pieces[p, 2] - pieces[p, 1])
-        dout, after = np.empty((most, dy.shape[1]), dy.dtype), np.empty((most, w2.shape[1]), dy.dtype)
-        d_before = np.empty((most, before.shape[1]), dy.dtype)
-        d_after = d_before if after.shape == d_before.shape else np.empty_like(after)
-        for p in range(first, last):
+def _experts_backward(dy, token, gate, pieces, limit, first_piece, w1, w2, kind, gated, rows, before, out,
+                      d_rows, dgate, dw, partial):
+    """dw: dw1, db1, dw2, db2, each (E,...); partial: the same for the slots, each (S,...)"""
+    for thread in prange(first_piece.size - 1):
+        dout, after = np.empty((limit, dy.shape[1]), dy.dtype), np.empty((limit, w2.shape[1]), dy.dtype)
+        d_before = np.empty((limit, before.shape[1]), dy.dtype)
+        d_after = np.empty_like(after) if gated else d_before
+        for p in range(first_piece[thread], first_piece[thread + 1]):
             e, start, stop, slot = pieces[p]
             part, n = slice(start, stop), stop - start
-            dw1, db1, dw2, db2 = dw if slot < 0 else partial
-            to = e if slot < 0 else slot
+            dw1, db1, dw2, db2 = dw if slot == NO_SLOT else partial
+            to = e if slot == NO_SLOT else slot
             _gate_backward(dy, token[part], gate[part], out[part], dout[:n], dgate[part])
             _expert_piece_backward(dout[:n], w1[e], w2[e], kind, rows[part], before[part], after[:n],
                                    d_after[:n], d_before[:n], d_rows[part], dw1[to], db1[to], dw2[to], db2[to])
 
 
-def experts_forward(x, token, offsets, gate, w1, b1, w2, b2, name):
-    """y[n] = the sum of gate[a] (f(x[n] w1[e] + b1[e]) w2[e] + b2[e]) over the assignments a of token n
+def _routed(ones):
+    """Two rows, both at the first of two experts: the arguments of experts_forward."""
+    weights = ones(2, 2, 2), ones(2, 2), ones(2, 2, 2), ones(2, 2)
+    return ones(2, 2), np.array([0, 1]), np.array([0, 2, 2]), ones(2), weights, "gelu"
 
-    x (N,D); token (A,) sorted by expert, then by token; expert e has offsets[e]:offsets[e+1]; gate (A,);
-    w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D); w1 and b1 are twice as wide for "geglu" and "swiglu". Returns
-    y (N,D), zero for a token without assignment, and what experts_backward needs.
+
+@example(lambda ones: experts_forward(*_routed(ones)))
+def experts_forward(x, token, offsets, gate, weights, name):
+    """y[n] = sum over the assignments a of token n of gate[a] (f(x[n] w1[e] + b1[e]) w2[e] + b2[e])
+
+    x (N,D); token (A,) sorted by expert, then token; expert e has assignments offsets[e]:offsets[e+1]; gate (A,);
+    weights: w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D), w1 and b1 2F wide for a gated f -> y (N,D), saved arrays
     """
-    x, gate, w1, b1, w2, b2 = map(plain, (x, gate, w1, b1, w2, b2))
+    x, gate, w1, b1, w2, b2 = map(contiguous, (x, gate, *weights))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
     rows, before = np.empty((len(token), x.shape[1]), x.dtype), np.empty((len(token), w1.shape[2]), x.dtype)
     out = np.empty_like(rows)
-    pieces, _, shares = _plan(offsets, PIECE, get_threads())
-    _experts_forward(x, token, pieces, shares, w1, b1, w2, b2, ACTIVATIONS[name], rows, before, out)
+    pieces, _, first_piece = _plan(offsets, PIECE, get_threads())
+    _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, KINDS[name], rows, before, out)
     y = np.zeros_like(x)
     scatter_add(y, token, gate, out)
     return y, (rows, before, out)
 
 
-def experts_backward(dy, x, token, offsets, gate, w1, b1, w2, b2, name, saved):
-    """-> dx, dgate, dw1, db1, dw2, db2; zeros for the weights of an expert without assignments"""
-    dy, gate, w1, w2 = map(plain, (dy, gate, w1, w2))
+@example(lambda ones: experts_backward(ones(2, 2), *_routed(ones), (ones(2, 2), ones(2, 2), ones(2, 2))))
+def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
+    """-> dx, dgate, dw1, db1, dw2, db2: zero for an expert without assignments"""
+    (w1, b1, w2, b2), (rows, before, out) = weights, saved
+    dy, gate, w1, w2 = map(contiguous, (dy, gate, w1, w2))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
-    rows, before, out = saved
     E, empty = len(w1), np.diff(offsets) == 0
-    pieces, first, shares = _plan(offsets, segment_rows(len(token)), get_threads())
-    dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2)) for n in (E, first[-1]))
+    limit = segment_rows(len(token))
+    pieces, first_slot, first_piece = _plan(offsets, limit, get_threads())
+    dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2)) for n in (E, first_slot[-1]))
     d_rows, dgate = np.empty_like(rows), np.empty_like(gate)
-    _experts_backward(dy, token, gate, pieces, shares, w1, w2, ACTIVATIONS[name], rows, before, out,
-                      d_rows, dgate, dw, partial)
-    if len(partial[0]) or empty.any():
-        add_partials(*dw[:2], *partial[:2], first, empty)
-        add_partials(*dw[2:], *partial[2:], first, empty)
+    _experts_backward(dy, token, gate, pieces, limit, first_piece, w1, w2, KINDS[name], name in GATED,
+                      rows, before, out, d_rows, dgate, dw, partial)
+    if first_slot[-1] or empty.any():
+        add_partials(*dw[:2], *partial[:2], first_slot, empty)
+        add_partials(*dw[2:], *partial[2:], first_slot, empty)
     dx = np.zeros_like(dy)
     scatter_add(dx, token, np.ones_like(gate), d_rows)
     return dx, dgate, *dw

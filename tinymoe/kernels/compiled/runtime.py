@@ -1,14 +1,14 @@
 """How kernels are compiled, kept and spread over threads."""
-
+import contextlib
 import ctypes
 import hashlib
-import platform
 import tempfile
 from pathlib import Path
 
 import numba
 import numpy as np
-import threadpoolctl
+
+from .. import blas
 
 PIECE = 192             # rows carried together: their hidden activations stay in the second-level cache
 SLICE = 1 << 13         # elements in a piece of an elementwise pass
@@ -17,8 +17,8 @@ SLICE = 1 << 13         # elements in a piece of an elementwise pass
 def _cache_folder():
     """A writable folder for compiled code, or None: then every process compiles anew.
 
-    Its name holds a hash of this folder's sources, because numba compares only the file that a kernel stands
-    in, and would not notice a change to a function that the kernel uses from another file.
+    Its name holds a hash of this folder's sources. numba itself compares only the file of the kernel, and would miss a
+    change to a function that the kernel uses from another file.
     """
     here = Path(__file__).parent
     sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
@@ -34,15 +34,15 @@ def _cache_folder():
     return None
 
 
-_CACHE = _cache_folder()
+CACHE = _cache_folder()
 
 
 def _compiled(**options):
-    """A decorator: numba's njit with these options, its code kept in our folder."""
+    """A decorator: numba's njit with these options, which keeps the code in our folder."""
     def decorate(function):
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE or ""
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, CACHE or ""
         try:
-            return numba.njit(cache=_CACHE is not None, error_model="numpy", **options)(function)
+            return numba.njit(cache=CACHE is not None, error_model="numpy", **options)(function)
         finally:
             numba.config.CACHE_DIR = before
     return decorate
@@ -50,54 +50,55 @@ def _compiled(**options):
 
 # Fast arithmetic without 'nnan' and 'ninf': a NaN must stay a NaN. 'reassoc' lets sums vectorise.
 loop = _compiled(fastmath={"contract", "nsz", "reassoc"})
-# Only explicit prange loops become parallel: the search for others would cost compile time and find nothing.
+# Only explicit prange loops become parallel: the search for others takes time to compile and finds nothing.
 pool = _compiled(parallel={"prange": True} | dict.fromkeys(
     ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False))
 
 
 def _keep_freed_memory():
-    """Ask glibc to keep the memory of freed arrays: the next step wants it back, at a fault a page."""
+    """Ask glibc to keep the memory of freed arrays: the next step needs it again, and fresh pages are slow."""
     trim_threshold, mmap_threshold = -1, -3                 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):            # another C library
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):            # another C library
-        return
-    mallopt(trim_threshold, 1 << 30)
-    mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 30)
 
 
-_keep_freed_memory()
+if not blas.KEEP_THREADS:
+    _keep_freed_memory()
 
 
-def compiled_mark(dtype):
-    """The file that says that all kernels are kept for a dtype name on this machine; None where nothing is kept."""
-    if _CACHE is None or numba.config.DISABLE_JIT:
-        return None
-    return Path(_CACHE) / f"{dtype}-{numba.__version__}-{platform.node()}"
-
-
-def set_threads(n):
-    """Use n threads from now on, at most the cores there were when numba was loaded (else ValueError)."""
+def set_threads(n: int) -> None:
+    """Use n threads from now on. Raises ValueError for less than 1 or more than numba was started with."""
     numba.set_num_threads(n)
 
 
-def get_threads():
+def get_threads() -> int:
     """How many threads the kernels use now."""
     return numba.get_num_threads()
 
 
-def thread_info():
-    """What a timing depends on -> threads, threading layer (None before the first kernel), BLAS, numba"""
+def thread_info() -> dict:
+    """What a timing depends on: threads, threading layer (None before the first kernel), each BLAS, numba."""
     try:
         layer = numba.threading_layer()
     except ValueError:
         layer = None
-    blas = [{"name": pool["internal_api"], "version": pool["version"], "threads": pool["num_threads"]}
-            for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-    return {"threads": get_threads(), "threading_layer": layer, "blas": blas, "numba": numba.__version__}
+    return {"threads": get_threads(), "threading_layer": layer, "blas": blas.libraries(), "numba": numba.__version__}
 
 
-def plain(x):
+EXAMPLES = {}           # kernel -> a function that calls it once on small arrays, made by ones(*shape)
+
+
+def example(call):
+    """A decorator of kernels: `compile_all` runs call(ones), and so compiles the kernel."""
+    def keep(kernel):
+        EXAMPLES[kernel] = call
+        return kernel
+    return keep
+
+
+def contiguous(x):
     """C-contiguous and writeable: a read-only array is another type to numba, and would compile all anew."""
     x = np.asarray(x, order="C")
     return x if x.flags.writeable else x.copy()

@@ -1,11 +1,11 @@
-"""What ends a backward pass: scatter-add of rows, the norm's sum of squares, and AdamW."""
+"""The end of a training step: scatter-add of rows, AdamW, and the sum of squares for the gradient norm."""
 import numpy as np
 from numba import prange
 
-from .runtime import SLICE, blocks, loop, plain, pool
+from .runtime import SLICE, blocks, contiguous, example, loop, pool
 
 COLUMNS = 32            # columns one thread owns in a scatter-add: two cache lines of float32
-ALONE = 4 * SLICE       # so many elements are not worth waking other threads for
+ONE_THREAD = 4 * SLICE  # up to so many elements, waking other threads costs more than it saves
 
 
 @loop
@@ -23,12 +23,13 @@ def scatter_add(out, index, scale, rows):
             _add_scaled(rows[i, part], scale[i], out[index[i], part])
 
 
-def add_rows(out_rows, index, rows):
-    """Zeros (out_rows, D) with rows (M,D) added at index (M,), which may repeat: the gradient of a lookup."""
-    index, rows = np.array(index, np.int64), plain(rows)
-    out = np.zeros((out_rows, rows.shape[1]), rows.dtype)
-    scatter_add(out, index, np.ones(len(index), rows.dtype), rows)
-    return out
+@example(lambda ones: add_rows(2, [0, 0], ones(2, 2)))
+def add_rows(n, index, rows):
+    """y[index[i]] += rows[i], from zero: rows (M,D), index (M,) with repeats -> y (n,D), the gradient of a lookup"""
+    index, rows = np.array(index, np.int64), contiguous(rows)
+    y = np.zeros((n, rows.shape[1]), rows.dtype)
+    scatter_add(y, index, np.ones(len(index), rows.dtype), rows)
+    return y
 
 
 @loop
@@ -48,12 +49,18 @@ def _adamw(parameter, gradient, m, v, decay, beta1, beta2, rate, root, eps):
         _adamw_slice(parameter[part], gradient[part], m[part], v[part], decay, beta1, beta2, rate, root, eps)
 
 
-def adamw(parameter, gradient, m, v, lr, beta1, beta2, eps, weight_decay, step):
-    """One step (the first is 1) of AdamW, in place: Loshchilov & Hutter 2019, algorithm 2; contiguous."""
-    flat = [z.reshape(-1) for z in (parameter, plain(gradient), m, v)]
-    rate, root = lr / (1 - beta1**step), (1 - beta2**step)**-0.5         # corrected for the zero start
-    scalars = map(parameter.dtype.type, (1 - lr * weight_decay, beta1, beta2, rate, root, eps))
-    kernel = _adamw if parameter.size > ALONE else _adamw_slice
+def _call_adamw(ones, size):
+    adamw(*(ones(size) for _ in range(4)), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
+
+
+@example(lambda ones: [_call_adamw(ones, size) for size in (ONE_THREAD, ONE_THREAD + 1)])
+def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
+    """Step 1, 2, ... of AdamW, in place, on contiguous p, m and v  (Loshchilov & Hutter 2019, algorithm 2)"""
+    flat = [z.reshape(-1) for z in (p, contiguous(g), m, v)]
+    b1, b2 = betas
+    rate, root = lr / (1 - b1**step), (1 - b2**step)**-0.5                # m and v start at zero: corrected here
+    scalars = map(p.dtype.type, (1 - lr * weight_decay, b1, b2, rate, root, eps))
+    kernel = _adamw if p.size > ONE_THREAD else _adamw_slice
     kernel(*flat, *scalars)
 
 
@@ -71,10 +78,11 @@ def _sum_of_squares(x, partial):
         partial[block] = _square_slice(x[block * SLICE:min(x.size, (block + 1) * SLICE)])
 
 
+@example(lambda ones: [sum_of_squares(ones(size)) for size in (ONE_THREAD, ONE_THREAD + 1)])
 def sum_of_squares(x):
-    """Summed in float64 over fixed slices, which are then added."""
-    x = plain(x).reshape(-1)
-    if x.size <= ALONE:
+    """The sum of x^2 over all entries, in float64: over slices of fixed size, whose sums are then added."""
+    x = contiguous(x).reshape(-1)
+    if x.size <= ONE_THREAD:
         return _square_slice(x)
     partial = np.empty(blocks(x.size, SLICE))
     _sum_of_squares(x, partial)
