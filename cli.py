@@ -11,13 +11,21 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class _Commands(click.Group):
-    """Ctrl-C ends any command with one line and exit code 130, as shells expect."""
+    """Ctrl-C ends any command with one line and exit code 130, as shells expect.
+
+    Kernels that cannot be used end it with one line and exit code 1.
+    """
 
     def invoke(self, context):
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
             raise SystemExit(_say("\nInterrupted.", code=130)) from None
+        except ValueError as error:
+            from tinymoe.kernels import KernelsError
+            if isinstance(error, KernelsError):
+                raise click.ClickException(str(error)) from None
+            raise
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -480,21 +488,21 @@ def gradcheck(only):
 # -- bench --------------------------------------------------------------------------------------
 
 @main.command()
-@click.option("--quick", is_flag=True, help="The two smallest sizes of the ladder, and no scaling.")
+@click.option("--quick", is_flag=True, help="The two smallest sizes of the expert backends, and no scaling.")
 @click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True,
               help="Timings of each number, of which the median counts; the profile is a mean of 3 N steps.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "bench",
               help="Folder of the rows and figures.")
 def bench(quick, profile, repeats, out):
-    """Time the expert backends against each other, a training step operation by operation, and how both scale."""
+    """Time the expert backends, a training step three ways and by operation, and how the time grows."""
     from tinymoe.tools import bench as b
-    from tinymoe import kernels
     try:
-        seconds = kernels.compile_all("float32")
+        seconds = b.kernels.compile_all("float32")
         click.echo(f"compiled in {seconds:.1f} s (kept for the next time); {_describe(b.machine())}")
         if not profile:
-            _ladder(b, out, b.SIZES[:2] if quick else b.SIZES, repeats)
+            _ladder(b, out, b.LADDER[:2] if quick else b.LADDER, repeats)
+            _three_ways(b, out, repeats)
         _profile(b, out, repeats)
         if not (profile or quick):
             _scaling(b, out, repeats)
@@ -506,8 +514,8 @@ def bench(quick, profile, repeats, out):
 def _describe(machine):
     info = machine["thread_info"]
     blas = ", ".join("{name} {version} at {threads} thread(s)".format_map(pool) for pool in info["blas"])
-    return (f"{machine['threads']} numba threads ({info['threading_layer']}), {blas}; "
-            f"{machine['processor']}, {machine['cores']} cores")
+    numba = f"numba {info['numba']} ({info['threading_layer']})" if info["numba"] else "NumPy kernels"
+    return f"{machine['threads']} thread(s), {numba}, {blas}; {machine['processor']}, {machine['cores']} cores"
 
 
 def _ladder(b, out, sizes, repeats):
@@ -526,6 +534,14 @@ def _ladder(b, out, sizes, repeats):
     b.draw_ladder(rows, out / "ladder.png")
     if max(row["difference"] for row in rows) > 1e-3:
         raise click.ClickException("the backends disagree: see the column difference")
+
+
+def _three_ways(b, out, repeats):
+    rows = b.three_ways(repeats=repeats)
+    b.write(out, "step", rows)
+    click.echo(f"\n{'one training step':28} {'ms':>9} {'faster':>8}")
+    for row in rows:
+        click.echo(f"{row['step']:28} {row['ms']:9.1f} {1 / row['relative']:7.1f}x")
 
 
 def _profile(b, out, repeats):

@@ -1,4 +1,9 @@
-"""Tests use tiny arrays, for which a second thread only costs; test_kernels.py asks for more where it matters."""
+"""Tests use tiny arrays, for which a second thread only costs time; test_kernels.py asks for more where it matters.
+
+The fast tests (-m "not slow") run on the NumPy kernels unless TINYMOE_KERNELS says otherwise: nothing is compiled.
+"""
+
+import os
 
 import pytest
 
@@ -6,5 +11,19 @@ from tinymoe import kernels
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
+def one_thread(request):
+    if "not slow" in request.config.getoption("markexpr") and not os.environ.get("TINYMOE_KERNELS"):
+        kernels.use("numpy")
     kernels.set_threads(1)
+
+
+@pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.slow)])
+def both_kernels(request):
+    """Runs a test on the NumPy kernels, and on the numba kernels where numba is installed; gives their name."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    before = kernels.active()
+    kernels.use(request.param)
+    kernels.set_threads(1)
+    yield request.param
+    kernels.use(before)

@@ -30,10 +30,19 @@ def test_the_profile_counts_the_floating_point_work_of_a_step():
 
 
 def test_timing_leaves_the_kernels_as_they_were():
-    before = vars(kernels).copy()
-    with pytest.raises(KeyError), bench.timed_kernels():
+    before, kernel = vars(kernels).copy(), kernels.linear
+    with pytest.raises(KeyError), kernels.timed():
         raise KeyError
-    assert vars(kernels) == before
+    assert vars(kernels) == before and kernels.linear is kernel
+
+
+def test_a_step_is_timed_with_naive_experts_in_numpy_and_in_numba():
+    before = kernels.active()
+    rows = bench.three_ways(SMALL, batch_size=2, repeats=1)
+    ways = [("naive experts", "numpy", "naive"), ("NumPy kernels", "numpy", "numpy"), ("numba kernels", "numba", "numba")]
+    assert [(row["step"], row["kernels"], row["expert_backend"]) for row in rows] == (ways if before == "numba" else ways[:2])
+    assert rows[0]["relative"] == 1 and all(row["relative"] == row["ms"] / rows[0]["ms"] for row in rows)
+    assert kernels.active() == before
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.8, 1])

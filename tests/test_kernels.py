@@ -1,7 +1,9 @@
-"""Every kernel against a plain loop (naive.py) in both precisions, its backward pass also against central differences.
+"""Every kernel, in NumPy and in numba, against a plain loop (naive.py) in both precisions; its backward pass also against
+central differences.
 
 Also with the compiler off: NUMBA_DISABLE_JIT=1 pytest tests/test_kernels.py
 """
+import inspect
 import os
 import subprocess
 import sys
@@ -12,11 +14,18 @@ import pytest
 
 import naive
 from tinymoe import kernels
+from tinymoe.kernels import reference
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
 DTYPES = [np.float64, np.float32]
+ADAMW = dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 NAMES = ["gelu", "silu", "relu"]
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
-MANY = 2 * kernels.SEGMENT + 3 if COMPILED else 5         # rows for more than two pieces
+# sizes for more than one piece of the numba kernels (a test compares them with the kernels' own)
+MANY = 2 * 256 + 3 if COMPILED else 5           # rows of dense layers and experts: more than two pieces
+QUERIES = 64 + 3                                # time steps of attention
+ENTRIES = 5 * 8192 if COMPILED else 7           # of a parameter
+ONE_THREAD = 4 * 8192 if COMPILED else 8        # entries that are still left to one thread
 
 
 def normal(*shape, dtype=np.float64, seed=0):
@@ -96,7 +105,7 @@ def test_layer_norm(n, dtype):
 # ---- attention --------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B, T, H, G, d, dv", [(2, 1, 2, 2, 3, 3), (1, 5, 4, 2, 3, 2), (2, 7, 3, 1, 2, 4), (1, kernels.QUERIES + 3, 1, 1, 2, 2)])
+@pytest.mark.parametrize("B, T, H, G, d, dv", [(2, 1, 2, 2, 3, 3), (1, 5, 4, 2, 3, 2), (2, 7, 3, 1, 2, 4), (1, QUERIES, 1, 1, 2, 2)])
 def test_causal_attention(B, T, H, G, d, dv, dtype):
     q, k, v = normal(B, T, H, d, dtype=dtype), normal(B, T, G, d, dtype=dtype, seed=1), normal(B, T, G, dv, dtype=dtype, seed=2)
     out, saved = kernels.causal_attention(q, k, v)
@@ -130,8 +139,9 @@ def routed(experts_of, n_experts=4, D=3, F=5, dtype=np.float64, gated=False):
     pairs = sorted((e, n) for n, experts in enumerate(experts_of) for e in experts)
     token = np.array([n for _, n in pairs], dtype=int)
     offsets = np.searchsorted([e for e, _ in pairs], np.arange(n_experts + 1))
-    return (normal(len(experts_of), D, dtype=dtype), token, offsets, normal(len(token), dtype=dtype), normal(n_experts, D, up, dtype=dtype),
-            normal(n_experts, up, dtype=dtype), normal(n_experts, F, D, dtype=dtype), normal(n_experts, D, dtype=dtype))
+    weights = (normal(n_experts, D, up, dtype=dtype), normal(n_experts, up, dtype=dtype),
+               normal(n_experts, F, D, dtype=dtype), normal(n_experts, D, dtype=dtype))
+    return normal(len(experts_of), D, dtype=dtype), token, offsets, normal(len(token), dtype=dtype), weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -140,10 +150,10 @@ def routed(experts_of, n_experts=4, D=3, F=5, dtype=np.float64, gated=False):
 def test_experts(route, name, dtype):
     arguments = routed(ROUTES[route], dtype=dtype, gated=name in naive.GATED)
     y, saved = kernels.experts_forward(*arguments, name)
-    all_close([y], [naive.experts(*arguments, name)], dtype)
+    all_close([y], [naive.experts(*arguments[:4], *arguments[4], name)], dtype)
     dy = normal(*y.shape, dtype=dtype, seed=9)
     gradients = kernels.experts_backward(dy, *arguments, name, saved)
-    all_close(gradients, naive.experts_backward(dy, *arguments, name), dtype)
+    all_close(gradients, naive.experts_backward(dy, *arguments[:4], *arguments[4], name), dtype)
     for e in np.flatnonzero(np.diff(arguments[2]) == 0):
         assert all(np.all(z[e] == 0) for z in gradients[2:])
 
@@ -155,48 +165,48 @@ def test_experts_over_many_pieces(share, dtype):
     experts_of = [(2,) if n < share * MANY else tuple({n % 4, (n + 1) % 4}) for n in range(MANY)]
     arguments = routed(experts_of, D=2, F=2, dtype=dtype)
     y, saved = kernels.experts_forward(*arguments, "silu")
-    close(y, naive.experts(*arguments, "silu"))
+    close(y, naive.experts(*arguments[:4], *arguments[4], "silu"))
     dy = normal(*y.shape, dtype=dtype, seed=9)
-    all_close(kernels.experts_backward(dy, *arguments, "silu", saved), naive.experts_backward(dy, *arguments, "silu"), dtype)
+    all_close(kernels.experts_backward(dy, *arguments, "silu", saved), naive.experts_backward(dy, *arguments[:4], *arguments[4], "silu"), dtype)
 
 
 @pytest.mark.parametrize("name", ["gelu", "silu"])
 def test_experts_gradients_by_central_differences(name):
-    x, token, offsets, gate, *weights = routed(ROUTES["empty experts and a token without"])
+    x, token, offsets, gate, weights = routed(ROUTES["empty experts and a token without"])
     dy = normal(*x.shape, seed=9)
-    _, saved = kernels.experts_forward(x, token, offsets, gate, *weights, name)
-    gradients = kernels.experts_backward(dy, x, token, offsets, gate, *weights, name, saved)
+    _, saved = kernels.experts_forward(x, token, offsets, gate, weights, name)
+    gradients = kernels.experts_backward(dy, x, token, offsets, gate, weights, name, saved)
     free = [x, gate, *weights]
     for i, gradient in enumerate(gradients):
         def forward(z):
             x, gate, *weights = free[:i] + [z] + free[i + 1:]
-            return kernels.experts_forward(x, token, offsets, gate, *weights, name)[0]
+            return kernels.experts_forward(x, token, offsets, gate, weights, name)[0]
         close(gradient, naive.central_difference(forward, free[i], dy), 1e-7)
 
 
 # ---- optimiser, norm, scatter -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 2), (5 * kernels.SLICE if COMPILED else 7,)])
+@pytest.mark.parametrize("shape", [(3, 2), (ENTRIES,)])
 def test_adamw(shape, dtype):
     parameter, m, v = normal(*shape, dtype=dtype), np.zeros(shape, dtype), np.zeros(shape, dtype)
     expected = parameter.astype(float), m.astype(float), v.astype(float)
     for step in (1, 2, 3):
         gradient = normal(*shape, dtype=dtype, seed=step)
-        kernels.adamw(parameter, gradient, m, v, 0.1, 0.9, 0.95, 1e-8, 0.1, step)
+        kernels.adamw(parameter, gradient, m, v, step=step, **ADAMW)
         expected = naive.adamw(expected[0], gradient, *expected[1:], 0.1, 0.9, 0.95, 1e-8, 0.1, step)
     all_close((parameter, m, v), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [0, 1, 7, kernels.ALONE + 1 if COMPILED else 9])
+@pytest.mark.parametrize("size", [0, 1, 7, ONE_THREAD + 1])
 def test_sum_of_squares(size, dtype):
     x = normal(size, dtype=dtype)
     assert kernels.sum_of_squares(x) == pytest.approx(np.sum(x.astype(float)**2), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 3, kernels.COLUMNS + 2])
+@pytest.mark.parametrize("width", [1, 3, 34])
 def test_add_rows_with_repeats(width, dtype):
     index = np.array([2, 0, 2, 2, 4])
     rows = normal(5, width, dtype=dtype)
@@ -214,8 +224,8 @@ def everything(dtype):
     out, weights = kernels.causal_attention(heads, heads[:, :, :2], heads[:, :, 2:])
     y, saved = kernels.experts_forward(*arguments, "gelu")
     normed = kernels.layer_norm(x, b, b, 1e-5)
-    optimised = [normal(5 * kernels.SLICE, dtype=dtype, seed=i)**2 for i in range(4)]
-    kernels.adamw(*optimised, 0.1, 0.9, 0.95, 1e-8, 0.1, 3)
+    optimised = [normal(ENTRIES, dtype=dtype, seed=i)**2 for i in range(4)]
+    kernels.adamw(*optimised, step=3, **ADAMW)
     results = [kernels.linear(x, w, b), *kernels.linear_backward(x, x, w), kernels.activation(x, "gelu"),
                kernels.activation_backward(x, x, "gelu"), *normed, *kernels.layer_norm_backward(x, x, b, *normed[1:]),
                out, *kernels.causal_attention_backward(out, heads, heads[:, :, :2], heads[:, :, 2:], weights),
@@ -224,9 +234,10 @@ def everything(dtype):
     return [z.tobytes() for z in results]
 
 
-@pytest.mark.skipif(not COMPILED, reason="one thread without the compiler")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_for_every_run_and_thread_count(threads, dtype):
+def test_the_same_bits_for_every_run_and_thread_count(threads, dtype, both_kernels):
+    if both_kernels == "numba" and not COMPILED:
+        pytest.skip("one thread without the compiler")
     threads(1)
     alone = everything(dtype)
     for n in (1, 2, 2):
@@ -263,7 +274,7 @@ def test_a_bad_number_is_never_hidden(bad, dtype):
     arguments[0][1, 2] = bad
     assert spoiled(kernels.experts_forward(*arguments, "gelu")[0])
     parameter = np.ones((3, 4), dtype)
-    kernels.adamw(parameter, x, np.zeros_like(x), np.zeros_like(x), 0.1, 0.9, 0.95, 1e-8, 0.1, 1)
+    kernels.adamw(parameter, x, np.zeros_like(x), np.zeros_like(x), step=1, **ADAMW)
     assert not np.isfinite(parameter[1, 2]) and np.isfinite(parameter).sum() == 11
 
 
@@ -294,5 +305,22 @@ def test_without_a_folder_for_compiled_code_all_still_works():
     assert done.returncode == 0 and done.stdout.strip() == "[0. 2.]", done.stderr
 
 
-def test_compile_all_reports_seconds():
-    assert kernels.compile_all(np.float64) > 0
+def test_compile_all_reports_seconds(both_kernels):
+    assert kernels.compile_all(np.float64) > 0 or both_kernels == "numpy"
+
+
+# ---- every kernel twice -----------------------------------------------------------------------------------------------------------
+
+def test_every_kernel_has_a_twin_with_the_same_arguments_and_an_example(both_kernels):
+    for name in kernels.KERNELS:
+        assert inspect.signature(getattr(kernels, name)).parameters.keys() == inspect.signature(getattr(reference, name)).parameters.keys()
+    if both_kernels == "numba":
+        from tinymoe.kernels.compiled import runtime
+        assert sorted(kernel.__name__ for kernel in runtime.EXAMPLES) == kernels.KERNELS
+
+
+def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
+    if both_kernels == "numba" and COMPILED:
+        from tinymoe.kernels.compiled import attention, dense, runtime, updates
+        assert MANY > 2 * dense.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and 34 > updates.COLUMNS
+        assert ENTRIES > updates.ONE_THREAD == ONE_THREAD > runtime.SLICE

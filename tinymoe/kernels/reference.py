@@ -51,16 +51,16 @@ def linear_backward(dy, x, w):
 
 
 def layer_norm(x, weight, bias, eps):
-    """y = z weight + bias, with z = (x - mean) r and r = 1 / sqrt(variance + eps) of each row  (Ba et al. 2016)
-    x (N,D), weight (D,), bias (D,) -> y (N,D), mean (N,), r (N,)"""
-    mean, r = x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + eps)
-    return (x - mean[:, None]) * r[:, None] * weight + bias, mean, r
+    """y = z weight + bias, with z = (x - mean) rstd and rstd = 1 / sqrt(variance + eps) of each row  (Ba et al. 2016)
+    x (N,D), weight (D,), bias (D,) -> y (N,D), mean (N,), rstd (N,)"""
+    mean, rstd = x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + eps)
+    return (x - mean[:, None]) * rstd[:, None] * weight + bias, mean, rstd
 
 
-def layer_norm_backward(dy, x, weight, mean, r):
-    """With g = dy weight: dx = r (g - average(g) - z average(g z)), dweight = sum of dy z, dbias = sum of dy"""
-    z, g = (x - mean[:, None]) * r[:, None], dy * weight
-    dx = r[:, None] * (g - g.mean(axis=1, keepdims=True) - z * (g * z).mean(axis=1, keepdims=True))
+def layer_norm_backward(dy, x, weight, mean, rstd):
+    """With g = dy weight: dx = rstd (g - average(g) - z average(g z)), dweight = sum of dy z, dbias = sum of dy"""
+    z, g = (x - mean[:, None]) * rstd[:, None], dy * weight
+    dx = rstd[:, None] * (g - g.mean(axis=1, keepdims=True) - z * (g * z).mean(axis=1, keepdims=True))
     return dx, (dy * z).sum(axis=0), dy.sum(axis=0)
 
 

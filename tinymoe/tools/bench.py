@@ -1,83 +1,43 @@
-"""What `python cli.py bench` measures: the ladder of expert backends, where a training step spends its time, and how
-that grows with experts, tokens and imbalance.
+"""What `python cli.py bench` measures: expert backends against each other, a training step three ways and operation by
+operation, and how the time grows with experts, tokens and imbalance.
 
-What is compared is timed in turn, so that a noisy moment of the machine hits all alike, and medians count; the step
-profile is a mean over steps.
+What is compared is timed in turn, so that a noisy moment of the machine hits all of it, and the median counts. The
+profile of a step is a mean over steps.
 """
 
-import contextlib
+import dataclasses
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import threadpoolctl
 
 from .. import kernels
-from ..model.config import ModelConfig
-from ..moe.experts import BACKENDS, ExpertBank
-from ..files import write_rows
-from ..model.transformer import Transformer
-from ..training.optim import AdamW, clip_gradients
-from ..moe.routing import from_mask, largest
 from ..autograd.tensor import Tensor
+from ..files import write_rows
+from ..model.config import ModelConfig
+from ..model.transformer import Transformer
+from ..moe.experts import BACKENDS, ExpertBank
+from ..moe.routing import from_mask, largest
+from ..training.optim import AdamW, clip_gradients
 from ..training.trainer import machine
 
-SIZES = (  # n_tokens, d_model, n_experts, top_k; d_ff is 4 d_model
-    (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4))
+LADDER = tuple(dict(n_tokens=n, d_model=d, n_experts=e, top_k=k) for n, d, e, k in (  # d_ff is 4 d_model
+    (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4)))
 
 
-def ladder(sizes=SIZES, repeats=5):
-    """Yield the rows of ExpertBank.benchmark for each size; the Python loop takes part at the smallest alone."""
-    for i, size in enumerate(sizes):
-        backends = tuple(b for b in BACKENDS if b != "loop" or i == 0)
-        yield from ExpertBank.benchmark(*size, backends=backends, repeats=repeats)
+def ladder(sizes=LADDER, repeats=5):
+    """Yield the rows of ExpertBank.benchmark for each size. The Python loop takes part at the first size only.
+
+    "numba" takes part where its kernels are chosen.
+    """
+    for size in sizes:
+        left_out = {"loop" if size != sizes[0] else "", "numba" if kernels.active() != "numba" else ""}
+        backends = tuple(b for b in BACKENDS if b not in left_out)
+        yield from ExpertBank.benchmark(**size, backends=backends, repeats=repeats)
 
 
-# -- where a step spends its time ---------------------------------------------------------------
-
-def _experts_flops(x, token, offsets, gate, w1, b1, w2, *rest):
-    return 2 * len(token) * (w1[0].size + w2[0].size)
-
-
-def _attention_flops(q, k, v, *rest):
-    b, t, h, d = q.shape
-    return b * h * t * t * (d + v.shape[-1])  # the half that is not masked
-
-
-# Floating-point operations of the matrix products in a call; 0 for kernels without any.
-FLOPS = {
-    "linear": lambda x, w, b: 2 * x.shape[0] * w.size,
-    "linear_backward": lambda dy, x, w: 4 * x.shape[0] * w.size,
-    "causal_attention": _attention_flops,
-    "causal_attention_backward": lambda dout, *qkv: 2 * _attention_flops(*qkv),
-    "experts_forward": _experts_flops,
-    "experts_backward": lambda dy, *rest: 2 * _experts_flops(*rest),
-} | dict.fromkeys(("activation", "activation_backward", "layer_norm", "layer_norm_backward", "add_rows", "adamw",
-                   "sum_of_squares"), lambda *args: 0)
-
-
-@contextlib.contextmanager
-def timed_kernels():
-    """Inside, every kernel call adds to the dict that is yielded: name -> calls, seconds, flops (3,)."""
-    spent, originals = defaultdict(lambda: np.zeros(3)), {name: getattr(kernels, name) for name in FLOPS}
-
-    def timing(name, kernel):
-        def call(*args):
-            start = time.perf_counter()
-            result = kernel(*args)
-            spent[name] += 1, time.perf_counter() - start, FLOPS[name](*args)
-            return result
-        return call
-
-    try:
-        for name, kernel in originals.items():
-            setattr(kernels, name, timing(name, kernel))
-        yield spent
-    finally:
-        for name, kernel in originals.items():
-            setattr(kernels, name, kernel)
-
+# -- the training step --------------------------------------------------------------------------
 
 def training_step(config, batch_size=8, seed=0):
     """A function that takes one training step of a fresh model on random bytes."""
@@ -97,28 +57,69 @@ def training_step(config, batch_size=8, seed=0):
     return step
 
 
+WAYS = {"naive experts": ("numpy", "naive"), "NumPy kernels": ("numpy", "numpy"), "numba kernels": ("numba", "numba")}
+
+
+def three_ways(config=ModelConfig(), batch_size=8, repeats=7):
+    """Rows {"step", "kernels", "expert_backend", "ms", "relative"} of one training step, relative to naive experts.
+
+    Naive experts run each expert on every token; their other kernels are NumPy's. The numba kernels take part where
+    they are chosen. The choice of kernels is the same afterwards.
+    """
+    before = kernels.active()
+    ways = {step: way for step, way in WAYS.items() if way[0] in ("numpy", before)}
+    steps = {step: training_step(dataclasses.replace(config, expert_backend=backend), batch_size)
+             for step, (_, backend) in ways.items()}
+    try:
+        ms = _medians(steps, repeats, prepare=lambda step: kernels.use(ways[step][0]))
+    finally:
+        kernels.use(before)
+    return [{"step": step, "kernels": name, "expert_backend": backend, "ms": ms[step],
+             "relative": ms[step] / ms["naive experts"]} for step, (name, backend) in ways.items()]
+
+
+def _experts_flops(x, token, offsets, gate, weights, *rest):
+    w1, _, w2, _ = weights
+    return 2 * len(token) * (w1[0].size + w2[0].size)
+
+
+def _attention_flops(q, k, v, *rest):
+    b, t, h, d = q.shape
+    return b * h * t * t * (d + v.shape[-1])  # the half that is not masked
+
+
+FLOPS = {  # floating-point operations of the matrix products in a call; other kernels have none
+    "linear": lambda x, w, b: 2 * x.shape[0] * w.size,
+    "linear_backward": lambda dy, x, w: 4 * x.shape[0] * w.size,
+    "causal_attention": _attention_flops,
+    "causal_attention_backward": lambda dy, *rest: 2 * _attention_flops(*rest),
+    "experts_forward": _experts_flops,
+    "experts_backward": lambda dy, *rest: 2 * _experts_flops(*rest),
+}
+
+
 def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
     """Rows {"operation", "calls", "ms", "share", "gflops"} of one training step, the slowest first.
 
-    ms and calls are means over `repeats` steps. "NumPy and Python" is all that is no kernel; the whole step is last.
+    ms and calls are means over `repeats` steps. "NumPy and Python" is all that is not a kernel. The whole step is last.
     """
     step = training_step(config, batch_size)
     for _ in range(3):
         step()
-    with timed_kernels() as spent:
+    with kernels.timed(work=lambda name, *arguments, **_: FLOPS[name](*arguments) if name in FLOPS else 0) as spent:
         start = time.perf_counter()
         for _ in range(repeats):
             step()
         total = time.perf_counter() - start
     spent["NumPy and Python"] = repeats, total - sum(seconds for _, seconds, _ in spent.values()), 0
     spent = dict(sorted(spent.items(), key=lambda item: -item[1][1]))
-    spent["whole step"] = repeats, total, sum(flops for _, _, flops in spent.values())
+    spent["whole step"] = repeats, total, sum(work for _, _, work in spent.values())
     return [{"operation": name, "calls": calls / repeats, "ms": 1e3 * seconds / repeats, "share": seconds / total,
-             "gflops": flops / seconds / 1e9} for name, (calls, seconds, flops) in spent.items()]
+             "gflops": work / seconds / 1e9} for name, (calls, seconds, work) in spent.items()]
 
 
 def sgemm_gflops(n=1024, repeats=10):
-    """GFLOP/s of NumPy's product of two float32 matrices (n, n) on as many threads as the kernels use: a yardstick."""
+    """GFLOP/s of a product of two float32 matrices (n, n) in NumPy, on as many threads as the kernels use."""
     a = np.random.default_rng(0).standard_normal((n, n)).astype(np.float32)
     with threadpoolctl.threadpool_limits(kernels.get_threads(), "blas"):
         return 2 * n ** 3 / _medians({"": lambda: a @ a}, repeats)[""] / 1e6
@@ -126,22 +127,22 @@ def sgemm_gflops(n=1024, repeats=10):
 
 # -- how the time grows -------------------------------------------------------------------------
 
-def _medians(functions, repeats):
-    """dict name -> milliseconds, the median over rounds in which each function is called once."""
+def _medians(functions, repeats, prepare=lambda name: None):
+    """dict name -> milliseconds: the median over rounds in which prepare(name), not timed, and each function are called."""
     times = {name: [] for name in functions}
-    for round_ in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, function in functions.items():
+            prepare(name)
             start = time.perf_counter()
             function()
-            if round_:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(ms)) for name, ms in times.items()}
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(ms[1:])) for name, ms in times.items()}  # the first round warms up
 
 
 def skewed_layer(share, n_tokens=2048, d_model=128, n_experts=8, top_k=2, seed=0):
-    """A function that runs one expert layer forward and backward; `share` of the tokens have expert 0 among their K.
+    """A function that runs one expert layer forward and backward, in which `share` of the tokens choose expert 0.
 
-    K / E is balance. The other choices are uniform.
+    The load is balanced where the share is K / E. The other choices are uniform.
     """
     rng = np.random.default_rng(seed)
     scores = rng.random((n_tokens, n_experts), dtype=np.float32)
@@ -161,9 +162,9 @@ def skewed_layer(share, n_tokens=2048, d_model=128, n_experts=8, top_k=2, seed=0
 def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), shares=(0.25, 0.5, 0.8, 1.0), repeats=7):
     """Rows {"against", "value", "ms", "relative"} of three scans; relative is to the first value of each.
 
-    experts: a training step with E experts, at equal active parameters but for the router's columns. tokens: a
-    training step on batches of so many tokens, multiples of seq_len. shares: one expert layer in which expert 0
-    serves that share of the tokens. What takes turns also takes the caches from each other.
+    experts: a training step with E experts; the active parameters stay the same, but for the router. tokens: a training
+    step on batches of so many tokens, multiples of seq_len. shares: one expert layer in which expert 0 has that share
+    of the tokens. Functions that take turns push each other's data out of the caches.
     """
     length = ModelConfig().seq_len
     scans = {"experts": (experts, lambda e: training_step(ModelConfig(n_experts=e))),
@@ -180,7 +181,7 @@ def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), share
 # -- writing it up ------------------------------------------------------------------------------
 
 def _figure(path, height, panels, draw):
-    """Call draw(figure, axes) in the style of the study's figures and save; nothing of matplotlib before this."""
+    """Call draw(figure, axes) in the style of the study's figures, and save. matplotlib is first imported here."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -218,7 +219,7 @@ def draw_ladder(rows, path):
 
 
 def draw_profile(rows, path):
-    """A bar for each operation of the step, the slowest above, with its rate where it multiplies matrices."""
+    """A bar for each operation of the step, the slowest on top, with its rate where it multiplies matrices."""
     def draw(fig, axes):
         operations, whole = rows[:-1], rows[-1]
         bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color="#0072B2")
@@ -236,8 +237,8 @@ def draw_profile(rows, path):
 def draw_scaling(rows, path):
     """Three panels: time against experts, tokens and imbalance.
 
-    Dashed: the first time, in proportion to the matrix products alone. The optimizer's work is apart from them: it
-    grows with the experts, and does not grow with the tokens.
+    Dashed: the first time, in proportion to the matrix products. The work of the optimizer grows with the experts
+    instead, and does not grow with the tokens.
     """
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}
@@ -259,7 +260,7 @@ def draw_scaling(rows, path):
 
 
 def write(out, name, rows):
-    """Rows, each with the machine it was measured on, to out/NAME.jsonl; returns the path."""
+    """Write rows to out/NAME.jsonl, each with the machine it was measured on; return the path."""
     path, where = Path(out) / f"{name}.jsonl", machine()
     write_rows(path, [row | where for row in rows])
     return path

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,8 @@ def machine():
         name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
             "thread_info": kernels.thread_info(),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in ("numpy", "numba", "scipy")}}}
+            "versions": {"python": platform.python_version(),
+                         **{p: version(p) for p in ("numpy", "numba", "scipy") if find_spec(p)}}}
 
 
 def describe(run, corpus):

@@ -175,9 +175,9 @@ def causal_attention(q, k, v):
 
 
 @example(lambda ones: causal_attention_backward(*[ones(1, 2, 1, 2)] * 4, ones(1, 1, 4)))
-def causal_attention_backward(dy, q, k, v, saved):
-    """-> dq, dk, dv"""
-    dy, q, k, v, saved = map(contiguous, (dy, q, k, v, saved))
+def causal_attention_backward(dy, q, k, v, p):
+    """-> dq, dk, dv; p is the second result of causal_attention"""
+    dy, q, k, v, p = map(contiguous, (dy, q, k, v, p))
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    _attention_backward(dy, q, k, v, saved, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
+    _attention_backward(dy, q, k, v, p, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
     return dq, dk, dv

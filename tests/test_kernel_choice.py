@@ -1,0 +1,113 @@
+"""Which kernels run: the default, the choice, what a wrong choice says, and what the choice changes in the process."""
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinymoe import ModelConfig, Transformer, kernels, optim
+from tinymoe.kernels import reference
+
+ROOT = Path(__file__).parents[1]
+SMALL = ModelConfig(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=16, seq_len=4, moe_layers=(1,), n_experts=4)
+
+
+def python(code, **environment):
+    """What a fresh process prints, which runs the code with TINYMOE_KERNELS unset unless it is given."""
+    kept = {name: value for name, value in os.environ.items()
+            if name != "TINYMOE_KERNELS" and not name.endswith("_NUM_THREADS") and name != "VECLIB_MAXIMUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def chosen():
+    before = kernels.active()
+    yield
+    kernels.use(before)
+
+
+def test_the_default_is_numba_where_it_is_installed():
+    assert python("from tinymoe import kernels; print(kernels.active())") == ("numba" if find_spec("numba") else "numpy")
+
+
+def test_the_default_is_numpy_where_numba_is_missing():
+    code = ("import numpy as np; from tinymoe import kernels; kernels.find_spec = lambda name: None; "
+            "print(kernels.active(), kernels.linear(np.ones((1, 2)), np.ones((2, 1)), None))")
+    assert python(code) == "numpy [[2.]]"
+
+
+def test_the_environment_chooses_and_child_processes_follow(chosen):
+    assert python("from tinymoe import kernels; print(kernels.active())", TINYMOE_KERNELS="numpy") == "numpy"
+    kernels.use("numpy")
+    assert os.environ["TINYMOE_KERNELS"] == "numpy" and kernels.linear is reference.linear
+
+
+def test_a_wrong_name_is_one_line_that_names_the_choices():
+    with pytest.raises(kernels.KernelsError, match="^unknown kernels 'torch': .*numpy or numba$"):
+        kernels.use("torch")
+    done = subprocess.run([sys.executable, "cli.py", "bench", "--quick"], cwd=ROOT, env=os.environ | {"TINYMOE_KERNELS": "fast"},
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "Error: unknown kernels 'fast': set TINYMOE_KERNELS to numpy or numba\n"
+
+
+def test_numba_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    with pytest.raises(kernels.KernelsError, match="^numba is not installed: run `pip install numba`, or .*numpy$"):
+        kernels.use("numba")
+
+
+def test_what_is_no_kernel_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="sort"):
+        kernels.sort
+
+
+BLAS = "from tinymoe.kernels import blas; print(blas.get_threads())"
+
+
+def test_the_import_changes_nothing_and_the_first_kernel_holds_blas_at_one_thread():
+    before = python("import scipy.linalg, threadpoolctl as t; print(max(pool['num_threads'] for pool in t.threadpool_info()))")
+    assert python(f"import sys, tinymoe; assert 'numba' not in sys.modules; {BLAS}") == before
+    for name in ("numpy", "numba")[:2 if find_spec("numba") else 1]:
+        use = f"from tinymoe import kernels; kernels.use('{name}'); {BLAS}"
+        assert python(use) == "1" and python(use, TINYMOE_KEEP_THREADS="1") == before
+
+
+@pytest.mark.parametrize("n", [0, -1, 10_000])
+def test_a_number_of_threads_that_cannot_be_is_an_error(n, both_kernels):
+    with pytest.raises(ValueError):
+        kernels.set_threads(n)
+
+
+def test_timing_counts_calls_seconds_and_work(both_kernels):
+    x, w = np.ones((3, 2)), np.ones((2, 2))
+    with kernels.timed(work=lambda name, *arguments: len(arguments)) as spent:
+        kernels.linear(x, w, None)
+        kernels.linear(x, w, None)
+        kernels.sum_of_squares(x)
+    kernels.linear(x, w, None)
+    assert {name: (calls, work) for name, (calls, _, work) in spent.items()} == {"linear": (2, 6), "sum_of_squares": (1, 1)}
+    assert all(seconds > 0 for _, seconds, _ in spent.values())
+
+
+def test_both_kinds_train_the_same_model_to_rounding(chosen):
+    pytest.importorskip("numba")
+    losses = {}
+    for name in ("numpy", "numba"):
+        kernels.use(name)
+        model, rng = Transformer(SMALL, seed=0), np.random.default_rng(0)
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        losses[name] = []
+        for _ in range(5):
+            ids = rng.integers(0, SMALL.vocab_size, (2, SMALL.seq_len + 1))
+            optimizer.zero_grad()
+            terms = model.loss(ids[:, :-1], ids[:, 1:], training=True)
+            terms.total.backward()
+            optimizer.step()
+            losses[name].append(float(terms.total.data))
+    np.testing.assert_allclose(losses["numpy"], losses["numba"], rtol=1e-4)
+    assert losses["numpy"][0] == pytest.approx(losses["numba"][0], rel=1e-6)
