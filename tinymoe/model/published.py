@@ -290,7 +290,8 @@ def _gated(weights, prefix, d_model, width, mixtral=False):
     """(D, 2F), (F, D): the gate and up matrices side by side, and the down matrix; (silu(x gate) * (x up)) @ down."""
     gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     both = [weights.take(f"{prefix}{name}.weight", (width, d_model)).T for name in (gate, up)]
-    return np.concatenate(both, axis=1), weights.take(f"{prefix}{down}.weight", (d_model, width)).T.copy()
+    down = weights.take(f"{prefix}{down}.weight", (d_model, width)).T
+    return np.ascontiguousarray(np.concatenate(both, axis=1)), np.ascontiguousarray(down)
 
 
 def _pair_halves(attention):
