@@ -3,8 +3,7 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import ExpertBank, RouteContext, Routing, Tensor
-from tinymoe import gradcheck
+from tinymoe import ExpertBank, RouteContext, Routing, Tensor, gradcheck
 from tinymoe.moe import routers
 from tinymoe.moe.experts import BACKENDS
 from tinymoe.moe.routing import from_mask

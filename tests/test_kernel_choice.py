@@ -19,7 +19,8 @@ def python(code, **environment):
     """What a fresh process prints, which runs the code with TINYMOE_KERNELS unset unless it is given."""
     kept = {name: value for name, value in os.environ.items()
             if name != "TINYMOE_KERNELS" and not name.endswith("_NUM_THREADS") and name != "VECLIB_MAXIMUM_THREADS"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -32,7 +33,8 @@ def chosen():
 
 
 def test_the_default_is_numba_where_it_is_installed():
-    assert python("from tinymoe import kernels; print(kernels.active())") == ("numba" if find_spec("numba") else "numpy")
+    expected = "numba" if find_spec("numba") else "numpy"
+    assert python("from tinymoe import kernels; print(kernels.active())") == expected
 
 
 def test_the_default_is_numpy_where_numba_is_missing():
@@ -50,9 +52,10 @@ def test_the_environment_chooses_and_child_processes_follow(chosen):
 def test_a_wrong_name_is_one_line_that_names_the_choices():
     with pytest.raises(kernels.KernelsError, match="^unknown kernels 'torch': .*numpy or numba$"):
         kernels.use("torch")
-    done = subprocess.run([sys.executable, "cli.py", "bench", "--quick"], cwd=ROOT, env=os.environ | {"TINYMOE_KERNELS": "fast"},
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "Error: unknown kernels 'fast': set TINYMOE_KERNELS to numpy or numba\n"
+    done = subprocess.run([sys.executable, "cli.py", "bench", "--quick"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TINYMOE_KERNELS": "fast"})
+    assert done.returncode == 1
+    assert done.stderr == "Error: unknown kernels 'fast': set TINYMOE_KERNELS to numpy or numba\n"
 
 
 def test_numba_that_is_not_installed_says_what_to_install(monkeypatch):
@@ -63,14 +66,14 @@ def test_numba_that_is_not_installed_says_what_to_install(monkeypatch):
 
 def test_what_is_no_kernel_is_an_attribute_error():
     with pytest.raises(AttributeError, match="sort"):
-        kernels.sort
+        kernels.sort()
 
 
 BLAS = "from tinymoe.kernels import blas; print(blas.get_threads())"
 
 
 def test_the_import_changes_nothing_and_the_first_kernel_holds_blas_at_one_thread():
-    before = python("import scipy.linalg, threadpoolctl as t; print(max(pool['num_threads'] for pool in t.threadpool_info()))")
+    before = python("import scipy.linalg, threadpoolctl as t; print(max(p['num_threads'] for p in t.threadpool_info()))")
     assert python(f"import sys, tinymoe; assert 'numba' not in sys.modules; {BLAS}") == before
     for name in ("numpy", "numba")[:2 if find_spec("numba") else 1]:
         use = f"from tinymoe import kernels; kernels.use('{name}'); {BLAS}"
@@ -90,7 +93,8 @@ def test_timing_counts_calls_seconds_and_work(both_kernels):
         kernels.linear(x, w, None)
         kernels.sum_of_squares(x)
     kernels.linear(x, w, None)
-    assert {name: (calls, work) for name, (calls, _, work) in spent.items()} == {"linear": (2, 6), "sum_of_squares": (1, 1)}
+    counts = {name: (calls, work) for name, (calls, _, work) in spent.items()}
+    assert counts == {"linear": (2, 6), "sum_of_squares": (1, 1)}
     assert all(seconds > 0 for _, seconds, _ in spent.values())
 
 

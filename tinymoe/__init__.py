@@ -5,6 +5,7 @@ The imports below are in reading order. A folder imports only from folders above
 The import changes nothing else in the process. The first call of a kernel does: it holds BLAS at one thread, and with
 numba it asks glibc to keep freed memory. TINYMOE_KEEP_THREADS=1 in the environment leaves both as they are.
 """
+# ruff: noqa: F401, I001  (the imports are the public names, in reading order)
 
 from . import files, kernels
 from .autograd import functional, tensor

@@ -128,7 +128,7 @@ def sgemm_gflops(n=1024, repeats=10):
 # -- how the time grows -------------------------------------------------------------------------
 
 def _medians(functions, repeats, prepare=lambda name: None):
-    """dict name -> milliseconds: the median over rounds in which prepare(name), not timed, and each function are called."""
+    """dict name -> milliseconds: the median over rounds that call each function. prepare(name) is not timed."""
     times = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():

@@ -14,12 +14,12 @@ KINDS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWI
 
 
 def exp(x):
-    """e^x; compiled, float32 takes a polynomial that vectorises."""
+    """e^x. The compiled form takes a polynomial in float32, because that vectorises."""
     return np.exp(x)
 
 
 LOG2E = np.float32(1.4426950408889634)
-ROUND = np.float32(1.5 * 2**23)                     # z + ROUND holds z rounded to an integer, in its low bits
+ROUND = np.float32(1.5 * 2**23)                     # the low bits of z + ROUND are z, rounded to an integer
 LN2_HI = np.float32(0.693359375)                    # few bits, so that n LN2_HI is exact
 LN2_LO = np.float32(-2.121944400546905e-4)          # ln 2 - LN2_HI
 C2, C3, C4, C5, C6 = map(np.float32, (0.49999994, 0.1666652, 0.041668393, 0.008368781, 0.0013814467))
@@ -27,7 +27,7 @@ ZERO, ONE, INFINITY, LOWEST, HIGHEST = map(np.float32, (0, 1, np.inf, -87.3, 88.
 EXPONENT, ONE_BITS = np.int32(23), np.int32(0x3F800000)     # where a float32 keeps its exponent; the bits of 1
 
 
-# No 'reassoc' here: it would cancel ROUND.
+# Without 'reassoc', which would cancel ROUND.
 @overload(exp, jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
 def _exp_compiled(x):
     if x != numba.float32:
@@ -47,7 +47,7 @@ def _exp_compiled(x):
 
 @loop
 def _gelu(x):
-    """x s and its derivative, s = sigmoid(2u): the tanh form, because (1 + tanh u) / 2 = sigmoid(2u)."""
+    """f(x) = x s and f'(x), with s = sigmoid(2u) = (1 + tanh u) / 2"""
     real = type(x)
     one, c, a = real(1), real(2 * 0.7978845608028654), real(0.044715)       # 2 sqrt(2 / pi)
     s = one / (one + exp(-c * (x + a * x * x * x)))
@@ -69,10 +69,7 @@ def _relu(x):
 
 @loop
 def activate(x, y, kind):
-    """y = f(x), in one dimension, or f(first half of x) times the second for the gated kinds.
-
-    The branch is outside the loops so that each of them vectorises.
-    """
+    """y = f(x) in one dimension; gated: y = f(a) b of the halves a, b of x. Loops without a branch vectorise."""
     n = y.size
     if kind == GELU:
         for i in range(x.size):
@@ -93,7 +90,7 @@ def activate(x, y, kind):
 
 @loop
 def activate_backward(x, y, d, dx, kind):
-    """y = f(x) again, and from its gradient d that of x: in place, d *= f'(x), or in dx for the gated kinds."""
+    """y = f(x) again, and the gradient d of y becomes that of x: in place, d *= f'(x); gated: it is written to dx."""
     n = y.size
     if kind == GELU:
         for i in range(x.size):

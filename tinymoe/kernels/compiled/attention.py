@@ -1,16 +1,16 @@
-"""Causal attention with grouped queries. A task is one group of heads in one sequence: it owns dk and dv."""
+"""Causal attention with grouped queries. A task is one group of heads in one sequence: it alone writes their dk and dv."""
 import numpy as np
 from numba import prange
 
 from .activations import exp
 from .runtime import contiguous, example, loop, pool
 
-QUERIES = 64            # queries in a block: their part of the masked triangle is computed anyway
+QUERIES = 64            # queries in a block: within a block, the masked half is computed too
 
 
 @loop
 def _read_head(x, h, start, out):
-    """Rows from `start` on of head h of x (T,H,d), side by side."""
+    """out (n,d) = rows start to start + n of head h of x (T,H,d)"""
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             out[i, j] = x[start + i, h, j]
@@ -40,15 +40,15 @@ def _add_product(weights, rows, out):
 
 @loop
 def _block(saved, n, keys, done):
-    """Where the weights of n queries over `keys` keys are kept: (keys,n), a column a query, after `done` others."""
+    """The weights of n queries over `keys` keys, in `saved` after `done` others: (keys,n), a column for each query"""
     return saved[done:done + keys * n].reshape(keys, n)
 
 
 @loop
 def _softmax(scores, scale, start):
-    """The softmax of each column of scores (keys,n), scaled, in place; query i sees the keys up to start + i.
+    """scores (keys,n) become softmax(scale scores) of each column, in place; query i sees the keys up to start + i.
 
-    Down the columns of a block, so that every inner loop is elementwise over its queries.
+    Each inner loop is elementwise over the queries of the block.
     """
     keys, n = scores.shape
     highest, total = np.full(n, -np.inf, scores.dtype), np.zeros(n, scores.dtype)
@@ -67,7 +67,7 @@ def _softmax(scores, scale, start):
 
 @loop
 def _softmax_backward(probs, scale, d):
-    """d (keys,n), the gradient of probs, becomes that of q . k: scale p (d - the column's sum of p d)."""
+    """d (keys,n), the gradient of probs, becomes that of q . k, in place: scale p (d - sum of p d over the column)"""
     keys, n = probs.shape
     inner = np.zeros(n, probs.dtype)
     for j in range(keys):
@@ -80,7 +80,7 @@ def _softmax_backward(probs, scale, d):
 
 @loop
 def _attend(q, k, v, scale, out, saved, h):
-    """Head h of q (T,H,d) with keys k (T,d), values v (T,dv): a block of queries sees keys up to its end."""
+    """Head h of q (T,H,d) with k (T,d) and v (T,dv): each block of queries reads the keys up to its end."""
     T, done = len(k), 0
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
@@ -96,7 +96,7 @@ def _attend(q, k, v, scale, out, saved, h):
 
 @loop
 def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv, h):
-    """Head h; dk (T,d) and dv (T,dv) are added to, because the heads of a group share them."""
+    """Head h adds to dk (T,d) and dv (T,dv), because the heads of a group share them."""
     T, done = len(k), 0
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
@@ -116,7 +116,7 @@ def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv, h):
 
 @loop
 def _panel(x, g):
-    """Group g of x (T,G,d), its rows side by side."""
+    """Group g of x (T,G,d) as a contiguous (T,d)"""
     panel = _space(x.shape[0], x.shape[2], x)
     _read_head(x, g, 0, panel)
     return panel
@@ -160,11 +160,10 @@ def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
 
 @example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))
 def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v over the past (Vaswani et al. 2017), H a multiple of G (Ainslie et al. 2023):
-    head h of q (B,T,H,d) reads group h // (H / G) of k (B,T,G,d) and v (B,T,G,dv).
+    """softmax(q k^T / sqrt(d)) v over the positions up to the query's own (Vaswani et al. 2017). Head h of q (B,T,H,d)
+    reads group h // (H/G) of k (B,T,G,d), v (B,T,G,dv) (Ainslie et al. 2023) -> (B,T,H,dv), the softmax block by block
 
-    Returns out (B,T,H,dv) and what causal_attention_backward needs: the softmax, block by block. Within a block of
-    queries the future weighs zero, but is multiplied: a NaN in v can reach earlier rows of its own block.
+    Within a block of queries, later values are multiplied by 0. So a NaN in v can reach earlier rows of its block.
     """
     q, k, v = map(contiguous, (q, k, v))
     B, T, H, d = q.shape

@@ -1,10 +1,10 @@
-"""Linear layers and layer norm, row by row, and the partial sums of their weight gradients."""
+"""Linear layers and layer norm, and the partial sums of weight gradients."""
 import numpy as np
 from numba import prange
 
 from .runtime import PIECE, SLICE, blocks, contiguous, example, loop, pool
 
-SEGMENT = 256           # rows multiplied at once, and summed into one partial weight gradient
+SEGMENT = 256           # rows of one matrix product, and of one partial weight gradient
 
 
 @loop
@@ -35,7 +35,7 @@ def _linear(x, w, b, y):
 
 @pool
 def _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots):
-    """dw (I,O) and db (O,) hold the sums over the first segment of rows, a slot those over each of the others."""
+    """The first segment of rows is summed into dw (I,O) and db (O,), each of the others into a slot."""
     segments = 1 + dw_slots.shape[0]
     for s in prange(segments):
         part = slice(x.shape[0] * s // segments, x.shape[0] * (s + 1) // segments)
@@ -46,7 +46,7 @@ def _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots):
 
 @loop
 def _add_slots(total, slots, lo, hi, empty):
-    """total[lo:hi] += the same elements of each slot, in order; zero first if nothing was written there."""
+    """total[lo:hi] += the same elements of each slot, in order; `empty`: nothing was written there, so start at 0"""
     if empty:
         total[lo:hi] = 0
     for s in range(slots.shape[0]):
@@ -56,7 +56,7 @@ def _add_slots(total, slots, lo, hi, empty):
 
 @pool
 def _add_partials(dw, db, dw_slots, db_slots, first, empty):
-    """A job is a slice of one expert's weights, so that threads share the sum of an expert that has all slots."""
+    """A job is a slice of one expert's weights, so that threads share the work where one expert has all slots."""
     jobs = blocks(dw.shape[1], SLICE)
     for job in prange(empty.size * jobs):
         e, lo = job // jobs, job % jobs * SLICE
@@ -66,7 +66,7 @@ def _add_partials(dw, db, dw_slots, db_slots, first, empty):
 
 
 def add_partials(dw, db, dw_slots, db_slots, first, empty):
-    """dw[e] (E,...) += the slots first[e]:first[e+1] of dw_slots, db (E,O) likewise; zero where `empty` (E,)."""
+    """dw[e] += dw_slots[first[e]:first[e+1]] and db (E,O) likewise; both start at 0 where `empty` (E,)"""
     _add_partials(dw.reshape(len(dw), -1), db, dw_slots.reshape(len(dw_slots), dw[0].size), db_slots, first, empty)
 
 
@@ -93,13 +93,13 @@ def linear_backward(dy, x, w):
 
 
 def segment_rows(n):
-    """Rows in a partial weight gradient: from 32 segments on they grow, so that partial sums stay few."""
+    """Rows in a partial weight gradient. They grow beyond 32 segments, so that there are at most 32 partial sums."""
     return max(SEGMENT, blocks(n, 32))
 
 
 @loop
 def _normalise(x, weight, bias, eps, y):
-    """One row: y = (x - mean) rstd weight + bias, rstd = 1 / sqrt(variance + eps)."""
+    """One row: y = (x - mean) rstd weight + bias, with rstd = 1 / sqrt(variance + eps)"""
     zero, n = eps - eps, type(eps)(x.size)
     total, squares = zero, zero
     for j in range(x.size):
@@ -115,7 +115,7 @@ def _normalise(x, weight, bias, eps, y):
 
 @loop
 def _normalise_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
-    """One row, with z = (x - mean) rstd and g = dy weight: dx = rstd (g - average(g) - z average(g z))."""
+    """One row: dx = rstd (g - average(g) - z average(g z)), with z = (x - mean) rstd and g = dy weight"""
     n = type(mean)(x.size)
     g_sum, gz_sum = mean - mean, mean - mean
     for j in range(x.size):
@@ -146,7 +146,7 @@ def _layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
 
 @example(lambda ones: layer_norm(ones(2, 2), ones(2), ones(2), 1e-5))
 def layer_norm(x, weight, bias, eps):
-    """Rows of x (N,D) to mean 0 and variance 1, times weight plus bias (Ba et al. 2016) -> y, mean, rstd"""
+    """y = z weight + bias, with z the rows of x (N,D) at mean 0 and variance 1 (Ba et al. 2016) -> y, mean, rstd"""
     x, weight, bias = map(contiguous, (x, weight, bias))
     y, mean, rstd = np.empty_like(x), np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     _layer_norm(x, weight, bias, x.dtype.type(eps), y, mean, rstd)

@@ -8,7 +8,6 @@ from .dense import add_bias, add_partials, column_sums, segment_rows
 from .runtime import PIECE, blocks, contiguous, example, get_threads, loop, pool
 from .updates import scatter_add
 
-
 # The plan cuts each expert's assignments into pieces, here of at most 4 rows and for 2 threads:
 #
 #   expert        0                     1        2        3

@@ -10,15 +10,14 @@ import numpy as np
 
 from .. import blas
 
-PIECE = 192             # rows carried together: their hidden activations stay in the second-level cache
+PIECE = 192             # rows in a piece: their hidden activations fit in the second-level cache
 SLICE = 1 << 13         # elements in a piece of an elementwise pass
 
 
 def _cache_folder():
-    """A writable folder for compiled code, or None: then every process compiles anew.
+    """A writable folder for compiled code, or None: then every process compiles again.
 
-    Its name holds a hash of this folder's sources. numba itself compares only the file of the kernel, and would miss a
-    change to a function that the kernel uses from another file.
+    Its name holds a hash of this folder's sources, because numba compares only the kernel's own file.
     """
     here = Path(__file__).parent
     sources = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
@@ -48,7 +47,7 @@ def _compiled(**options):
     return decorate
 
 
-# Fast arithmetic without 'nnan' and 'ninf': a NaN must stay a NaN. 'reassoc' lets sums vectorise.
+# 'reassoc' lets sums vectorise. 'nnan' and 'ninf' are left out, because a NaN must stay a NaN.
 loop = _compiled(fastmath={"contract", "nsz", "reassoc"})
 # Only explicit prange loops become parallel: the search for others takes time to compile and finds nothing.
 pool = _compiled(parallel={"prange": True} | dict.fromkeys(
@@ -99,7 +98,7 @@ def example(call):
 
 
 def contiguous(x):
-    """C-contiguous and writeable: a read-only array is another type to numba, and would compile all anew."""
+    """x as a C-contiguous, writeable array. A read-only one has another type in numba, which would compile again."""
     x = np.asarray(x, order="C")
     return x if x.flags.writeable else x.copy()
 

@@ -4,7 +4,7 @@ from numba import prange
 
 from .runtime import SLICE, blocks, contiguous, example, loop, pool
 
-COLUMNS = 32            # columns one thread owns in a scatter-add: two cache lines of float32
+COLUMNS = 32            # columns of one thread in a scatter-add: two cache lines of float32
 ONE_THREAD = 4 * SLICE  # up to so many elements, waking other threads costs more than it saves
 
 
@@ -16,7 +16,7 @@ def _add_scaled(row, scale, out):
 
 @pool
 def scatter_add(out, index, scale, rows):
-    """out[index[i]] += scale[i] rows[i]; a thread owns columns and takes the rows in order."""
+    """out[index[i]] += scale[i] rows[i]; each thread owns columns, and takes the rows in order"""
     for block in prange(blocks(rows.shape[1], COLUMNS)):
         part = slice(block * COLUMNS, min(rows.shape[1], (block + 1) * COLUMNS))
         for i in range(index.size):
@@ -49,11 +49,8 @@ def _adamw(parameter, gradient, m, v, decay, beta1, beta2, rate, root, eps):
         _adamw_slice(parameter[part], gradient[part], m[part], v[part], decay, beta1, beta2, rate, root, eps)
 
 
-def _call_adamw(ones, size):
-    adamw(*(ones(size) for _ in range(4)), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
-
-
-@example(lambda ones: [_call_adamw(ones, size) for size in (ONE_THREAD, ONE_THREAD + 1)])
+@example(lambda ones: [adamw(*(ones(size) for _ in range(4)), lr=1, betas=(0.9, 0.9), eps=1, weight_decay=0, step=1)
+                       for size in (ONE_THREAD, ONE_THREAD + 1)])
 def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
     """Step 1, 2, ... of AdamW, in place, on contiguous p, m and v  (Loshchilov & Hutter 2019, algorithm 2)"""
     flat = [z.reshape(-1) for z in (p, contiguous(g), m, v)]
