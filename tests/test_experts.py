@@ -56,8 +56,9 @@ def arrays(*tensors):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("dtype, activation", [(np.float64, "gelu"), (np.float64, "silu"), (np.float64, "relu"), (np.float64, "swiglu"),
-                                               (np.float32, "gelu"), (np.float32, "geglu")])
+@pytest.mark.parametrize("dtype, activation", [
+    (np.float64, "gelu"), (np.float64, "silu"), (np.float64, "relu"), (np.float64, "swiglu"),
+    (np.float32, "gelu"), (np.float32, "geglu")])
 def test_output_and_all_gradients(load, dtype, activation, backend):
     if load == "several pieces" and (backend == "loop" or activation != "gelu"):
         return                                   # the loop cuts no pieces, and pieces do not know the activation
@@ -71,7 +72,8 @@ def test_output_and_all_gradients(load, dtype, activation, backend):
     tolerance = 1e-10 if dtype == np.float64 else 2e-5
     for name, got, want in zip(["y", "x", "gate", *NAMES], [y.data, *grads], expected):
         assert got.dtype == dtype, name
-        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * max(1, np.abs(want).max(initial=0)), err_msg=name)
+        largest = max(1, np.abs(want).max(initial=0))
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,7 +98,8 @@ def test_one_expert_with_gate_one_by_hand(backend):
     np.testing.assert_allclose(bank(Tensor(np.full((2, 1), 2.)), r).data, [[9], [4.5]])
 
 
-@pytest.mark.parametrize("name, k", [("top_k", 1), ("top_k", 2), ("top_k", 4), ("noisy_top_k", 2), ("expert_choice", 2), ("expert_choice", .5)])
+@pytest.mark.parametrize("name, k", [
+    ("top_k", 1), ("top_k", 2), ("top_k", 4), ("noisy_top_k", 2), ("expert_choice", 2), ("expert_choice", .5)])
 def test_backends_agree_behind_every_router(name, k):
     """Output and the gradients of x, of the router and of the experts, through a real Routing."""
     results = {}

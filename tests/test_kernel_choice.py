@@ -73,7 +73,8 @@ BLAS = "from tinymoe.kernels import blas; print(blas.get_threads())"
 
 
 def test_the_import_changes_nothing_and_the_first_kernel_holds_blas_at_one_thread():
-    before = python("import scipy.linalg, threadpoolctl as t; print(max(p['num_threads'] for p in t.threadpool_info()))")
+    before = python("import scipy.linalg, threadpoolctl; "
+                    "print(max(pool['num_threads'] for pool in threadpoolctl.threadpool_info()))")
     assert python(f"import sys, tinymoe; assert 'numba' not in sys.modules; {BLAS}") == before
     for name in ("numpy", "numba")[:2 if find_spec("numba") else 1]:
         use = f"from tinymoe import kernels; kernels.use('{name}'); {BLAS}"

@@ -332,3 +332,12 @@ def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
         from tinymoe.kernels.compiled import attention, dense, runtime, updates
         assert MANY > 2 * dense.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
         assert ENTRIES > ONE_THREAD > runtime.SLICE and ONE_THREAD == updates.ONE_THREAD
+
+
+def test_the_plan_of_the_experts_is_the_one_that_is_drawn_beside_it(both_kernels):
+    if both_kernels == "numba":
+        from tinymoe.kernels.compiled import experts
+        pieces, first_slot, first_piece = experts._plan(np.array([0, 10, 12, 12, 17]), 4, 2)
+        assert pieces.tolist() == [[0, 0, 3, -1], [0, 3, 6, 0], [0, 6, 10, 1],
+                                   [1, 10, 12, -1], [3, 12, 14, -1], [3, 14, 17, 2]]
+        assert first_slot.tolist() == [0, 2, 2, 2, 3] and first_piece.tolist() == [0, 3, 6]

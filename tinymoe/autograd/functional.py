@@ -189,7 +189,7 @@ def causal_attention(q, k, v):
     q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv) -> (B, T, H, dv). G divides H, and head h reads group h // (H // G)
     (grouped queries, Ainslie et al. 2023). Raises ValueError for shapes that do not fit together.
     """
-    (B, T, H, d), (G, dv) = q.shape, v.shape[2:]
+    (B, T, H, d), G = q.shape, v.shape[2]
     if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or G == 0 or H % G:
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
                          f"not {q.shape}, {k.shape}, {v.shape}")

@@ -22,6 +22,7 @@ from ..moe.routing import from_mask, largest
 from ..training.optim import AdamW, clip_gradients
 from ..training.trainer import machine
 
+DEFAULT = ModelConfig()
 LADDER = tuple(dict(n_tokens=n, d_model=d, n_experts=e, top_k=k) for n, d, e, k in (  # d_ff is 4 d_model
     (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4)))
 
@@ -60,7 +61,7 @@ def training_step(config, batch_size=8, seed=0):
 WAYS = {"naive experts": ("numpy", "naive"), "NumPy kernels": ("numpy", "numpy"), "numba kernels": ("numba", "numba")}
 
 
-def three_ways(config=ModelConfig(), batch_size=8, repeats=7):
+def three_ways(config=DEFAULT, batch_size=8, repeats=7):
     """Rows {"step", "kernels", "expert_backend", "ms", "relative"} of one training step, relative to naive experts.
 
     Naive experts run each expert on every token; their other kernels are NumPy's. The numba kernels take part where
@@ -98,7 +99,7 @@ FLOPS = {  # floating-point operations of the matrix products in a call; other k
 }
 
 
-def step_profile(config=ModelConfig(), batch_size=8, repeats=20):
+def step_profile(config=DEFAULT, batch_size=8, repeats=20):
     """Rows {"operation", "calls", "ms", "share", "gflops"} of one training step, the slowest first.
 
     ms and calls are means over `repeats` steps. "NumPy and Python" is all that is not a kernel. The whole step is last.

@@ -1,4 +1,4 @@
-"""Causal attention with grouped queries. A task is one group of heads in one sequence: it alone writes their dk and dv."""
+"""Causal attention with grouped queries. A task is one group of heads in one sequence, which share dk and dv."""
 import numpy as np
 from numba import prange
 
@@ -122,40 +122,27 @@ def _panel(x, g):
     return panel
 
 
-@loop
-def _attend_group(q, k, v, scale, out, saved, g):
-    """All heads of group g in one sequence."""
-    heads = q.shape[1] // k.shape[1]
-    k_panel, v_panel = _panel(k, g), _panel(v, g)
-    for h in range(g * heads, (g + 1) * heads):
-        _attend(q, k_panel, v_panel, scale, out, saved[h], h)
-
-
-@loop
-def _attend_group_backward(dout, q, k, v, saved, scale, dq, dk, dv, g):
-    heads = q.shape[1] // k.shape[1]
-    k_panel, v_panel = _panel(k, g), _panel(v, g)
-    dk_panel, dv_panel = np.zeros_like(k_panel), np.zeros_like(v_panel)
-    for h in range(g * heads, (g + 1) * heads):
-        _attend_backward(dout, q, k_panel, v_panel, saved[h], scale, dq, dk_panel, dv_panel, h)
-    _write_head(dk_panel, g, 0, dk)
-    _write_head(dv_panel, g, 0, dv)
-
-
 @pool
 def _attention(q, k, v, scale, out, saved):
-    G = k.shape[2]
+    G, heads = k.shape[2], q.shape[2] // k.shape[2]
     for task in prange(q.shape[0] * G):
-        b = task // G
-        _attend_group(q[b], k[b], v[b], scale, out[b], saved[b], task % G)
+        b, g = task // G, task % G
+        k_panel, v_panel = _panel(k[b], g), _panel(v[b], g)
+        for h in range(g * heads, (g + 1) * heads):
+            _attend(q[b], k_panel, v_panel, scale, out[b], saved[b, h], h)
 
 
 @pool
 def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
-    G = k.shape[2]
+    G, heads = k.shape[2], q.shape[2] // k.shape[2]
     for task in prange(q.shape[0] * G):
-        b = task // G
-        _attend_group_backward(dout[b], q[b], k[b], v[b], saved[b], scale, dq[b], dk[b], dv[b], task % G)
+        b, g = task // G, task % G
+        k_panel, v_panel = _panel(k[b], g), _panel(v[b], g)
+        dk_panel, dv_panel = np.zeros_like(k_panel), np.zeros_like(v_panel)
+        for h in range(g * heads, (g + 1) * heads):
+            _attend_backward(dout[b], q[b], k_panel, v_panel, saved[b, h], scale, dq[b], dk_panel, dv_panel, h)
+        _write_head(dk_panel, g, 0, dk[b])
+        _write_head(dv_panel, g, 0, dv[b])
 
 
 @example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))

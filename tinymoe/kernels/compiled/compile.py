@@ -14,15 +14,13 @@ from . import attention, runtime
 
 def _mark(dtype):
     """The file which says that all kernels are kept for a dtype on this machine; None where nothing can be kept."""
-    if runtime.CACHE is None or numba.config.DISABLE_JIT:
-        return None
-    return Path(runtime.CACHE) / f"{np.dtype(dtype).name}-{numba.__version__}-{platform.node()}"
+    if runtime.CACHE and not numba.config.DISABLE_JIT:
+        return Path(runtime.CACHE) / f"{np.dtype(dtype).name}-{numba.__version__}-{platform.node()}"
 
 
 def is_compiled(dtype) -> bool:
     """Whether `compile_all` has nothing to compile for this dtype."""
-    mark = _mark(dtype)
-    return mark is not None and mark.exists()
+    return bool((mark := _mark(dtype)) and mark.exists())
 
 
 def compile_all(dtype) -> float:
@@ -33,7 +31,7 @@ def compile_all(dtype) -> float:
     Where nothing can be kept, this process compiles.
     """
     started, mark = time.perf_counter(), _mark(dtype)
-    if mark is not None and not mark.exists():
+    if mark and not mark.exists():
         path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
         code = ("from tinymoe import kernels; kernels.use('numba'); from tinymoe.kernels.compiled import compile; "
                 "compile.call_examples({!r}, of_attention={})").format

@@ -14,8 +14,8 @@ from .updates import scatter_add
 #   rows          0 1 2 3 4 5 6 7 8 9   10 11    (none)   12 13 14 15 16
 #   pieces        |0----|1----|2------| |3---|            |4---|5-------|
 #   slot          -1    0     1         -1                -1   2
-#   first_slot    0                     2        2        2                  3
-#   first_piece   0 (thread 0)                   4 (thread 1)                6
+#   first_slot    0                     2        2        2                     3
+#   first_piece   0 (thread 0)          3 (thread 1)                            6
 #
 # The first piece of an expert writes its weight gradient to its place (NO_SLOT). Each other piece writes a partial sum
 # to a slot. The slots first_slot[e]:first_slot[e+1] are added to expert e later.
@@ -57,28 +57,21 @@ def _gather(x, token, out):
             out[i, j] = x[token[i], j]
 
 
-@loop
-def _expert_piece(x, token, w1, b1, w2, b2, kind, rows, before, after, out):
-    """rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2"""
-    _gather(x, token, rows)
-    np.dot(rows, w1, before)
-    for i in range(token.size):
-        for j in range(before.shape[1]):
-            before[i, j] += b1[j]
-        activate(before[i], after[i], kind)
-    np.dot(after, w2, out)
-    add_bias(out, b2)
-
-
 @pool
 def _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, kind, rows, before, out):
+    """A piece: rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2"""
     for thread in prange(first_piece.size - 1):
         after = np.empty((PIECE, w2.shape[1]), x.dtype)
         for p in range(first_piece[thread], first_piece[thread + 1]):
             e, start, stop, _ = pieces[p]
-            part = slice(start, stop)
-            _expert_piece(x, token[part], w1[e], b1[e], w2[e], b2[e], kind,
-                          rows[part], before[part], after[:stop - start], out[part])
+            part, n = slice(start, stop), stop - start
+            _gather(x, token[part], rows[part])
+            np.dot(rows[part], w1[e], before[part])
+            add_bias(before[part], b1[e])
+            for i in range(n):
+                activate(before[start + i], after[i], kind)
+            np.dot(after[:n], w2[e], out[part])
+            add_bias(out[part], b2[e])
 
 
 @loop

@@ -67,22 +67,15 @@ if not blas.KEEP_THREADS:
     _keep_freed_memory()
 
 
-def set_threads(n: int) -> None:
-    """Use n threads from now on. Raises ValueError for less than 1 or more than numba was started with."""
-    numba.set_num_threads(n)
-
-
-def get_threads() -> int:
-    """How many threads the kernels use now."""
-    return numba.get_num_threads()
+# set_threads(n): ValueError for n below 1, or above the number that numba was started with.
+set_threads, get_threads = numba.set_num_threads, numba.get_num_threads
 
 
 def thread_info() -> dict:
     """What a timing depends on: threads, threading layer (None before the first kernel), each BLAS, numba."""
-    try:
+    layer = None
+    with contextlib.suppress(ValueError):
         layer = numba.threading_layer()
-    except ValueError:
-        layer = None
     return {"threads": get_threads(), "threading_layer": layer, "blas": blas.libraries(), "numba": numba.__version__}
 
 
