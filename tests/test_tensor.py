@@ -1,6 +1,8 @@
 """Tensor: values against NumPy, gradients against central differences, errors by what they tell the user to do."""
+import contextvars
 import gc
 import operator
+import threading
 import weakref
 
 import numpy as np
@@ -267,6 +269,58 @@ def test_no_grad_and_detach_cut_the_graph():
     assert x.grad.tolist() == [2, 4] and y.grad is None
 
 
+def test_no_grad_acts_on_its_own_thread_alone():
+    """The other thread opens a block first and closes it last. Both threads record again afterwards."""
+    x, opened, close = leaf([1.0, 2]), threading.Event(), threading.Event()
+    seen = {}
+
+    def other():
+        with tm.no_grad():
+            opened.set()
+            assert close.wait(10)
+            seen["inside"] = (x * 2).requires_grad
+        seen["after"] = (x * 2).requires_grad
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert opened.wait(10) and (x * 2).requires_grad
+    with tm.no_grad():
+        close.set()
+        thread.join()
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad and seen == {"inside": False, "after": True}
+
+
+def test_no_grad_blocks_may_overlap_in_one_thread_and_stay_in_their_context():
+    def block():
+        with tm.no_grad():
+            yield
+
+    x, first, second = leaf([1.0, 2]), block(), block()
+    next(first), next(second), next(first, None)
+    assert not (x * 2).requires_grad
+    next(second, None)
+    assert (x * 2).requires_grad
+    with tm.no_grad():
+        assert not contextvars.copy_context().run(lambda: (x * 2).requires_grad)
+        assert contextvars.Context().run(lambda: (x * 2).requires_grad)
+
+
+def test_values_that_an_optimiser_changes_before_backward_are_refused():
+    """Forward, step, backward: x * x would give the gradient 2x at the new x. No leaf changes."""
+    x, other = leaf([1.0, 2]), leaf([3.0, 4])
+    y, fresh = (x * x).sum() + other.sum(), (other * other).sum()
+    fresh.backward()
+    tm.optim.AdamW({"other": other}).step()
+    other.grad = None
+    for stale in (y, fresh):
+        with pytest.raises(RuntimeError, match=r"shape \(2,\) changed.*before the optimiser"):
+            stale.backward()
+    assert x.grad is None and other.grad is None
+    (x * x * other).sum().backward()
+    np.testing.assert_array_equal(other.grad, x.data ** 2)
+
+
 @pytest.mark.parametrize("make", [lambda a: np.array(a.T, order="F").T, lambda a: np.array(a[::-1, ::-1])[::-1, ::-1],
                                   lambda a: np.repeat(a, 2, axis=1)[:, ::2], lambda a: (a.setflags(write=False), a)[1]])
 def test_strided_and_read_only_inputs(make):
@@ -280,6 +334,22 @@ def test_zero_size_and_zero_dimensions():
     for function in (lambda x: x * x, lambda x: 2 ** x, lambda x: x.mean(), lambda x: x.exp(), lambda x: x.T, lambda x: x[None] @ x[None]):
         grad = gradient(function, 2.0)
         assert type(grad) is np.ndarray and grad.shape == ()
+
+
+def test_iteration():
+    x = leaf([[1.0, 2], [3, 4]])
+    a, b = x
+    (a * b).sum().backward()
+    assert x.grad.tolist() == [[3, 4], [1, 2]] and list(Tensor(np.zeros((0, 3)))) == []
+    assert [float(v) for v in Tensor([1.0, 2])] == [1, 2] and sum(leaf([1.0, 2])).requires_grad
+
+
+def test_the_values_of_a_tensor_are_an_array_where_no_graph_is_lost():
+    x = leaf([1.0, 2])
+    assert np.asarray(x.detach()).tolist() == np.asarray(x.numpy()).tolist() == [1, 2]
+    assert Tensor([x.detach(), x.detach()]).shape == (2, 2)
+    with tm.no_grad():
+        assert np.concatenate([x, x * 2]).tolist() == [1, 2, 2, 4]
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------------------------
@@ -313,6 +383,17 @@ def under_no_grad(x):
     (lambda x: x.reshape(2, 2), ValueError, "reshape"),
     (lambda x: x[3], IndexError, "out of bounds"),
     (lambda x: Tensor(np.array([1, 2])) ** -1, ValueError, "negative integer powers"),
+    (lambda x: list(x.sum()), TypeError, r"\(\).*item"),
+    (lambda x: sum(Tensor(2.0)), TypeError, r"\(\).*item"),
+    (lambda x: np.concatenate([x, x]), TypeError, "functional.concatenate.*numpy"),
+    (lambda x: np.stack([x, x]), TypeError, "functional.concatenate"),
+    (lambda x: np.array([x, x]), TypeError, "functional.concatenate"),
+    (lambda x: np.array([x.sum(), x.sum()]), TypeError, "functional.concatenate"),
+    (lambda x: Tensor([x, x]), TypeError, "functional.concatenate"),
+    (lambda x: Tensor([x.sum(), x.sum()]), TypeError, "functional.concatenate"),
+    (lambda x: Tensor(x), TypeError, "functional.concatenate"),
+    (lambda x: Tensor(np.ones((2, 3))) * [x, x], TypeError, "functional.concatenate"),
+    (lambda x: [x, x] + x, TypeError, "functional.concatenate"),
     (lambda x: record(x.data, (x,), lambda g: (g[:1],)).sum().backward(), ValueError, "shape"),
 ])
 def test_errors_say_what_to_do(wrong, error, remedy):

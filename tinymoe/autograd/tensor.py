@@ -1,9 +1,8 @@
 """Reverse-mode automatic differentiation over NumPy arrays.
 
-A Tensor is an array that remembers how it was made: from which parents, and by which
-vector-Jacobian product (VJP), the function that turns the gradient of the output into the
-gradients of the parents. `backward` walks the tensors from the newest to the oldest, so each
-one has its whole gradient before it passes it on.
+A Tensor is an array that remembers how it was computed: its parents, and a vector-Jacobian product (VJP). The VJP
+is the function that turns the gradient of the result into the gradients of the parents. `backward` visits the
+tensors from the newest to the oldest, so each gradient is complete before it is passed on.
 
 Every operation is written once, with its VJPs beside it:
 
@@ -11,51 +10,57 @@ Every operation is written once, with its VJPs beside it:
         value = np.exp(self.data)
         return primitive(value, (self, lambda g: g * value))
 
-A gradient array that was handed on is never changed in place, so it may be shared freely.
+Gradient arrays are shared without a copy. So a VJP must not change the array it was given.
 """
 
+from __future__ import annotations
+
 import contextlib
+import contextvars
 import itertools
 import operator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-_recording = True
-_order = itertools.count()
+_no_grad_depth = contextvars.ContextVar("no_grad_depth", default=0)  # open no_grad blocks of this thread and context
+_clock = itertools.count()
+
+Axis = int | tuple[int, ...] | None
 
 
 @contextlib.contextmanager
 def no_grad():
-    """Inside this context no graph is recorded: results do not require gradients."""
-    global _recording
-    before, _recording = _recording, False
+    """Record no graph inside this block, so results need no gradients. Other threads and tasks are not affected."""
+    _no_grad_depth.set(_no_grad_depth.get() + 1)
     try:
         yield
     finally:
-        _recording = before
+        _no_grad_depth.set(_no_grad_depth.get() - 1)
 
 
 def _reflected(operation):
-    """The method for an array or a number on the left: x + tensor, where x knows nothing of tensors."""
+    """The method for an array or a number on the left, as in 2 * tensor."""
     return lambda self, other: operation(self._operand(other), self)
 
 
 class Tensor:
-    """An array of real numbers, with the gradient that `backward` leaves in it where it is a leaf.
+    """An array of real numbers. If it is a leaf, `backward` leaves its gradient in `.grad`.
 
-    array: anything `np.asarray` takes; it is not copied and its dtype is kept.
-    requires_grad: makes it a leaf whose `.grad` (same shape and dtype) accumulates over calls of
-        `backward` until it is set to None. Only floating dtypes can have gradients.
+    array: anything that `np.asarray` takes, not copied; the dtype is kept. TypeError unless it holds real numbers.
+    requires_grad: makes it a leaf of floating dtype, else TypeError. Its `.grad` (same shape and dtype) accumulates
+        over calls of `backward` until it is set to None.
 
-    Tensors mix with Python numbers and NumPy arrays on either side of an operator. A Python
-    number takes the tensor's dtype; arrays follow NumPy's promotion.
+    Operators take Python numbers, which get the tensor's dtype, and NumPy arrays, on either side.
+    Operations keep references to `.data`, so do not change it between the forward and the backward pass: gradients
+    would be wrong. `backward` raises an error if an optimiser did (`mark_changed`); it cannot notice other changes.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "_retains_grad", "_parents", "_vjp", "_order", "__weakref__")
+    __slots__ = ("data", "grad", "requires_grad", "_retains_grad", "_parents", "_vjp", "_time", "__weakref__")
     __array_ufunc__ = None  # array + tensor calls Tensor.__radd__ instead of looping over entries
 
-    def __init__(self, array, requires_grad=False):
-        self.data = np.asarray(array.data if isinstance(array, Tensor) else array)
+    def __init__(self, array: ArrayLike | Tensor, requires_grad: bool = False):
+        self.data = np.asarray(array)
         if self.data.dtype.kind not in "fiub":
             raise TypeError(f"a Tensor holds real numbers, not dtype {self.data.dtype}")
         if requires_grad and self.data.dtype.kind != "f":
@@ -65,7 +70,7 @@ class Tensor:
         self._retains_grad = False
         self._parents = ()
         self._vjp = None
-        self._order = next(_order)
+        self._time = next(_clock)  # a result is newer than its parents
 
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
@@ -79,6 +84,11 @@ class Tensor:
     def __len__(self):
         return len(self.data)
 
+    def __iter__(self):
+        if self.ndim == 0:
+            raise TypeError("cannot iterate over a Tensor of shape (): use .item() for its value")
+        return (self[i] for i in range(len(self)))
+
     def __bool__(self):
         return bool(self.data)
 
@@ -86,95 +96,87 @@ class Tensor:
         return float(self.data)
 
     def __array__(self, dtype=None, copy=None):
+        if self.requires_grad and not _no_grad_depth.get():
+            raise TypeError("NumPy would drop the graph of this Tensor: join Tensors with functional.concatenate, "
+                            "or take the values alone with .numpy()")
         return np.array(self.data, dtype=dtype, copy=True) if copy else np.asarray(self.data, dtype=dtype)
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """The values as a NumPy array, not copied and outside any graph."""
         return self.data
 
-    def item(self):
+    def item(self) -> float | int | bool:
         """The value of a tensor of one element, as a Python number."""
         return self.data.item()
 
-    def detach(self):
-        """The same values, cut off from the graph."""
+    def detach(self) -> Tensor:
+        """The same values without the graph."""
         return Tensor(self.data)
 
     # -- the backward pass ---------------------------------------------------------------------
 
-    def backward(self, gradient=None, retain_graph=True):
-        """Add d(self)/d(leaf), weighted by `gradient`, to `.grad` of every leaf below.
+    def backward(self, gradient: ArrayLike | Tensor | None = None, retain_graph: bool = True) -> None:
+        """Add d(self)/d(leaf), weighted by `gradient`, to `.grad` of every leaf that self depends on.
 
-        gradient: same shape as self; may be left out for a tensor of one element (it is 1 then).
-        retain_graph: then a second call is exact, and adds the same amount to the leaves again. Without it,
-            what an operation saved is freed as soon as it is used: memory that the next gradient takes.
-        Other tensors than leaves have no `.grad`, unless `retain_grad` asked for it.
-        Raises ValueError for a missing or misshapen gradient, RuntimeError if nothing is recorded or a part is freed.
+        gradient: same shape as self; 1 if it is left out, which only a tensor of one element allows (ValueError).
+        retain_graph: True keeps the graph, so a second call is exact and adds the same amount again. False frees
+            what each operation saved as soon as it is used, so the next gradients can reuse the memory.
+        Raises RuntimeError, before any leaf changes, if nothing was recorded, a part of the graph was freed, or an
+        optimiser changed a leaf since.
         """
         if not self.requires_grad:
             raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or it was made under "
                                "no_grad()")
-        gradients, owned, summed = {self: _seed(self, gradient)}, set(), set()
-        nodes = sorted(_reachable(self), key=lambda t: t._order)
-        if any(node._vjp is _freed for node in nodes):
-            _freed(None)  # before any leaf has changed
+        gradients = _Gradients()
+        gradients.add(self, _seed(self, gradient))
+        nodes = _oldest_first(self)
         while nodes:
-            node = nodes.pop()  # the newest, so nothing that is left depends on it
+            node = nodes.pop()  # the newest: no other node depends on it, so its gradient is complete
             g = gradients.pop(node, None)
             if g is None:
                 continue
             if node._vjp is None:
-                node.grad = _own(g, owned) if node.grad is None else np.asarray(node.grad + g)
+                gradients.give(node, g)
                 continue
             if node._retains_grad:
                 node.grad = np.array(g)
             for parent, share in zip(node._parents, node._vjp(g)):
-                if share is None or not parent.requires_grad:
-                    continue
-                share = np.asarray(share, dtype=parent.dtype)
-                if share.shape != parent.shape:
-                    raise ValueError(f"a VJP gave shape {share.shape} for an input of shape {parent.shape}")
-                if parent in summed:
-                    gradients[parent] += share  # the array is nobody else's
-                elif parent in gradients:
-                    gradients[parent] = np.asarray(gradients[parent] + share)
-                    summed.add(parent)
-                else:
-                    gradients[parent] = share
+                gradients.add(parent, share)
             if not retain_graph:
                 node._parents, node._vjp = (), _freed
 
-    def retain_grad(self):
-        """Have every `backward` leave this tensor's gradient in `.grad`, though it is no leaf; returns self.
-
-        Raises RuntimeError for a tensor that has no gradient.
-        """
+    def retain_grad(self) -> Tensor:
+        """Make `backward` leave the gradient of this tensor, which is no leaf, in `.grad`. Returns self."""
         if not self.requires_grad:
             raise RuntimeError("no gradient to retain: this tensor depends on nothing that requires one")
         self._retains_grad = True
         return self
 
+    def mark_changed(self) -> None:
+        """Say that `.data` of this leaf was changed: graphs that used the old values then refuse `backward`."""
+        self._time = next(_clock)
+
     # -- elementwise arithmetic ----------------------------------------------------------------
 
-    def __add__(self, other):
+    def __add__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
         return primitive(_broadcast(np.add, self, other), (self, lambda g: g), (other, lambda g: g))
 
-    def __sub__(self, other):
+    def __sub__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
         return primitive(_broadcast(np.subtract, self, other), (self, lambda g: g), (other, lambda g: -g))
 
-    def __mul__(self, other):
+    def __mul__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
         return primitive(_broadcast(np.multiply, self, other),
                          (self, lambda g: g * other.data), (other, lambda g: g * self.data))
 
-    def __truediv__(self, other):
+    def __truediv__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
         value = _broadcast(np.divide, self, other)
         return primitive(value, (self, lambda g: g / other.data), (other, lambda g: -g * value / other.data))
 
-    def __pow__(self, other):
+    def __pow__(self, other: ArrayLike | Tensor) -> Tensor:
         """x ** y. The gradient for y at x = 0 is 0; at x < 0 it is NaN, as log x is."""
         other = self._operand(other)
         x, y = self.data, other.data
@@ -190,30 +192,30 @@ class Tensor:
 
         return primitive(value, (self, vjp_base), (other, vjp_exponent))
 
-    def __neg__(self):
+    def __neg__(self) -> Tensor:
         return primitive(-self.data, (self, lambda g: -g))
 
     __radd__, __rsub__, __rmul__, __rtruediv__, __rpow__, __rmatmul__ = map(_reflected, (
         operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul))
 
-    def exp(self):
+    def exp(self) -> Tensor:
         value = np.exp(self.data)
         return primitive(value, (self, lambda g: g * value))
 
-    def log(self):
+    def log(self) -> Tensor:
         return primitive(np.log(self.data), (self, lambda g: g / self.data))
 
-    def sqrt(self):
+    def sqrt(self) -> Tensor:
         value = np.sqrt(self.data)
         return primitive(value, (self, lambda g: g / (2 * value)))
 
-    def tanh(self):
+    def tanh(self) -> Tensor:
         value = np.tanh(self.data)
         return primitive(value, (self, lambda g: g * (1 - value * value)))
 
     # -- matrix product ------------------------------------------------------------------------
 
-    def __matmul__(self, other):
+    def __matmul__(self, other: ArrayLike | Tensor) -> Tensor:
         """Matrix product with NumPy's rules: batch dimensions broadcast, vectors are rows or columns."""
         other = self._operand(other)
         a, b = self.data, other.data
@@ -223,7 +225,7 @@ class Tensor:
         rows = a[None, :] if a.ndim == 1 else a
         columns = b[:, None] if b.ndim == 1 else b
 
-        def restore(g):  # the axes that the vectors took away
+        def restore(g):  # give g back the axes that a vector operand removed
             g = np.expand_dims(g, -1) if b.ndim == 1 else g
             return np.expand_dims(g, -2) if a.ndim == 1 else g
 
@@ -237,18 +239,18 @@ class Tensor:
 
     # -- reductions ----------------------------------------------------------------------------
 
-    def sum(self, axis=None, keepdims=False):
+    def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over one axis, several (a tuple) or all (None)."""
         value = self.data.sum(axis=axis, keepdims=keepdims)
         return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim), self.shape)))
 
-    def mean(self, axis=None, keepdims=False):
+    def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Mean over one axis, several (a tuple) or all (None)."""
         value = self.data.mean(axis=axis, keepdims=keepdims)
         n = self.size // max(value.size, 1)
         return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim) / n, self.shape)))
 
-    def max(self, axis=None, keepdims=False):
+    def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Maximum over one axis, several or all. Entries that tie share the gradient equally."""
         value = self.data.max(axis=axis, keepdims=True)
 
@@ -260,19 +262,20 @@ class Tensor:
 
     # -- shape and indexing --------------------------------------------------------------------
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: int) -> Tensor:
+        """The same entries in another shape, given as numbers or as one tuple."""
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         return primitive(self.data.reshape(shape), (self, lambda g: g.reshape(self.shape)))
 
-    def transpose(self, *axes):
+    def transpose(self, *axes: int) -> Tensor:
         """Permute the axes; without arguments, reverse them."""
         axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
         value = self.data.transpose(axes or None)
         order = [a % self.ndim for a in axes] or range(self.ndim)[::-1]
         return primitive(value, (self, lambda g: g.transpose(np.argsort(order))))
 
-    def __getitem__(self, index):
-        """Slices, integers, None, ..., masks and integer arrays. Where an index repeats, gradients add up."""
+    def __getitem__(self, index) -> Tensor:
+        """Index by slices, integers, None, ..., masks and integer arrays. Gradients of a repeated index add up."""
         index = tuple(map(_raw, index)) if isinstance(index, tuple) else _raw(index)
 
         def vjp(g):
@@ -286,12 +289,12 @@ class Tensor:
         return primitive(self.data[index], (self, vjp))
 
     def __setitem__(self, index, value):
-        raise TypeError("a Tensor cannot be assigned in place, since the graph may need its old values: "
+        raise TypeError("a Tensor cannot be assigned in place, because the graph may need its old values: "
                         "build a new one with functional.where or functional.concatenate, "
                         "or write to tensor.data before the tensor is used")
 
     def _operand(self, other):
-        """`other` as a Tensor; a plain number takes the dtype of self, so that float32 stays float32."""
+        """`other` as a Tensor. A plain number takes the dtype of self, so float32 stays float32."""
         if isinstance(other, Tensor):
             return other
         if isinstance(other, (int, float, np.number)) and self.dtype.kind == "f":
@@ -299,37 +302,81 @@ class Tensor:
         return Tensor(other)
 
 
-def record(value, parents, vjp):
-    """A Tensor of `value` made from `parents`: how fused operations enter the graph.
+class _Gradients(dict):
+    """Tensor -> its gradient so far, which `backward` has not yet passed on.
 
-    vjp(g): g has the shape of value; returns one gradient for each parent, or None for none. Each is an array that
-    nothing else keeps, or g itself, or a view of it: a leaf takes it as its `.grad`.
+    Tensors may share an array without a copy: both terms of a + b receive the same one. A shared array is never
+    changed. The first sum makes a new array, and later shares are added to that one in place.
+    """
+
+    def __init__(self):
+        self._summed = set()  # tensors whose array was made by a sum here
+        self._kept = set()  # ids of arrays that leaves keep as their .grad
+
+    def add(self, tensor, share):
+        """Add one share of the tensor's gradient; None is no share."""
+        if share is None or not tensor.requires_grad:
+            return
+        share = np.asarray(share, dtype=tensor.dtype)
+        if share.shape != tensor.shape:
+            raise ValueError(f"a VJP gave shape {share.shape} for an input of shape {tensor.shape}")
+        if tensor in self._summed:
+            self[tensor] += share
+        elif tensor in self:
+            self[tensor] = np.asarray(self[tensor] + share)
+            self._summed.add(tensor)
+        else:
+            self[tensor] = share
+
+    def give(self, leaf, g):
+        """Add g to the leaf's `.grad`. No two leaves keep the same array, so g is copied where one may have it."""
+        if leaf.grad is not None:
+            g = np.asarray(leaf.grad + g)
+        elif id(g) in self._kept or not (g.flags.owndata and g.flags.writeable):
+            g = np.array(g)
+        leaf.grad = g
+        self._kept.add(id(g))
+
+
+def record(value: np.ndarray, parents: tuple, vjp) -> Tensor:
+    """A Tensor of `value` computed from the Tensors `parents`. Fused operations enter the graph this way.
+
+    vjp(g), g of the shape of value, returns one gradient for each parent, or None for none. Each must be a new array,
+    g itself or a view of g, because a leaf keeps it as its `.grad`.
     """
     out = Tensor(value)
-    if _recording and any(p.requires_grad for p in parents):
+    if not _no_grad_depth.get() and any(p.requires_grad for p in parents):
         out.requires_grad, out._parents, out._vjp = True, parents, vjp
     return out
 
 
-def primitive(value, *inputs):
-    """A Tensor of `value` made from (tensor, vjp) pairs, where vjp(g) is that tensor's gradient.
+def primitive(value: np.ndarray, *inputs: tuple) -> Tensor:
+    """A Tensor of `value` computed from (tensor, vjp) pairs, where vjp(g) is the gradient of that tensor.
 
-    A VJP may return the gradient before the sum over broadcast axes; only those needed are run.
+    A VJP may return the gradient before the sum over broadcast axes. Only the VJPs that are needed are run.
     """
     needed = [(t, vjp) for t, vjp in inputs if t.requires_grad]
     return record(value, tuple(t for t, _ in needed),
                   lambda g: [_unbroadcast(vjp(g), t.shape) for t, vjp in needed])
 
 
-def _reachable(root):
-    """Every tensor that root depends on and that requires a gradient, root included."""
+def _oldest_first(root):
+    """Every tensor that root depends on and that requires a gradient, root included and last."""
     found, stack = {root}, [root]
     while stack:
-        for parent in stack.pop()._parents:
-            if parent.requires_grad and parent not in found:
+        node = stack.pop()
+        if node._vjp is _freed:
+            _freed(None)
+        for parent in node._parents:
+            if not parent.requires_grad:
+                continue
+            if parent._time > node._time:
+                raise RuntimeError(f"a leaf of shape {parent.shape} changed after the forward pass that used it: "
+                                   "call backward before the optimiser's step")
+            if parent not in found:
                 found.add(parent)
                 stack.append(parent)
-    return found
+    return sorted(found, key=lambda node: node._time)
 
 
 def _seed(tensor, gradient):
@@ -348,13 +395,6 @@ def _freed(g):
     raise RuntimeError("this graph was freed by backward(retain_graph=False): run the forward pass again")
 
 
-def _own(g, owned):
-    """g itself for a leaf to keep, or a copy where other tensors may share it. owned: ids of those given away."""
-    g = g if g.flags.owndata and g.flags.writeable and id(g) not in owned else np.array(g)
-    owned.add(id(g))
-    return g
-
-
 def _broadcast(ufunc, a, b):
     try:
         return ufunc(a.data, b.data)
@@ -366,7 +406,7 @@ def _broadcast(ufunc, a, b):
 
 
 def _unbroadcast(gradient, shape):
-    """Sum a gradient over the axes along which its tensor was stretched."""
+    """Sum a gradient down to `shape`, over the axes that broadcasting stretched or added."""
     if gradient.shape == shape:
         return gradient
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
@@ -375,7 +415,7 @@ def _unbroadcast(gradient, shape):
 
 
 def _keep(g, axis, keepdims, ndim):
-    """Give back to a reduced gradient the axes of size 1 that the reduction removed."""
+    """Give a gradient back the axes of size 1 that a reduction removed."""
     if keepdims:
         return g
     return np.expand_dims(g, tuple(range(ndim)) if axis is None else axis)
@@ -386,6 +426,6 @@ def _raw(x):
 
 
 def _is_basic(index):
-    """Slices and single integers pick each entry at most once."""
+    """Whether the index is made of slices and single integers, which pick each entry at most once."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(p is None or p is Ellipsis or isinstance(p, (slice, int, np.integer)) for p in parts)

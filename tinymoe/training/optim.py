@@ -34,6 +34,7 @@ class AdamW:
             p.data = np.require(p.data, requirements="CW")
             kernels.adamw(p.data, p.grad, self.m[name], self.v[name], lr=self.lr, betas=self.betas, eps=self.eps,
                           weight_decay=decay, step=self.steps[name])
+            p.mark_changed()
 
     def zero_grad(self):
         """Forget all gradients."""
