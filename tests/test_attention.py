@@ -2,10 +2,10 @@
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe import gradcheck
+from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
-from tinymoe.layers.attention import CausalSelfAttention, LatentAttention
+from tinymoe.layers.attention import CausalSelfAttention
+from tinymoe.layers.latent_attention import LatentAttention
 
 B, T, D = 2, 5, 8
 

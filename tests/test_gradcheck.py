@@ -2,8 +2,7 @@
 import numpy as np
 import pytest
 
-from tinymoe import Tensor
-from tinymoe import gradcheck
+from tinymoe import Tensor, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.autograd.tensor import primitive
 

@@ -1,20 +1,21 @@
-"""Check gradients against central differences: f'(x) ~ (f(x + h) - f(x - h)) / 2h, in float64.
+"""Check gradients against central differences, f'(x) ~ (f(x + h) - f(x - h)) / 2h, in float64.
 
-The output is first reduced to one number by fixed random weights, so that every output entry
-counts. A small input is checked entry by entry, a large one along random directions. The error is
-relative to the gradient itself, never absolute, so that a gradient of 1e-9 is checked as strictly
-as one of 1; only what rounding alone can cause in the difference is forgiven.
+Fixed random weights reduce the output to one number, so every output entry counts. A small input is checked entry by
+entry, a large one along random directions. The error is relative to the gradient: a gradient of 1e-9 is checked as
+strictly as one of 1. Only the error that rounding can cause in the difference is forgiven.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .tensor import Tensor
 
 MAX_ENTRIES = 64  # an input with more entries is checked along random directions
 N_DIRECTIONS = 8
-ROUNDING = 16  # units in the last place by which an evaluated function may be off
+ROUNDING = 16  # a value of the function may be wrong by this many units in the last place
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,22 @@ class GradcheckResult:
     max_error: float
     where: str
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return self.ok
 
 
-def gradcheck(function, *inputs, eps=1e-6, rtol=1e-5):
+def gradcheck(function: Callable[..., Tensor], *inputs: Tensor | ArrayLike, eps: float = 1e-6,
+              rtol: float = 1e-5) -> GradcheckResult:
     """Compare the gradients of function(*inputs) with central differences in float64.
 
-    function: takes the inputs as Tensors and returns a Tensor of any shape. It may also read other
-        tensors; give those among `inputs` whose gradients are to be checked (a model's parameters, say).
-    inputs: Tensors, of which those with requires_grad are checked (all floating ones if none has it),
-        or NumPy arrays, which are checked if floating. Floating data become float64 for the check and
-        are put back afterwards, gradients too.
+    function: takes the inputs as Tensors and returns a Tensor of any shape. It may read other Tensors too. To check
+        the gradient of such a Tensor (a model's parameter, say), list it among the inputs.
+    inputs: Tensors or arrays. Those with requires_grad are checked, or every floating one if none has it. Floating
+        data become float64 during the check. Afterwards data and gradients are as before.
     eps: the step, relative to entries larger than 1. rtol: the largest relative error that passes.
 
-    Raises TypeError if the function returns no Tensor, ValueError if two calls differ: random
-    functions need their generator made anew inside.
+    Raises TypeError if the function returns no Tensor. Raises ValueError if no input is floating, or if two calls
+    differ: a random function must make its generator anew in each call.
     """
     tensors = [x if isinstance(x, Tensor) else Tensor(x, np.asarray(x).dtype.kind == "f") for x in inputs]
     floating = [t for t in tensors if t.dtype.kind == "f"]
@@ -69,13 +70,11 @@ def _compare(function, tensors, checked, eps, rtol):
     if output.requires_grad:
         output.backward(weights)
 
-    def weighted():
-        return weights * function(*tensors).data
-
     worst, where = 0.0, "every gradient is exact"
     for tensor in checked:
         gradient = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad
-        rows = [(place, (gradient * direction).sum(), *_difference(weighted, tensor, direction, eps))
+        rows = [(place, (gradient * direction).sum(),
+                 *_difference(lambda: weights * function(*tensors).data, tensor, direction, eps))
                 for place, direction in _directions(tensor)]
         largest = max((max(abs(a), abs(n)) for _, a, n, _ in rows), default=0.0)
         for place, analytic, numeric, noise in rows:
@@ -93,31 +92,33 @@ def _directions(tensor):
         for index in np.ndindex(tensor.shape):
             unit = np.zeros(tensor.shape)
             unit[index] = max(1.0, abs(tensor.data[index]))
-            yield f"at {tuple(map(int, index))}", unit
+            yield f"at {index}", unit
     else:
         rng = np.random.default_rng(1)
         for i in range(N_DIRECTIONS):
             yield f"along random direction {i}", rng.standard_normal(tensor.shape)
 
 
-def _difference(weighted, tensor, direction, eps):
-    """(central difference along the direction, the part of it that rounding of the outputs alone can cause)."""
+def _difference(values, tensor, direction, eps):
+    """(central difference of the sum of values() along the direction, how large an error rounding can cause in it)."""
     original = tensor.data
     try:
         tensor.data = original + eps * direction
-        above = weighted()
+        above = values()
         tensor.data = original - eps * direction
-        change = above - weighted()
+        change = above - values()
     finally:
         tensor.data = original
-    moved = np.abs(above[change != 0]).sum() or np.abs(above).max(initial=0)  # nothing moved: the step was below a unit
+    moved = np.abs(above[change != 0]).sum()
+    if not moved:  # the step changed nothing: it was below one unit in the last place
+        moved = np.abs(above).max(initial=0)
     rounding = ROUNDING * np.finfo(np.float64).eps * moved
     return change.sum() / (2 * eps), rounding / eps
 
 
 def _relative_error(analytic, numeric, floor):
-    """|a - n| / max(|a|, |n|, floor). The floor keeps a gap that rounding alone can cause below rtol."""
-    gap = abs(analytic - numeric)
-    if not np.isfinite(gap):
+    """|a - n| / max(|a|, |n|, floor). The floor keeps a difference that rounding alone can cause below rtol."""
+    difference = abs(analytic - numeric)
+    if not np.isfinite(difference):
         return np.inf
-    return gap / max(abs(analytic), abs(numeric), floor) if gap else 0.0
+    return difference / max(abs(analytic), abs(numeric), floor) if difference else 0.0

@@ -1,1 +1,1 @@
-"""Layers with parameters: nn, then attention."""
+"""Layers with parameters: nn, then attention, then latent_attention."""

@@ -1,58 +1,59 @@
-"""Layers: a Module is an object whose attributes hold parameters and other Modules."""
+"""Layers. A Module is an object whose attributes hold parameters (Tensors) and other Modules."""
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
-from ..autograd import functional as F
 from .. import kernels
+from ..autograd import functional as F
 from ..autograd.tensor import Tensor
 
-INIT_STD = 0.02  # of every weight matrix, as in GPT-2
+INIT_STD = 0.02  # standard deviation of initial weights, as in GPT-2
 
 
-def normal(rng, shape, std, dtype):
+def normal(rng: np.random.Generator, shape: tuple, std: float, dtype: DTypeLike) -> Tensor:
     """A parameter drawn from N(0, std^2)."""
     return Tensor((std * rng.standard_normal(shape)).astype(dtype), requires_grad=True)
 
 
-def zeros(shape, dtype):
+def zeros(shape: int | tuple, dtype: DTypeLike) -> Tensor:
     """A parameter of zeros."""
     return Tensor(np.zeros(shape, dtype), requires_grad=True)
 
 
-def ones(shape, dtype):
+def ones(shape: int | tuple, dtype: DTypeLike) -> Tensor:
     """A parameter of ones."""
     return Tensor(np.ones(shape, dtype), requires_grad=True)
 
 
 class Module:
-    """Collects the parameters of its attributes; calling it runs `forward`."""
+    """Collects the parameters of its attributes. Calling a Module runs its `forward`."""
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
-    def parameters(self):
+    def parameters(self) -> dict[str, Tensor]:
         """dict of dotted name -> Tensor, in the order in which the attributes were set."""
         found = {}
         for name, value in vars(self).items():
-            for key, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                path = name if key is None else f"{name}.{key}"
-                if isinstance(item, Tensor):
-                    found[path] = item
-                elif isinstance(item, Module):
-                    found |= {f"{path}.{inner}": p for inner, p in item.parameters().items()}
+            parts = {f"{name}.{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
+            for path, part in parts.items():
+                if isinstance(part, Tensor):
+                    found[path] = part
+                elif isinstance(part, Module):
+                    found |= {f"{path}.{inner}": p for inner, p in part.parameters().items()}
         return found
 
 
-def freeze(module, names=("",)):
-    """Take the gradient from the parameters whose dotted name holds one of `names`; by default from all.
+def freeze(module: Module, names: tuple[str, ...] = ("",)) -> None:
+    """Stop the training of the parameters whose dotted name contains one of `names`; of all by default.
 
-    Raises ValueError for a name that is in none.
+    Raises ValueError for a name that no parameter contains.
     """
     parameters = module.parameters()
     for name in names:
         found = [p for path, p in parameters.items() if name in path]
         if not found:
-            raise ValueError(f"freeze: no parameter has {name!r} in its name; they are {', '.join(parameters)}")
+            raise ValueError(f"freeze: no parameter has {name!r} in its name: choose from {', '.join(parameters)}")
         for p in found:
             p.requires_grad = False
 
@@ -60,51 +61,56 @@ def freeze(module, names=("",)):
 class Linear(Module):
     """x (..., n_in) -> x @ weight + bias (..., n_out)."""
 
-    def __init__(self, n_in, n_out, rng, bias=True, std=INIT_STD, dtype=np.float32):
+    def __init__(self, n_in: int, n_out: int, rng: np.random.Generator, bias: bool = True, std: float = INIT_STD,
+                 dtype: DTypeLike = np.float32):
         self.weight = normal(rng, (n_in, n_out), std, dtype)
         self.bias = zeros(n_out, dtype) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
 class LayerNorm(Module):
-    """Layer normalisation with a learned scale and shift (Ba et al. 2016)."""
+    """Layer normalisation of x (..., D) with a learned scale and shift (Ba et al. 2016)."""
 
-    def __init__(self, d_model, dtype=np.float32, eps=1e-5):
+    def __init__(self, d_model: int, dtype: DTypeLike = np.float32, eps: float = 1e-5):
         self.weight, self.bias, self.eps = ones(d_model, dtype), zeros(d_model, dtype), eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalisation with a learned scale (Zhang & Sennrich 2019)."""
+    """Root-mean-square normalisation of x (..., D) with a learned scale (Zhang & Sennrich 2019)."""
 
-    def __init__(self, d_model, dtype=np.float32, eps=1e-5):
+    def __init__(self, d_model: int, dtype: DTypeLike = np.float32, eps: float = 1e-5):
         self.weight, self.eps = ones(d_model, dtype), eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(Module):
-    """A table of vectors: integer ids of any shape -> (*ids.shape, d_model)."""
+    """A table of n vectors: integer ids of any shape -> (*ids.shape, D)."""
 
-    def __init__(self, n, d_model, rng, dtype=np.float32):
+    def __init__(self, n: int, d_model: int, rng: np.random.Generator, dtype: DTypeLike = np.float32):
         self.weight = normal(rng, (n, d_model), INIT_STD, dtype)
 
-    def forward(self, ids):
+    def forward(self, ids: ArrayLike) -> Tensor:
         return F.embedding(self.weight, ids)
 
 
 class FeedForward(Module):
-    """The dense feed-forward layer: activation(x @ up) @ down, x (..., D), hidden width F; `up` is 2F wide if gated."""
+    """The dense feed-forward layer, activation(x @ up) @ down, for x (..., D). The hidden width is d_ff.
 
-    def __init__(self, d_model, d_ff, rng, activation="gelu", out_std=INIT_STD, dtype=np.float32, bias=True):
+    activation: a name in kernels.ACTIVATIONS. A gated one takes two halves, so `up` is then 2 d_ff wide.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, rng: np.random.Generator, activation: str = "gelu",
+                 out_std: float = INIT_STD, dtype: DTypeLike = np.float32, bias: bool = True):
         self.activation = activation
-        self.up = Linear(d_model, d_ff * (1 + (activation in kernels.GATED)), rng, bias, dtype=dtype)
+        self.up = Linear(d_model, 2 * d_ff if activation in kernels.GATED else d_ff, rng, bias, dtype=dtype)
         self.down = Linear(d_ff, d_model, rng, bias, std=out_std, dtype=dtype)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down(F.activation(self.up(x), self.activation))

@@ -9,7 +9,8 @@ import numpy as np
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor, no_grad
 from ..files import CheckpointError, load_arrays, save_arrays
-from ..layers.attention import CausalSelfAttention, LatentAttention
+from ..layers.attention import CausalSelfAttention
+from ..layers.latent_attention import LatentAttention
 from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
 from ..moe.experts import ExpertBank
 from ..moe.layer import MoELayer
@@ -51,11 +52,12 @@ class LossTerms:
 def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float, dtype) -> Module:
     """The attention layer that a config describes."""
     c = config
+    shared = dict(out_std=out_std, dtype=dtype, head_dim=c.head_dim, rope_theta=c.rope_theta)
     if c.attention == "latent":
-        return LatentAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.head_dim, c.q_rank, c.kv_rank, c.rope_dim,
-                               c.v_dim, c.rope_theta, c.latent_eps or c.norm_eps)
-    return CausalSelfAttention(c.d_model, c.n_heads, rng, out_std, dtype, c.n_kv_heads, c.head_dim, c.bias,
-                               c.positions == "rotary", c.qk_norm, c.rope_theta, c.norm_eps)
+        return LatentAttention(c.d_model, c.n_heads, rng, **shared, q_rank=c.q_rank, kv_rank=c.kv_rank,
+                               rope_dim=c.rope_dim, v_dim=c.v_dim, norm_eps=c.latent_eps or c.norm_eps)
+    return CausalSelfAttention(c.d_model, c.n_heads, rng, **shared, n_kv_heads=c.n_kv_heads, bias=c.bias,
+                               rotary=c.positions == "rotary", qk_norm=c.qk_norm, norm_eps=c.norm_eps)
 
 
 def make_norm(config: ModelConfig, dtype) -> Module:
