@@ -107,7 +107,8 @@ def log_softmax(x, axis=-1):
 def logsumexp(x, axis=-1):
     """log sum exp(x) along an axis, which is removed."""
     top, rest = _shift(x.data, axis)
-    return primitive((top + rest).squeeze(axis), (x, lambda g: np.expand_dims(g, axis) * _softmax(x.data, axis)))
+    value = top + rest
+    return primitive(value.squeeze(axis), (x, lambda g: g.reshape(value.shape) * _softmax(x.data, axis)))
 
 
 def cross_entropy(logits, targets):
@@ -203,11 +204,11 @@ def rotary(x, base=10_000.0):
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
     depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
-    Raises ValueError for an odd d.
+    Raises ValueError for another number of axes or an odd d.
     """
+    if x.ndim != 4 or x.shape[-1] % 2:
+        raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
     T, d = x.shape[1], x.shape[-1]
-    if d % 2:
-        raise ValueError(f"rotary turns pairs of entries, but a head has {d}")
     angle = np.arange(T)[:, None] * base ** (-np.arange(0, d, 2) / d)  # (T, d/2)
     cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
 
@@ -221,21 +222,33 @@ def rotary(x, base=10_000.0):
 # -- lookups and joins --------------------------------------------------------------------------
 
 def embedding(table, ids):
-    """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D). Raises IndexError out of range."""
+    """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D).
+
+    Raises ValueError for a table of other axes, IndexError for ids that are not integers from 0 to V - 1.
+    """
     ids = np.asarray(ids)
     _check_dtypes("embedding", table)
+    if table.ndim != 2:
+        raise ValueError(f"embedding takes a table (V, D), not shape {table.shape}")
+    if ids.dtype.kind not in "iu":
+        raise IndexError(f"ids must be integers, not dtype {ids.dtype}")
     if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
         raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but the table has rows 0 to {table.shape[0] - 1}")
     return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
 
 
 def gather(x, index, axis=-1):
-    """out[..., i, ...] = x[..., index[..., i, ...], ...] along an axis: `np.take_along_axis`, repeats allowed."""
+    """out[..., i, ...] = x[..., index[..., i, ...], ...] along an axis, as `np.take_along_axis` does.
+
+    The index may repeat entries, and it broadcasts with x along the other axes. axis None: x is flattened first.
+    """
+    if axis is None:
+        return gather(x.reshape(-1), index, axis=0)
     index = np.asarray(index)
 
     def vjp(g):
         out = np.zeros(x.shape, x.dtype)
-        places = list(np.ogrid[tuple(map(slice, index.shape))])
+        places = list(np.ogrid[tuple(map(slice, x.shape))])
         places[axis] = index
         np.add.at(out, tuple(places), g)
         return out
@@ -244,7 +257,14 @@ def gather(x, index, axis=-1):
 
 
 def scatter_add(rows, index, n):
-    """out[i] = sum of rows[j] over j with index[j] = i. rows (M, ...), index (M,) in 0..n-1 -> (n, ...)."""
+    """out[i] = sum of rows[j] over j with index[j] = i. rows (M, ...), index (M,) integers in 0..n-1 -> (n, ...).
+
+    Raises ValueError for other shapes, IndexError for an index out of range.
+    """
+    index = np.asarray(index)
+    if rows.ndim == 0 or index.shape != rows.shape[:1] or index.dtype.kind not in "iu":
+        raise ValueError(f"scatter_add takes rows (M, ...) and integers (M,), not {rows.shape} and {index.dtype} "
+                         f"{index.shape}")
     value = np.zeros((n, *rows.shape[1:]), rows.dtype)
     np.add.at(value, index, rows.data)
     return primitive(value, (rows, lambda g: g[index]))

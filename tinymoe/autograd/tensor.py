@@ -416,7 +416,7 @@ def _unbroadcast(gradient, shape):
 
 def _keep(g, axis, keepdims, ndim):
     """Give a gradient back the axes of size 1 that a reduction removed."""
-    if keepdims:
+    if keepdims or ndim == 0:
         return g
     return np.expand_dims(g, tuple(range(ndim)) if axis is None else axis)
 
