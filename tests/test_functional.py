@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import Tensor
+from tinymoe import Tensor, gradcheck
 from tinymoe.autograd import functional as F
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -236,7 +236,9 @@ def test_embedding_refuses(ids):
 
 
 @pytest.mark.parametrize("shape, index, axis", [((2, 3), [[0, 0], [2, 1]], -1), ((2, 3), [[1, 1, 1]], 0), ((2, 3), [[-1], [0]], 1),
-                                                ((2, 2, 3), [[[1, 1, 0]], [[0, 0, 0]]], 1), ((4,), [3, 3, 3], 0)])
+                                                ((2, 2, 3), [[[1, 1, 0]], [[0, 0, 0]]], 1), ((4,), [3, 3, 3], 0),
+                                                ((2, 3), [[0, 2]], 1), ((2, 3), [[1], [0], [1]], 0), ((1, 3), [[0, 0], [2, 1]], 1),
+                                                ((2, 3), [5, 0, 5], None)])  # the index broadcasts, or x does, or x is flattened
 def test_gather(shape, index, axis):
     check(lambda x: F.gather(x, np.array(index), axis), lambda x: np.take_along_axis(x, np.array(index), axis), normal(*shape))
 
@@ -273,3 +275,40 @@ def test_where_with_numbers_keeps_the_dtype_and_no_gradient_leaks_from_the_other
     y = F.where(x.data > 0, 1, x) + F.where(x.data > 0, x, -np.inf)[1]
     y.sum().backward()
     assert y.dtype == np.float32 and y.data.tolist() == [4, 5] and x.grad.tolist() == [1, 2]
+
+
+# ---- what the forward pass accepts, the backward pass can differentiate -----------------------------------------------------------
+
+SHAPES = [(), (1,), (3,), (2, 3), (1, 3), (2, 1), (2, 3, 2), (1, 2, 1, 2), (0, 3)]
+INDICES = [0, -1, [0], [0, 1], (0, 1), [[0, 1]], [[0], [1]], [[0, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[[0, 1]]], [0, 1, 2, 0], [], [[]], 1.0, [0.0],
+           [True, False], [[True, False, True], [False, True, True]], np.array(1), np.array([0, 1], np.uint8), None, ..., range(2), slice(0, 2)]
+AXES = [None, 0, 1, -1, -2, (0,), (0, 1), ()]
+ONE = {"getitem": lambda x, i: x[i], "embedding": F.embedding, "gather 0": lambda x, i: F.gather(x, i, 0),
+       "gather -1": F.gather, "gather None": lambda x, i: F.gather(x, i, None), "scatter_add 1": lambda x, i: F.scatter_add(x, i, 1),
+       "scatter_add 3": lambda x, i: F.scatter_add(x, i, 3), "where": lambda x, i: F.where(i, x, 2.0 * x)}
+ALONG = {"sum": Tensor.sum, "mean": Tensor.mean, "max": Tensor.max, "softmax": F.softmax, "log_softmax": F.log_softmax,
+         "logsumexp": F.logsumexp, "concatenate": lambda x, axis: F.concatenate([x, x * x], axis), "rotary": lambda x, _: F.rotary(x)}
+CASES = [(name, f, i) for name, f in ONE.items() for i in INDICES] + [(name, f, axis) for name, f in ALONG.items() for axis in AXES]
+
+
+@pytest.mark.parametrize("function, argument", [case[1:] for case in CASES], ids=[f"{name} {argument}" for name, _, argument in CASES])
+def test_what_is_accepted_has_a_gradient(function, argument):
+    for shape in SHAPES:
+        x = leaf(normal(*shape))
+        try:
+            function(x, argument)
+        except (ValueError, IndexError, TypeError, RuntimeWarning):  # the mean of nothing warns
+            continue
+        result = gradcheck(lambda x: function(x, argument), x)
+        assert result, (shape, result)
+
+
+@pytest.mark.parametrize("wrong, error", [
+    (lambda: F.embedding(leaf([1.0, 2, 3]), [[0, 1, 1]]), ValueError), (lambda: F.embedding(leaf(np.ones((2, 3, 4))), [0]), ValueError),
+    (lambda: F.embedding(leaf(np.ones((2, 3))), [True, False]), IndexError), (lambda: F.rotary(leaf(np.ones((1, 2, 4)))), ValueError),
+    (lambda: F.scatter_add(leaf([1.0, 2, 3]), [[0, 0, 0], [1, 1, 1]], 3), ValueError),
+    (lambda: F.scatter_add(leaf(np.ones((1, 2))), [0, 1], 2), ValueError), (lambda: F.scatter_add(leaf(1.0), [], 2), ValueError),
+    (lambda: F.scatter_add(leaf([1.0, 2]), [True, False], 2), ValueError)])
+def test_lookups_refuse_what_they_cannot_differentiate(wrong, error):
+    with pytest.raises(error, match="not|integers"):
+        wrong()

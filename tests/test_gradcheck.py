@@ -1,10 +1,16 @@
-"""gradcheck must find small faults and only faults, and leave no trace on what it checked."""
+"""gradcheck must find small faults and only faults, and leave no trace on what it checked. Its table leaves nothing out."""
+import inspect
+import sys
+
 import numpy as np
 import pytest
 
-from tinymoe import Tensor, gradcheck
+from tinymoe import Tensor, attention, gradcheck, losses, nn, routers
 from tinymoe.autograd import functional as F
 from tinymoe.autograd.tensor import primitive
+from tinymoe.layers.latent_attention import LatentAttention
+from tinymoe.moe.experts import BACKENDS
+from tinymoe.tools import checks
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
@@ -110,3 +116,56 @@ def test_read_only_inputs():
     x = SMALL.copy()
     x.setflags(write=False)
     assert gradcheck(lambda x: x * x, x)
+
+
+# ---- the table of `cli.py gradcheck` ----------------------------------------------------------------------------------------------
+
+def functions_of(*owners):
+    """The Python functions that a module or a class defines itself, by their code."""
+    return {f.__code__: f"{owner.__name__}.{name}" for owner in owners for name, f in vars(owner).items()
+            if inspect.isfunction(f) and f.__module__ == getattr(owner, "__module__", owner.__name__)}
+
+
+@pytest.fixture(scope="module")
+def table():
+    """(the results of the table, the code of every function that ran for it; whole models are not needed for that)"""
+    ran, results = set(), {}
+    for name, check in checks.cases().items():
+        sys.setprofile(None if name.startswith("whole: Transformer") else lambda frame, event, _: ran.add(frame.f_code))
+        try:
+            results[name] = check()
+        finally:
+            sys.setprofile(None)
+    return results, ran
+
+
+def test_every_function_router_and_loss_has_a_case(table):
+    names = {name.split(": ")[1].split(",")[0] for name in checks.cases()}
+    public = {name for name, f in vars(F).items() if inspect.isfunction(f) and f.__module__ == F.__name__ and name[0] != "_"}
+    assert public <= names and set(routers.ROUTERS) <= names and set(losses.LOSSES) <= names
+    layers = nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.FeedForward, attention.CausalSelfAttention, LatentAttention
+    wanted = functions_of(Tensor, F, *layers, losses, *routers.ROUTERS.values()) | {f.__code__: name for name, f in BACKENDS.items()}
+    without_gradient = """__repr__ __len__ __iter__ __bool__ __float__ __setitem__ item numpy detach retain_grad mark_changed
+        equivalent_coefficient after_step""".split()
+    missing = [name for code, name in wanted.items() if code not in table[1]]
+    assert [name for name in missing if name.split(".")[-1] not in without_gradient] == []
+
+
+@pytest.mark.parametrize("name", checks.cases())
+def test_the_case_passes(name, table):
+    assert table[0][name].ok, table[0][name]
+
+
+def test_the_table_finds_a_wrong_gradient_and_a_choice_that_flips(monkeypatch):
+    monkeypatch.setattr(F, "sigmoid", lambda x: primitive(x.data, (x, lambda g: 2 * g)))
+    (row,) = checks.run_all("router: sigmoid_bias, groups")
+    assert not row.ok and row.line().startswith("FAIL  router: sigmoid_bias, groups") and "differences give" in row.note
+    monkeypatch.undo()
+    monkeypatch.setattr(checks, "X", Tensor(np.zeros((checks.N, checks.D))))  # all experts tie
+    (row,) = checks.run_all("router: top_k, K = 1")
+    assert not row.ok and "choice" in row.note
+
+
+def test_a_gradient_that_must_be_zero_fails_where_it_is_not():
+    assert checks._zero(lambda x: Tensor(SMALL) * 2, SMALL).ok
+    assert not checks._zero(lambda x: x * 1e-200 + SMALL, SMALL).ok
