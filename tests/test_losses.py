@@ -10,7 +10,8 @@ from tinymoe.moe.routing import from_mask, limit_capacity
 
 
 def routing(gates, probs=None, logits=None, **fields):
-    gates, probs, logits = (t if isinstance(t, Tensor) else Tensor(np.array(gates if t is None else t, float))
+    values = gates.numpy() if isinstance(gates, Tensor) else gates
+    gates, probs, logits = (t if isinstance(t, Tensor) else Tensor(np.array(values if t is None else t, float))
                             for t in (gates, probs, logits))
     return from_mask(gates.data != 0, gates, logits, probs, **fields)
 
