@@ -62,9 +62,11 @@ def test_a_product_of_turned_vectors_depends_on_their_distance_alone():
 
 # -- layers against loops -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("H, G, d, rotary, qk_norm", [(4, 4, 2, False, False), (4, 2, 2, True, False), (4, 1, 6, True, True)])
+@pytest.mark.parametrize("H, G, d, rotary, qk_norm",
+                         [(4, 4, 2, False, False), (4, 2, 2, True, False), (4, 1, 6, True, True)])
 def test_grouped_attention_against_a_loop(H, G, d, rotary, qk_norm):
-    layer = decided(CausalSelfAttention(D, H, np.random.default_rng(0), dtype=np.float64, n_kv_heads=G, head_dim=d, bias=False,
+    layer = decided(CausalSelfAttention(D, H, np.random.default_rng(0), dtype=np.float64, n_kv_heads=G, head_dim=d,
+                                        bias=False,
                                         rotary=rotary, qk_norm=qk_norm))
     x = states(B, T, D)
     q, k, v = (x @ w.weight.data for w in (layer.query, layer.key, layer.value))
@@ -85,7 +87,8 @@ def test_grouped_attention_against_a_loop(H, G, d, rotary, qk_norm):
 @pytest.mark.parametrize("q_rank", [0, 3])
 def test_latent_attention_against_a_loop(q_rank):
     H, d, r, dv, c = 2, 3, 4, 5, 6
-    layer = decided(LatentAttention(D, H, np.random.default_rng(0), dtype=np.float64, head_dim=d, q_rank=q_rank, kv_rank=c, rope_dim=r,
+    layer = decided(LatentAttention(D, H, np.random.default_rng(0), dtype=np.float64, head_dim=d, q_rank=q_rank,
+                                    kv_rank=c, rope_dim=r,
                                     v_dim=dv))
     x = states(B, T, D)
     low = x if not q_rank else rms(x @ layer.query_down.weight.data, layer.query_norm.weight.data)
@@ -118,8 +121,10 @@ OPTIONS = {
     "rms": dict(norm="rms"), "post norms": dict(post_norm=True), "rotary": dict(positions="rotary"),
     "grouped, no biases": dict(n_kv_heads=1, bias=False), "qk norm": dict(qk_norm=True), "tied": dict(tied=True),
     "wide heads": dict(head_dim=3), "latent": dict(attention="latent", kv_rank=3, rope_dim=2, q_rank=2, v_dim=3),
-    "angles and epsilons": dict(attention="latent", q_rank=2, kv_rank=3, rope_dim=4, rope_theta=9., norm_eps=.1, latent_eps=.2),
-    "two tokens ahead": dict(mtp_coef=.3), "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True,
+    "angles and epsilons": dict(attention="latent", q_rank=2, kv_rank=3, rope_dim=4, rope_theta=9., norm_eps=.1,
+                                latent_eps=.2),
+    "two tokens ahead": dict(mtp_coef=.3),
+    "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True,
                                                        tied=True, post_norm=True, mtp_coef=.3, n_shared=1)}
 
 
@@ -148,7 +153,8 @@ def test_options_are_causal_and_are_saved(changes, tmp_path):
     np.testing.assert_array_equal(Transformer.load(tmp_path / "model.npz").forward(IDS).logits.data, logits)
 
 
-@pytest.mark.parametrize("changes", [dict(norm_eps=.1), dict(norm="rms", norm_eps=.1), dict(qk_norm=True, norm="rms", norm_eps=.1),
+@pytest.mark.parametrize("changes",
+                         [dict(norm_eps=.1), dict(norm="rms", norm_eps=.1), dict(qk_norm=True, norm="rms", norm_eps=.1),
                                      dict(positions="rotary", head_dim=4, rope_theta=9.),
                                      dict(attention="latent", rope_dim=4, rope_theta=9.),
                                      dict(attention="latent", latent_eps=.1), dict(post_norm=True, norm_eps=.1)])
@@ -171,7 +177,8 @@ def test_a_tied_model_lists_its_embedding_once():
     m = model(tied=True)
     assert "head.weight" not in m.parameters()
     assert len({id(p) for p in m.parameters().values()}) == len(m.parameters())
-    np.testing.assert_allclose(m.forward(IDS).logits.data, m.norm(m.forward(IDS).states).data @ m.token_embedding.weight.data.T)
+    np.testing.assert_allclose(m.forward(IDS).logits.data,
+                               m.norm(m.forward(IDS).states).data @ m.token_embedding.weight.data.T)
 
 
 def test_without_biases_there_are_none():
@@ -179,7 +186,7 @@ def test_without_biases_there_are_none():
 
 
 def test_the_second_head_is_asked_for_the_token_after_the_next():
-    """Its loss does not change with the first target of a sequence as an answer, only as an input; the last target is only an answer."""
+    """The first target of a sequence is an input of its loss but not an answer; the last target is only an answer."""
     m = model(mtp_coef=1.0)
     targets = (IDS + 1) % 7
     seen = []
@@ -189,4 +196,5 @@ def test_the_second_head_is_asked_for_the_token_after_the_next():
     finally:
         F.cross_entropy = original
     np.testing.assert_array_equal(seen[1], targets[:, 1:].reshape(-1))
-    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + .01 * terms.balance.item() + terms.multi_token.item())
+    assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + .01 * terms.balance.item() +
+                                               terms.multi_token.item())

@@ -1,4 +1,4 @@
-"""Functions of Tensors: hand-worked values, oracles from naive.py, gradients against central differences, and extremes."""
+"""Functions of Tensors: values by hand and from naive.py, gradients against central differences, and extremes."""
 import math
 
 import numpy as np
@@ -39,11 +39,11 @@ def check(function, oracle, *arrays, tolerance=1e-10):
     assert value.shape == expected.shape
     np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
     for i, grad in enumerate(grads):
-        numeric = naive.central_difference(lambda z: oracle(*arrays[:i], z, *arrays[i + 1:]), arrays[i], dy)
+        numeric = naive.central_difference(lambda z, i=i: oracle(*arrays[:i], z, *arrays[i + 1:]), arrays[i], dy)
         np.testing.assert_allclose(grad, numeric, rtol=1e-6, atol=1e-8)
 
 
-# ---- activations ------------------------------------------------------------------------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, inner", naive.GATED.items())
 def test_gated_activations(name, inner):
@@ -68,7 +68,8 @@ def test_relu_at_zero_has_slope_zero():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("function, limits, slopes", [
-    (F.sigmoid, [0, 0, 1, 1], [0, 0, 0, 0]), (F.softplus, [0, 0, 1e2, 1e4], [0, 0, 1, 1]), (F.relu, [0, 0, 1e2, 1e4], [0, 0, 1, 1]),
+    (F.sigmoid, [0, 0, 1, 1], [0, 0, 0, 0]), (F.softplus, [0, 0, 1e2, 1e4], [0, 0, 1, 1]),
+    (F.relu, [0, 0, 1e2, 1e4], [0, 0, 1, 1]),
     (F.gelu, [0, 0, 1e2, 1e4], [0, 0, 1, 1]), (F.silu, [0, 0, 1e2, 1e4], [0, 0, 1, 1])])
 def test_activations_far_out(function, limits, slopes, dtype):
     value, (grad,) = gradients(function, [-1e4, -1e2, 1e2, 1e4], dtype=dtype)
@@ -89,10 +90,11 @@ def test_sigmoid_and_softplus_keep_their_digits_in_the_tail(dtype, tolerance):
 
 
 def test_normal_cdf():
-    check(F.normal_cdf, lambda x: np.array([0.5 * (1 + math.erf(z / math.sqrt(2))) for z in x]), np.array([-3.0, -0.5, 0, 1, 4]))
+    check(F.normal_cdf, lambda x: np.array([0.5 * (1 + math.erf(z / math.sqrt(2))) for z in x]),
+          np.array([-3.0, -0.5, 0, 1, 4]))
 
 
-# ---- softmax family ---------------------------------------------------------------------------------------------------------------
+# ---- softmax family ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("axis", [-1, 0, 1, -2])
 def test_softmax_family(axis):
@@ -106,7 +108,9 @@ def test_softmax_family(axis):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("row, p", [([1e30, 1e30, 0], [0.5, 0.5, 0]), ([-1e30, -1e30, -1e30], [1 / 3] * 3), ([-INF, 2, 2], [0, 0.5, 0.5]),
+@pytest.mark.parametrize("row, p",
+                         [([1e30, 1e30, 0], [0.5, 0.5, 0]), ([-1e30, -1e30, -1e30], [1 / 3] * 3),
+                          ([-INF, 2, 2], [0, 0.5, 0.5]),
                                     ([-INF, 7, -INF], [0, 1, 0]), ([1e4, -1e4, 1e4], [0.5, 0, 0.5])])
 def test_softmax_family_at_extremes(row, p, dtype):
     np.testing.assert_allclose(F.softmax(leaf(row, dtype)).data, p, rtol=1e-6)
@@ -122,7 +126,7 @@ def test_a_row_of_minus_infinity_sums_to_zero():
 
 
 def test_cross_entropy_by_hand():
-    """Row 1: p = (1/4, 3/4), target 1. Row 2: p = (1/2, 1/2), target 0. Mean of log 4/3 and log 2; gradient (p - onehot) / 2."""
+    """p = (1/4, 3/4), target 1, and p = (1/2, 1/2), target 0: mean of log 4/3 and log 2, gradient (p - onehot) / 2."""
     value, (grad,) = gradients(lambda x: F.cross_entropy(x, [1, 0]), [[0.0, math.log(3)], [5, 5]])
     assert value == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
     np.testing.assert_allclose(grad, [[1 / 8, -1 / 8], [-1 / 4, 1 / 4]])
@@ -130,7 +134,8 @@ def test_cross_entropy_by_hand():
 
 @pytest.mark.parametrize("targets", [[0, 3, 3], np.array([2, 1, 0], np.uint8), Tensor([1, 1, 1])])
 def test_cross_entropy(targets):
-    check(lambda x: F.cross_entropy(x, targets), lambda x: naive.cross_entropy(x, np.asarray(targets)), 3 * normal(3, 4))
+    check(lambda x: F.cross_entropy(x, targets), lambda x: naive.cross_entropy(x, np.asarray(targets)),
+          3 * normal(3, 4))
 
 
 def test_cross_entropy_of_a_certain_mistake_is_finite():
@@ -138,14 +143,15 @@ def test_cross_entropy_of_a_certain_mistake_is_finite():
     assert value == 2e4 and grad.tolist() == [[-1, 1]]
 
 
-@pytest.mark.parametrize("logits, targets", [((2, 3), [0, 3]), ((2, 3), [-1, 0]), ((2, 3), [0.0, 1.0]), ((2, 3), [0]), ((0, 3), []),
+@pytest.mark.parametrize("logits, targets",
+                         [((2, 3), [0, 3]), ((2, 3), [-1, 0]), ((2, 3), [0.0, 1.0]), ((2, 3), [0]), ((0, 3), []),
                                              ((2, 3), [[0], [1]]), ((2, 3, 4), [0, 1]), ((2, 3), [True, False])])
 def test_cross_entropy_refuses(logits, targets):
     with pytest.raises(ValueError, match="targets"):
         F.cross_entropy(leaf(np.zeros(logits)), targets)
 
 
-# ---- layers' arithmetic -----------------------------------------------------------------------------------------------------------
+# ---- layers' arithmetic --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 2, 3), (0, 3), (2, 0, 3)])
 def test_linear_and_norms(shape):
@@ -165,7 +171,8 @@ def test_strided_inputs_and_gradients():
     check(lambda x, w: F.linear(x, w).T, lambda x, w: (x @ w).T, x, w)
     check(lambda x: F.gelu(x.T), lambda x: naive.each(naive.activation, x.T, "gelu"), x)
     x.setflags(write=False)
-    for function in (lambda x: F.linear(x, Tensor(w)) * dy, F.silu, lambda x: F.layer_norm(x, Tensor(np.ones(3)), Tensor(np.zeros(3)))):
+    for function in (lambda x: F.linear(x, Tensor(w)) * dy, F.silu,
+                     lambda x: F.layer_norm(x, Tensor(np.ones(3)), Tensor(np.zeros(3)))):
         assert np.isfinite(gradients(function, x)[1][0]).all()
 
 
@@ -179,13 +186,15 @@ def test_layer_norm_of_a_large_mean_and_of_a_constant(dtype, tolerance):
     assert flat.tolist() == [[0] * 4] and np.isfinite(grads[0]).all()
 
 
-@pytest.mark.parametrize("B, T, H, G, d, dv", [(1, 1, 1, 1, 2, 2), (2, 5, 2, 2, 3, 4), (1, 4, 4, 2, 2, 3), (2, 3, 4, 1, 1, 1)])
+@pytest.mark.parametrize("B, T, H, G, d, dv",
+                         [(1, 1, 1, 1, 2, 2), (2, 5, 2, 2, 3, 4), (1, 4, 4, 2, 2, 3), (2, 3, 4, 1, 1, 1)])
 def test_causal_attention(B, T, H, G, d, dv):
-    check(F.causal_attention, lambda *a: naive.causal_attention(*a)[0], normal(B, T, H, d), normal(B, T, G, d, seed=1), normal(B, T, G, dv, seed=2))
+    check(F.causal_attention, lambda *a: naive.causal_attention(*a)[0], normal(B, T, H, d), normal(B, T, G, d, seed=1),
+          normal(B, T, G, dv, seed=2))
 
 
 def test_causal_attention_by_hand():
-    """q = 0: the weights are equal, so position t gets the mean of v[0..t]; no gradient flows from the past to the future."""
+    """q = 0: the weights are equal, so position t gets the mean of v[0..t]; later positions get no gradient."""
     zero, v = np.zeros((1, 3, 1, 1)), np.array([3.0, 5, 10]).reshape(1, 3, 1, 1)
     value, (_, _, dv) = gradients(F.causal_attention, zero, zero, v, dy=np.array([0, 1.0, 0]).reshape(1, 3, 1, 1))
     assert value.ravel().tolist() == [3, 4, 6] and dv.ravel().tolist() == [0.5, 0.5, 0]
@@ -197,14 +206,18 @@ WRONG = {  # these reach compiled loops, where a wrong size reads foreign memory
     "layer_norm weight": lambda: F.layer_norm(leaf(np.ones((2, 3))), leaf(np.ones(2)), leaf(np.ones(3))),
     "layer_norm bias": lambda: F.layer_norm(leaf(np.ones((2, 3))), leaf(np.ones(3)), leaf(np.ones(1))),
     "rms_norm weight": lambda: F.rms_norm(leaf(np.ones((2, 3))), leaf(np.ones((2, 1)))),
-    "groups": lambda: F.causal_attention(leaf(np.ones((1, 2, 3, 4))), leaf(np.ones((1, 2, 2, 4))), leaf(np.ones((1, 2, 2, 4)))),
-    "time": lambda: F.causal_attention(leaf(np.ones((1, 3, 1, 4))), leaf(np.ones((1, 2, 1, 4))), leaf(np.ones((1, 2, 1, 4)))),
-    "width": lambda: F.causal_attention(leaf(np.ones((1, 2, 1, 4))), leaf(np.ones((1, 2, 1, 3))), leaf(np.ones((1, 2, 1, 3)))),
+    "groups": lambda: F.causal_attention(leaf(np.ones((1, 2, 3, 4))), leaf(np.ones((1, 2, 2, 4))),
+                                         leaf(np.ones((1, 2, 2, 4)))),
+    "time": lambda: F.causal_attention(leaf(np.ones((1, 3, 1, 4))), leaf(np.ones((1, 2, 1, 4))),
+                                       leaf(np.ones((1, 2, 1, 4)))),
+    "width": lambda: F.causal_attention(leaf(np.ones((1, 2, 1, 4))), leaf(np.ones((1, 2, 1, 3))),
+                                        leaf(np.ones((1, 2, 1, 3)))),
 }
 
 
 @pytest.mark.parametrize("function", [F.gelu, F.relu, lambda x: F.embedding(x, [0]), lambda x: F.linear(x, x),
-                                      lambda x: F.layer_norm(x, x[0], x[0]), lambda x: F.causal_attention(x[None, None], x[None, None], x[None, None])])
+                                      lambda x: F.layer_norm(x, x[0], x[0]),
+                                      lambda x: F.causal_attention(x[None, None], x[None, None], x[None, None])])
 @pytest.mark.parametrize("dtype", [np.float16, np.int64])
 def test_compiled_functions_say_which_dtypes_they_take(function, dtype):
     with pytest.raises(TypeError, match="float32"):
@@ -222,7 +235,7 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
         WRONG[wrong]()
 
 
-# ---- lookups and joins ------------------------------------------------------------------------------------------------------------
+# ---- lookups and joins ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ids", [[0, 0, 2], [[1, 1], [1, 3]], 2, np.zeros((0,), int), np.array([3, 0], np.uint8)])
 def test_embedding(ids):
@@ -235,12 +248,15 @@ def test_embedding_refuses(ids):
         F.embedding(leaf(normal(4, 3)), ids)
 
 
-@pytest.mark.parametrize("shape, index, axis", [((2, 3), [[0, 0], [2, 1]], -1), ((2, 3), [[1, 1, 1]], 0), ((2, 3), [[-1], [0]], 1),
+@pytest.mark.parametrize("shape, index, axis",
+                         [((2, 3), [[0, 0], [2, 1]], -1), ((2, 3), [[1, 1, 1]], 0), ((2, 3), [[-1], [0]], 1),
                                                 ((2, 2, 3), [[[1, 1, 0]], [[0, 0, 0]]], 1), ((4,), [3, 3, 3], 0),
-                                                ((2, 3), [[0, 2]], 1), ((2, 3), [[1], [0], [1]], 0), ((1, 3), [[0, 0], [2, 1]], 1),
-                                                ((2, 3), [5, 0, 5], None)])  # the index broadcasts, or x does, or x is flattened
+                          # the index broadcasts, or x does, or x is flattened
+                          ((2, 3), [[0, 2]], 1), ((2, 3), [[1], [0], [1]], 0), ((1, 3), [[0, 0], [2, 1]], 1),
+                          ((2, 3), [5, 0, 5], None)])
 def test_gather(shape, index, axis):
-    check(lambda x: F.gather(x, np.array(index), axis), lambda x: np.take_along_axis(x, np.array(index), axis), normal(*shape))
+    check(lambda x: F.gather(x, np.array(index), axis), lambda x: np.take_along_axis(x, np.array(index), axis),
+          normal(*shape))
 
 
 def test_scatter_add():
@@ -277,21 +293,27 @@ def test_where_with_numbers_keeps_the_dtype_and_no_gradient_leaks_from_the_other
     assert y.dtype == np.float32 and y.data.tolist() == [4, 5] and x.grad.tolist() == [1, 2]
 
 
-# ---- what the forward pass accepts, the backward pass can differentiate -----------------------------------------------------------
+# ---- what the forward pass accepts, the backward pass can differentiate --------------------------
 
 SHAPES = [(), (1,), (3,), (2, 3), (1, 3), (2, 1), (2, 3, 2), (1, 2, 1, 2), (0, 3)]
-INDICES = [0, -1, [0], [0, 1], (0, 1), [[0, 1]], [[0], [1]], [[0, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[[0, 1]]], [0, 1, 2, 0], [], [[]], 1.0, [0.0],
-           [True, False], [[True, False, True], [False, True, True]], np.array(1), np.array([0, 1], np.uint8), None, ..., range(2), slice(0, 2)]
+INDICES = [0, -1, [0], [0, 1], (0, 1), [[0, 1]], [[0], [1]], [[0, 1, 1]], [[0, 0, 0], [1, 1, 1]], [[[0, 1]]],
+           [0, 1, 2, 0], [], [[]], 1.0, [0.0],
+           [True, False], [[True, False, True], [False, True, True]], np.array(1), np.array([0, 1], np.uint8), None,
+           ..., range(2), slice(0, 2)]
 AXES = [None, 0, 1, -1, -2, (0,), (0, 1), ()]
-ONE = {"getitem": lambda x, i: x[i], "embedding": F.embedding, "gather 0": lambda x, i: F.gather(x, i, 0),
-       "gather -1": F.gather, "gather None": lambda x, i: F.gather(x, i, None), "scatter_add 1": lambda x, i: F.scatter_add(x, i, 1),
+AT = {"getitem": lambda x, i: x[i], "embedding": F.embedding, "gather 0": lambda x, i: F.gather(x, i, 0),
+      "gather -1": F.gather, "gather None": lambda x, i: F.gather(x, i, None),
+      "scatter_add 1": lambda x, i: F.scatter_add(x, i, 1),
        "scatter_add 3": lambda x, i: F.scatter_add(x, i, 3), "where": lambda x, i: F.where(i, x, 2.0 * x)}
 ALONG = {"sum": Tensor.sum, "mean": Tensor.mean, "max": Tensor.max, "softmax": F.softmax, "log_softmax": F.log_softmax,
-         "logsumexp": F.logsumexp, "concatenate": lambda x, axis: F.concatenate([x, x * x], axis), "rotary": lambda x, _: F.rotary(x)}
-CASES = [(name, f, i) for name, f in ONE.items() for i in INDICES] + [(name, f, axis) for name, f in ALONG.items() for axis in AXES]
+         "logsumexp": F.logsumexp, "concatenate": lambda x, axis: F.concatenate([x, x * x], axis),
+         "rotary": lambda x, _: F.rotary(x)}
+CASES = [(name, f, argument) for table, arguments in ((AT, INDICES), (ALONG, AXES)) for name, f in table.items()
+         for argument in arguments]
 
 
-@pytest.mark.parametrize("function, argument", [case[1:] for case in CASES], ids=[f"{name} {argument}" for name, _, argument in CASES])
+@pytest.mark.parametrize("function, argument", [case[1:] for case in CASES],
+                         ids=[f"{name} {argument}" for name, _, argument in CASES])
 def test_what_is_accepted_has_a_gradient(function, argument):
     for shape in SHAPES:
         x = leaf(normal(*shape))
@@ -304,10 +326,13 @@ def test_what_is_accepted_has_a_gradient(function, argument):
 
 
 @pytest.mark.parametrize("wrong, error", [
-    (lambda: F.embedding(leaf([1.0, 2, 3]), [[0, 1, 1]]), ValueError), (lambda: F.embedding(leaf(np.ones((2, 3, 4))), [0]), ValueError),
-    (lambda: F.embedding(leaf(np.ones((2, 3))), [True, False]), IndexError), (lambda: F.rotary(leaf(np.ones((1, 2, 4)))), ValueError),
+    (lambda: F.embedding(leaf([1.0, 2, 3]), [[0, 1, 1]]), ValueError),
+    (lambda: F.embedding(leaf(np.ones((2, 3, 4))), [0]), ValueError),
+    (lambda: F.embedding(leaf(np.ones((2, 3))), [True, False]), IndexError),
+    (lambda: F.rotary(leaf(np.ones((1, 2, 4)))), ValueError),
     (lambda: F.scatter_add(leaf([1.0, 2, 3]), [[0, 0, 0], [1, 1, 1]], 3), ValueError),
-    (lambda: F.scatter_add(leaf(np.ones((1, 2))), [0, 1], 2), ValueError), (lambda: F.scatter_add(leaf(1.0), [], 2), ValueError),
+    (lambda: F.scatter_add(leaf(np.ones((1, 2))), [0, 1], 2), ValueError),
+    (lambda: F.scatter_add(leaf(1.0), [], 2), ValueError),
     (lambda: F.scatter_add(leaf([1.0, 2]), [True, False], 2), ValueError)])
 def test_lookups_refuse_what_they_cannot_differentiate(wrong, error):
     with pytest.raises(error, match="not|integers"):

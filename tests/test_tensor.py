@@ -44,12 +44,12 @@ def check(function, *arrays):
     dy = np.random.default_rng(1).standard_normal(out.shape)
     out.backward(dy)
     for i, x in enumerate(leaves):
-        numeric = naive.central_difference(lambda z: function(*arrays[:i], z, *arrays[i + 1:]), arrays[i], dy)
+        numeric = naive.central_difference(lambda z, i=i: function(*arrays[:i], z, *arrays[i + 1:]), arrays[i], dy)
         assert type(x.grad) is np.ndarray and x.grad.shape == x.shape and x.grad.dtype == x.dtype
         np.testing.assert_allclose(x.grad, numeric, rtol=1e-6, atol=1e-8)
 
 
-# ---- arithmetic -------------------------------------------------------------------------------------------------------------------
+# ---- arithmetic ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("op", BINARY)
 @pytest.mark.parametrize("a", SHAPES)
@@ -59,24 +59,30 @@ def test_broadcasting(op, a, b):
 
 
 @pytest.mark.parametrize("op", BINARY)
-@pytest.mark.parametrize("other", [2, 1.5, True, np.float64(1.5), np.int64(2), np.bool_(True), positive(3), positive(1, 2).T, [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("other",
+                         [2, 1.5, True, np.float64(1.5), np.int64(2), np.bool_(True), positive(3), positive(1, 2).T,
+                          [1.0, 2.0, 3.0]])
 def test_plain_operand_on_either_side(op, other):
     constant = np.asarray(other, np.float64)  # NumPy itself refuses True - True
     for swapped in (False, True):
-        def function(x, other):
+        def function(x, other, swapped=swapped):
             return op(other, x) if swapped else op(x, other)
 
         x = leaf(positive(2, 3))
         y = function(x, other)
         y.backward(np.ones((2, 3)))
         np.testing.assert_allclose(y.data, function(x.data, constant))
-        np.testing.assert_allclose(x.grad, naive.central_difference(lambda z: function(z, constant), x.data, np.ones((2, 3))), rtol=1e-6)
+        np.testing.assert_allclose(x.grad,
+                                   naive.central_difference(lambda z: function(z, constant), x.data, np.ones((2, 3))),
+                                   rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", [
-    lambda x: x + 1.5, lambda x: 2 - x, lambda x: x * np.float64(2.5), lambda x: np.float64(2.5) / x, lambda x: x ** np.int64(2),
-    lambda x: 2.0 ** x, lambda x: -x, lambda x: x @ x.T, lambda x: x.sum(0), lambda x: x.mean(axis=(0, 1)), lambda x: x.max(1),
+    lambda x: x + 1.5, lambda x: 2 - x, lambda x: x * np.float64(2.5), lambda x: np.float64(2.5) / x,
+    lambda x: x ** np.int64(2),
+    lambda x: 2.0 ** x, lambda x: -x, lambda x: x @ x.T, lambda x: x.sum(0), lambda x: x.mean(axis=(0, 1)),
+    lambda x: x.max(1),
     lambda x: x.exp().log().sqrt().tanh(), lambda x: x[[0, 0, 1]], lambda x: x.reshape(-1).transpose()])
 def test_dtype_is_kept(function, dtype):
     x = leaf(positive(2, 3), dtype)
@@ -98,7 +104,8 @@ def test_unary(name):
         check(lambda x: getattr(x, name)() if isinstance(x, Tensor) else getattr(np, name)(x), positive(*shape))
 
 
-@pytest.mark.parametrize("power, slopes", [(0, [0, 0, 0]), (1, [1, 1, 1]), (2, [-4, 0, 6]), (3, [12, 0, 27]), (1.0, [1, 1, 1])])
+@pytest.mark.parametrize("power, slopes",
+                         [(0, [0, 0, 0]), (1, [1, 1, 1]), (2, [-4, 0, 6]), (3, [12, 0, 27]), (1.0, [1, 1, 1])])
 def test_powers_at_zero_and_below(power, slopes):
     assert gradient(lambda x: x ** power, [-2.0, 0, 3]).tolist() == slopes
     assert gradient(lambda x: x ** np.full(3, power), [-2.0, 0, 3]).tolist() == slopes
@@ -110,18 +117,20 @@ def test_exponent_with_a_gradient():
     assert np.isnan(gradient(lambda y: (-2.0) ** y, [2.0])).all()
 
 
-# ---- matrix product ---------------------------------------------------------------------------------------------------------------
+# ---- matrix product ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("a, b", [
-    [(3,), (3,)], [(3,), (3, 2)], [(2, 3), (3,)], [(2, 3), (3, 4)], [(5, 2, 3), (3,)], [(3,), (5, 3, 2)], [(5, 2, 3), (3, 4)],
-    [(2, 3), (5, 3, 4)], [(5, 1, 2, 3), (4, 3, 2)], [(1, 2, 3), (4, 3, 2)], [(1, 1), (1, 1)], [(0, 3), (3, 2)], [(2, 0), (0, 3)]])
+    [(3,), (3,)], [(3,), (3, 2)], [(2, 3), (3,)], [(2, 3), (3, 4)], [(5, 2, 3), (3,)], [(3,), (5, 3, 2)],
+    [(5, 2, 3), (3, 4)],
+    [(2, 3), (5, 3, 4)], [(5, 1, 2, 3), (4, 3, 2)], [(1, 2, 3), (4, 3, 2)], [(1, 1), (1, 1)], [(0, 3), (3, 2)],
+    [(2, 0), (0, 3)]])
 def test_matmul(a, b):
     check(operator.matmul, positive(*a), positive(*b, seed=1))
     check(lambda x: positive(*a) @ x, positive(*b))
     check(lambda x: x @ positive(*b), positive(*a))
 
 
-# ---- reductions and shapes --------------------------------------------------------------------------------------------------------
+# ---- reductions and shapes -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, -1, -3, (0,), (0, 2), (-1, 0), (2, 1), (0, 1, 2), ()])
 @pytest.mark.parametrize("keepdims", [False, True])
@@ -144,18 +153,23 @@ def test_sums_of_integers_and_booleans_count():
 
 
 @pytest.mark.parametrize("function", [
-    lambda x: x.reshape(4, 6), lambda x: x.reshape((-1, 2)), lambda x: x.reshape([3, 8]), lambda x: x.reshape(-1), lambda x: x.T,
-    lambda x: x.transpose(), lambda x: x.transpose(1, 2, 0), lambda x: x.transpose((2, 0, 1)), lambda x: x.transpose(-1, 0, -2),
+    lambda x: x.reshape(4, 6), lambda x: x.reshape((-1, 2)), lambda x: x.reshape([3, 8]), lambda x: x.reshape(-1),
+    lambda x: x.T,
+    lambda x: x.transpose(), lambda x: x.transpose(1, 2, 0), lambda x: x.transpose((2, 0, 1)),
+    lambda x: x.transpose(-1, 0, -2),
     lambda x: x.T.reshape(-1) * positive(24), lambda x: x.transpose(1, 0, 2).sum(axis=0) @ x[0].T])
 def test_shapes(function):
     check(function, positive(2, 3, 4))
 
 
 @pytest.mark.parametrize("index", [
-    0, -1, slice(None), slice(1, None), slice(None, None, -2), slice(3, 0, -1), None, ..., (..., 0), (0, ...), (None, 1, ..., None),
-    (slice(None), 1), (slice(None, None, -1), slice(0, 2)), np.int64(1), [0, 0, 2], np.array([[1, 1], [0, -1]]), np.array(1),
+    0, -1, slice(None), slice(1, None), slice(None, None, -2), slice(3, 0, -1), None, ..., (..., 0), (0, ...),
+    (None, 1, ..., None),
+    (slice(None), 1), (slice(None, None, -1), slice(0, 2)), np.int64(1), [0, 0, 2], np.array([[1, 1], [0, -1]]),
+    np.array(1),
     (np.array([0, 0, 1]), np.array([2, 2, 0])), (np.array([0, 0])[:, None], np.array([1, 1])), (slice(None), [1, 1]),
-    ([0, 0], slice(1, None)), ([0, 0], None, 1), ([0, 0], slice(None), [1, 1]), (0, [1, 1]), [], [True, False, True, True], True,
+    ([0, 0], slice(1, None)), ([0, 0], None, 1), ([0, 0], slice(None), [1, 1]), (0, [1, 1]), [],
+    [True, False, True, True], True,
     np.arange(24).reshape(4, 3, 2) % 5 == 0, (slice(None), np.array([True, False, True]))],
     ids=lambda i: repr(i).replace("\n", "")[:40])
 def test_indexing(index):
@@ -163,10 +177,11 @@ def test_indexing(index):
 
 
 def test_an_index_may_be_a_tensor():
-    assert gradient(lambda x: x[Tensor(np.array([0, 0, 2]))] + x[Tensor([True, False, True]), ][0], [1.0, 2, 3]).tolist() == [5, 0, 1]
+    assert gradient(lambda x: x[Tensor(np.array([0, 0, 2]))] + x[Tensor([True, False, True]), ][0],
+                    [1.0, 2, 3]).tolist() == [5, 0, 1]
 
 
-# ---- the backward pass ------------------------------------------------------------------------------------------------------------
+# ---- the backward pass ---------------------------------------------------------------------------
 
 def test_a_chain_of_100_000_additions_and_its_end():
     x = leaf(0.0)
@@ -246,7 +261,9 @@ def test_two_graphs_accumulate_into_one_leaf_until_its_gradient_is_none():
     assert x.grad.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("function", [lambda x, y: x + y, lambda x, y: x - -y, lambda x, y: (x + y).reshape(2, 1), lambda x, y: (x + y)[::1]])
+@pytest.mark.parametrize("function",
+                         [lambda x, y: x + y, lambda x, y: x - -y, lambda x, y: (x + y).reshape(2, 1),
+                          lambda x, y: (x + y)[::1]])
 def test_leaves_own_their_gradients(function):
     x, y, seed = leaf([1.0, 2]), leaf([3.0, 4]), np.ones(2)
     out = function(x, y).retain_grad()
@@ -329,9 +346,11 @@ def test_strided_and_read_only_inputs(make):
 
 
 def test_zero_size_and_zero_dimensions():
-    for function in (lambda x: x * 2.0, lambda x: x.sum(), lambda x: x.mean(axis=1), lambda x: x.T @ x, lambda x: x[:0], lambda x: x.reshape(3, 0)):
+    for function in (lambda x: x * 2.0, lambda x: x.sum(), lambda x: x.mean(axis=1), lambda x: x.T @ x,
+                     lambda x: x[:0], lambda x: x.reshape(3, 0)):
         assert gradient(function, np.zeros((0, 3))).shape == (0, 3)
-    for function in (lambda x: x * x, lambda x: 2 ** x, lambda x: x.mean(), lambda x: x.exp(), lambda x: x.T, lambda x: x[None] @ x[None]):
+    for function in (lambda x: x * x, lambda x: 2 ** x, lambda x: x.mean(), lambda x: x.exp(), lambda x: x.T,
+                     lambda x: x[None] @ x[None]):
         grad = gradient(function, 2.0)
         assert type(grad) is np.ndarray and grad.shape == ()
 
@@ -352,7 +371,7 @@ def test_the_values_of_a_tensor_are_an_array_where_no_graph_is_lost():
         assert np.concatenate([x, x * 2]).tolist() == [1, 2, 2, 4]
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 def in_place(x):
     x[0] = 1.0
