@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from tinymoe import Tensor, attention, gradcheck, losses, nn, routers
+from tinymoe import Tensor, attention, gradcheck, kernels, losses, nn, routers
 from tinymoe.autograd import functional as F
 from tinymoe.autograd.tensor import primitive
 from tinymoe.layers.latent_attention import LatentAttention
@@ -131,20 +131,30 @@ def functions_of(*owners):
             if inspect.isfunction(f) and f.__module__ == getattr(owner, "__module__", owner.__name__)}
 
 
-@pytest.fixture(scope="module")
-def table():
-    """(the results of the table, the code of every function that ran for it; whole models are not needed for that)"""
-    ran, results = set(), {}
-    for name, check in checks.cases().items():
-        sys.setprofile(None if name.startswith("whole: Transformer") else lambda frame, event, _: ran.add(frame.f_code))
-        try:
-            results[name] = check()
-        finally:
-            sys.setprofile(None)
-    return results, ran
+@pytest.fixture(scope="module", params=["numpy", pytest.param("numba", marks=pytest.mark.slow)])
+def table(request):
+    """(the results of the table, the code of every function that ran for it, the kernels that ran), on both kernels.
+
+    Whole models are left out of the second, because watching them takes long.
+    """
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    before, ran, results = kernels.active(), set(), {}
+    kernels.use(request.param)
+    kernels.compile_all("float64")
+    with kernels.timed() as spent:
+        for name, check in checks.cases().items():
+            watch = None if name.startswith("whole: Transformer") else lambda frame, *_: ran.add(frame.f_code)
+            sys.setprofile(watch)
+            try:
+                results[name] = check()
+            finally:
+                sys.setprofile(None)
+    kernels.use(before)
+    return results, ran, set(spent)
 
 
-def test_every_function_router_and_loss_has_a_case(table):
+def test_every_function_router_loss_and_kernel_has_a_case(table):
     names = {name.split(": ")[1].split(",")[0] for name in checks.cases()}
     public = {name.split(".")[-1] for name in functions_of(F).values() if "._" not in name}
     assert public <= names and set(routers.ROUTERS) <= names and set(losses.LOSSES) <= names
@@ -154,6 +164,7 @@ def test_every_function_router_and_loss_has_a_case(table):
     wanted |= {backend.__code__: name for name, backend in BACKENDS.items()}
     without_gradient = """__repr__ __len__ __iter__ __bool__ __float__ __setitem__ item numpy detach retain_grad
         mark_changed equivalent_coefficient after_step""".split()
+    assert set(kernels.KERNELS) - table[2] == {"adamw", "sum_of_squares"}  # these have no gradient
     missing = [name for code, name in wanted.items() if code not in table[1]]
     assert [name for name in missing if name.split(".")[-1] not in without_gradient] == []
 

@@ -4,11 +4,14 @@ Each makes one node of the graph, with its VJP beside it. Those that take most o
 kernels/reference.py for its equations.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import expit, ndtr
 
 from .. import kernels
-from .tensor import Tensor, primitive, record
+from .tensor import Axis, Tensor, primitive, record
 
 
 def _rows(x):
@@ -40,33 +43,33 @@ def activation(x: Tensor, name: str) -> Tensor:
     return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
 
 
-def gelu(x):
+def gelu(x: Tensor) -> Tensor:
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the tanh form (Hendrycks & Gimpel 2016)."""
     return activation(x, "gelu")
 
 
-def silu(x):
+def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x), also called swish (Hendrycks & Gimpel 2016)."""
     return activation(x, "silu")
 
 
-def relu(x):
+def relu(x: Tensor) -> Tensor:
     """max(x, 0); the gradient at 0 is 0."""
     return activation(x, "relu")
 
 
-def sigmoid(x):
+def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)), without overflow and exact in both tails."""
     value = expit(x.data)
     return primitive(value, (x, lambda g: g * value * (1 - value)))
 
 
-def softplus(x):
+def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), without overflow."""
     return primitive(np.logaddexp(x.data, 0).astype(x.dtype), (x, lambda g: g * expit(x.data)))
 
 
-def normal_cdf(x):
+def normal_cdf(x: Tensor) -> Tensor:
     """P(Z <= x) for a standard normal Z."""
     density = np.exp(-0.5 * x.data ** 2) / np.sqrt(2 * np.pi).astype(x.dtype)
     return primitive(ndtr(x.data).astype(density.dtype), (x, lambda g: g * density))
@@ -92,26 +95,26 @@ def _log_softmax(x, axis):
     return x - top - rest
 
 
-def softmax(x, axis=-1):
+def softmax(x: Tensor, axis: Axis = -1) -> Tensor:
     """exp(x) / sum exp(x) along an axis; -inf gives probability 0."""
     p = _softmax(x.data, axis)
     return primitive(p, (x, lambda g: p * (g - (g * p).sum(axis=axis, keepdims=True))))
 
 
-def log_softmax(x, axis=-1):
+def log_softmax(x: Tensor, axis: Axis = -1) -> Tensor:
     """x - logsumexp(x) along an axis."""
     value = _log_softmax(x.data, axis)
     return primitive(value, (x, lambda g: g - np.exp(value) * g.sum(axis=axis, keepdims=True)))
 
 
-def logsumexp(x, axis=-1):
+def logsumexp(x: Tensor, axis: Axis = -1) -> Tensor:
     """log sum exp(x) along an axis, which is removed."""
     top, rest = _shift(x.data, axis)
     value = top + rest
     return primitive(value.squeeze(axis), (x, lambda g: g.reshape(value.shape) * _softmax(x.data, axis)))
 
 
-def cross_entropy(logits, targets):
+def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:
     """Mean over rows of -log softmax(logits)[target], in nats.
 
     logits (N, V), targets (N,) integers from 0 to V - 1. Raises ValueError for other shapes or targets.
@@ -136,10 +139,13 @@ def cross_entropy(logits, targets):
 
 # -- layers' arithmetic -------------------------------------------------------------------------
 
-def linear(x, weight, bias=None):
-    """x @ weight + bias for x (..., I), weight (I, O), bias (O,) or None -> (..., O)."""
-    if x.shape[-1:] != weight.shape[:1]:
-        raise ValueError(f"linear: x has shape {x.shape}, but the weight takes {weight.shape[0]} features")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight + bias for x (..., I), weight (I, O), bias (O,) or None -> (..., O).
+
+    Raises ValueError for shapes that do not fit together.
+    """
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[:1]:
+        raise ValueError(f"linear takes x (..., I) and a weight (I, O), not {x.shape} and {weight.shape}")
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"linear: the bias has shape {bias.shape}, but the weight gives {weight.shape[1]} features")
     parents = (x, weight) if bias is None else (x, weight, bias)
@@ -154,10 +160,10 @@ def linear(x, weight, bias=None):
     return record(value.reshape(*x.shape[:-1], weight.shape[1]), parents, vjp)
 
 
-def layer_norm(x, weight, bias, eps=1e-5):
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016).
 
-    x (..., D), weight (D,), bias (D,); the variance is the population's.
+    x (..., D), weight (D,), bias (D,); the variance is the mean square of x - mean. ValueError for other shapes.
     """
     _check_widths("layer_norm", x, weight, bias)
     _check_dtypes("layer_norm", x, weight, bias)
@@ -171,8 +177,11 @@ def layer_norm(x, weight, bias, eps=1e-5):
     return record(value.reshape(x.shape), (x, weight, bias), vjp)
 
 
-def rms_norm(x, weight, eps=1e-5):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019). x (..., D), weight (D,)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019).
+
+    x (..., D), weight (D,). ValueError for other shapes.
+    """
     _check_widths("rms_norm", x, weight)
     rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
     normed = x.data * rstd
@@ -184,13 +193,13 @@ def rms_norm(x, weight, eps=1e-5):
     return primitive((normed * weight.data).astype(x.dtype), (x, vjp_x), (weight, lambda g: g * normed))
 
 
-def causal_attention(q, k, v):
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for each head, over positions up to the query's own (Vaswani et al. 2017, eq. 1).
 
     q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv) -> (B, T, H, dv). G divides H, and head h reads group h // (H // G)
     (grouped queries, Ainslie et al. 2023). Raises ValueError for shapes that do not fit together.
     """
-    (B, T, H, d), G = q.shape, v.shape[2]
+    (B, T, H, d), (G, _) = q.shape, v.shape[2:]
     if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or G == 0 or H % G:
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
                          f"not {q.shape}, {k.shape}, {v.shape}")
@@ -199,7 +208,7 @@ def causal_attention(q, k, v):
     return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
 
 
-def rotary(x, base=10_000.0):
+def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape.
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
@@ -221,7 +230,7 @@ def rotary(x, base=10_000.0):
 
 # -- lookups and joins --------------------------------------------------------------------------
 
-def embedding(table, ids):
+def embedding(table: Tensor, ids: ArrayLike) -> Tensor:
     """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D).
 
     Raises ValueError for a table of other axes, IndexError for ids that are not integers from 0 to V - 1.
@@ -237,7 +246,7 @@ def embedding(table, ids):
     return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
 
 
-def gather(x, index, axis=-1):
+def gather(x: Tensor, index: ArrayLike, axis: int | None = -1) -> Tensor:
     """out[..., i, ...] = x[..., index[..., i, ...], ...] along an axis, as `np.take_along_axis` does.
 
     The index may repeat entries, and it broadcasts with x along the other axes. axis None: x is flattened first.
@@ -256,7 +265,7 @@ def gather(x, index, axis=-1):
     return primitive(np.take_along_axis(x.data, index, axis), (x, vjp))
 
 
-def scatter_add(rows, index, n):
+def scatter_add(rows: Tensor, index: ArrayLike, n: int) -> Tensor:
     """out[i] = sum of rows[j] over j with index[j] = i. rows (M, ...), index (M,) integers in 0..n-1 -> (n, ...).
 
     Raises ValueError for other shapes, IndexError for an index out of range.
@@ -270,15 +279,15 @@ def scatter_add(rows, index, n):
     return primitive(value, (rows, lambda g: g[index]))
 
 
-def concatenate(tensors, axis=0):
-    """Join tensors along an existing axis."""
+def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Join tensors along an existing axis; index with [None] to make a new one, as `np.stack` does."""
     ends = np.cumsum([t.shape[axis] for t in tensors])
     value = np.concatenate([t.data for t in tensors], axis)
     return record(value, tuple(tensors), lambda g: np.split(g, ends[:-1], axis))
 
 
-def where(condition, a, b):
-    """a where the condition (a boolean array) holds, else b; a and b are Tensors, arrays or numbers."""
+def where(condition: ArrayLike, a: Tensor | ArrayLike, b: Tensor | ArrayLike) -> Tensor:
+    """a where the condition (booleans) holds, else b. The three broadcast; a and b may be arrays or numbers."""
     if not isinstance(a, Tensor):
         a = b._operand(a) if isinstance(b, Tensor) else Tensor(a)
     b = a._operand(b)
