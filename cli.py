@@ -141,11 +141,13 @@ class _Progress:
     def note(self, event):
         if event.kind == "step":
             self.losses[event.run_id] = event.loss
+        elif event.kind == "resumed":
+            click.echo(f"{event.run_id}: resumed from step {event.step}")
         else:
             self.losses.pop(event.run_id, None)
             if not os.isatty(1):  # nobody watches the bar: one line a run
                 click.echo(f"{event.run_id}: {event.kind}")
-        reached = event.step if event.kind == "step" else self.steps[event.run_id]
+        reached = event.step if event.kind in ("step", "resumed") else self.steps[event.run_id]
         before, self.reached[event.run_id] = self.reached[event.run_id], reached
         self.bar.update(reached - before, event)
 
@@ -395,7 +397,7 @@ def route(run, text, gate, entropy, layers):
 def _model(run):
     """The model of a run folder; one line and exit code 1 where there is none."""
     from tinymoe.files import CheckpointError
-    from tinymoe.training.trainer import load_model
+    from tinymoe.training.run_folder import load_model
     try:
         return load_model(run)
     except CheckpointError as error:
@@ -416,7 +418,7 @@ def view(run, text, out):
     from tinymoe.tools import view as v
     from tinymoe.training.data import CorpusError
     from tinymoe.files import CheckpointError, write_whole
-    from tinymoe.training.trainer import FILES
+    from tinymoe.training.run_folder import FILES
     out = out or run / "view.html"
     if out.name in FILES:
         raise click.UsageError(f"--out {out}: that is a file of a run; a page ends in .html")

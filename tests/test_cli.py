@@ -96,7 +96,7 @@ def test_the_smallest_study_leaves_figures_findings_and_rows(finished):
 
 def test_the_same_command_trains_nothing_again(finished, text, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*.json*")}
-    monkeypatch.setattr(train.Trainer, "advance", lambda self: pytest.fail("it trained"))
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: pytest.fail("it trained"))
     assert study(text, finished, "--config", "B", "--config", "C")[0] == 0
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*.json*")}
 
@@ -142,8 +142,8 @@ def test_seeds_and_steps_make_the_runs(text, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monkeypatch):
-    real = train.Trainer.advance
-    monkeypatch.setattr(train.Trainer, "advance", lambda self: real(self) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+    real = train.Trainer.learn
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
     code, output = study(text, tmp_path / "torn", "--config", "F")
     assert code == 130 and "Interrupted. The same command goes on from the last checkpoints." in output
     monkeypatch.undo()

@@ -52,7 +52,7 @@ def test_default_domains_have_the_documented_sizes_and_hashes(corpus):
     for domain in corpus.domains:
         assert domain.sha256 == EXPECTED_SHA256[domain.name]
         assert domain.matches is True
-        assert domain.text[-1] == ord("\n")
+        assert domain.tokens[-1] == ord("\n")
 
 
 def test_default_split_is_a_tenth_in_blocks_spread_over_each_domain(corpus):
@@ -162,7 +162,7 @@ def test_validation_windows_are_fixed_interleaved_and_of_one_domain(corpus):
     np.testing.assert_array_equal(ids[:, 1:], targets[:, :-1])
     np.testing.assert_array_equal(ids, corpus.validation(6, 128)[0])
     for row, d in zip(rows(ids, targets), domain):
-        blocks = [corpus.domains[d].text[first:end].tobytes() for first, end in corpus.domains[d].valid]
+        blocks = [corpus.domains[d].tokens[first:end].tobytes() for first, end in corpus.domains[d].valid]
         assert any(row.astype(np.uint8).tobytes() in block for block in blocks)
 
 
@@ -170,7 +170,7 @@ def test_validation_windows_spread_over_the_blocks(corpus):
     # 24 blocks of a domain and 24 windows: one from each.
     narrative = corpus.domains[0]
     ids, _, domain = corpus.validation(24, 128)
-    blocks = [narrative.text[first:end].tobytes() for first, end in narrative.valid]
+    blocks = [narrative.tokens[first:end].tobytes() for first, end in narrative.valid]
     windows = [row.astype(np.uint8).tobytes() for row in ids[domain == 0]]
     found = [[window in block for block in blocks].index(True) for window in windows]
     assert found == list(range(24))
@@ -190,7 +190,7 @@ def test_a_file_is_one_domain_named_after_its_stem(tmp_path):
     texts(tmp_path, play_txt=raw)
     corpus = load_corpus(str(tmp_path / "play.txt"))
     assert corpus.names == ["play"]
-    assert corpus.domains[0].text.tobytes() == raw
+    assert corpus.domains[0].tokens.tobytes() == raw
     assert corpus.describe()["play"]["matches"] is None
 
 
@@ -198,7 +198,7 @@ def test_a_folder_has_a_domain_for_each_file_and_sub_folder(tmp_path):
     texts(tmp_path, b_txt=b"b" * 99, a__2_txt=b"2" * 99, a__1__x_txt=b"1" * 99, a___hidden=b"h", _hidden=b"h")
     corpus = load_corpus(tmp_path, seq_len=8)
     assert corpus.names == ["a", "b"]
-    assert corpus.domains[0].text.tobytes() == b"1" * 99 + b"\n" + b"2" * 99
+    assert corpus.domains[0].tokens.tobytes() == b"1" * 99 + b"\n" + b"2" * 99
 
 
 def test_clashing_stems_keep_the_full_name(tmp_path):

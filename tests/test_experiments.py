@@ -176,7 +176,7 @@ def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
 @pytest.fixture(scope="module")
 def trainer(corpora):
     run = next(run for run in toy_runs(EXPERIMENTS["specialise"], 1) if run.config_id == "top-1")
-    trainer = Trainer(run, corpora[None])
+    trainer = Trainer(Transformer(run.model, run.seed), run, corpora[None])
     for _ in range(3):
         trainer.advance()
     return trainer
@@ -261,14 +261,14 @@ def test_noise_share_by_hand():
     terms = of(policy=None, cross_entropy=of(backward=backward))
     model = of(moe_parts=lambda: [of(router=of(weight=w))], loss=lambda *a, **k: terms, config=of(seq_len=4))
     fake = of(model=model, corpus=of(batch=lambda *a: (0, 0)), optimizer=of(zero_grad=lambda: None),
-              run=of(seed=0, training=of(batch_size=1)))
+              plan=of(seed=0, training=of(batch_size=1)))
     assert list(measures.gradient_noise(fake).values()) == pytest.approx([16 / 15, 14 / 15, 16 / 30])
 
 
 def test_influence_is_nothing_without_drops_and_something_with_them(corpora, monkeypatch):
     for name, changed in (("dropless", False), ("capacity-order", True), ("expert-choice", True)):
         run = next(run for run in toy_runs(EXPERIMENTS["batch"], 1) if run.config_id == name)
-        found = measures.influence(Trainer(run, corpora[None]))
+        found = measures.influence(Trainer(Transformer(run.model, run.seed), run, corpora[None]))
         assert (found["mates_rerouted"] > 0, found["later_logits"] > 1e-6) == (changed, changed)
 
 

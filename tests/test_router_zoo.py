@@ -163,7 +163,7 @@ def test_random_has_no_favourites_in_the_validation_set():
     """Domains take the same places in every batch: a draw that repeats there would look like knowledge of the domain."""
     ids, names = np.zeros((64, 32), int), ("a", "b", "c", "d")
     model = Transformer(small("random", seq_len=32))
-    row = evaluate(model, Validation(ids, ids, np.arange(64) % 4, names, 8), [1.0])["layers"][0]
+    row = evaluate(model, Validation(ids, ids, np.arange(64) % 4, names, 8), [1.0])[0]["layers"][0]
     assert row["mutual_information"] - row["mutual_information_null"] < .002 and row["load_cv"] < .05
 
 

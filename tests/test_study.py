@@ -13,7 +13,7 @@ import pytest
 
 from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
 from tinymoe.study import runner as study
-from tinymoe.training import trainer as train
+from tinymoe.training import run_folder, trainer as train
 from tinymoe.training.data import CorpusError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,8 +96,8 @@ def test_fresh_leaves_a_run_alone_that_another_process_writes(text, tmp_path, mo
     folder = tmp_path / "runs/F-seed0"
     study.run_study([tiny()], tmp_path, text)
     before = snapshot(folder)
-    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
-    with train.locked(folder):
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: None)
+    with run_folder.RunFolder(folder).locked():
         failures = study.run_study([tiny()], tmp_path, text, fresh=True)
     assert "is being written by another process" in failures["F-seed0"] and snapshot(folder) == before
 

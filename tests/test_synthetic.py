@@ -33,7 +33,7 @@ def test_who_never_finds_the_source_pays_the_surprise_of_the_mean_chain():
 
 def test_the_text_follows_the_chain():
     source = synthetic.sources()[1]
-    text = np.frombuffer(source.text(np.random.default_rng(0), 100_000), np.uint8)
+    text = np.frombuffer(source.sample(np.random.default_rng(0), 100_000), np.uint8)
     index = np.empty(256, int)
     index[synthetic.LETTERS] = np.arange(64)
     seen = np.zeros((64, 64))
@@ -47,7 +47,7 @@ def test_as_a_corpus_it_knows_its_floor_and_is_the_same_again():
     assert one.names == [f"source {i}" for i in range(4)]
     assert [d.sha256 for d in one.domains] == [d.sha256 for d in two.domains]
     assert one.describe()["source 2"]["entropy_rate"] == pytest.approx(1.75 * np.log(2))
-    counts = np.stack([np.bincount(d.text, minlength=256)[synthetic.LETTERS] for d in one.domains]) / 400_000
+    counts = np.stack([np.bincount(d.tokens, minlength=256)[synthetic.LETTERS] for d in one.domains]) / 400_000
     assert abs(counts - 1 / 64).max() < 0.002  # a letter alone says nothing of its source
 
 
@@ -56,7 +56,7 @@ def test_a_reader_who_counts_pairs_comes_close_to_the_floor_and_not_below():
     for domain in load_corpus(SYNTHETIC).domains[:2]:
         counts = np.full((256, 256), 1e-9)
         for a, b in domain.train:
-            np.add.at(counts, (domain.text[a:b - 1], domain.text[a + 1:b]), 1)
+            np.add.at(counts, (domain.tokens[a:b - 1], domain.tokens[a + 1:b]), 1)
         logs = np.log(counts / counts.sum(axis=1, keepdims=True))
-        nats = np.mean([-logs[domain.text[a:b - 1], domain.text[a + 1:b]].mean() for a, b in domain.valid])
+        nats = np.mean([-logs[domain.tokens[a:b - 1], domain.tokens[a + 1:b]].mean() for a, b in domain.valid])
         assert abs(nats - domain.entropy_rate) < 0.01

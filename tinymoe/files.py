@@ -43,6 +43,17 @@ def write_json(path, value):
     write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path):
+    """The JSON object in a file, a dict. Raises OSError where it cannot be read, ValueError where it is another thing."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
 def read_rows(path):
     """The JSON objects of a .jsonl file, up to the first line that is none: a kill has torn it."""
     rows = []
@@ -89,3 +100,17 @@ def load_arrays(path, kind):
         raise CheckpointError(f"{path} is not a whole tinymoe {kind} ({type(error).__name__}): it may be truncated or "
                               "from another program; move it away") from None
     return arrays, header
+
+
+def load_arrays_into(targets, arrays):
+    """Copy each array into the target of the same name; both are dicts of arrays, and the targets keep their dtype.
+
+    Raises ValueError where a name is missing or unknown, or a shape differs. Then nothing is copied.
+    """
+    for name in [*targets, *arrays]:
+        if name not in arrays or name not in targets:
+            raise ValueError(f"{name} is missing" if name in targets else f"{name} is not expected")
+        if arrays[name].shape != targets[name].shape:
+            raise ValueError(f"{name} has the shape {arrays[name].shape}, not {targets[name].shape}")
+    for name, array in arrays.items():
+        targets[name][...] = array

@@ -10,7 +10,8 @@ import numpy as np
 from ..model.config import ModelConfig
 from .report import LOSS, Comparison, holm, label, text, told_apart
 from .results import complete_runs, gap, t_interval, value
-from ..training.trainer import RunPlan, TrainConfig, with_defaults
+from ..training.run_folder import with_defaults
+from ..training.trainer import RunPlan, TrainConfig
 
 
 @dataclass(frozen=True)

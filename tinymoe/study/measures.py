@@ -18,9 +18,9 @@ CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
 
 def windows(trainer, n=WINDOWS):
     """A Validation of n windows of each domain."""
-    corpus, length = trainer.corpus, trainer.run.model.seq_len
+    corpus, length = trainer.corpus, trainer.plan.model.seq_len
     ids, targets, domain = corpus.validation(n, length)
-    return Validation(ids, targets, domain, corpus.names, trainer.run.training.batch_size)
+    return Validation(ids, targets, domain, corpus.names, trainer.plan.training.batch_size)
 
 
 # -- neighbours and later tokens ----------------------------------------------------------------
@@ -28,7 +28,7 @@ def windows(trainer, n=WINDOWS):
 def influence(trainer):
     """What other batch mates, and later bytes of its own window, change in a window: the largest change of a logit, and
     the share of bytes that are routed otherwise. Means over the windows of one batch, each in its place."""
-    model, ids = trainer.model, windows(trainer, 4).ids[:trainer.run.training.batch_size]
+    model, ids = trainer.model, windows(trainer, 4).ids[:trainer.plan.training.batch_size]
     half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
@@ -46,7 +46,7 @@ def traffic(trainer):
     """For each number of devices that divides the experts: bytes sent for a byte of text, on the largest link too,
     devices reached, the slowest device's load over the mean, microseconds that a layer takes for a batch; all of one
     layer's forward pass, means over layers and batches."""
-    valid, config, found = windows(trainer), trainer.run.model, {}
+    valid, config, found = windows(trainer), trainer.plan.model, {}
     routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
     flops = 4 * config.d_model * config.expert_width
     for n in (n for n in DEVICES if config.n_experts % n == 0):
@@ -67,7 +67,7 @@ def gradient_noise(trainer, n_batches=16):
 
     The gradient is that of the policy loss for a router that draws, elsewhere that of the cross-entropy.
     """
-    c, model, rng = trainer.run.training, trainer.model, np.random.default_rng([trainer.run.seed, 3])
+    c, model, rng = trainer.plan.training, trainer.model, np.random.default_rng([trainer.plan.seed, 3])
     weights = [layer.router.weight for layer in model.moe_parts()]
     seen = []
     if not all(w.requires_grad for w in weights):
@@ -121,7 +121,7 @@ def information(routing, valid):
 
 def beyond_the_byte(trainer):
     """`domain_given_byte` of a model on the final validation windows, the mean over its layers; None if it is dense."""
-    valid = windows(trainer, trainer.run.training.final_windows)
+    valid = windows(trainer, trainer.plan.training.final_windows)
     _, by_layer = losses_and_routings(trainer.model, valid, causal=False)
     layers = [domain_given_byte(merge(routings), valid) for routings in by_layer]
     return {"domain_given_byte": float(np.mean(layers)) if layers else None}
@@ -152,7 +152,7 @@ def _excess(counts, labels, rng):
 def bigram_classifier(corpus, valid):
     """How much of the domain two neighbouring bytes give away: the domain that a table of byte pairs, counted in the
     training text, finds most likely for each byte. Its information with the true domain less null, and its accuracy."""
-    counts = np.stack([np.bincount(np.concatenate([_pairs(d.text[a:b].astype(int)) for a, b in d.train]),
+    counts = np.stack([np.bincount(np.concatenate([_pairs(d.tokens[a:b].astype(int)) for a, b in d.train]),
                                    minlength=65536) + 1.0 for d in corpus.domains])
     guess = (counts / counts.sum(axis=1, keepdims=True)).argmax(axis=0)[_pairs(valid.ids)]  # (W, T - 1)
     by_window = np.stack([(guess == d).sum(axis=1) for d in range(len(counts))], axis=1)

@@ -13,6 +13,7 @@ from ..training.evaluation import Validation, losses_and_routings
 from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
 from ..autograd.tensor import no_grad
+from ..model.transformer import Transformer
 from ..training.trainer import RunPlan, Trainer
 
 
@@ -118,7 +119,7 @@ def alarms(model, ids, targets):
 
 def trained(config, corpus, steps, training, seed=0):
     """A model after so many training steps, and validation ids and targets (8, T) of all domains."""
-    trainer = Trainer(RunPlan("probe", "probe", seed, config, training), corpus)
+    trainer = Trainer(Transformer(config, seed), RunPlan("probe", "probe", seed, config, training), corpus)
     for _ in range(steps):
         trainer.advance()
     ids, targets, _ = corpus.validation(2, config.seq_len)

@@ -1,25 +1,34 @@
-"""The study: configs A to F as data, and running many runs side by side.
+"""The runner: trains many runs, one after the other or side by side in worker processes.
 
-Runs share nothing, so the natural parallelism is over them: each in a process of its own on one
-thread. A run gives the same bits on any number of threads, so how they are spread changes no result.
+Runs share nothing, so they are what to do in parallel: each trains on one thread. A run has the same bits on any number
+of threads, so the way that runs are spread over processes changes no result.
 """
 
+import contextlib
+import functools
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
 
 from .. import kernels
-from ..training.data import load_corpus
 from ..files import CheckpointError
 from ..model.config import ModelConfig
-from ..training.trainer import NonFiniteLoss, RunPlan, RunError, TrainConfig, finished, train
+from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.run_folder import RunError, RunFolder
+from ..training.trainer import Event, NonFiniteLoss, RunPlan, TrainConfig, train
+
+# errors that end one run and leave the others alone
+RUN_ERRORS = (NonFiniteLoss, RunError, CheckpointError, CorpusError, OSError, MemoryError)
+UNGUARDED = 93  # the exit code of a worker that was asked to start the study again
+GUARD = 'tinymoe: run_study with jobs above 1 starts this program again in each worker: put the call under ' \
+        '`if __name__ == "__main__":`, or use jobs=1'
 
 
 @dataclass(frozen=True)
@@ -63,29 +72,30 @@ def runs(ids, n_seeds, training, overrides=None):
     return found
 
 
-@dataclass(frozen=True)
-class Event:
-    """Progress of one run: kind "step" (step, loss), "done" (message empty) or "failed" (message says why)."""
-
-    kind: str
-    run_id: str
-    step: int = 0
-    loss: float = 0.0
-    message: str = ""
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda event: None):
-    """Train every run that is not complete under out/runs, `jobs` at a time. Returns the messages of those that failed.
+def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda event: None) -> dict[str, str]:
+    """Train the RunPlans that are not finished under out/runs, `jobs` at a time. Returns {run id: why it failed}.
 
-    text: None for the default corpus, or a path. fresh: throw away what these runs left before.
-    on_event: called with each Event in this process. A failed run does not stop the others. Runs that start from
-    others wait for them.
-    Raises data.CorpusError, OSError where nothing can be written.
+    text: None for the default corpus, or a path. fresh: throw away what these runs left before. on_event: called in
+    this process with each Event. A failed run does not stop the others; runs that start from others wait for them.
+    Raises data.CorpusError, OSError if nothing can be written, ValueError if two runs have one id, and SystemExit in a
+    program that starts workers without `if __name__ == "__main__":`.
     """
-    corpus = load_corpus(text, seq_len=all_runs[0].model.seq_len)
-    folders = {run.run_id: Path(out) / "runs" / run.run_id for run in all_runs}
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that still imports the program
+        raise SystemExit(UNGUARDED)
+    folders = {plan.run_id: Path(out, "runs", plan.run_id) for plan in all_runs}
+    if len(folders) < len(all_runs):
+        raise ValueError("two runs have the same id: give each its own config id or seed")
+    _require_outside(Path(out), text)
+    load = functools.cache(functools.partial(load_corpus, text, all_runs[0].model.seq_len))
+    load()
     Path(out).mkdir(parents=True, exist_ok=True)
-    run_all = _side_by_side if jobs > 1 and len(all_runs) > 1 else _one_by_one
+    if Path(out, "runs").is_symlink():
+        raise OSError(f"{Path(out, 'runs')} is a link: remove it, or choose another --out")
     failures = {}
 
     def note(event):
@@ -93,65 +103,113 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
             failures[event.run_id] = event.message
         on_event(event)
 
-    for stage in ([run for run in all_runs if not run.start], [run for run in all_runs if run.start]):
-        if stage:
-            run_all(stage, folders, corpus, jobs, fresh, note)
+    for stage in ([plan for plan in all_runs if not plan.start], [plan for plan in all_runs if plan.start]):
+        todo = [plan for plan in stage if fresh or not RunFolder(folders[plan.run_id]).finished()]
+        side_by_side = min(jobs, len(todo)) > 1
+        for plan in stage:
+            if not side_by_side or plan not in todo:  # a finished run is only checked
+                _attempt(plan, load, folders[plan.run_id], fresh, note)
+        if side_by_side:
+            _side_by_side([(plan, folders[plan.run_id], fresh) for plan in todo], load, jobs, note)
     return failures
 
 
-def _attempt(run, corpus, folder, fresh, send):
-    """Train one run and report on it; only errors that are nobody's business here escape."""
-    def on_step(step, loss):
-        send(Event("step", run.run_id, step, loss))
+def _require_outside(out, text):
+    """CorpusError if the results would lie among the texts, and so be read as text by the next run."""
+    if text in (None, SYNTHETIC):
+        return
+    folder, results = Path(text).resolve(), out.resolve()
+    if results.is_relative_to(folder) and not any(p.startswith(".") for p in results.relative_to(folder).parts):
+        raise CorpusError(f"--out {out} lies inside --text {text}, so the results would be read as text: "
+                          "choose an --out outside of it")
 
+
+def _attempt(plan, load, folder, fresh, send):
+    """Train one run and report on it; load() gives the corpus."""
     try:
-        train(run, corpus, folder, on_step, fresh)
-        send(Event("done", run.run_id))
-    except (NonFiniteLoss, RunError, CheckpointError, OSError, MemoryError) as error:
-        send(Event("failed", run.run_id, message=str(error) or type(error).__name__))
+        summary = train(plan, load(), folder, send, fresh)
+        send(Event("done", plan.run_id, steps=plan.training.steps, seconds=summary.get("seconds", 0.0)))
+    except RUN_ERRORS as error:
+        send(Event("failed", plan.run_id, message=str(error) or type(error).__name__))
 
 
-def _one_by_one(all_runs, folders, corpus, jobs, fresh, note):
-    for run in all_runs:
-        _attempt(run, corpus, folders[run.run_id], fresh, note)
-
-
-def _side_by_side(all_runs, folders, corpus, jobs, fresh, note):
-    """One process a run, at most `jobs` at once. They are killed with this process, however it ends."""
-    kernels.compile_all(np.float32)  # once, before many processes would do it at the same time
-    context = multiprocessing.get_context("spawn")
-    events, waiting, working = context.Queue(), list(all_runs), {}
+def _side_by_side(tasks, load, jobs, note):
+    """Train each task (plan, folder, fresh) in one of `jobs` workers. They are killed when this function ends."""
+    kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
+    waiting, workers = tasks[::-1], []
     try:
-        while waiting or working:
-            while waiting and len(working) < jobs:
-                run = waiting.pop(0)
-                if finished(folders[run.run_id]) and not fresh:  # not worth a process
-                    _attempt(run, corpus, folders[run.run_id], fresh, note)
-                    continue
-                args = run, corpus, folders[run.run_id], fresh, events
-                working[run.run_id] = context.Process(target=_worker, args=args, daemon=True)
-                _start(working[run.run_id])
-            for event in _drain(events):
+        while waiting or workers:
+            while waiting and len(workers) < jobs:
+                workers.append(_Worker(load))
+                workers[-1].start(waiting.pop())
+            for pipe in connection.wait([worker.pipe for worker in workers]):
+                worker = next(worker for worker in workers if worker.pipe is pipe)
+                event = worker.receive()
                 note(event)
-                if event.kind != "step":
-                    working.pop(event.run_id).join()
-            for run_id in [r for r, p in working.items() if not p.is_alive() and events.empty()]:
-                message = f"its process ended with exit code {working.pop(run_id).exitcode}: run the same command again"
-                note(Event("failed", run_id, message=message))
+                if event.kind in ("done", "failed"):
+                    if waiting and worker.alive:
+                        worker.give(waiting.pop())
+                    else:
+                        workers.remove(worker)
+                        worker.stop()
     finally:
-        started = [process for process in working.values() if process.pid]
-        for process in started:
-            process.kill()
-        for process in started:
-            process.join()
+        for worker in workers:
+            worker.stop()
 
 
-def _start(process):
+class _Worker:
+    """A process that trains one run after the other, and the pipe to it.
+
+    Each worker has its own pipe, so one that is killed while it sends cannot block the others: its pipe ends.
+    """
+
+    def __init__(self, load):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, self.other_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(self.other_end, load.__wrapped__), daemon=True)
+        self.alive = True
+
+    def start(self, task):
+        """Start the process with its first task."""
+        with _environment_of_a_worker():
+            self.process.start()
+        self.other_end.close()  # now only the process has it, so the pipe ends with the process
+        self.give(task)
+
+    def give(self, task):
+        """Send a task (plan, folder, fresh)."""
+        self.run_id = task[0].run_id
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` will say so
+            self.pipe.send(task)
+
+    def receive(self):
+        """The next Event; "failed" if the process has ended."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.alive = False
+            self.process.join()
+            if self.process.exitcode == UNGUARDED:
+                raise SystemExit(GUARD) from None
+            return Event("failed", self.run_id, message=f"its process ended with exit code {self.process.exitcode}: "
+                                                        "run the same command again")
+
+    def stop(self):
+        """Kill the process."""
+        if self.process.pid:
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+
+
+@contextlib.contextmanager
+def _environment_of_a_worker():
+    """Start a process in it: with one thread, and so that Ctrl-C does not reach it while it still imports."""
     before = os.environ.get("NUMBA_NUM_THREADS")
-    os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the new process loads numba: no idle threads that spin
+    os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the process loads numba
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
-        process.start()  # which inherits the mask: Ctrl-C while it still imports is not its business either
+        yield
     finally:
         del os.environ["NUMBA_NUM_THREADS"]
         if before is not None:
@@ -160,30 +218,25 @@ def _start(process):
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
-def _drain(events, seconds=0.2):
-    try:
-        yield events.get(timeout=seconds)
-        while True:
-            yield events.get_nowait()
-    except queue.Empty:
-        return
-
-
-def _worker(run, corpus, folder, fresh, events):
-    """The body of a process: no reaction to Ctrl-C (the parent kills it), and no life after its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    last = 0.0
+def _work(pipe, load):
+    """The body of a worker: it loads the corpus itself and trains the tasks that it is given."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills its workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    load, sent = functools.cache(load), 0.0
 
     def send(event):
-        nonlocal last
-        if event.kind != "step" or time.monotonic() - last > 0.2 or event.step == run.training.steps:
-            last = time.monotonic()
-            events.put(event)
+        nonlocal sent
+        if event.kind != "step" or time.monotonic() - sent > 0.2 or event.step == event.steps:
+            sent = time.monotonic()
+            with contextlib.suppress(OSError):  # the parent is gone: this process exits in a moment
+                pipe.send(event)
 
-    _attempt(run, corpus, folder, fresh, send)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            plan, folder, fresh = pipe.recv()
+            _attempt(plan, load, folder, fresh, send)
+
+
+def _exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)

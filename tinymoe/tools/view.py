@@ -11,13 +11,13 @@ import numpy as np
 from ..moe import metrics
 from ..model.config import ModelConfig
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
-from ..training.evaluation import snapshot
+from ..training.evaluation import RECORDED, snapshot
 from ..files import CheckpointError, load_arrays
 from ..study.figures import COLOURS
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
 from ..autograd.tensor import no_grad
-from ..training.trainer import RECORDED, ROUTINGS, load_model
+from ..training.run_folder import ROUTINGS, load_model
 
 PALETTE = (*COLOURS, "#F0E442")  # an expert's number says which it is where there are more
 BARS = "▁▂▃▄▅▆▇█"

