@@ -208,6 +208,38 @@ def test_clashing_stems_keep_the_full_name(tmp_path):
     assert load_corpus(tmp_path, seq_len=8).names == ["a.md", "a.txt", "a.txt.gz", "b", "c", "c.txt"]
 
 
+def test_names_that_look_alike_stay_distinct(tmp_path):
+    names = ["a:b.txt", "a;b.txt", "a_b.txt", "e\u0300.txt", "e\u0301.txt", "\U0001f600.txt", "\U0001f601.txt"]
+    try:
+        for i, name in enumerate(names):
+            (tmp_path / name).write_bytes(bytes([65 + i]) * 99)
+    except OSError:
+        pytest.skip("the file system does not take these names")
+    corpus = load_corpus(tmp_path, seq_len=8)
+    assert sorted(corpus.names) == sorted(["a_b", "a_b (2)", "a_b (3)", "e_", "e_ (2)", "_", "_ (2)"])
+    before = corpus.describe()
+    (tmp_path / "a;b.txt").write_bytes(b"z" * 99)
+    after = load_corpus(tmp_path, seq_len=8).describe()
+    assert len(before) == len(after) == len(names) and sum(before[name] != after[name] for name in before) == 1
+
+
+def test_linked_folders_are_read_and_circles_end(tmp_path):
+    texts(tmp_path / "elsewhere", x_txt=b"x" * 99, deep__y_txt=b"y" * 99)
+    folder = texts(tmp_path / "texts", a__1_txt=b"1" * 99)
+    try:
+        (folder / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+        (folder / "a" / "circle").symlink_to(folder / "a")
+        (folder / "b").symlink_to(tmp_path / "elsewhere")
+    except OSError:
+        pytest.skip("no symbolic links here")
+    linked = b"y" * 99 + b"\n" + b"x" * 99
+    corpus = load_corpus(folder, seq_len=8)
+    assert corpus.names == ["a", "b"]
+    assert [domain.tokens.tobytes() for domain in corpus.domains] == [b"1" * 99 + b"\n" + linked, linked]
+    (folder / "a" / "gone").symlink_to(tmp_path / "nowhere")
+    fails("gone", "--text", text=folder)
+
+
 # Errors: one line, the value and the remedy
 
 

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -199,3 +201,121 @@ def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
     assert process.returncode == 130 and output.splitlines()[-1].startswith("Interrupted. The same command goes on")
     assert "Traceback" not in output
     wait_for(lambda: not any(map(alive, workers)), seconds=5)
+
+
+# -- workers that die --
+
+
+def first_worker(known):
+    """The pid of a worker process that is not in `known`, as soon as there is one."""
+    found = set()
+    wait_for(lambda: found.update(p.pid for p in multiprocessing.active_children() if p.pid not in known) or found)
+    return min(found)
+
+
+@linux
+@pytest.mark.parametrize("delay", [0, 0.2, 1.0], ids=["at once", "while it imports", "later"])
+def test_a_worker_that_dies_while_it_starts_fails_one_run_and_the_others_finish(text, tmp_path, delay):
+    def kill():
+        pid = first_worker(known)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+
+    known = {p.pid for p in multiprocessing.active_children()}
+    killer = threading.Thread(target=kill)
+    killer.start()
+    all_runs = [replace(tiny("F", steps=200), seed=seed) for seed in range(3)]
+    failures = study.run_study(all_runs, tmp_path, text, jobs=2)
+    killer.join()
+    assert len(failures) == 1 and "exit code -9: run the same command again" in next(iter(failures.values()))
+    assert {path.parent.name for path in tmp_path.glob("runs/*/summary.json")} == {r.run_id for r in all_runs} - set(failures)
+    assert study.run_study(all_runs, tmp_path, text, jobs=2) == {}
+
+
+def die_while_sending(trainer):
+    """Write the first half of a message into the pipe to the parent, then die. It is called in the worker."""
+    for link in Path("/proc/self/fd").iterdir():
+        if os.path.exists(link) and os.readlink(link).startswith("socket:"):
+            os.write(int(link.name), struct.pack("!i", 10**6) + b"half a message")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@linux
+def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(text, tmp_path):
+    all_runs = [replace(tiny(), seed=seed, measure=die_while_sending if seed == 1 else None) for seed in range(4)]
+    failures = study.run_study(all_runs, tmp_path, text, jobs=2)
+    assert list(failures) == ["F-seed1"] and len(list(tmp_path.glob("runs/*/summary.json"))) == 3
+
+
+def test_a_program_without_a_main_guard_ends_with_one_line(text, tmp_path):
+    (tmp_path / "program.py").write_text(f"""
+import sys
+import threading
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+from dataclasses import replace
+from test_train import tiny
+from tinymoe.study.runner import run_study
+run_study([replace(tiny(), seed=seed) for seed in range(3)], {str(tmp_path / 'out')!r}, {str(text)!r}, jobs=2)
+""")
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert 'if __name__ == "__main__":' in line and "jobs=1" in line
+
+
+# -- what a study refuses --
+
+
+def test_the_number_of_cores_is_that_of_this_process():
+    if hasattr(os, "sched_getaffinity"):
+        assert study.available_cores() == len(os.sched_getaffinity(0))
+
+
+def test_output_among_the_texts_is_refused(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "words.txt").write_text(WORDS)
+    for out in (texts, texts / "results", texts / "a" / "b"):
+        with pytest.raises(CorpusError, match="lies inside --text .*choose an --out outside of it"):
+            study.run_study([tiny()], out, texts)
+    assert [path.name for path in texts.iterdir()] == ["words.txt"]
+    for out in (tmp_path / "results", texts / ".hidden"):  # hidden files are no text
+        assert study.run_study([tiny()], out, texts) == {}
+
+
+def test_two_runs_of_one_id_are_refused(text, tmp_path):
+    with pytest.raises(ValueError, match="the same id"):
+        study.run_study([tiny(), tiny(steps=3)], tmp_path, text)
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/F-seed0", "runs/F-seed0/.lock", "runs/F-seed0/routings", "runs/F-seed0/log.jsonl"])
+def test_a_link_inside_the_results_leads_nowhere(text, tmp_path, place):
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    (outside / "000002.npz").write_text("mine")
+    (out / place).parent.mkdir(parents=True)
+    is_file = place.endswith((".lock", ".jsonl"))
+    (out / place).symlink_to(outside / "000002.npz" if is_file else outside)
+    before = snapshot(outside)
+    if place == "runs":
+        with pytest.raises(OSError, match="runs is a link"):
+            study.run_study([tiny()], out, text)
+    else:
+        assert "is a link" in study.run_study([tiny()], out, text)["F-seed0"]
+    assert snapshot(outside) == before
+
+
+# -- resuming --
+
+
+def test_resuming_says_from_which_step(text, tmp_path):
+    def stop(event):
+        if event.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study([tiny()], tmp_path, text, on_event=stop)
+    events = []
+    study.run_study([tiny()], tmp_path, text, on_event=events.append)
+    assert [(e.kind, e.step) for e in events] == [("resumed", 4), ("step", 5), ("step", 6), ("done", 0)]
+    assert all(e.steps == 6 and e.seconds > 0 for e in events)

@@ -324,6 +324,97 @@ def test_a_log_that_is_gone(corpus, stopped, finished):
     refuses(files.CheckpointError, "log.jsonl is incomplete: move this run's folder away", tiny(), corpus, stopped)
 
 
+@pytest.mark.parametrize("key, value", [("n_rows", 1.5), ("n_rows", "3"), ("n_rows", 0), ("step", "a"), ("step", 1.5), ("step", None), ("seconds", "a"),
+                                        ("generators", {}), ("generators", {"data": 1, "noise": 2}), ("optimizer_steps", {}), ("optimizer_steps", 7),
+                                        ("model", 3), ("run_id", [1])], ids=str)
+def test_a_checkpoint_whose_header_is_damaged(corpus, stopped, key, value):
+    arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
+    files.save_arrays(stopped / "checkpoint.npz", arrays, header | {key: value})
+    refuses(files.CheckpointError, "checkpoint.npz .*: move this run's folder away", tiny(), corpus, stopped)
+
+
+@pytest.mark.parametrize("content", ['{"corpus": 1}', '{"corpus": {"words": 1}}', '{"training": 3}', '{"imports": [1]}', '{"model": [1]}'])
+def test_a_config_of_the_wrong_types(corpus, stopped, content):
+    (stopped / "config.json").write_text(content)
+    refuses(run_folder.RunError, "config.json is not the JSON|other settings", tiny(), corpus, stopped)
+
+
+# -- what a run leaves alone --
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_files_of_the_user_are_kept_and_leftovers_of_a_crash_removed(corpus, stopped, fresh):
+    kept = [".notes.txt", ".keep.d/a.txt", ".log.jsonl.txt", "log.jsonl.bak", "routings/notes.npz", "routings/.000002.npz", ".config.json.Backup12"]
+    gone = [".log.jsonl.abcd_123", ".checkpoint.npz.12345678", "routings/.000002.npz.abcdefgh"]
+    for name in kept + gone:
+        (stopped / name).parent.mkdir(exist_ok=True)
+        (stopped / name).write_text("mine")
+    t.train(tiny(), corpus, stopped, fresh=fresh)
+    assert all((stopped / name).read_text() == "mine" for name in kept)
+    assert not any((stopped / name).exists() for name in gone)
+
+
+def test_a_lock_file_is_not_emptied(corpus, tmp_path):
+    (tmp_path / ".lock").write_text("something")
+    t.train(tiny(), corpus, tmp_path)
+    assert (tmp_path / ".lock").read_text() == "something"
+
+
+def test_a_finished_run_needs_no_lock(corpus, tmp_path, monkeypatch):
+    """So a study that is finished can be read from a read-only folder."""
+    summary = t.train(tiny(), corpus, tmp_path)
+    monkeypatch.setattr(run_folder.os, "open", lambda *args: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    assert t.train(tiny(), corpus, tmp_path) == summary
+    with pytest.raises(run_folder.RunError, match="other settings"):
+        t.train(tiny(steps=7), corpus, tmp_path)
+
+
+@pytest.mark.skipif(run_folder.fcntl is None, reason="no locks here")
+def test_a_file_system_without_locks_has_a_remedy(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    with pytest.raises(run_folder.RunError, match=r"cannot be locked \(Operation not supported\): choose another --out, or set TINYMOE_NO_LOCK=1"):
+        t.train(tiny(), corpus, tmp_path)
+    monkeypatch.setenv("TINYMOE_NO_LOCK", "1")
+    assert t.train(tiny(), corpus, tmp_path)["status"] == "complete"
+
+
+# -- what is recorded --
+
+
+def test_every_computed_term_of_the_loss_is_logged(corpus, tmp_path):
+    t.train(tiny("D"), corpus, tmp_path / "plain")
+    names = {"train_loss", "cross_entropy", "balance", "z", "gradient_norm"}
+    assert names <= files.read_rows(tmp_path / "plain" / "log.jsonl")[-1].keys()
+    more = {"importance": "importance_coef", "load": "load_coef", "sequence": "sequence_coef", "multi_token": "mtp_coef"}
+    model = tm.ModelConfig.from_dict(tiny("F").model.to_dict() | dict.fromkeys(more.values(), 0.1))
+    t.train(replace(tiny("F"), model=model), corpus, tmp_path / "more")
+    rows = files.read_rows(tmp_path / "more" / "log.jsonl")
+    assert all(row[name] > 0 for row in rows[1:] for name in more)
+    for row in rows[1:]:  # the mean of the total is the total of the means
+        total = row["cross_entropy"] + 0.01 * row["balance"] + sum(0.1 * row[name] for name in more)
+        assert row["train_loss"] == pytest.approx(total, rel=1e-5)
+    t.train(tiny("D", model={"moe_layers": []}), corpus, tmp_path / "dense")
+    dense = files.read_rows(tmp_path / "dense" / "log.jsonl")[-1]
+    assert dense["balance"] is dense["z"] is None and dense["train_loss"] > 0
+
+
+def test_a_run_records_its_kernels_and_is_not_resumed_with_others(corpus, stopped):
+    config = json.loads((stopped / "config.json").read_text())
+    assert config["kernels"] in ("numba", "numpy") and config["imports"] == []
+    (stopped / "config.json").write_text(json.dumps(config | {"kernels": "others"}))
+    refuses(run_folder.RunError, "kernels is others, not", tiny(), corpus, stopped)
+
+
+def test_more_than_256_domains_keep_their_numbers(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(260):
+        (tmp_path / "texts" / f"{i:03}").write_text(f"{i:03} " * 20)
+    corpus = load_corpus(tmp_path / "texts", seq_len=16)
+    t.train(tiny("D", steps=1, n_evaluations=1, eval_windows=1, final_windows=1), corpus, tmp_path / "run")
+    shown, header = files.load_arrays(tmp_path / "run" / "routings" / "000001.npz", "routings")
+    assert shown["domain"].tolist() == list(range(260)) and header["names"][259] == "259"
+
+
 # -- losses that are not finite --
 
 
