@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
+from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, tiny
 from tinymoe.study import runner as study
 from tinymoe.training import run_folder, trainer as train
 from tinymoe.training.data import CorpusError
@@ -245,6 +245,15 @@ def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(t
     all_runs = [replace(tiny(), seed=seed, measure=die_while_sending if seed == 1 else None) for seed in range(4)]
     failures = study.run_study(all_runs, tmp_path, text, jobs=2)
     assert list(failures) == ["F-seed1"] and len(list(tmp_path.glob("runs/*/summary.json"))) == 3
+
+
+def test_workers_know_the_users_routers(text, tmp_path):
+    path, model = own_router(tmp_path, 2)
+    run_folder.load_imports([path])
+    all_runs = [replace(tiny("D", model=model), seed=seed, imports=(path,)) for seed in range(2)]
+    assert study.run_study(all_runs, tmp_path / "two", text, jobs=2) == {}
+    assert study.run_study(all_runs, tmp_path / "one", text) == {}
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
 def test_a_program_without_a_main_guard_ends_with_one_line(text, tmp_path):

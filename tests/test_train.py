@@ -385,9 +385,8 @@ def test_every_computed_term_of_the_loss_is_logged(corpus, tmp_path):
     t.train(tiny("D"), corpus, tmp_path / "plain")
     names = {"train_loss", "cross_entropy", "balance", "z", "gradient_norm"}
     assert names <= files.read_rows(tmp_path / "plain" / "log.jsonl")[-1].keys()
-    more = {"importance": "importance_coef", "load": "load_coef", "sequence": "sequence_coef", "multi_token": "mtp_coef"}
-    model = tm.ModelConfig.from_dict(tiny("F").model.to_dict() | dict.fromkeys(more.values(), 0.1))
-    t.train(replace(tiny("F"), model=model), corpus, tmp_path / "more")
+    more = ("importance", "load", "sequence", "multi_token")
+    t.train(tiny("F", model={"losses": dict.fromkeys(more[:3], 0.1), "mtp_coef": 0.1}), corpus, tmp_path / "more")
     rows = files.read_rows(tmp_path / "more" / "log.jsonl")
     assert all(row[name] > 0 for row in rows[1:] for name in more)
     for row in rows[1:]:  # the mean of the total is the total of the means
@@ -403,6 +402,43 @@ def test_a_run_records_its_kernels_and_is_not_resumed_with_others(corpus, stoppe
     assert config["kernels"] in ("numba", "numpy") and config["imports"] == []
     (stopped / "config.json").write_text(json.dumps(config | {"kernels": "others"}))
     refuses(run_folder.RunError, "kernels is others, not", tiny(), corpus, stopped)
+
+
+def own_router(folder, number):
+    """A file that defines a router as the user's own, and a run with it."""
+    path = folder / "own.py"
+    path.write_text(f"""
+import tinymoe as tm
+
+class Own(tm.routers.TopK, name="own_{number}"):
+    pass
+""")
+    return path, {"router": f"own_{number}"}
+
+
+def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
+    path, model = own_router(tmp_path, 1)
+    digest = run_folder.load_imports([path])[0]["sha256"]
+    plan = replace(tiny("D", model=model), imports=(path,))
+    with pytest.raises(KeyboardInterrupt):
+        t.train(plan, corpus, tmp_path / "run", stop_after(3))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["imports"] == [{"path": str(path), "sha256": digest}]
+    del tm.routers.ROUTERS["own_1"]  # as in another process
+    run_folder._load_import.cache_clear()
+    assert run_folder.load_model(tmp_path / "run").config == plan.model
+    path.write_text(path.read_text() + "# changed\n")
+    del tm.routers.ROUTERS["own_1"]
+    run_folder._load_import.cache_clear()
+    with pytest.raises(files.CheckpointError, match="own.py has changed since this run"):
+        run_folder.load_model(tmp_path / "run")
+    assert "own_1" not in tm.routers.ROUTERS  # a changed file is not executed
+    with pytest.raises(run_folder.RunError, match="import own.py is .*, not .*--fresh"):
+        t.train(plan, corpus, tmp_path / "run")
+    path.unlink()
+    run_folder._load_import.cache_clear()
+    with pytest.raises(run_folder.RunError, match="cannot import .*own.py"):
+        t.train(plan, corpus, tmp_path / "run")
 
 
 def test_more_than_256_domains_keep_their_numbers(tmp_path):

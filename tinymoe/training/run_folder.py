@@ -8,6 +8,7 @@ depends on the checkpoint alone, so a resumed run ends with the same bits as one
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -221,9 +222,10 @@ def _load_recorded_imports(folder):
     """Execute the files that the run's config.json names; ValueError if one has changed since."""
     path = Path(folder, "config.json")
     recorded = read_json(path).get("imports", []) if path.exists() else []
-    for now, then in zip(load_imports([file["path"] for file in recorded]), recorded):
-        if now["sha256"] != then["sha256"]:
-            raise ValueError(f"{now['path']} has changed since this run")
+    for file in recorded:
+        if hashlib.sha256(Path(file["path"]).read_bytes()).hexdigest() != file["sha256"]:
+            raise ValueError(f"{file['path']} has changed since this run")
+    load_imports([file["path"] for file in recorded])
 
 
 def load_model(folder: str | Path) -> Transformer:
