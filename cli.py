@@ -95,11 +95,12 @@ def _steps(all_runs):
 
 def _runs(s, configs, seeds, steps, overrides):
     """The runs that the options describe; click.UsageError for values that fit no model."""
+    from tinymoe.training.trainer import TrainConfig
     model, training = _settings(overrides)
     training = ({} if steps is None else {"steps": steps}) | training
     try:
         chosen = list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS)
-        return s.runs(chosen, seeds, s.TrainConfig(**training), model)
+        return s.runs(chosen, seeds, TrainConfig(**training), model)
     except (ValueError, TypeError) as error:
         raise click.UsageError(_one_line(error)) from None
 

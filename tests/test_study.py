@@ -1,4 +1,4 @@
-"""Many runs: the table of configs, side by side or one by one, and what a killed process leaves."""
+"""The runner: the table of configs, runs one by one and side by side, and processes that are killed."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""One run: stopped anywhere, it goes on and ends with the same bits; what it cannot use, it leaves alone and says so."""
+"""One run: interrupted anywhere, it is resumed and ends with the same bits; it refuses what it cannot use, and keeps it."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def test_the_bits_depend_on_the_seed_and_on_the_noise(corpus, reference, tmp_pat
 
 def test_a_kill_between_log_and_checkpoint_is_made_good(corpus, reference, stopped, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "save_arrays", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(files, "save_arrays", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             t.train(tiny(), corpus, stopped)
     assert [row["step"] for row in files.read_rows(stopped / "log.jsonl")] == [0, 2, 4, 6]  # one row ahead
@@ -518,8 +518,7 @@ def test_a_run_that_started_from_another_goes_on_with_the_same_bits_and_then_nee
     assert t.train(up, corpus, tmp_path / "whole" / up.run_id)["status"] == "complete"
 
 
-def test_what_goes_on_reads_on(corpus, tmp_path):
-    """Not the first run's batches again."""
+def test_a_continued_run_draws_new_batches(corpus, tmp_path):
     dense, up = dense_and_after()
     t.train(dense, corpus, tmp_path / dense.run_id)
     batches = [t.Trainer(run_folder.first_model(run, tmp_path), run, corpus).generators["data"].random() for run in (dense, up)]

@@ -22,7 +22,7 @@ from ..files import CheckpointError
 from ..model.config import ModelConfig
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
 from ..training.run_folder import RunError, RunFolder
-from ..training.trainer import Event, NonFiniteLoss, RunPlan, TrainConfig, train
+from ..training.trainer import Event, NonFiniteLoss, RunPlan, train
 
 # errors that end one run and leave the others alone
 RUN_ERRORS = (NonFiniteLoss, RunError, CheckpointError, CorpusError, OSError, MemoryError)

@@ -23,9 +23,8 @@ try:
 except ImportError:  # not a POSIX system: runs are not locked
     fcntl = None
 
-from .. import kernels
-from ..files import (CheckpointError, load_arrays, load_arrays_into, read_json, read_rows, save_arrays, write_json,
-                     write_rows)
+from .. import files, kernels
+from ..files import CheckpointError
 from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe import routers
@@ -51,16 +50,16 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run is finished, and its summary and its log are complete."""
         try:
-            summary, rows = read_json(self.path / "summary.json"), read_rows(self.path / "log.jsonl")
+            summary, rows = files.read_json(self.path / "summary.json"), files.read_rows(self.path / "log.jsonl")
             complete = summary["status"] == "complete" and rows[-1]["step"] == summary["steps"]
             return complete and (self.path / "config.json").exists()
-        except (OSError, ValueError, LookupError):
+        except (OSError, ValueError, LookupError, TypeError):
             return False
 
     def summary(self, config: dict) -> dict:
         """The summary of a finished run. Raises RunError if it is not the run that `config` describes."""
         self._require_same(config)
-        return read_json(self.path / "summary.json")
+        return files.read_json(self.path / "summary.json")
 
     @contextlib.contextmanager
     def locked(self):
@@ -102,7 +101,7 @@ class RunFolder:
         if (self.path / "config.json").exists():
             self._require_same(config)
         else:
-            write_json(self.path / "config.json", config)
+            files.write_json(self.path / "config.json", config)
         (self.path / "failure.json").unlink(missing_ok=True)
         resumed, routings = (self.path / "checkpoint.npz").exists(), self.path / ROUTINGS
         for path in [*self.path.glob(".*"), *routings.glob("*")]:
@@ -113,44 +112,49 @@ class RunFolder:
             with contextlib.suppress(OSError):  # it holds other files, or does not exist
                 routings.rmdir()
 
-    def resume(self, plan):
-        """(arrays, header, rows) of the checkpoint, and the log up to it; None if there is none.
+    def resume(self, trainer) -> bool:
+        """Restore the trainer's state from the checkpoint; False if there is none.
 
         Raises CheckpointError if the checkpoint is damaged or belongs to another run, or if the log is incomplete.
         """
-        path = self.path / "checkpoint.npz"
+        path, plan = self.path / "checkpoint.npz", trainer.plan
         if not path.exists():
-            return None
-        (arrays, header), rows = load_arrays(path, "checkpoint"), read_rows(self.path / "log.jsonl")
-        belongs = (header.get("run_id"), with_defaults(header.get("model"))) == (plan.run_id, plan.model.to_dict())
-        n_rows = header.get("n_rows")
-        if not belongs or type(n_rows) is not int or not 0 < n_rows <= len(rows):
-            raise CheckpointError(f"{path} is of another run, or its log.jsonl is incomplete: {AGAIN}")
-        return arrays, header, rows[:n_rows]
+            return False
+        (arrays, state), rows = files.load_arrays(path, "checkpoint"), files.read_rows(self.path / "log.jsonl")
+        try:
+            if (state["run_id"], with_defaults(state["model"])) != (plan.run_id, plan.model.to_dict()):
+                raise ValueError("it is of another run")
+            rows = rows[:state["n_rows"]]
+            if not rows or rows[-1]["step"] != state["step"]:
+                raise ValueError("its log.jsonl is incomplete")
+            trainer.restore(arrays, state, rows)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be resumed, {error}: {AGAIN}") from None
+        return True
 
     def save(self, trainer, routings: dict):
         """Write the trainer's log, the routings that it recorded (none for a dense model), and the checkpoint."""
         state = trainer.state()
-        write_rows(self.path / "log.jsonl", trainer.rows)
+        files.write_rows(self.path / "log.jsonl", trainer.rows)
         if routings:
             header = {"kind": "routings", "names": trainer.corpus.names} | {
                 name: state[name] for name in ("run_id", "model", "step")}
-            save_arrays(self.path / ROUTINGS / f"{trainer.step:06}.npz", routings, header, compress=True)
-        save_arrays(self.path / "checkpoint.npz", trainer.arrays(), state)
+            files.save_arrays(self.path / ROUTINGS / f"{trainer.step:06}.npz", routings, header, compress=True)
+        files.save_arrays(self.path / "checkpoint.npz", trainer.arrays(), state)
 
     def finish(self, summary: dict):
         """Write the summary, which marks the run as finished."""
-        write_json(self.path / "summary.json", summary)
+        files.write_json(self.path / "summary.json", summary)
 
     def fail(self, reason: dict):
         """Record why the run stopped."""
-        write_json(self.path / "failure.json", reason)
+        files.write_json(self.path / "failure.json", reason)
 
     def _require_same(self, config):
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
         path, wanted = self.path / "config.json", _identity(config)
         try:
-            found = _identity(read_json(path))
+            found = _identity(files.read_json(path))
         except (ValueError, TypeError, AttributeError):
             raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
         different = [f"{name} is {found.get(name)}, not {wanted.get(name)}"
@@ -221,7 +225,7 @@ def load_imports(paths) -> list[dict]:
 def _load_recorded_imports(folder):
     """Execute the files that the run's config.json names; ValueError if one has changed since."""
     path = Path(folder, "config.json")
-    recorded = read_json(path).get("imports", []) if path.exists() else []
+    recorded = files.read_json(path).get("imports", []) if path.exists() else []
     for file in recorded:
         if hashlib.sha256(Path(file["path"]).read_bytes()).hexdigest() != file["sha256"]:
             raise ValueError(f"{file['path']} has changed since this run")
@@ -233,7 +237,7 @@ def load_model(folder: str | Path) -> Transformer:
     path = Path(folder, "checkpoint.npz")
     if Path(folder, "log.jsonl").exists() and not path.exists():
         raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
-    arrays, header = load_arrays(path, "checkpoint")
+    arrays, header = files.load_arrays(path, "checkpoint")
     try:
         _load_recorded_imports(folder)
         model = Transformer(ModelConfig.from_dict(header["model"]))
@@ -241,7 +245,7 @@ def load_model(folder: str | Path) -> Transformer:
         for name, array in weights.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not finite")
-        load_arrays_into({name: p.data for name, p in model.parameters().items()}, weights)
+        files.load_arrays_into({name: p.data for name, p in model.parameters().items()}, weights)
     except (RunError, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
     return model

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import kernels
-from ..files import CheckpointError, load_arrays_into
+from ..files import load_arrays_into
 from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.settings import NOT_NEGATIVE, POSITIVE, SHARE, WHOLE, check_fields, setting
 from .evaluation import Validation, evaluate, first_windows
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
-from .run_folder import AGAIN, RunError, RunFolder, describe, first_model, load_imports, machine
+from .run_folder import RunError, RunFolder, describe, first_model, load_imports, machine
 
 TRAINING_NUMBERS = ("train_loss", "cross_entropy", "balance", "z", "gradient_norm")  # in every row; null if unknown
 
@@ -193,8 +193,7 @@ class Trainer:
                 "generators": {name: g.bit_generator.state for name, g in self.generators.items()}}
 
     def restore(self, arrays: dict, state: dict, rows: list):
-        """Continue from `arrays` and `state` of a checkpoint, and the log so far. Raises ValueError, TypeError or
-        KeyError if they do not describe this run."""
+        """Continue from a checkpoint and its log. Raises ValueError, TypeError or KeyError if they do not fit."""
         load_arrays_into(self.arrays(), arrays)
         self.step, self.seconds, self.rows = operator.index(state["step"]), float(state["seconds"]), rows
         self.optimizer.steps = {name: operator.index(state["optimizer_steps"][name]) for name in self.parameters}
@@ -230,8 +229,9 @@ def _train_to_the_end(trainer, folder, on_event):
         on_event(Event(kind, plan.run_id, trainer.step, loss, steps=plan.training.steps, seconds=trainer.seconds))
 
     try:
-        _begin(trainer, folder)
-        if trainer.step:
+        if not folder.resume(trainer):
+            trainer.look(folder)
+        elif trainer.step:
             report("resumed")
         while trainer.step < plan.training.steps:
             ids, targets = trainer.take_batch()
@@ -249,14 +249,3 @@ def _train_to_the_end(trainer, folder, on_event):
         summary["measured"] = plan.measure(trainer)
     folder.finish(summary)
     return summary
-
-
-def _begin(trainer, folder):
-    """Continue from the checkpoint, or evaluate the new model and save it as the first checkpoint."""
-    saved = folder.resume(trainer.plan)
-    if saved is None:
-        return trainer.look(folder)
-    try:
-        trainer.restore(*saved)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder.path / 'checkpoint.npz'} does not fit this run ({error}): {AGAIN}") from None
