@@ -15,7 +15,8 @@ import pytest
 
 from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, tiny
 from tinymoe.study import runner as study
-from tinymoe.training import run_folder, trainer as train
+from tinymoe.training import run_folder
+from tinymoe.training import trainer as train
 from tinymoe.training.data import CorpusError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +250,7 @@ def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(t
 
 def test_workers_know_the_users_routers(text, tmp_path):
     path, model = own_router(tmp_path, 2)
-    run_folder.load_imports([path])
+    run_folder.load_imports((path,))
     all_runs = [replace(tiny("D", model=model), seed=seed, imports=(path,)) for seed in range(2)]
     assert study.run_study(all_runs, tmp_path / "two", text, jobs=2) == {}
     assert study.run_study(all_runs, tmp_path / "one", text) == {}
@@ -273,11 +274,6 @@ run_study([replace(tiny(), seed=seed) for seed in range(3)], {str(tmp_path / 'ou
 
 
 # -- what a study refuses --
-
-
-def test_the_number_of_cores_is_that_of_this_process():
-    if hasattr(os, "sched_getaffinity"):
-        assert study.available_cores() == len(os.sched_getaffinity(0))
 
 
 def test_output_among_the_texts_is_refused(tmp_path):

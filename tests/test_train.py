@@ -10,7 +10,8 @@ import pytest
 import tinymoe as tm
 from tinymoe import files, kernels
 from tinymoe.study import runner as study
-from tinymoe.training import run_folder, trainer as t
+from tinymoe.training import run_folder
+from tinymoe.training import trainer as t
 from tinymoe.training.data import load_corpus
 
 MODEL = dict(d_model=16, n_heads=2, d_ff=32, n_layers=2, moe_layers=[1], seq_len=16, n_experts=4)
@@ -344,8 +345,8 @@ def test_a_config_of_the_wrong_types(corpus, stopped, content):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_files_of_the_user_are_kept_and_leftovers_of_a_crash_removed(corpus, stopped, fresh):
-    kept = [".notes.txt", ".keep.d/a.txt", ".log.jsonl.txt", "log.jsonl.bak", "routings/notes.npz", "routings/.000002.npz", ".config.json.Backup12"]
-    gone = [".log.jsonl.abcd_123", ".checkpoint.npz.12345678", "routings/.000002.npz.abcdefgh"]
+    kept = [".notes.txt", ".keep.d/a.txt", ".log.jsonl.txt", "log.jsonl.bak", "routings/notes.npz", "routings/.000002.npz", ".config.json.backup12", ".tinymoe"]
+    gone = [f"{name}.{8 * letter}.tinymoe" for letter in "0a" for name in (".log.jsonl", ".checkpoint.npz", "routings/.000002.npz")]
     for name in kept + gone:
         (stopped / name).parent.mkdir(exist_ok=True)
         (stopped / name).write_text("mine")
@@ -418,25 +419,25 @@ class Own(tm.routers.TopK, name="own_{number}"):
 
 def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
     path, model = own_router(tmp_path, 1)
-    digest = run_folder.load_imports([path])[0]["sha256"]
+    digest = run_folder.load_imports((path,))[0]["sha256"]
     plan = replace(tiny("D", model=model), imports=(path,))
     with pytest.raises(KeyboardInterrupt):
         t.train(plan, corpus, tmp_path / "run", stop_after(3))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["imports"] == [{"path": str(path), "sha256": digest}]
     del tm.routers.ROUTERS["own_1"]  # as in another process
-    run_folder._load_import.cache_clear()
+    run_folder.load_imports.cache_clear()
     assert run_folder.load_model(tmp_path / "run").config == plan.model
     path.write_text(path.read_text() + "# changed\n")
     del tm.routers.ROUTERS["own_1"]
-    run_folder._load_import.cache_clear()
+    run_folder.load_imports.cache_clear()
     with pytest.raises(files.CheckpointError, match="own.py has changed since this run"):
         run_folder.load_model(tmp_path / "run")
     assert "own_1" not in tm.routers.ROUTERS  # a changed file is not executed
     with pytest.raises(run_folder.RunError, match="import own.py is .*, not .*--fresh"):
         t.train(plan, corpus, tmp_path / "run")
     path.unlink()
-    run_folder._load_import.cache_clear()
+    run_folder.load_imports.cache_clear()
     with pytest.raises(run_folder.RunError, match="cannot import .*own.py"):
         t.train(plan, corpus, tmp_path / "run")
 

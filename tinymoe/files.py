@@ -7,6 +7,7 @@ killed in between leaves the old file. Arrays are stored as .npz and never unpic
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -23,7 +24,7 @@ def write_whole(path, content):
     """Write str or bytes to path so that it appears complete or not at all, making its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tinymoe", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(content.encode() if isinstance(content, str) else content)
@@ -38,13 +39,20 @@ def write_whole(path, content):
         raise
 
 
+def remove_leftovers(folder):
+    """Delete the temporary files that a killed `write_whole` left in a folder, and nothing else."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tinymoe", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def write_json(path, value):
     """Write a value as indented JSON; NaN is refused, since it is no JSON."""
     write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path):
-    """The JSON object in a file, a dict. Raises OSError where it cannot be read, ValueError where it is another thing."""
+    """The JSON object in a file, a dict. Raises OSError if it cannot be read, ValueError if it is something else."""
     try:
         value = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):

@@ -72,11 +72,6 @@ def runs(ids, n_seeds, training, overrides=None):
     return found
 
 
-def available_cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda event: None) -> dict[str, str]:
     """Train the RunPlans that are not finished under out/runs, `jobs` at a time. Returns {run id: why it failed}.
 
@@ -91,8 +86,8 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     if len(folders) < len(all_runs):
         raise ValueError("two runs have the same id: give each its own config id or seed")
     _require_outside(Path(out), text)
-    load = functools.cache(functools.partial(load_corpus, text, all_runs[0].model.seq_len))
-    load()
+    read = functools.partial(load_corpus, text, all_runs[0].model.seq_len)
+    corpus = read()
     Path(out).mkdir(parents=True, exist_ok=True)
     if Path(out, "runs").is_symlink():
         raise OSError(f"{Path(out, 'runs')} is a link: remove it, or choose another --out")
@@ -108,9 +103,9 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
         side_by_side = min(jobs, len(todo)) > 1
         for plan in stage:
             if not side_by_side or plan not in todo:  # a finished run is only checked
-                _attempt(plan, load, folders[plan.run_id], fresh, note)
+                _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
         if side_by_side:
-            _side_by_side([(plan, folders[plan.run_id], fresh) for plan in todo], load, jobs, note)
+            _side_by_side([(plan, folders[plan.run_id], fresh) for plan in todo], read, jobs, note)
     return failures
 
 
@@ -124,30 +119,33 @@ def _require_outside(out, text):
                           "choose an --out outside of it")
 
 
-def _attempt(plan, load, folder, fresh, send):
-    """Train one run and report on it; load() gives the corpus."""
+def _attempt(plan, corpus, folder, fresh, send):
+    """Train one run and report on it; corpus() gives the corpus, or raises CorpusError."""
     try:
-        summary = train(plan, load(), folder, send, fresh)
+        summary = train(plan, corpus(), folder, send, fresh)
         send(Event("done", plan.run_id, steps=plan.training.steps, seconds=summary.get("seconds", 0.0)))
     except RUN_ERRORS as error:
         send(Event("failed", plan.run_id, message=str(error) or type(error).__name__))
 
 
-def _side_by_side(tasks, load, jobs, note):
-    """Train each task (plan, folder, fresh) in one of `jobs` workers. They are killed when this function ends."""
+def _side_by_side(tasks, read, jobs, note):
+    """Train each task (plan, folder, fresh) in one of `jobs` workers. They are killed when this function ends.
+
+    read: what a worker calls to read the corpus. Sending it to each would block on a worker that dies while it starts.
+    """
     kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
     waiting, workers = tasks[::-1], []
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                workers.append(_Worker(load))
+                workers.append(_Worker(read))
                 workers[-1].start(waiting.pop())
             for pipe in connection.wait([worker.pipe for worker in workers]):
                 worker = next(worker for worker in workers if worker.pipe is pipe)
                 event = worker.receive()
                 note(event)
                 if event.kind in ("done", "failed"):
-                    if waiting and worker.alive:
+                    if waiting and worker.process.is_alive():
                         worker.give(waiting.pop())
                     else:
                         workers.remove(worker)
@@ -163,11 +161,10 @@ class _Worker:
     Each worker has its own pipe, so one that is killed while it sends cannot block the others: its pipe ends.
     """
 
-    def __init__(self, load):
+    def __init__(self, read):
         context = multiprocessing.get_context("spawn")
         self.pipe, self.other_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(self.other_end, load.__wrapped__), daemon=True)
-        self.alive = True
+        self.process = context.Process(target=_work, args=(self.other_end, read), daemon=True)
 
     def start(self, task):
         """Start the process with its first task."""
@@ -187,7 +184,6 @@ class _Worker:
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            self.alive = False
             self.process.join()
             if self.process.exitcode == UNGUARDED:
                 raise SystemExit(GUARD) from None
@@ -218,11 +214,11 @@ def _environment_of_a_worker():
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
-def _work(pipe, load):
-    """The body of a worker: it loads the corpus itself and trains the tasks that it is given."""
+def _work(pipe, read):
+    """The body of a worker: it reads the corpus itself, and trains the runs that it is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    load, sent = functools.cache(load), 0.0
+    corpus, sent = functools.cache(read), 0.0
 
     def send(event):
         nonlocal sent
@@ -234,7 +230,7 @@ def _work(pipe, load):
     with contextlib.suppress(EOFError, OSError):
         while True:
             plan, folder, fresh = pipe.recv()
-            _attempt(plan, load, folder, fresh, send)
+            _attempt(plan, corpus, folder, fresh, send)
 
 
 def _exit_with_parent():

@@ -1,7 +1,7 @@
 """The folder of one run: its files, its lock, and how an interrupted run is resumed.
 
-config.json is written first. log.jsonl, routings/STEP.npz and checkpoint.npz follow at every evaluation, summary.json at
-the end: its presence says that the run is finished. failure.json says why a run stopped. Training after a checkpoint
+config.json is written first; log.jsonl, routings/STEP.npz and checkpoint.npz follow at every evaluation. summary.json
+comes last: its presence says that the run is finished. failure.json says why a run stopped. Training after a checkpoint
 depends on the checkpoint alone, so a resumed run ends with the same bits as one that was never interrupted.
 """
 
@@ -32,9 +32,6 @@ from ..moe import routers
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
 ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file per evaluation
 AGAIN = "move this run's folder away and run the same command again"
-# names that write_whole gives to files that it has not finished, and names of saved routings
-LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))}|view\.html|\d{{6,}}\.npz)\.[a-z0-9_]{{8}}")
-SAVED_ROUTINGS = re.compile(r"\d{6,}\.npz")
 
 
 class RunError(Exception):
@@ -103,13 +100,14 @@ class RunFolder:
         else:
             files.write_json(self.path / "config.json", config)
         (self.path / "failure.json").unlink(missing_ok=True)
-        resumed, routings = (self.path / "checkpoint.npz").exists(), self.path / ROUTINGS
-        for path in [*self.path.glob(".*"), *routings.glob("*")]:
-            stale = not resumed and path.parent == routings and SAVED_ROUTINGS.fullmatch(path.name)  # of another run
-            if path.is_file() and (stale or LEFTOVER.fullmatch(path.name)):
-                path.unlink()
-        if not resumed:
-            with contextlib.suppress(OSError):  # it holds other files, or does not exist
+        routings = self.path / ROUTINGS
+        files.remove_leftovers(self.path)
+        files.remove_leftovers(routings)
+        if not (self.path / "checkpoint.npz").exists():  # the saved routings are of an earlier run
+            for path in routings.glob("*"):
+                if re.fullmatch(r"\d{6,}\.npz", path.name):
+                    path.unlink()
+            with contextlib.suppress(OSError):  # it does not exist, or holds files of the user
                 routings.rmdir()
 
     def resume(self, trainer) -> bool:
@@ -207,17 +205,13 @@ def machine() -> dict:
 
 
 @functools.cache
-def _load_import(path):
-    return routers.load_file(path)
-
-
-def load_imports(paths) -> list[dict]:
-    """Execute the user's files that define routers, each once in this process.
+def load_imports(paths: tuple) -> list[dict]:
+    """Execute the user's files that define routers, once in this process.
 
     Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.
     """
     try:
-        return [{"path": path, "sha256": _load_import(path)} for path in map(os.path.abspath, paths)]
+        return [{"path": path, "sha256": routers.load_file(path)} for path in map(os.path.abspath, paths)]
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from None
 
@@ -229,7 +223,7 @@ def _load_recorded_imports(folder):
     for file in recorded:
         if hashlib.sha256(Path(file["path"]).read_bytes()).hexdigest() != file["sha256"]:
             raise ValueError(f"{file['path']} has changed since this run")
-    load_imports([file["path"] for file in recorded])
+    load_imports(tuple(file["path"] for file in recorded))
 
 
 def load_model(folder: str | Path) -> Transformer:

@@ -209,7 +209,7 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
     failure.json records.
     """
     folder = RunFolder(folder)
-    config = describe(plan, corpus, load_imports(plan.imports))
+    config = describe(plan, corpus, load_imports(tuple(plan.imports)))
     if folder.finished() and not fresh:  # without the lock, so that a read-only folder will do
         return folder.summary(config)
     with folder.locked():
