@@ -114,6 +114,7 @@ class Trainer:
         """(ids, targets), (B, T) each: the next training windows."""
         return self.corpus.batch(self.generators["data"], self.plan.training.batch_size, self.plan.model.seq_len)
 
+    @np.errstate(all="ignore")  # numbers that are not finite are found below, and raised as NonFiniteLoss
     def learn(self, ids, targets) -> float:
         """Take one step of the optimizer; returns the cross-entropy before it. Raises NonFiniteLoss."""
         started, c = time.perf_counter(), self.plan.training
@@ -168,10 +169,10 @@ class Trainer:
         windows = self.corpus.validation(n_windows, self.plan.model.seq_len)
         return Validation(*windows, self.corpus.names, self.plan.training.batch_size)
 
+    @np.errstate(all="ignore")
     def evaluate(self, valid: Validation):
         """(row, routings) as evaluation.evaluate returns them. Raises NonFiniteLoss."""
-        with np.errstate(all="ignore"):
-            row, routings = evaluate(self.model, valid, self.initial_divergence)
+        row, routings = evaluate(self.model, valid, self.initial_divergence)
         try:
             json.dumps(row, allow_nan=False)
         except ValueError:
