@@ -167,7 +167,7 @@ def describe(plan, corpus, imports=()) -> dict:
     return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
             "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
             "corpus": corpus.describe(), "domains": corpus.names,
-            "kernels": getattr(kernels, "active", lambda: "numba")(), "imports": list(imports)}
+            "kernels": kernels.active(), "imports": list(imports)}
 
 
 def _identity(config):
