@@ -117,8 +117,8 @@ def test_a_missing_text_loses_nothing_even_with_fresh(text, tmp_path):
 
 
 def test_a_killed_worker_is_reported_and_the_same_command_makes_it_good(text, tmp_path):
-    """Also: the same bits from two jobs as from one, and from one thread in a process as from another number in this one."""
-    all_runs = [tiny("F"), replace(tiny("F", steps=3000, n_evaluations=1500), seed=1)]  # the second would train for long
+    """The bits are the same with two jobs as with one, and with any number of threads."""
+    all_runs = [tiny("F"), replace(tiny("F", steps=3000, n_evaluations=1500), seed=1)]  # the second is long
     killed = []
 
     def kill(event):
@@ -134,7 +134,8 @@ def test_a_killed_worker_is_reported_and_the_same_command_makes_it_good(text, tm
 
 def children(pid):
     """Pids of the processes that a process started."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def alive(pid):
@@ -156,9 +157,11 @@ CONFIGS, STEPS = "AF", 200
 
 
 def command(text, out):
-    settings = [f"{name}={value}".replace(" ", "") for name, value in (MODEL | TRAINING | {"n_evaluations": 40}).items() if name != "steps"]
-    return [sys.executable, str(ROOT / "cli.py"), "study", "--text", str(text), "--out", str(out), "--jobs", "2", "--steps", str(STEPS),
-            *(arg for c in CONFIGS for arg in ("--config", c)), *(arg for s in settings for arg in ("--set", s))]
+    values = MODEL | TRAINING | {"n_evaluations": 40}
+    settings = [f"{name}={value}".replace(" ", "") for name, value in values.items() if name != "steps"]
+    return [sys.executable, str(ROOT / "cli.py"), "study", "--text", str(text), "--out", str(out), "--jobs", "2",
+            "--steps", str(STEPS), *(arg for c in CONFIGS for arg in ("--config", c)),
+            *(arg for s in settings for arg in ("--set", s))]
 
 
 @linux
@@ -185,8 +188,9 @@ def test_a_study_killed_outright_takes_its_workers_along_and_goes_on_with_the_sa
 @linux
 @pytest.mark.parametrize("moment", ["importing", "training"])
 def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
-    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores it
+    process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True,  # and SIGINT as usual, which a shell's background job ignores:
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         if moment == "importing":
             wait_for(lambda: len(children(process.pid)) == 3)  # two workers and multiprocessing's own helper
@@ -229,7 +233,8 @@ def test_a_worker_that_dies_while_it_starts_fails_one_run_and_the_others_finish(
     failures = study.run_study(all_runs, tmp_path, text, jobs=2)
     killer.join()
     assert len(failures) == 1 and "exit code -9: run the same command again" in next(iter(failures.values()))
-    assert {path.parent.name for path in tmp_path.glob("runs/*/summary.json")} == {r.run_id for r in all_runs} - set(failures)
+    finished = {path.parent.name for path in tmp_path.glob("runs/*/summary.json")}
+    assert finished == {run.run_id for run in all_runs} - set(failures)
     assert study.run_study(all_runs, tmp_path, text, jobs=2) == {}
 
 
@@ -293,7 +298,8 @@ def test_two_runs_of_one_id_are_refused(text, tmp_path):
         study.run_study([tiny(), tiny(steps=3)], tmp_path, text)
 
 
-@pytest.mark.parametrize("place", ["runs", "runs/F-seed0", "runs/F-seed0/.lock", "runs/F-seed0/routings", "runs/F-seed0/log.jsonl"])
+@pytest.mark.parametrize("place", ["runs", "runs/F-seed0", *(f"runs/F-seed0/{name}" for name in
+                                                            (".lock", "routings", "log.jsonl"))])
 def test_a_link_inside_the_results_leads_nowhere(text, tmp_path, place):
     outside, out = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()

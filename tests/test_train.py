@@ -1,4 +1,4 @@
-"""One run: interrupted anywhere, it is resumed and ends with the same bits; it refuses what it cannot use, and keeps it."""
+"""One run: interrupted anywhere, it is resumed and ends with the same bits. What it cannot use it refuses and keeps."""
 
 import json
 import os
@@ -37,8 +37,9 @@ def results(folder):
         header = json.loads(str(stored["__header__"]))
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
-    arrays |= {path.name: path.read_bytes() for path in (folder / "routings").glob("*")}  # the zip format keeps no clock time here
-    return arrays, *([{k: v for k, v in one.items() if k != "seconds"} for one in group] for group in ([header, summary], rows))
+    arrays |= {path.name: path.read_bytes() for path in (folder / "routings").glob("*")}  # they hold no clock time
+    groups = [header, summary], rows
+    return arrays, *([{k: v for k, v in one.items() if k != "seconds"} for one in group] for group in groups)
 
 
 def stop_after(step):
@@ -91,7 +92,8 @@ def test_a_run_learns_a_text_without_surprise(tmp_path):
 def test_the_folder_of_a_run_holds_what_the_contract_says(corpus, tmp_path):
     summary = t.train(tiny(), corpus, tmp_path)
     routings = [f"routings/{step:06}.npz" for step in (0, 2, 4, 6)]
-    assert sorted(snapshot(tmp_path)) == [".lock", "checkpoint.npz", "config.json", "log.jsonl", *routings, "summary.json"]
+    written = [".lock", "checkpoint.npz", "config.json", "log.jsonl", *routings, "summary.json"]
+    assert sorted(snapshot(tmp_path)) == written
     config = json.loads((tmp_path / "config.json").read_text())
     assert tm.ModelConfig.from_dict(config["model"]) == tiny().model and config["training"]["steps"] == 6
     assert config["corpus"] == corpus.describe() and config["threads"] == kernels.get_threads()
@@ -224,6 +226,13 @@ def test_a_stopped_run_from_before_a_setting_existed_goes_on(corpus, reference, 
     assert results(stopped) == reference
 
 
+def throws(error):
+    """A function that raises the error, whatever it is given."""
+    def raising(*args, **options):
+        raise error
+    return raising
+
+
 def refuses(error, match, run, corpus, folder):
     """train raises an error of one line that matches, and leaves every file as it was."""
     before = snapshot(folder)
@@ -232,9 +241,11 @@ def refuses(error, match, run, corpus, folder):
     assert snapshot(folder) == before and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("other", [tiny(steps=7), tiny(model={"d_ff": 8}), replace(tiny(), seed=1)], ids=["training", "model", "seed"])
+@pytest.mark.parametrize("other", [tiny(steps=7), tiny(model={"d_ff": 8}), replace(tiny(), seed=1)],
+                         ids=["training", "model", "seed"])
 def test_other_settings_in_the_same_folder(corpus, stopped, other):
-    refuses(run_folder.RunError, "other settings .*choose another --out, or start again with --fresh", other, corpus, stopped)
+    message = "other settings .*choose another --out, or start again with --fresh"
+    refuses(run_folder.RunError, message, other, corpus, stopped)
 
 
 def test_another_text_in_the_same_folder(stopped, tmp_path_factory):
@@ -271,13 +282,16 @@ def _pickled(path):
 def _without(*names):
     def cut(path):
         arrays, header = files.load_arrays(path, "checkpoint")
-        files.save_arrays(path, {k: a for k, a in arrays.items() if k not in names}, {k: v for k, v in header.items() if k not in names})
+        kept = ({key: value for key, value in part.items() if key not in names} for part in (arrays, header))
+        files.save_arrays(path, *kept)
     return cut
 
 
-DAMAGE = {"truncated": lambda path: path.write_bytes(path.read_bytes()[:-2000]), "empty": lambda path: path.write_bytes(b""),
-          "text": lambda path: path.write_text("no archive"), "a model": _model, "a stranger's arrays": _bare, "pickled": _pickled,
-          "no weights": _without("p/head.weight"), "no moments": _without("m/head.weight"), "no generators": _without("generators"),
+DAMAGE = {"truncated": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+          "empty": lambda path: path.write_bytes(b""), "text": lambda path: path.write_text("no archive"),
+          "a model": _model, "a stranger's arrays": _bare, "pickled": _pickled,
+          "no weights": _without("p/head.weight"), "no moments": _without("m/head.weight"),
+          "no generators": _without("generators"),
           "no row count": _without("n_rows")}
 
 
@@ -308,7 +322,8 @@ def test_models_that_cannot_be_loaded(corpus, tmp_path):
     t.train(tiny(), corpus, tmp_path)
     arrays, header = files.load_arrays(tmp_path / "checkpoint.npz", "checkpoint")
     name = "p/head.weight"
-    for changed, named in ((arrays[name][:1], r"has the shape \(1, 256\), not \(16, 256\)"), (arrays[name] * np.nan, "is not finite")):
+    for changed, named in ((arrays[name][:1], r"has the shape \(1, 256\), not \(16, 256\)"),
+                           (arrays[name] * np.nan, "is not finite")):
         files.save_arrays(tmp_path / "checkpoint.npz", arrays | {name: changed}, header)
         with pytest.raises(files.CheckpointError, match=f"head.weight {named}"):
             run_folder.load_model(tmp_path)
@@ -325,16 +340,18 @@ def test_a_log_that_is_gone(corpus, stopped, finished):
     refuses(files.CheckpointError, "log.jsonl is incomplete: move this run's folder away", tiny(), corpus, stopped)
 
 
-@pytest.mark.parametrize("key, value", [("n_rows", 1.5), ("n_rows", "3"), ("n_rows", 0), ("step", "a"), ("step", 1.5), ("step", None), ("seconds", "a"),
-                                        ("generators", {}), ("generators", {"data": 1, "noise": 2}), ("optimizer_steps", {}), ("optimizer_steps", 7),
-                                        ("model", 3), ("run_id", [1])], ids=str)
+@pytest.mark.parametrize("key, value", [
+    ("n_rows", 1.5), ("n_rows", "3"), ("n_rows", 0), ("step", "a"), ("step", 1.5), ("step", None), ("seconds", "a"),
+    ("generators", {}), ("generators", {"data": 1, "noise": 2}), ("optimizer_steps", {}), ("optimizer_steps", 7),
+    ("model", 3), ("run_id", [1])], ids=str)
 def test_a_checkpoint_whose_header_is_damaged(corpus, stopped, key, value):
     arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
     files.save_arrays(stopped / "checkpoint.npz", arrays, header | {key: value})
     refuses(files.CheckpointError, "checkpoint.npz .*: move this run's folder away", tiny(), corpus, stopped)
 
 
-@pytest.mark.parametrize("content", ['{"corpus": 1}', '{"corpus": {"words": 1}}', '{"training": 3}', '{"imports": [1]}', '{"model": [1]}'])
+@pytest.mark.parametrize("content", [
+    '{"corpus": 1}', '{"corpus": {"words": 1}}', '{"training": 3}', '{"imports": [1]}', '{"model": [1]}'])
 def test_a_config_of_the_wrong_types(corpus, stopped, content):
     (stopped / "config.json").write_text(content)
     refuses(run_folder.RunError, "config.json is not the JSON|other settings", tiny(), corpus, stopped)
@@ -345,8 +362,10 @@ def test_a_config_of_the_wrong_types(corpus, stopped, content):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_files_of_the_user_are_kept_and_leftovers_of_a_crash_removed(corpus, stopped, fresh):
-    kept = [".notes.txt", ".keep.d/a.txt", ".log.jsonl.txt", "log.jsonl.bak", "routings/notes.npz", "routings/.000002.npz", ".config.json.backup12", ".tinymoe"]
-    gone = [f"{name}.{8 * letter}.tinymoe" for letter in "0a" for name in (".log.jsonl", ".checkpoint.npz", "routings/.000002.npz")]
+    kept = [".notes.txt", ".keep.d/a.txt", ".log.jsonl.txt", "log.jsonl.bak", "routings/notes.npz",
+            "routings/.000002.npz", ".config.json.backup12", ".tinymoe"]
+    gone = [f"{name}.{8 * letter}.tinymoe" for letter in "0a"
+            for name in (".log.jsonl", ".checkpoint.npz", "routings/.000002.npz")]
     for name in kept + gone:
         (stopped / name).parent.mkdir(exist_ok=True)
         (stopped / name).write_text("mine")
@@ -364,7 +383,7 @@ def test_a_lock_file_is_not_emptied(corpus, tmp_path):
 def test_a_finished_run_needs_no_lock(corpus, tmp_path, monkeypatch):
     """So a study that is finished can be read from a read-only folder."""
     summary = t.train(tiny(), corpus, tmp_path)
-    monkeypatch.setattr(run_folder.os, "open", lambda *args: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(run_folder.os, "open", throws(OSError(30, "Read-only file system")))
     assert t.train(tiny(), corpus, tmp_path) == summary
     with pytest.raises(run_folder.RunError, match="other settings"):
         t.train(tiny(steps=7), corpus, tmp_path)
@@ -372,8 +391,9 @@ def test_a_finished_run_needs_no_lock(corpus, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(run_folder.fcntl is None, reason="no locks here")
 def test_a_file_system_without_locks_has_a_remedy(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder.fcntl, "flock", lambda *args: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
-    with pytest.raises(run_folder.RunError, match=r"cannot be locked \(Operation not supported\): choose another --out, or set TINYMOE_NO_LOCK=1"):
+    monkeypatch.setattr(run_folder.fcntl, "flock", throws(OSError(95, "Operation not supported")))
+    message = r"cannot be locked \(Operation not supported\): choose another --out, or set TINYMOE_NO_LOCK=1"
+    with pytest.raises(run_folder.RunError, match=message):
         t.train(tiny(), corpus, tmp_path)
     monkeypatch.setenv("TINYMOE_NO_LOCK", "1")
     assert t.train(tiny(), corpus, tmp_path)["status"] == "complete"
@@ -455,7 +475,8 @@ def test_more_than_256_domains_keep_their_numbers(tmp_path):
 # -- losses that are not finite --
 
 
-@pytest.mark.parametrize("steps, n_evaluations", [(6, 3), (3, 3), (1, 1)], ids=["in training", "at a look", "at the end"])
+@pytest.mark.parametrize("steps, n_evaluations", [(6, 3), (3, 3), (1, 1)],
+                         ids=["in training", "at an evaluation", "at the end"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_recorded(corpus, tmp_path, steps, n_evaluations):
     run = tiny("D", steps=steps, n_evaluations=n_evaluations, learning_rate=1e30)
     for _ in range(2):  # the same again when it is tried again
@@ -522,7 +543,8 @@ def test_a_run_that_started_from_another_goes_on_with_the_same_bits_and_then_nee
 def test_a_continued_run_draws_new_batches(corpus, tmp_path):
     dense, up = dense_and_after()
     t.train(dense, corpus, tmp_path / dense.run_id)
-    batches = [t.Trainer(run_folder.first_model(run, tmp_path), run, corpus).generators["data"].random() for run in (dense, up)]
+    trainers = [t.Trainer(run_folder.first_model(run, tmp_path), run, corpus) for run in (dense, up)]
+    batches = [trainer.generators["data"].random() for trainer in trainers]
     assert batches[0] != batches[1]
 
 
@@ -543,9 +565,10 @@ def test_a_model_of_a_damaged_checkpoint(corpus, stopped, damage):
         run_folder.load_model(stopped)
 
 
-@pytest.mark.parametrize("bad", [dict(steps=0), dict(steps=1.5), dict(steps=True), dict(batch_size="4"), dict(learning_rate="fast"),
-                                 dict(learning_rate=0), dict(learning_rate=float("nan")), dict(warmup="long"), dict(warmup=2),
-                                 dict(weight_decay="much"), dict(weight_decay=-1), dict(max_norm=0), dict(max_norm=float("nan"))], ids=str)
+@pytest.mark.parametrize("bad", [
+    dict(steps=0), dict(steps=1.5), dict(steps=True), dict(batch_size="4"), dict(learning_rate="fast"),
+    dict(learning_rate=0), dict(learning_rate=float("nan")), dict(warmup="long"), dict(warmup=2),
+    dict(weight_decay="much"), dict(weight_decay=-1), dict(max_norm=0), dict(max_norm=float("nan"))], ids=str)
 def test_training_settings_that_make_no_run(bad):
     (name, value), = bad.items()
     with pytest.raises(ValueError, match=f"{name} .*{value}"):
