@@ -1,0 +1,126 @@
+"""Statistics over the seeds of a study: intervals, differences paired by seed, Holm's correction, and verdicts."""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, replace
+
+import numpy as np
+from scipy.stats import ttest_1samp
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of n values and half the width of its confidence interval; half is nan where n is 1."""
+
+    mean: float
+    half: float
+    n: int
+    p: float = math.nan  # two-sided p value, against a mean of zero
+
+    low = property(lambda self: self.mean - self.half)
+    high = property(lambda self: self.mean + self.half)
+
+
+def t_interval(values, level=0.95):
+    """Student's t interval of a mean, with n - 1 degrees of freedom. One value has no interval; no value has no mean."""
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    mean = float(values.mean()) if n else math.nan
+    if n < 2 or not np.isfinite(values).all():
+        return Interval(mean, math.nan, n)
+    if np.ptp(values) == 0.0:  # rounding can raise the standard deviation of equal values above 0
+        return Interval(mean, 0.0, n, float(mean == 0.0))
+    test = ttest_1samp(values, 0.0)
+    return Interval(mean, float(test.confidence_interval(level).high) - mean, n, float(test.pvalue))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A quantity of one setting, or its difference from (`minus`) or ratio to (`over`) another's, paired by seed.
+
+    setting: an id, or a tuple of ids for the smallest of them, seed by seed. times: a factor of `minus`.
+    """
+
+    metric: str
+    setting: str | tuple
+    _: KW_ONLY
+    minus: str | None = None
+    times: float = 1
+    over: str | None = None
+
+    @property
+    def settings(self):
+        """The ids of all settings that it needs."""
+        first = self.setting if isinstance(self.setting, tuple) else (self.setting,)
+        return (*first, *filter(None, (self.minus, self.over)))
+
+    def of(self, numbers: Callable):
+        """(seeds,) array over the common seeds, of numbers(metric, setting) -> {seed: value}."""
+        parts = [numbers(self.metric, self.setting)]
+        parts += [numbers(self.metric, other) for other in (self.minus, self.over) if other]
+        seeds = [seed for seed in parts[0] if all(seed in part for part in parts)]
+        first, *other = (np.array([part[seed] for seed in seeds], float) for part in parts)
+        if self.minus:
+            return first - self.times * other[0]
+        return first / other[0] if self.over else first
+
+    def __str__(self):
+        """`a` - `b`"""
+        first = (f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`")
+        if self.minus:
+            return f"{first} - " + (f"{self.times:g} · " if self.times != 1 else "") + f"`{self.minus}`"
+        return f"{first} / `{self.over}`" if self.over else first
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A planned Contrast with its interval over seeds, and whether it survives Holm's correction."""
+
+    contrast: Contrast
+    interval: Interval
+    survives: bool = False
+
+    metric = property(lambda self: self.contrast.metric)
+
+    @property
+    def word(self):
+        """"clear", "suggestive" or "undecided", by the criteria of the glossary in report.py; "not tested" without two
+        common seeds."""
+        if not math.isfinite(self.interval.half):
+            return "not tested"
+        if self.interval.low <= 0 <= self.interval.high:
+            return "undecided"
+        return "clear" if self.survives else "suggestive"
+
+    @property
+    def numbers(self):
+        """(mean, low, high) as text with signs, with as many digits as keep an end of the interval from looking like 0."""
+        numbers, size = (self.interval.mean, self.interval.low, self.interval.high), abs(self.interval.mean)
+        digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
+        return tuple(f"{x:+,.{digits}f}" for x in numbers)
+
+    @property
+    def cells(self):
+        """[mean, interval, verdict] as text for a table."""
+        mean, low, high = self.numbers
+        return ["–" if math.isnan(self.interval.mean) else mean,
+                "–" if self.word == "not tested" else f"[{low}, {high}]",
+                self.word if self.interval.n else "no common seed"]
+
+
+def holm(comparisons, level=0.05):
+    """The same comparisons, each marked whether it survives Holm's (1979) step-down correction for their number."""
+    tested = sorted((one for one in comparisons if one.word != "not tested"), key=lambda one: one.interval.p)
+    surviving = set()
+    for rank, one in enumerate(tested):
+        if one.interval.p > level / (len(tested) - rank):
+            break
+        surviving.add(id(one))
+    return [replace(one, survives=id(one) in surviving) for one in comparisons]
+
+
+def enough_digits(numbers, digits, bound=0.0):
+    """At least `digits` after the point, and more until no number looks like `bound` that differs from it in 6 digits."""
+    while any(round(x, digits) == round(bound, digits) and round(x, 6) != round(bound, 6) for x in numbers):
+        digits += 1
+    return digits
