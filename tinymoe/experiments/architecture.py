@@ -39,8 +39,8 @@ dense = Experiment(
     settings=(Setting("mixture", "top-2 of 8 experts"),
               Setting("dense-active", "one layer as large as the two active experts", model=ONE_EXPERT, width=2),
               Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8)),
-    metrics=(LOSS, "train_cross_entropy", "parameters", "megaflops", "seconds"),
-    planned=planned(("train_cross_entropy", LOSS), (("mixture", "dense-active"), ("mixture", "dense-total"))),
+    metrics=(LOSS, "cross_entropy", "parameters", "megaflops", "seconds"),
+    planned=planned(("cross_entropy", LOSS), (("mixture", "dense-active"), ("mixture", "dense-total"))),
     figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS),
              "loss_against_work": one_against_other("megaflops", LOSS)},
     caution="A dense layer is a mixture of one expert. Two other things differ: the balance loss (0.01 for the "
@@ -50,8 +50,8 @@ dense = Experiment(
             "need more steps or another learning rate.",
     claims=(Claim(9, "A mixture beats a dense model of equal active parameters on training loss, and one of equal "
                      "total parameters is better still", "Shazeer 2017; Clark 2022",
-                  (Effect("train_cross_entropy", "mixture", "<", 0, minus="dense-active"),
-                   Effect("train_cross_entropy", "dense-total", "<", 0, minus="mixture"))),))
+                  (Effect("cross_entropy", "mixture", "<", 0, minus="dense-active"),
+                   Effect("cross_entropy", "dense-total", "<", 0, minus="mixture"))),))
 
 SURFACE = {k: [f"E{e}-K{k}" for e in (2, 4, 8, 16, 32) if e >= k] for k in (1, 2, 4)}
 MORE_EXPERTS = tuple((f"E32-K{k}", f"E4-K{k}") for k in SURFACE)

@@ -1,7 +1,7 @@
-"""What a router does to a model, found out by trying: what `python cli.py probe ROUTER` runs.
+"""Tests of what a router does to a model, as `python cli.py probe ROUTER` runs them.
 
-A small model is trained for a moment on real text, then asked: does a later token, or a neighbour in the batch, change
-what an earlier one gets? Where does the router's gradient come from? Has routing collapsed?
+A small model is trained for a few steps on real text. Then: does a later token, or another sequence of the batch, change
+the output for an earlier one? Which terms of the loss give the router a gradient? Has routing collapsed?
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from ..training.trainer import RunPlan, Trainer
 
 @dataclass(frozen=True)
 class Influence:
-    """How far something that should not matter changes a model's output.
+    """How much a change of the input changes tokens that should not depend on it.
 
-    tokens: share of the tokens, of those that should not notice, whose experts change in any layer.
-    logits: the largest change of a logit of theirs; below 1e-4 it is rounding.
+    tokens: share of these tokens whose experts change in any layer. logits: the largest change of their logits; below
+    1e-4 it is rounding.
     """
 
     tokens: float
@@ -29,22 +29,22 @@ class Influence:
 
 
 def compared(model, ids, other_ids, keep, **options):
-    """The Influence on the tokens kept (a function (B, T, ...) -> (M, ...)) of giving other_ids instead of ids."""
-    def look(ids):
+    """The Influence of giving other_ids instead of ids, on the tokens that keep(array (B, T, ...)) -> (M, ...) selects."""
+    def outcome(ids):
         with no_grad():
             output = model.forward(ids, rng=np.random.default_rng(0), **options)
         chosen = [keep(r.mask().reshape(*ids.shape, -1)) for r in output.routings]
         return np.concatenate(chosen, axis=-1), keep(output.logits.data)
 
-    (chosen, logits), (other_chosen, other_logits) = look(ids), look(other_ids)
+    (chosen, logits), (other_chosen, other_logits) = outcome(ids), outcome(other_ids)
     return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
 
 
 def causality(model, ids, causal=False, training=False, seed=0):
-    """What the second half of each sequence does to the first: nothing, where routing is causal.
+    """The Influence of the second half of each sequence on its first half: none, where routing is causal.
 
-    ids (B, T); their second halves become random tokens. training: as a training step routes, with the same noise
-    both times. Attention is causal, so what changes comes through the routers.
+    ids (B, T); their second halves become random tokens. training: route as a training step does, with the same noise
+    both times. Attention is causal, so any change comes through the routers.
     """
     half = ids.shape[1] // 2
     other = ids.copy()
@@ -57,9 +57,9 @@ def _kept(part):
 
 
 def batch_independence(model, ids, seed=0):
-    """What its neighbours in the batch do to the first sequence of ids (B, T): dict of Influences.
+    """The Influence of the other sequences on the first sequence of ids (B, T): dict of Influences.
 
-    "alone": without them; "other neighbours": random tokens in their place.
+    "alone": they are left out. "other neighbours": random tokens replace them.
     """
     first, other = _kept(lambda x: x[:1]), ids.copy()
     other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
@@ -67,7 +67,7 @@ def batch_independence(model, ids, seed=0):
 
 
 def flattery(model, ids, targets):
-    """Loss routed on the prefix alone less loss routed as in the batch, in nats; 0 for a causal router."""
+    """Loss routed on the prefix alone minus loss routed over the batch, in nats; 0 for a causal router."""
     valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
     leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
     return float(causal - leaky)
@@ -97,7 +97,7 @@ def gradient_path(model, ids, targets, seed=0):
 
 
 def assignment_shortfall(model, ids):
-    """How far each way to give every token one expert falls short, in mean score, of the exact balanced assignment.
+    """Mean score of the exact balanced assignment minus that of other ways to give every token one expert.
 
     dict of numbers, from the first MoE layer's logits on ids (B, T). "best expert" is below 0: better, but unbalanced.
     """

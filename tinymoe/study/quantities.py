@@ -102,8 +102,6 @@ QUANTITIES = {quantity.name: quantity for quantity in (
              of=lambda row: math.exp(TOKEN_BYTES * row[LOSS])),
     Quantity("excess", "causal loss above the entropy of the text", "nats", of=above_entropy, per="run"),
     Quantity("cross_entropy", "training loss", "nats"),
-    Quantity("train_cross_entropy", "training loss at the end", "nats", of=lambda run: run.log[-1]["cross_entropy"],
-             per="run"),  # the mean over the steps since the evaluation before the last
     # load
     Quantity("load_cv", "load CV"),
     Quantity("worst_cv", "largest load CV while training", of=_worst("load_cv"), per="run"),
@@ -182,10 +180,14 @@ def in_row(row, name, layer=None):
 
 
 def value(run, name):
-    """A quantity of a finished run: of the run, of what was measured at its end, or of its final row; nan for none."""
+    """A quantity of a finished run: of the run, of what was measured at its end, or of its final row; nan for none.
+
+    Numbers of training, such as a term of the loss, are means over the steps since the evaluation before the last.
+    """
     one = quantity(name)
     if one.per == "run":
         return float(one.of(run))
-    if name in run.measured:
-        return math.nan if run.measured[name] is None else float(run.measured[name])
+    for row in (run.measured, run.final, run.log[-1]):
+        if name in row:
+            return math.nan if row[name] is None else float(row[name])
     return in_row(run.final, name)

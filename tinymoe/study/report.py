@@ -163,6 +163,8 @@ def claim_rows(results):
     for claim in results.experiment.claims:
         there = results.ready and all(map(results.has, claim.effects))
         verdict, found = results.outcome(claim) if there else ("not tested", [])
+        if any(len(numbers) < 2 and not effect.every_run for effect, numbers in found):
+            verdict = "not tested"
         rows.append([str(claim.number or "–"), f"{claim.text} ({claim.published})",
                      "<br>".join(measured(effect, numbers) for effect, numbers in found), f"**{verdict}**",
                      results.experiment.name])
@@ -237,22 +239,29 @@ def bold(sentences):
 
 
 def write_summary_csv(study_dir):
-    """Write STUDY/summary.csv: a line a run whatever its state, a column for each quantity of which a run has a number."""
+    """Write STUDY/summary.csv: a line for each run whatever its state, a column for each number that any run has."""
     runs, path = load_runs(study_dir), Path(study_dir, "summary.csv")
-    numbers = [{name: value(run, name) for name in QUANTITIES} if run.state == "complete" else {} for run in runs]
-    names = [name for name in QUANTITIES if any(math.isfinite(one.get(name, math.nan)) for one in numbers)]
+    numbers = {run.run_id: all_numbers(run) for run in runs}
+    names = list(dict.fromkeys(name for of in numbers.values() for name in of))
     out = io.StringIO()
     writer, settings = csv.writer(out, lineterminator="\n"), ("router", "top_k", "aux_coef")
-    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "parameters_total", "parameters_active",
-                     *names])
-    for run, one in zip(runs, numbers):
+    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "parameters_total",
+                     "parameters_active", *names])
+    for run in runs:
         sizes = run.config.get("parameters", {})
-        cells = (one.get(name, math.nan) for name in names)
         writer.writerow([run.run_id, run.config_id, run.seed, run.state, *map(run.model.get, settings),
                          (run.summary or {}).get("steps"), sizes.get("total"), sizes.get("active"),
-                         *("" if math.isnan(cell) else f"{cell:.6g}" for cell in cells)])
+                         *(f"{numbers[run.run_id][name]:.6g}" if name in numbers[run.run_id] else "" for name in names)])
     write_whole(path, out.getvalue())
     return path
+
+
+def all_numbers(run):
+    """{name: number} of every quantity that a finished run has, and of the terms of its training loss."""
+    if run.state != "complete":
+        return {}
+    terms = [name for name, number in run.log[-1].items() if isinstance(number, float) and name not in QUANTITIES]
+    return {name: number for name in (*QUANTITIES, *terms) if math.isfinite(number := value(run, name))}
 
 
 # -- the document that gathers all --------------------------------------------------------------

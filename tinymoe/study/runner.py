@@ -1,4 +1,4 @@
-"""The study: configs A to F as data, and running many runs side by side.
+"""Running many runs side by side.
 
 Runs share nothing, so the natural parallelism is over them: each in a process of its own on one
 thread. A run gives the same bits on any number of threads, so how they are spread changes no result.
@@ -18,49 +18,7 @@ import numpy as np
 from .. import kernels
 from ..training.data import load_corpus
 from ..files import CheckpointError
-from ..model.config import ModelConfig
-from ..training.trainer import NonFiniteLoss, RunPlan, RunError, TrainConfig, finished, train
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the study's table."""
-
-    id: str
-    router: str
-    top_k: int
-    aux_coef: float
-    purpose: str
-
-    @property
-    def model(self):
-        """What this row changes of a ModelConfig, as a dict of fields."""
-        return {"router": self.router, "top_k": self.top_k, "aux_coef": self.aux_coef}
-
-
-CONFIGS = {s.id: s for s in (
-    Setting("A", "top_k", 1, 0.0, "no load balancing"),
-    Setting("B", "top_k", 1, 0.01, "light balancing"),
-    Setting("C", "top_k", 1, 0.1, "heavy balancing"),
-    Setting("D", "top_k", 2, 0.01, "Mixtral and Grok-1 style"),
-    Setting("E", "expert_choice", 2, 0.0, "guaranteed balance"),
-    Setting("F", "noisy_top_k", 2, 0.01, "exploration"),
-)}
-QUICK_STEPS = 200
-
-
-def runs(ids, n_seeds, training, overrides=None):
-    """The runs of the configs `ids` with seeds 0..n_seeds-1, seed by seed, as a list of RunPlan.
-
-    overrides: dict of ModelConfig fields for all of them; it wins over the table.
-    Raises ValueError where ModelConfig does, and for a vocabulary that does not hold every byte.
-    """
-    found = [RunPlan(s.id, s.purpose, seed, ModelConfig(**s.model | (overrides or {})), training)
-             for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
-    for run in found:
-        if run.model.vocab_size < 256:
-            raise ValueError(f"vocab_size {run.model.vocab_size} must be at least 256: the tokens of a study are bytes")
-    return found
+from ..training.trainer import NonFiniteLoss, RunError, finished, train
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student_t
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ def t_interval(values, level=0.95):
         return Interval(mean, math.nan, n)
     if np.ptp(values) == 0.0:  # rounding can raise the standard deviation of equal values above 0
         return Interval(mean, 0.0, n, float(mean == 0.0))
-    test = ttest_1samp(values, 0.0)
-    return Interval(mean, float(test.confidence_interval(level).high) - mean, n, float(test.pvalue))
+    error = float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
+    return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
 
 
 @dataclass(frozen=True)
