@@ -1,16 +1,6 @@
 """The experiments: the study of configs A to F, and the laboratory by name. Each is data and sentences, no machinery.
 
-To add one, make an Experiment in a file of this folder, import it here and name it in EXPERIMENTS:
-
-    from ..study.experiment import Experiment, Setting, against, planned
-    from ..study.figures import at_the_end, over_steps
-    from ..study.quantities import LOSS
-
-    shallow = Experiment(
-        name="shallow", question="Does one layer of experts suffice?",
-        settings=(Setting("both", "experts in two layers"), Setting("last", "in the last", model={"moe_layers": (3,)})),
-        metrics=(LOSS, "load_cv"), planned=planned((LOSS,), against("both", ("last",))),
-        figures={"at_the_end": at_the_end(LOSS, "load_cv"), "over_steps": over_steps("both", LOSS)})
+To add one, make an Experiment in a file of this folder, import it here and name it in EXPERIMENTS.
 """
 
 from ..study.experiment import SCALES, Claim, Dispute, Effect, Experiment, Scale, Setting

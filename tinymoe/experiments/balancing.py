@@ -52,8 +52,8 @@ balance = Experiment(
             "setting. Sinkhorn and the assignment balance only while training and are measured as top-1. Cheap means a "
             "low loss. The seconds were taken while other work used the machine; they show little but the time of an "
             "exact assignment.",
-    claims=(Claim(6, "The loss-free bias, at either rate, has less than half the MaxVio of a small balance loss (0.001), "
-                     "at no cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3: rate 0.001",
+    claims=(Claim(6, "The loss-free bias, at either rate, has less than half the MaxVio of a small balance loss "
+                     "(0.001), at no cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3: rate 0.001",
                   tuple(effect for name in ("bias-0.001", "bias-0.01") for effect in (
                       Effect("max_violation", name, "<", 0.5, over="aux-0.001"),
                       Effect(LOSS, name, "<", 0.01, minus="aux-0.001")))),))

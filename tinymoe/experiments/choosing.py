@@ -51,7 +51,8 @@ frozen = Experiment(
                       (("hash", "learned"),)),))
 
 UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"router": "sequence"}),
-         "global": ("each prefix, once for all layers", {"router": "sequence", "router_options": {"sequence_scope": "global"}})}
+         "global": ("each prefix, once for all layers",
+                    {"router": "sequence", "router_options": {"sequence_scope": "global"}})}
 unit = Experiment(
     name="unit", question="Route tokens or sequences?",
     settings=tuple(Setting(f"{name}-K{k}", f"{what}, top-{k}", model=fields | {"top_k": k})

@@ -5,7 +5,7 @@ import numpy as np
 
 from ..study import measures
 from ..study.experiment import Claim, Effect, Experiment, Setting, against, planned
-from ..study.figures import add_legend, at_the_end, over_steps, panel_grid, panels, style_of, symmetric
+from ..study.figures import add_legend, at_the_end, half_widths, over_steps, panel_grid, panels, style_of
 from ..study.quantities import LOSS, title
 from ..training.data import SYNTHETIC
 from ..training.synthetic import N_SOURCES, blind_rate, entropy_rate, sources
@@ -92,8 +92,8 @@ batch = Experiment(
             "are replaced by random bytes, which route unlike text. A byte is rerouted where any layer routes it "
             "differently. A change of a logit below 1e-4 is rounding. Numbers are means over the 8 windows of a batch, "
             "each in its place: dropping in order spares the first.",
-    claims=(Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K, by "
-                     "its construction, does not", "Zhou 2022; Wang 2024",
+    claims=(Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K, "
+                     "by its construction, does not", "Zhou 2022; Wang 2024",
                   (Effect("later_logits", "expert-choice", ">", 1e-4, every_run=True),
                    Effect("later_logits", "dropless", "<", 1e-4, every_run=True),
                    Effect("later_rerouted", "dropless", "<=", 0, every_run=True))),))
@@ -107,7 +107,7 @@ def by_devices(r):
             devices = [n for n in measures.DEVICES if f"{number}_{n}" in runs[0].measured]
             found = [r.interval(f"{number}_{n}", name) for n in devices]
             axes.errorbar([n * 1.04 ** (place - 2) for n in devices], [one.mean for one in found],
-                          yerr=symmetric(found), elinewidth=0.8, **style_of(r, name))
+                          yerr=half_widths(found), elinewidth=0.8, **style_of(r, name))
         axes.set(xlabel="devices", ylabel=title(f"{number}_4").removesuffix(", 4 devices"), xscale="log")
         axes.set_xticks(devices, devices, minor=False)
         axes.minorticks_off()
@@ -142,7 +142,8 @@ def say_known(r):
     """The floor, and what experts find of the source."""
     blind = blind_rate() - entropy_rate(sources()[0].transitions())
     return [r.range_and_verdicts("excess") + " A model that ignores the source cannot get closer than "
-            f"{blind:.3f} nats to the entropy.", r.range_and_verdicts("mi_excess") + f" The source has {np.log(N_SOURCES):.3f} nats."]
+            f"{blind:.3f} nats to the entropy.",
+            r.range_and_verdicts("mi_excess") + f" The source has {np.log(N_SOURCES):.3f} nats."]
 
 
 MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]

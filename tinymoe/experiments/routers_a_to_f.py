@@ -3,7 +3,7 @@
 from itertools import combinations
 
 from ..study.experiment import Claim, Effect, Experiment, Scale, Setting, planned
-from ..study.figures import at_the_end, by_layer, domain_by_expert, expert_load, imbalance, perplexity_over_steps
+from ..study.figures import at_the_end, by_layer, domain_by_expert, expert_load, over_steps
 from ..study.quantities import LOSS
 from ..study.statistics import Contrast
 
@@ -52,9 +52,11 @@ routers_a_to_f = Experiment(
              Contrast("leak", "E"), Contrast("load_cv", "A", minus="B", times=3),
              Contrast("byte_over_domain", tuple("ABCDEF"))),
     say=say_routers, caution=" ".join(caution for *_, caution in QUESTIONS),
-    figures={"perplexity_over_steps": perplexity_over_steps,
+    figures={"perplexity_over_steps": over_steps(None, "causal_perplexity", enlarged=True),
              "final_perplexity": at_the_end("causal_perplexity", "causal_bits_per_byte"),
-             "expert_load": expert_load, "imbalance": imbalance("ABC"), "domain_by_expert": domain_by_expert,
+             "expert_load": expert_load,
+             "imbalance": at_the_end("load_cv", "max_violation", "max_violation_batch", experts_only=True),
+             "domain_by_expert": domain_by_expert,
              "router_entropy": by_layer("router_entropy_share", "marginal_entropy_share"),
              "weight_divergence": by_layer("weight_divergence"),
              "coverage_and_drops": by_layer("token_coverage", "drop_rate")},

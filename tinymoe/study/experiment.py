@@ -28,8 +28,9 @@ SCALES = {"quick": Scale(SMALL, 60, 2), "default": Scale(SMALL, 500, 3), "full":
 class Setting:
     """One thing that is compared: an id, and in words what it is.
 
-    model: fields of ModelConfig that it changes. width: of an expert, in units of d_ff. training: fields of TrainConfig.
-    length: of the run, in units of the scale's steps. start: id of the setting whose trained model it starts from.
+    model: fields of ModelConfig that it changes. width: of an expert, in units of d_ff. training: fields of
+    TrainConfig. length: of the run, in units of the scale's steps. start: id of the setting whose trained model it
+    starts from.
     """
 
     id: str
@@ -94,7 +95,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Dispute:
-    """A question on which published results disagree, who says what, and the planned pairs of losses that speak to it."""
+    """A question on which published results disagree, who says what, and the planned pairs whose losses matter."""
 
     question: str
     published: str

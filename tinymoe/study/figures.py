@@ -1,13 +1,12 @@
 """The kinds of figure, each a function of Results or a function that makes one; drawn from result rows alone.
 
-A setting keeps one colour and one marker in all figures of its experiment, so that figures also read in grey. Points are
-means over seeds with 95% intervals, small marks the seeds; lines over steps are means, bands the range of the seeds.
-Dashed lines and hollow marks are leaky: measured with a route that may depend on later bytes. No pyplot, no global state.
+A setting keeps one colour and one marker in all figures of its experiment, so that figures also read in grey. Points
+are means over seeds with 95% intervals, small marks the seeds. Lines over steps are means; bands show the range of the
+seeds. Dashed lines and hollow marks are leaky: measured with a route that may depend on later bytes.
 """
 
 import io
 from contextlib import contextmanager
-from pathlib import Path
 from textwrap import fill
 
 import matplotlib
@@ -31,7 +30,6 @@ STYLE = {
 }
 DOUBLE = 7.0  # width of two columns, in inches
 SHARE = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # colours of a share, stretched where the small shares are
-PLAIN_NUMBER = FuncFormatter(lambda value, _: f"{value:g}")
 HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 LEAKY_KEY = Line2D([], [], color="#555555", marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
 
@@ -48,8 +46,8 @@ def default_style():
 def draw_all(results):
     """Draw the figures of an experiment into its folder's `figures`; returns the paths written.
 
-    None while a setting without which the experiment says nothing is missing; a figure about experts is left out where
-    no setting has any. Each file is written whole or not at all.
+    There are none while a setting is missing without which the experiment says nothing. A figure about experts is left
+    out where no setting has any. Each file is written whole or not at all, with the same bytes for the same figure.
     """
     paths = []
     with default_style():
@@ -62,10 +60,10 @@ def draw_all(results):
 
 
 def save(fig, path):
-    """Write a figure as PNG, whole or not at all, and the same bytes for the same figure."""
+    """Write a figure as PNG."""
     image = io.BytesIO()
     fig.savefig(image, format="png", metadata={"Software": None})
-    write_whole(Path(path), image.getvalue())
+    write_whole(path, image.getvalue())
 
 
 # -- shared parts -------------------------------------------------------------------------------
@@ -94,19 +92,14 @@ def panels(n, height, **options):
 
 def add_legend(fig, results, names=None, *extra):
     """One legend below the panels, where it can cover no data; `extra` are handles after those of the settings."""
-    labels = {name: results.label(name) for name in names or results.groups}
-    handles = [Line2D([], [], label=label, **style_of(results, name)) for name, label in labels.items()]
-    fig.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3 if max(map(len, labels.values())) > 20 else 5)
+    handles = [Line2D([], [], label=results.label(name), **style_of(results, name)) for name in names or results.groups]
+    fig.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3 if results.experiment.adjustable else 5)
 
 
-def axis_title(metric, reference=None):
-    """The title of a quantity; losses may be drawn less those of a reference setting."""
-    return title(metric) + (f"\nless that of {reference}" if reference else "")
-
-
-def relative_to(reference, metric):
-    """The reference for a loss, whose values would lie on one another; None for other quantities."""
-    return reference if metric.endswith("cross_entropy") else None
+def less_reference(reference, metric):
+    """(reference or None, title of the axis): only losses, which lie close together, are drawn less the reference's."""
+    base = reference if metric.endswith("cross_entropy") else None
+    return base, title(metric) + (f"\nless that of {base}" if base else "")
 
 
 def series(results, name, metric, reference=None, layer=None):
@@ -115,7 +108,8 @@ def series(results, name, metric, reference=None, layer=None):
     Steps that all runs logged with a number. layer: index of one MoE layer, None for the mean.
     """
     def logs(setting):
-        return {run.seed: {row["step"]: in_row(row, metric, layer) for row in run.log} for run in results.groups[setting]}
+        return {run.seed: {row["step"]: in_row(row, metric, layer) for row in run.log}
+                for run in results.groups[setting]}
 
     values, other = logs(name), logs(reference) if reference else None
     seeds = [seed for seed in values if other is None or seed in other]
@@ -135,43 +129,39 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, *
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, lw=0)
 
 
-def symmetric(intervals):
-    """Half widths for error bars; none where there is one seed."""
+def half_widths(intervals):
+    """For error bars; 0 where there is one seed."""
     return np.nan_to_num([one.half for one in intervals])
 
 
 # -- over the steps -----------------------------------------------------------------------------
 
-def over_steps(reference, *metrics, names=None):
-    """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's."""
+def over_steps(reference, *metrics, names=None, enlarged=False):
+    """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's.
+
+    enlarged: the last third once more, in panels of their own.
+    """
     def draw(results):
-        fig, axes_of = panels(len(metrics), 2.9)
-        for axes, metric in zip(axes_of, metrics):
-            base = relative_to(reference, metric)
+        last = max((row["step"] for run in results.runs for row in run.log), default=0)
+        parts = [(metric, start) for start in ((0, last * 2 / 3) if enlarged else (0,)) for metric in metrics]
+        fig, axes_of = panels(len(parts), 2.9)
+        leaky = False
+        for axes, (metric, start) in zip(axes_of, parts):
+            base, label = less_reference(reference, metric)
             for name in names or results.groups:
-                curve(axes, results, name, metric, reference=base)
-            axes.set(xlabel="training step", ylabel=axis_title(metric, base))
-        add_legend(fig, results, names)
+                curve(axes, results, name, metric, reference=base, start=start)
+                if metric == "causal_perplexity" and results.groups[name][0].leaky:
+                    leaky = True
+                    curve(axes, results, name, "val_perplexity", start=start, **HOLLOW)
+            axes.set(xlabel="training step", ylabel=f"{label}, last third" if start else label)
+            if metric.endswith("perplexity") and not start:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_locator(NullLocator())
+        add_legend(fig, results, names, *[LEAKY_KEY] * leaky)
         return fig
     return draw
-
-
-def perplexity_over_steps(results):
-    """Validation perplexity: the whole run, and its last third enlarged."""
-    fig, (run, end) = panels(2, 3.0)
-    last = max((row["step"] for one in results.runs for row in one.log), default=0)
-    for name, runs in results.groups.items():
-        for axes, start in ((run, 0), (end, last * 2 / 3)):
-            curve(axes, results, name, "causal_perplexity", start=start)
-            if runs[0].leaky:
-                curve(axes, results, name, "val_perplexity", start=start, **HOLLOW)
-    run.set(xlabel="training step", ylabel="validation perplexity (per byte)", yscale="log")
-    run.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    run.yaxis.set_major_formatter(PLAIN_NUMBER)
-    run.yaxis.set_minor_locator(NullLocator())
-    end.set(xlabel="training step", ylabel="the same, last third")
-    add_legend(fig, results, None, LEAKY_KEY)
-    return fig
 
 
 def by_layer(*metrics):
@@ -187,7 +177,6 @@ def by_layer(*metrics):
                     curve(axes, results, name, metric, layer=place)
                 axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             row[0].set_ylabel(fill(title(metric), 24))
-            row[0].set_ylim(max(row[0].get_ylim()[0], -0.002))  # none of these numbers can be negative
         for axes in grid[-1]:
             axes.set_xlabel("training step")
         add_legend(fig, results, names)
@@ -197,35 +186,37 @@ def by_layer(*metrics):
 
 # -- at the end ---------------------------------------------------------------------------------
 
-def at_the_end(*metrics, names=None):
+def at_the_end(*metrics, names=None, experts_only=False):
     """A panel for each metric: the settings from top to bottom, mean and interval, every seed a small mark.
 
-    Where a causal number differs from the leaky one, that stands below it with a hollow mark.
+    Where a causal number differs from the leaky one, the leaky one stands below it with a hollow mark. experts_only:
+    only settings with experts, and no figure without any.
     """
     def draw(results):
-        chosen = names or list(results.groups)
+        chosen = names or (results.with_experts if experts_only else list(results.groups))
+        if not chosen:
+            return None
         fig, axes_of = panels(len(metrics), 0.8 + 0.3 * len(chosen), sharey=True)
         for axes, metric in zip(axes_of, metrics):
             for y, name in enumerate(chosen):
-                end_mark(axes, results, name, metric, y, mfc=style_of(results, name)["color"])
+                end_mark(axes, results, name, metric, y)
                 if metric.startswith("causal_") and results.groups[name][0].leaky:
-                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, mfc="white")
+                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, markerfacecolor="white")
+                    fig.supxlabel("filled: causal; hollow: leaky", fontsize=7)
             axes.set(xlabel=fill(title(metric), 72 // len(metrics)), ylim=(len(chosen) - 0.4, -0.6))
-            axes.set_yticks(range(len(chosen)), map(results.label, chosen))
+            axes.set_yticks(range(len(chosen)), list(map(results.label, chosen)))
             axes.xaxis.set_major_locator(MaxNLocator(5))
-        if any(results.groups[name][0].leaky for name in chosen) and any(m.startswith("causal_") for m in metrics):
-            fig.supxlabel("filled: causal; hollow: leaky", fontsize=7)
         return fig
     return draw
 
 
-def end_mark(axes, results, name, metric, y, mfc):
+def end_mark(axes, results, name, metric, y, **options):
     """Mean, interval and seeds of one setting at height y."""
     interval, style = results.interval(metric, name), style_of(results, name)
-    axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
     seeds = list(results.numbers(metric, name).values())
+    axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
     axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
-    axes.plot(interval.mean, y, linestyle="none", markersize=5, mfc=mfc, **style)
+    axes.plot(interval.mean, y, linestyle="none", markersize=5, **style | options)
 
 
 def one_against_other(x, y):
@@ -234,7 +225,7 @@ def one_against_other(x, y):
         fig, (axes,) = panels(1, 3.2)
         for name in results.groups:
             a, b = results.interval(x, name), results.interval(y, name)
-            axes.errorbar(a.mean, b.mean, xerr=symmetric([a]), yerr=symmetric([b]), linestyle="none",
+            axes.errorbar(a.mean, b.mean, xerr=half_widths([a]), yerr=half_widths([b]), linestyle="none",
                           elinewidth=0.8, capsize=0, **style_of(results, name))
         axes.set(xlabel=title(x), ylabel=title(y))
         add_legend(fig, results)
@@ -249,45 +240,17 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None):
     """
     def draw(results):
         fig, axes_of = panels(len(metrics), 2.8)
+        ticks = sorted({x_of(name) for names in names_of.values() for name in names})
         for axes, metric in zip(axes_of, metrics):
-            base = relative_to(reference, metric)
+            base, label = less_reference(reference, metric)
             for place, (line, names) in enumerate(names_of.items()):
                 found = [t_interval(Contrast(metric, name, minus=base).of(results.numbers)) for name in names]
                 axes.errorbar([x_of(name) for name in names], [one.mean for one in found], label=line,
-                              yerr=symmetric(found), elinewidth=0.8, **style_at(place))
-            axes.set(xlabel=x_label, ylabel=axis_title(metric, base), xscale="log")
-            places = sorted({x_of(name) for names in names_of.values() for name in names})
-            axes.set_xticks(places, [f"{x:g}" for x in places])
+                              yerr=half_widths(found), elinewidth=0.8, **style_at(place))
+            axes.set(xlabel=x_label, ylabel=label, xscale="log")
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axes.minorticks_off()
-        handles, labels = axes.get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return fig
-    return draw
-
-
-def imbalance(sweep):
-    """Imbalance by balance coefficient, every seed a mark; a line joins the settings of `sweep`, which differ in it alone."""
-    def draw(results):
-        names = results.with_experts
-        if not names:
-            return None
-        coefficient = {name: results.groups[name][0].model["aux_coef"] for name in names}
-        order = sorted(names, key=lambda name: (coefficient[name], name))
-        joined = [name for name in order if name in sweep]
-        fig, axes_of = panels(3, 2.9)
-        for axes, metric in zip(axes_of, ("load_cv", "max_violation", "max_violation_batch")):
-            axes.plot(list(map(order.index, joined)), [results.mean(metric, name) for name in joined], color="#888888",
-                      linewidth=0.8, zorder=1)
-            for place, name in enumerate(order):
-                seeds = list(results.numbers(metric, name).values())
-                axes.plot([place] * len(seeds), seeds, linestyle="none", **style_of(results, name))
-            axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)  # has a place for 0
-            axes.yaxis.set_major_formatter(PLAIN_NUMBER)
-            axes.set_xticks(range(len(order)), [f"{coefficient[name]:g}\n{name}" for name in order])
-            axes.set(xlabel="balance coefficient, config", ylabel=title(metric))
-            axes.set_ylim(-0.01, 1.4 * max(axes.dataLim.y1, 0.1))
-        line = Line2D([], [], color="#888888", linewidth=0.8, label="only the coefficient differs")
-        add_legend(fig, results, names, line)
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
         return fig
     return draw
 

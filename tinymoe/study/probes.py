@@ -1,18 +1,18 @@
 """Tests of what a router does to a model, as `python cli.py probe ROUTER` runs them.
 
-A small model is trained for a few steps on real text. Then: does a later token, or another sequence of the batch, change
-the output for an earlier one? Which terms of the loss give the router a gradient? Has routing collapsed?
+A small model is trained for a few steps on real text. Then: does a later token, or another sequence of the batch,
+change the output for an earlier one? Which terms of the loss give the router a gradient? Has routing collapsed?
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..autograd.tensor import no_grad
 from ..moe import metrics
-from ..training.evaluation import Validation, losses_and_routings
 from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
-from ..autograd.tensor import no_grad
+from ..training.evaluation import Validation, losses_and_routings
 from ..training.trainer import RunPlan, Trainer
 
 
@@ -29,7 +29,7 @@ class Influence:
 
 
 def compared(model, ids, other_ids, keep, **options):
-    """The Influence of giving other_ids instead of ids, on the tokens that keep(array (B, T, ...)) -> (M, ...) selects."""
+    """The Influence of other_ids instead of ids on the tokens that keep(array (B, T, ...)) -> (M, ...) selects."""
     def outcome(ids):
         with no_grad():
             output = model.forward(ids, rng=np.random.default_rng(0), **options)

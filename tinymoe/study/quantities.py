@@ -1,7 +1,7 @@
 """The table of quantities: every number that tables, figures and summary.csv show of a run is defined here, once.
 
-To add a metric, add one Quantity to the list. Without `of`, it is the field `name` of a log row, of the row's MoE layers,
-or of what an experiment measured at the end of the run. With `of`, it is computed from what is stored.
+To add a metric, add one Quantity to the list. Without `of`, it is the field `name` of a log row, of the row's MoE
+layers, or of what an experiment measured at the end of the run. With `of`, it is computed from what is stored.
 """
 
 import math
@@ -117,7 +117,8 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("router_entropy", "router entropy", "nats"),
     Quantity("marginal_entropy", "entropy of the mean probabilities", "nats"),
     Quantity("router_entropy_share", "entropy for a byte", "share of ln E", of=_share_of_maximum("router_entropy")),
-    Quantity("marginal_entropy_share", "entropy of the mean", "share of ln E", of=_share_of_maximum("marginal_entropy")),
+    Quantity("marginal_entropy_share", "entropy of the mean", "share of ln E",
+             of=_share_of_maximum("marginal_entropy")),
     # what experts know
     Quantity("mutual_information", "domain information with its null", "nats"),
     Quantity("mutual_information_null", "null of the domain information", "nats"),

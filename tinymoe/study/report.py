@@ -17,36 +17,37 @@ from .quantities import LOSS, QUANTITIES, title, value
 from .results import COMPACT, Results, load_runs
 from .statistics import enough_digits, t_interval
 
-GLOSSARY = """- A *router* chooses K of E *experts* for each byte. The *gate* is the weight with which the output of a \
-chosen expert is added. A route is one byte's choice of experts.
-- *Loss* is the mean cross-entropy of the validation text in nats per byte; lower is better. *Perplexity* is exp(loss).
+GLOSSARY = """- A *router* chooses K of E *experts* for each byte. The *gate* is the weight with which the output of \
+a chosen expert is added. A route is one byte's choice of experts.
+- *Loss* is the mean cross-entropy of the validation text in nats per byte; lower is better. *Perplexity* is \
+exp(loss).
 - *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
 *Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
 - The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
 its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \
 than 1% of its fair share. *Coverage* is the share of bytes that have at least one expert. *Padding* is the share of \
 places, kept for bytes by a capacity limit, that stay empty.
-- A layer is *collapsed* where the load is as uneven as if fewer than half of the experts shared it (exp of the load's \
-entropy). Otherwise it is *starved* where an expert is dead, and else *in use*.
+- A layer is *collapsed* where the load is as uneven as if fewer than half of the experts shared it (exp of the \
+load's entropy). Otherwise it is *starved* where an expert is dead, and else *in use*.
 - *Domain* or *byte information*: how well the expert predicts the domain of the text, or the byte, in nats; 0 is \
 chance. *Repetition*: the share of choices whose expert also serves the next byte; chance is about K / E.
 - ± and brackets are 95% intervals over seeds (Student's t). There is no ± for one seed, or where all seeds agree. \
 Differences are paired by seed.
 - A difference is *clear* when its interval excludes 0 even after Holm's correction for the number of planned \
-differences, and *suggestive* when it excludes 0 only before the correction. Otherwise it is *undecided*, which does not \
-mean that the two are equal."""
+differences, and *suggestive* when it excludes 0 only before the correction. Otherwise it is *undecided*, which does \
+not mean that the two are equal."""
 METHODS = """Information is the plug-in estimate of mutual information with the expert minus its mean under shuffled \
-labels; domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine over pairs \
-of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers. They are \
-measured with the routing of training, without router noise. For expert choice this routes a whole batch, so its load \
-and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, which is \
-the same for all settings. Intervals cover the seed, not the choice of text. Curves over steps use fewer validation \
-windows than the tables, and their bands show the range of the seeds. An interval may exceed a bound that its number \
-cannot, such as a coverage of 1."""
+labels; domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine over \
+pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers. \
+They are measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
+its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
+which is the same for all settings. Intervals cover the seed, not the choice of text. Curves over steps use fewer \
+validation windows than the tables, and their bands show the range of the seeds. An interval may exceed a bound that \
+its number cannot, such as a coverage of 1."""
 VERDICTS = """A claim *held* where every condition holds across its 95% interval, paired by seed. It *did not hold* \
-where one condition fails across its interval. Otherwise it is *undecided*. Some numbers cannot pass their bound (dead \
-experts, coverage), and some changes are either rounding or not: these are judged in every run instead. Claims are not \
-corrected for their number."""
+where one condition fails across its interval. Otherwise it is *undecided*. Some numbers cannot pass their bound \
+(dead experts, coverage), and some changes are either rounding or not: these are judged in every run instead. Claims \
+are not corrected for their number."""
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -79,38 +80,41 @@ def about(results):
     return (f"{len(results.groups)} settings with seeds {', '.join(map(str, seeds))}. "
             f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
             f"{run.model['seq_len']} bytes. Unless a setting says otherwise: {sizes}. "
-            f"Text: {', '.join(run.config['domains'])}.")
+            f"Text: {', '.join(run.config['domains'])}. Words such as *causal*, *load* and *suggestive* are explained "
+            "[below](#words-used-here).")
 
 
 def warnings(results):
-    """What makes the numbers weaker or wrong to compare, as sentences; none where all is well."""
-    e, groups = results.experiment, results.groups
+    """What makes the numbers weaker, or wrong to compare, as sentences; none where all is well."""
+    e, groups, said = results.experiment, results.groups, []
     seeds = {s.id: {run.seed for run in groups.get(s.id, [])} for s in e.settings if s.id in groups or not e.adjustable}
-    behind = [name for name, own in seeds.items() if own < set.union(*seeds.values())]
-    steps, single = max(run.summary["steps"] for run in results.runs), [n for n, runs in groups.items() if len(runs) == 1]
-    return [*[f"Not finished, so missing from some numbers: {', '.join(behind)}."] * bool(behind),
-            *[f"One seed, so no interval and no test: {', '.join(single)}."] * bool(single),
-            *[f"{steps} steps show that the experiment runs. Draw no conclusion from them."] * (
-                steps < SCALES["default"].steps),
-            *differing_settings(results), *left_out(results)]
+    behind = [name for name, those in seeds.items() if those < set.union(*seeds.values())]
+    single = [name for name in groups if len(seeds[name]) == 1]
+    steps = max(run.summary["steps"] for run in results.runs)
+    if behind:
+        said.append(f"Not finished, so missing from some numbers: {', '.join(behind)}.")
+    if single:
+        said.append(f"One seed, so no interval and no test: {', '.join(single)}.")
+    if steps < SCALES["default"].steps:
+        said.append(f"{steps} steps show that the experiment runs. Draw no conclusion from them.")
+    return [*said, *differing_settings(results), *left_out(results)]
 
 
 def differing_settings(results):
-    """Sentences about what differs between settings though it should not, or is not what the experiment says."""
+    """Sentences about what differs between settings though it should not, and what is not as the experiment says."""
     settings, said = {s.id: s for s in results.experiment.settings}, []
-    first = {name: runs[0].config for name, runs in results.groups.items()}
+    configs = {name: runs[0].config for name, runs in results.groups.items()}
     for part in ("model", "training"):
         intended = set().union(*(s.changed[part] for s in settings.values()))
-        for field in sorted(set().union(*(config[part] for config in first.values())) - intended):
-            found = {name: json.dumps(config[part].get(field)) for name, config in first.items()}
+        for field in sorted({field for config in configs.values() for field in config[part]} - intended):
+            found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
-                said.append(f"{field} differs between settings ({', '.join(f'{n} {x}' for n, x in found.items())}): "
-                            "compare with care.")
-        for name, config in first.items():
-            meant = getattr(settings[name], part)
-            said += [f"{name} was changed: its {field} is {config[part].get(field)}, not {wanted}."
-                     for field, wanted in meant.items()
-                     if json.dumps(config[part].get(field)) != json.dumps(wanted) and config[part].get(field) != wanted]
+                those = ", ".join(f"{name} {shown}" for name, shown in found.items())
+                said.append(f"{field} differs between settings ({those}): compare with care.")
+        for name, config in configs.items():
+            said += [f"{name} was changed: its {field} is {found}, not {wanted}."
+                     for field, wanted in getattr(settings[name], part).items()
+                     if (found := config[part].get(field)) != (list(wanted) if isinstance(wanted, tuple) else wanted)]
     for key in ("versions", "kernels", "threads"):
         found = {json.dumps(run.config.get(key)): run.run_id for run in results.runs}
         if len(found) > 1:
@@ -120,13 +124,12 @@ def differing_settings(results):
 
 def left_out(results):
     """Sentences about runs that are in no number."""
-    known, said = {s.id for s in results.experiment.settings}, []
     for run in results.all_runs:
         why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
-        reason = (f"failed ({why})" if why else "failed" if run.failure else "is incomplete") if run.state != "complete" \
-            else "" if run.config_id in known else "is no setting of this experiment"
-        said += [f"`{run.run_id}` {reason} and is in no number."] * bool(reason)
-    return said
+        what = {"failed": f"failed ({why})", "incomplete": "is incomplete",
+                "complete": "is no setting of this experiment"}
+        if run.state != "complete" or run.config_id not in {s.id for s in results.experiment.settings}:
+            yield f"`{run.run_id}` {what[run.state]} and is in no number."
 
 
 def finding(results):
@@ -187,18 +190,18 @@ def limits(results):
     corpus = sum(part["train_bytes"] for part in config["corpus"].values())
     slopes = [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
     falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
-    tested, rates = sum(one.word != "not tested" for one in results.tests), sorted({
-        run.config["training"]["learning_rate"] for run in results.runs})
+    tested = sum(one.word != "not tested" for one in results.tests)
+    rates = sorted({run.config["training"]["learning_rate"] for run in results.runs})
     said = [f"{steps:,} steps saw {seen:,} bytes, {seen / corpus:.2f} times the {corpus:,} bytes of training text.",
             f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
             f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
             f"{tested} of {len(results.tests)} planned differences were tested. If nothing differed, about "
             f"{0.05 * tested:.1f} intervals would exclude 0 by chance, so a suggestive difference may be luck.",
             "A t-interval assumes normal scatter, which few seeds cannot check.",
-            f"Learning rate {', '.join(f'{rate:g}' for rate in rates)}, one text, one size: settings may prefer others."]
+            f"One text, one size, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
-        said.append("The domain `tables` of the default text can partly be memorised: about half of its validation lines "
-                    "also stand in the training text.")
+        said.append("The domain `tables` of the default text can partly be memorised: about half of its validation "
+                    "lines also stand in the training text.")
     return said
 
 
@@ -241,17 +244,17 @@ def bold(sentences):
 def write_summary_csv(study_dir):
     """Write STUDY/summary.csv: a line for each run whatever its state, a column for each number that any run has."""
     runs, path = load_runs(study_dir), Path(study_dir, "summary.csv")
-    numbers = {run.run_id: all_numbers(run) for run in runs}
-    names = list(dict.fromkeys(name for of in numbers.values() for name in of))
+    numbers = list(map(all_numbers, runs))
+    names = list(dict.fromkeys(name for of in numbers for name in of))
     out = io.StringIO()
     writer, settings = csv.writer(out, lineterminator="\n"), ("router", "top_k", "aux_coef")
     writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "parameters_total",
                      "parameters_active", *names])
-    for run in runs:
+    for run, of in zip(runs, numbers):
         sizes = run.config.get("parameters", {})
         writer.writerow([run.run_id, run.config_id, run.seed, run.state, *map(run.model.get, settings),
                          (run.summary or {}).get("steps"), sizes.get("total"), sizes.get("active"),
-                         *(f"{numbers[run.run_id][name]:.6g}" if name in numbers[run.run_id] else "" for name in names)])
+                         *(f"{of[name]:.6g}" if name in of else "" for name in names)])
     write_whole(path, out.getvalue())
     return path
 
@@ -266,16 +269,16 @@ def all_numbers(run):
 
 # -- the document that gathers all --------------------------------------------------------------
 
-ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each has a \
-document of its own with its tables, figures and planned differences."""
+ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
+has a document of its own with its tables, figures and planned differences."""
 OPEN = """Published results disagree on these questions. An interval says what a few seeds of a small model show, not \
 more. A negative difference is in favour of the first setting."""
 CANNOT = """All experiments but `rate` train at one learning rate, which need not be the best of any setting. Compare \
 their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
 that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. A \
-t-interval assumes normal scatter, which few seeds cannot check. Holm's correction holds within an experiment. Nothing \
-corrects over all experiments together, and ten claims are ten chances to be wrong. The same runs (top-1 or top-2 with \
-coefficient 0.01) are the reference of several experiments, so these are not independent evidence."""
+t-interval assumes normal scatter, which few seeds cannot check. Holm's correction holds within an experiment. \
+Nothing corrects over all experiments together, and ten claims are ten chances to be wrong. The same runs (top-1 or \
+top-2 with coefficient 0.01) are the reference of several experiments, so these are not independent evidence."""
 
 
 def gather(published, study, experiments):
@@ -323,7 +326,7 @@ def linked(rows_of, found):
 def section(results, place):
     """One experiment in the gathered document."""
     e = results.experiment
-    compared = "; ".join(f"`{s.id}` {s.what}" for s in e.settings if s.id in results.groups)
+    compared = "; ".join(f"`{results.label(s.id)}` {s.what}" for s in e.settings if s.id in results.groups)
     return "\n\n".join(filter(None, [
         f"### {e.question} (`{e.name}`)", f"Compared: {compared}.", bold(warnings(results)), bullets(finding(results)),
         f"{e.caution} Tables, figures and {len(results.tests)} planned differences: [{place}]({place}/FINDINGS.md). "
@@ -338,9 +341,12 @@ def scale(found):
     runs = [run for results in found for run in results.runs]
     scatter = [results.interval("causal_perplexity", name) for results in found for name in results.groups]
     shares = sorted(100 * one.half / one.mean for one in scatter if one.n > 1)
-    said = (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to {shares[-1]:.1f}% "
-            f"(95%, median {np.median(shares):.1f}%). ") if shares else ""
-    return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
-            f"for {ends([run.summary['steps'] for run in runs])} steps, with "
-            f"{ends([len(group) for results in found for group in results.groups.values()])} seeds a setting and peak "
-            f"learning rates of {ends([run.config['training']['learning_rate'] for run in runs])}. {said}") if runs else ""
+    if not runs:
+        return ""
+    said = (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
+            f"for {ends([run.summary['steps'] for run in runs])} steps, with {ends([one.n for one in scatter])} seeds "
+            f"for a setting. Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. ")
+    if shares:
+        said += (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to "
+                 f"{shares[-1]:.1f}% (95%, median {np.median(shares):.1f}%). ")
+    return said

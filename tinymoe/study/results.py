@@ -1,7 +1,7 @@
 """Result rows: the runs that a study left on disk, read back, and what an experiment makes of them."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from .quantities import quantity, value
 from .statistics import Comparison, enough_digits, holm, t_interval
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
+PARTS = ("config", "log", "summary", "failure")  # of a line of it
 CONFIG_KEYS = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters", "versions",
                "threads"}  # what is read of a config.json
 
@@ -41,7 +42,7 @@ class RunRecord:
 
     @property
     def leaky(self):
-        """Whether routing on the prefix alone gives another loss. It is read off the rows, not off the router's name."""
+        """Whether routing on the prefix alone gives another loss, in any row."""
         return any(row["val_cross_entropy"] != row["causal_cross_entropy"] for row in [*self.log, self.final])
 
     @property
@@ -66,7 +67,7 @@ def load_runs(study_dir):
 
 
 def compact(study_dir):
-    """Write study_dir/runs.jsonl: a line for each run that finished or failed, with its config, log, summary and failure.
+    """Write study_dir/runs.jsonl: one line for each finished or failed run, with its config, log, summary and failure.
 
     Returns (path, number of runs). The folders in `runs` stay. Raises ValueError where no run is finished.
     """
@@ -74,7 +75,7 @@ def compact(study_dir):
     if not runs:
         raise ValueError(f"{study_dir}: no finished run to write: train some first")
     path = Path(study_dir, COMPACT)
-    write_rows(path, [{key: part for key, part in asdict(run).items() if key != "run_id"} for run in runs])
+    write_rows(path, [{key: getattr(run, key) for key in PARTS} for run in runs])
     return path, len(runs)
 
 
@@ -90,7 +91,7 @@ def _compact_runs(path):
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            config, log, summary, failure = (row[key] for key in ("config", "log", "summary", "failure"))
+            config, log, summary, failure = (row[key] for key in PARTS)
             name = config["run_id"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None
@@ -202,11 +203,11 @@ class Results:
     # -- as text --
 
     def label(self, name):
-        """The name of a setting in figures; where settings can be changed, with what its runs really were."""
+        """The name of a setting in figures; where --set may change settings, with what its runs really were."""
         return f"{name} {self.groups[name][0].made_of}" if self.experiment.adjustable else name
 
     def cell(self, metric, name, half=True, leaky=True):
-        """`mean ± half width` over seeds, a dash for no number; leaky: with that number beside a causal one that differs."""
+        """`mean ± half width` over seeds, a dash for no number; leaky: add the leaky number to a causal one."""
         one, digits = self.interval(metric, name), quantity(metric).digits
         if not np.isfinite(one.mean):
             return "–"
@@ -220,42 +221,43 @@ class Results:
 
     def means(self, metric, *names):
         """"`a` 1.234, `b` 1.250": the means of settings, all if none is named."""
-        return ", ".join(f"`{name}` {self.cell(metric, name, half=False, leaky=False)}" for name in names or self.groups)
+        shown = {name: self.cell(metric, name, half=False, leaky=False) for name in names or self.groups}
+        return ", ".join(f"`{name}` {cell}" for name, cell in shown.items())
 
     def listed(self, metric, *names):
         """A paragraph with the means of settings."""
         return f"{quantity(metric).heading} {self.means(metric, *names)}."
 
-    def verdicts(self, metric, among=None):
-        """The clear and suggestive differences of a metric, a sentence each, and how many others are undecided.
+    def range_and_verdicts(self, metric, among=None):
+        """A paragraph about a planned metric: lowest and highest mean, and its verdicts, among these settings."""
+        names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
+        ends = self.means(metric, *dict.fromkeys((names[0], names[-1]))) if names else "no number"
+        return f"{quantity(metric).heading} Lowest and highest: {ends}. {self.verdicts(metric, among)}"
 
-        among: only those that lie within these settings.
-        """
+    def verdicts(self, metric, among=None):
+        """A sentence for each clear or suggestive difference, and one about all that are undecided or not tested."""
         tests = self.tests_of(metric, among)
         words = [one.word for one in tests]
-        said = [f"{one.contrast} is {one.numbers[0]} ({one.word})." for one in tests if one.word in ("clear", "suggestive")]
+        said = [f"{one.contrast} is {one.numbers[0]} ({one.word})." for one in tests
+                if one.word in ("clear", "suggestive")]
         undecided, untested = words.count("undecided"), words.count("not tested")
-        if undecided:
-            said.append("No difference could be shown." if undecided == len(tests) else
-                        f"{undecided} other{'s are' if undecided > 1 else ' is'} undecided.")
-        return " ".join(said + [f"{untested} not tested: too few common seeds."] * bool(untested)) or "Nothing to compare."
+        if undecided == len(tests) > 0:
+            said.append("No difference could be shown.")
+        elif undecided:
+            said.append(f"{undecided} other{'s are' if undecided > 1 else ' is'} undecided.")
+        if untested:
+            said.append(f"{untested} not tested: too few common seeds.")
+        return " ".join(said) or "Nothing to compare."
 
     def tests_of(self, metric, among=None):
-        """The Comparisons of a metric, of those settings alone if some are named."""
+        """The Comparisons of a metric, among these settings alone if some are named."""
         return [one for one in self.tests
                 if one.metric == metric and (among is None or set(one.contrast.settings) <= set(among))]
-
-    def range_and_verdicts(self, metric, among=None):
-        """One planned metric in a paragraph: its lowest and highest mean, and its verdicts."""
-        names = [name for name in among or self.groups if name in self.groups]
-        names = [name for name in self.ranked(metric, names) if np.isfinite(self.mean(metric, name))]
-        ends = f"Lowest and highest: {self.means(metric, *dict.fromkeys((names[0], names[-1])))}." if names else "No number."
-        return f"{quantity(metric).heading} {ends} {self.verdicts(metric, among)}"
 
     # -- layers and claims --
 
     def layer_states(self, name):
-        """{state: number of layers, over the runs of a setting, that ended in it}; the glossary of report.py defines them."""
+        """{state: how many layers, over the runs of a setting, ended in it}; report.py defines the states."""
         counts = {"collapsed": 0, "starved": 0, "in use": 0}
         for layer in (layer for run in self.groups[name] for layer in run.final["layers"]):
             collapsed = len(layer["load"]) ** layer["load_entropy"] < len(layer["load"]) / 2
@@ -263,11 +265,12 @@ class Results:
         return {state: n for state, n in counts.items() if n}
 
     def layers_at_the_end(self, names):
-        """A paragraph: how the layers of these settings ended, and the first with every layer of every run in use."""
+        """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""
         states = {name: self.layer_states(name) for name in names}
-        said = "; ".join(f"`{name}` {', '.join(f'{n} {state}' for state, n in of.items())}" for name, of in states.items())
+        said = [f"`{name}` " + ", ".join(f"{n} {state}" for state, n in of.items()) for name, of in states.items()]
         alive = next((f"`{name}`" for name in names if set(states[name]) == {"in use"}), "none")
-        return f"**Layers at the end of all runs.** {said}. The first setting with every layer in use: {alive}."
+        return (f"**Layers at the end of all runs.** {'; '.join(said)}. The first setting with every layer in use: "
+                f"{alive}.")
 
     def outcome(self, claim):
         """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""
@@ -277,11 +280,12 @@ class Results:
 
 
 def _require_equal(runs, part):
-    """ValueError where runs that are averaged differ in a part of their config.json."""
+    """ValueError where runs that are averaged or compared differ in a part of their config.json."""
     for run in runs[1:]:
-        one, other = runs[0].config.get(part), run.config.get(part)
-        if one != other:
-            found = [f"{name}: {(one or {}).get(name)}, {(other or {}).get(name)}" for name in {**(one or {}), **(other or {})}
-                     if (one or {}).get(name) != (other or {}).get(name)] if isinstance(one, dict) else [one, other]
-            raise ValueError(f"{runs[0].run_id} and {run.run_id} differ in their {part} ({'; '.join(map(str, found))}): "
-                             "they are not averaged or compared; move one away")
+        one, other = (found if isinstance(found := each.config.get(part), dict) else {part: found}
+                      for each in (runs[0], run))
+        different = [f"{name}: {one.get(name)}, {other.get(name)}" for name in {**one, **other}
+                     if one.get(name) != other.get(name)]
+        if different:
+            raise ValueError(f"{runs[0].run_id} and {run.run_id} differ in their {part} ({'; '.join(different)}), so "
+                             "they are not averaged or compared: move one away")

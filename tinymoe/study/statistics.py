@@ -22,7 +22,7 @@ class Interval:
 
 
 def t_interval(values, level=0.95):
-    """Student's t interval of a mean, with n - 1 degrees of freedom. One value has no interval; no value has no mean."""
+    """Student's t interval of a mean, n - 1 degrees of freedom. One value has no interval, and no value a mean."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     mean = float(values.mean()) if n else math.nan
@@ -67,9 +67,9 @@ class Contrast:
 
     def __str__(self):
         """`a` - `b`"""
-        first = (f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`")
+        first = f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`"
         if self.minus:
-            return f"{first} - " + (f"{self.times:g} · " if self.times != 1 else "") + f"`{self.minus}`"
+            return f"{first} - {'' if self.times == 1 else f'{self.times:g} · '}`{self.minus}`"
         return f"{first} / `{self.over}`" if self.over else first
 
 
@@ -85,8 +85,7 @@ class Comparison:
 
     @property
     def word(self):
-        """"clear", "suggestive" or "undecided", by the criteria of the glossary in report.py; "not tested" without two
-        common seeds."""
+        """"clear", "suggestive" or "undecided", see the glossary of report.py; "not tested" without two seeds."""
         if not math.isfinite(self.interval.half):
             return "not tested"
         if self.interval.low <= 0 <= self.interval.high:
@@ -95,7 +94,7 @@ class Comparison:
 
     @property
     def numbers(self):
-        """(mean, low, high) as text with signs, with as many digits as keep an end of the interval from looking like 0."""
+        """(mean, low, high) as text with signs, and so many digits that no end of the interval looks like 0."""
         numbers, size = (self.interval.mean, self.interval.low, self.interval.high), abs(self.interval.mean)
         digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
         return tuple(f"{x:+,.{digits}f}" for x in numbers)
@@ -121,7 +120,7 @@ def holm(comparisons, level=0.05):
 
 
 def enough_digits(numbers, digits, bound=0.0):
-    """At least `digits` after the point, and more until no number looks like `bound` that differs from it in 6 digits."""
+    """At least `digits` after the point; more where a number would look like `bound` but differs in 6 digits."""
     while any(round(x, digits) == round(bound, digits) and round(x, 6) != round(bound, 6) for x in numbers):
         digits += 1
     return digits
