@@ -28,10 +28,9 @@ def windows(trainer, n=WINDOWS):
 # -- neighbours and later bytes -----------------------------------------------------------------
 
 def influence(trainer):
-    """How the other windows of a batch, and later bytes of the same window, change a window's output.
+    """How the other windows of a batch (mates), and later bytes of the same window, change a window's output.
 
-    The largest change of a logit, and the share of bytes that are routed differently: means over the windows of one
-    batch, each in its place.
+    The largest change of a logit and the share of bytes routed differently: means over the windows of one batch.
     """
     model, ids = trainer.model, windows(trainer, 4).ids[:trainer.run.training.batch_size]
     half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
@@ -48,22 +47,18 @@ def influence(trainer):
 # -- devices ------------------------------------------------------------------------------------
 
 def traffic(trainer):
-    """The traffic of one layer's forward pass for each number of devices that divides the experts.
-
-    sent: bytes sent for a byte of text. link: the same on the busiest link. reach: devices that a byte reaches.
-    slowest: load of the slowest device over the mean. path: microseconds for a batch. Means over layers and batches.
-    """
+    """The traffic of one layer's forward pass for each number of devices that divides the experts: means over layers
+    and batches, of what quantities.py describes."""
     valid, config, found = windows(trainer), trainer.run.model, {}
     routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
     flops = 4 * config.d_model * config.expert_width
     for n in (n for n in DEVICES if config.n_experts % n == 0):
         parts = [devices.traffic(r, n, config.d_model) for r in routings]
-        found |= {f"sent_{n}": np.mean([t.total_bytes / len(t.reach) for t in parts]),
-                  f"link_{n}": np.mean([t.largest_link / len(t.reach) for t in parts]),
-                  f"reach_{n}": np.mean([t.reach.mean() for t in parts]),
-                  f"slowest_{n}": np.mean([t.slowest for t in parts]),
-                  f"path_{n}": np.mean([1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts])}
-    return {name: float(number) for name, number in found.items()}
+        numbers = {"sent": [t.total_bytes / len(t.reach) for t in parts], "slowest": [t.slowest for t in parts],
+                   "link": [t.largest_link / len(t.reach) for t in parts], "reach": [t.reach.mean() for t in parts],
+                   "path": [1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts]}
+        found |= {f"{name}_{n}": float(np.mean(values)) for name, values in numbers.items()}
+    return found
 
 
 # -- the gradient that teaches a router ---------------------------------------------------------
@@ -96,8 +91,8 @@ def gradient_noise(trainer, n_batches=16):
 # -- what experts know --------------------------------------------------------------------------
 
 def specialisation(trainer):
-    """Information of experts with a byte's class and position, what a byte-bigram classifier knows of the domain,
-    divergence of functions, and counterfactuals: means over layers, and the last layer's table."""
+    """What experts know of a byte's class, its position and its domain, how far their functions differ, and what
+    changed routes cost: means over layers, and the tables of the last layer."""
     valid, model = windows(trainer), trainer.model
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
@@ -136,9 +131,8 @@ def beyond_the_byte(trainer):
 def domain_given_byte(routing, valid):
     """How well the expert predicts the domain once the byte is known: I(expert; domain | byte), minus its null.
 
-    It is I(expert; byte and domain) - I(expert; byte). The null is its mean under domains shuffled over windows;
-    I(expert; byte) is the same in both and cancels. The null is slightly too large where a domain has bytes of its own,
-    because shuffled windows fill more of the table.
+    It is I(expert; byte and domain) - I(expert; byte); the second term is the same in the null, where domains are
+    shuffled over windows, and cancels. The null is slightly too large where a domain has bytes of its own.
     """
     rng = np.random.default_rng(0)
 
@@ -188,26 +182,24 @@ def rerouted(layer, change):
         layer.change_routing = None
 
 
-def with_gates(routing, mask, gates):
+def changed(routing, mask, gates):
     """A Routing of other places (N, E) bool with gates (N, E) array, and the same scores."""
-    return from_mask(mask, Tensor(gates), routing.logits, routing.probs)
+    return from_mask(mask, Tensor(gates.astype(routing.gate.dtype)), routing.logits, routing.probs)
 
 
 def force(e):
     """A change: every token goes to expert e alone, with the sum of its gates."""
     def change(routing, _):
-        mask, gates = np.zeros_like(routing.mask()), routing.to_dense().data
-        mask[:, e] = True
-        return with_gates(routing, mask, np.where(mask, gates.sum(axis=1, keepdims=True), 0).astype(gates.dtype))
+        only = np.broadcast_to(np.arange(routing.n_experts) == e, routing.mask().shape)
+        return changed(routing, only, np.where(only, routing.to_dense().data.sum(axis=1, keepdims=True), 0))
     return change
 
 
 def drop(e):
     """A change: no token goes to expert e."""
     def change(routing, _):
-        mask, gates = routing.mask(), routing.to_dense().data
-        mask[:, e] = False
-        return with_gates(routing, mask, np.where(mask, gates, 0).astype(gates.dtype))
+        kept = routing.mask() & (np.arange(routing.n_experts) != e)
+        return changed(routing, kept, np.where(kept, routing.to_dense().data, 0))
     return change
 
 
@@ -217,7 +209,7 @@ def swap(e):
         order = np.arange(routing.n_experts)
         other = (e + 1) % len(order)
         order[[e, other]] = other, e
-        return with_gates(routing, routing.mask()[:, order], routing.to_dense().data[:, order])
+        return changed(routing, routing.mask()[:, order], routing.to_dense().data[:, order])
     return change
 
 
@@ -246,9 +238,8 @@ def function_divergence(layer, model, valid):
 
     def keep_outputs(routing, x):
         for e in range(routing.n_experts):
-            chosen = np.zeros(routing.probs.shape, bool)
-            chosen[:, e] = True
-            outputs.append(layer.experts(x, with_gates(routing, chosen, chosen.astype(x.dtype))).data.astype(float))
+            only = np.broadcast_to(np.arange(routing.n_experts) == e, routing.probs.shape)
+            outputs.append(layer.experts(x, changed(routing, only, only)).data.astype(float))
         return routing
 
     with rerouted(layer, keep_outputs), no_grad():
