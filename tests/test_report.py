@@ -224,6 +224,8 @@ def test_a_run_that_went_on_after_it_was_made_compact_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text + "[]\n", lambda text: text + "{}\n",
+                                    lambda text: text.replace('"log": [', '"log": [5, '),
+                                    lambda text: text.replace('"summary": {', '"summary": [{').replace('}, "failure"', '}], "failure"'),
                                     lambda text: text.replace('"step": 20', '"step": 19')])
 def test_a_damaged_compact_file_is_in_no_mean(tmp_path, damage):
     write_study(tmp_path, n_seeds=1)

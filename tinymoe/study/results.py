@@ -86,16 +86,15 @@ def _folder_runs(folder):
 
 
 def _compact_runs(path):
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            row = json.loads(line)
-            config, log, summary, failure = (row[key] for key in PARTS)
-            name = config["run_id"]
+            config, log, summary, failure = (json.loads(line)[key] for key in PARTS)
+            if not all(isinstance(part, dict) for part in (config, *log, summary or {}, failure or {})):
+                raise TypeError
+            place = path.parent / "runs" / config["run_id"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None
-        yield _record(path.parent / "runs" / name, config, summary, failure, log, summary is not None)
+        yield _record(place, config, summary, failure, log, summary is not None)
 
 
 def _record(place, config, summary, failure, rows, finished):
@@ -103,7 +102,8 @@ def _record(place, config, summary, failure, rows, finished):
     log = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}  # a step written twice: the later row
     if finished and not _is_whole(place.name, config, summary, log):
         raise ValueError(f"{place} is a finished run with damaged files: move it away, or fetch it again")
-    config = config or {"config_id": place.name, "seed": -1, "model": {}}
+    if not CONFIG_KEYS <= (config or {}).keys():
+        config = {"config_id": place.name, "seed": -1, "model": {}}
     config = config | {"model": _with_defaults(config["model"])}
     return RunRecord(place.name, config, [log[step] for step in sorted(log)], summary, failure)
 
