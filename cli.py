@@ -219,7 +219,7 @@ def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
     runs = chosen.runs(size, seeds or size.seeds)
     failures = {} if plot_only else _train(runs, out, chosen.text if text is None else text, jobs, fresh)
     results = _write_up(chosen, out, plot=True)
-    lines = [click.wrap_text(line, 100, subsequent_indent="  ")
+    lines = [click.wrap_text(f"- {line.replace('**', '')}", 100, subsequent_indent="  ")
              for line in (*report.warnings(results), *report.finding(results))]
     click.echo("\n".join(["", chosen.question, *lines, "", f"findings in {out / 'FINDINGS.md'}"]))
     if failures:

@@ -306,7 +306,7 @@ def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
     typed = ["experiment", "fine-grained", "--quick", "--jobs", "1", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(cli.main, typed)
     assert done.exit_code == 0, done.output
-    assert "Do many small experts beat few large ones?" in done.output and "Causal loss (nats).** Lowest and highest:" in done.output
+    assert "Do many small experts beat few large ones?" in done.output and "- Causal loss (nats). Lowest and highest:" in done.output
     assert (tmp_path / "out/figures/at_the_end.png").exists()
     again = CliRunner().invoke(cli.main, [*typed, "--plot-only"])
     assert again.exit_code == 0 and again.output.splitlines()[-1] == done.output.splitlines()[-1]

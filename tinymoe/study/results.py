@@ -250,9 +250,9 @@ class Results:
         return " ".join(said) or "Nothing to compare."
 
     def tests_of(self, metric, among=None):
-        """The Comparisons of a metric, among these settings alone if some are named."""
-        return [one for one in self.tests
-                if one.metric == metric and (among is None or set(one.contrast.settings) <= set(among))]
+        """The Comparisons of a metric without a factor, among these settings alone if some are named."""
+        return [one for one in self.tests if one.metric == metric and one.contrast.times == 1
+                and (among is None or set(one.contrast.settings) <= set(among))]
 
     # -- layers and claims --
 
