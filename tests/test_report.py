@@ -30,7 +30,8 @@ def layer_row(load, coverage):
     mean, total = sum(load) / 4, sum(load)
     entropy = -sum(n / total * math.log(n / total) for n in load if n) / math.log(4)
     return {"layer": 1, "load": load, "load_cv": math.sqrt(sum((n - mean) ** 2 for n in load) / 4) / mean,
-            "max_violation": max(load) / mean - 1, "max_violation_batch": max(load) / mean - 0.9, "load_entropy": entropy,
+            "max_violation": max(load) / mean - 1, "max_violation_batch": max(load) / mean - 0.9,
+            "load_entropy": entropy,
             "dead_experts": load.count(0), "router_entropy": 1.0, "marginal_entropy": 1.2, "drop_rate": 0.0,
             "token_coverage": coverage, "weight_divergence": 0.9, "repetition": 0.3, "domain_load": [load, load],
             "mutual_information": 0.05, "mutual_information_null": 0.01, "byte_information": 0.3,
@@ -91,9 +92,12 @@ def test_t_interval_by_hand():
 
 
 def test_holm_by_hand():
-    # p sorted .01, .02, .04 against .05/3, .05/2, .05/1: all below; with .03 for .02 the second fails, and so do the rest.
+    # p sorted .01, .02, .04 against .05/3, .05/2, .05/1: all are below. With .03 for .02 the second fails, and so do
+    # the rest.
     def survivors(*p_values):
-        return [one.survives for one in holm([Comparison(Contrast("m", "x", minus="y"), Interval(1.0, 0.5, 3, p)) for p in p_values])]
+        return [one.survives
+                for one in holm([Comparison(Contrast("m", "x", minus="y"), Interval(1.0, 0.5, 3, p))
+                                 for p in p_values])]
 
     assert survivors(0.04, 0.01, 0.02) == [True, True, True]
     assert survivors(0.04, 0.01, 0.03) == [False, True, False]
@@ -127,7 +131,8 @@ def test_a_flipped_outcome_flips_the_sentence(tmp_path):
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
-    assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text and "3 not tested: too few common seeds." in text
+    assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text
+    assert "3 not tested: too few common seeds." in text
     numbers = [line for line in text.splitlines() if line.startswith("|")]
     assert numbers and not any("±" in line or "[+" in line or "[-" in line for line in numbers)
     assert not any(word in line for line in numbers for word in ("clear", "suggestive", "undecided"))
@@ -137,7 +142,8 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
     write_study(tmp_path)
     failed, stopped = (tmp_path / "runs" / name for name in ("C-seed2", "D-seed1"))
     (failed / "summary.json").unlink()
-    (failed / "failure.json").write_text('{"run_id": "C-seed2", "step": 7, "layer": "block 3", "reason": "loss is nan"}')
+    (failed / "failure.json").write_text(
+        '{"run_id": "C-seed2", "step": 7, "layer": "block 3", "reason": "loss is nan"}')
     (stopped / "summary.json").unlink()
     with open(tmp_path / "runs" / "A-seed0" / "log.jsonl", "a") as file:
         file.write('{"step": 30, "val_cro')
@@ -152,7 +158,8 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("log.jsonl", ""), ("log.jsonl", '{"step": 10}\n'), ("log.jsonl", "[]\n"), ("log.jsonl", None), ("summary.json", "{}"),
+    ("log.jsonl", ""), ("log.jsonl", '{"step": 10}\n'), ("log.jsonl", "[]\n"), ("log.jsonl", None),
+    ("summary.json", "{}"),
     ("summary.json", "[1]"), ("summary.json", b"\xff\xfe"), ("config.json", "5"), ("config.json", '{"seed": 0}'),
     ("config.json", None)])
 def test_a_finished_run_with_a_damaged_file_is_in_no_mean(tmp_path, name, content):
@@ -184,7 +191,8 @@ def test_where_the_entropy_of_the_text_is_known_the_loss_above_it_is_told(tmp_pa
     assert "above the entropy" not in findings(tmp_path)
     for path in tmp_path.glob("runs/*/config.json"):
         config = json.loads(path.read_text())
-        config["corpus"]["prose"]["entropy_rate"], config["corpus"]["verse"] = 1.0, {**config["corpus"]["verse"], "entropy_rate": 1.2}
+        config["corpus"]["prose"]["entropy_rate"], config["corpus"]["verse"] = 1.0, {**config["corpus"]["verse"],
+                                                                                     "entropy_rate": 1.2}
         path.write_text(json.dumps(config))
     text = findings(tmp_path)
     assert "loss above the entropy of the text (nats)" in text and "| 0.533 ± 0.143 |" in text
@@ -225,7 +233,8 @@ def test_a_run_that_went_on_after_it_was_made_compact_is_refused(tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text + "[]\n", lambda text: text + "{}\n",
                                     lambda text: text.replace('"log": [', '"log": [5, '),
-                                    lambda text: text.replace('"summary": {', '"summary": [{').replace('}, "failure"', '}], "failure"'),
+                                    lambda text: text.replace('"summary": {', '"summary": [{').replace('}, "failure"',
+                                                                                                       '}], "failure"'),
                                     lambda text: text.replace('"step": 20', '"step": 19')])
 def test_a_damaged_compact_file_is_in_no_mean(tmp_path, damage):
     write_study(tmp_path, n_seeds=1)
@@ -281,7 +290,8 @@ def test_runs_of_no_setting_are_named_and_in_no_number(tmp_path):
     shutil.copytree(tmp_path / "runs/B-seed0", tmp_path / "runs/Q-seed0")
     for name in ("config.json", "summary.json"):
         path = tmp_path / "runs/Q-seed0" / name
-        path.write_text(path.read_text().replace('"B-seed0"', '"Q-seed0"').replace('"config_id": "B"', '"config_id": "Q"'))
+        path.write_text(path.read_text().replace('"B-seed0"', '"Q-seed0"').replace('"config_id": "B"',
+                                                                                   '"config_id": "Q"'))
     assert [line for line in findings(tmp_path).splitlines() if line not in before.splitlines()] == [
         "**`Q-seed0` is no setting of this experiment and is in no number.**"]
 
@@ -316,7 +326,8 @@ def test_a_colour_costs_no_matplotlib():
 def test_a_quantity_is_added_in_one_place(tmp_path, monkeypatch):
     """The largest share of the load: C has 25 of 100, A all. It is read by tables, figures and summary.csv alike."""
     write_study(tmp_path)
-    new = quantities.Quantity("top_share", "largest share of the load", digits=2, of=lambda layer: max(layer["load"]) / sum(layer["load"]))
+    new = quantities.Quantity("top_share", "largest share of the load", digits=2,
+                              of=lambda layer: max(layer["load"]) / sum(layer["load"]))
     monkeypatch.setitem(quantities.QUANTITIES, "top_share", new)
     results = Results(STUDY, tmp_path)
     assert results.cell("top_share", "A") == "1.00" and results.cell("top_share", "C") == "0.25"

@@ -5,7 +5,7 @@ import numpy as np
 
 from ..study import measures
 from ..study.experiment import Claim, Effect, Experiment, Setting, against, planned
-from ..study.figures import add_legend, at_the_end, half_widths, over_steps, panel_grid, panels, style_of
+from ..study.figures import add_legend, at_the_end, half_widths, over_steps, panel_grid, style_of
 from ..study.quantities import LOSS, title
 from ..training.data import SYNTHETIC
 from ..training.synthetic import N_SOURCES, blind_rate, entropy_rate, sources
@@ -101,7 +101,7 @@ batch = Experiment(
 
 def by_devices(r):
     """Each number of the traffic against the number of devices."""
-    fig, axes_of = panels(4, 2.6)
+    fig, (axes_of,) = panel_grid(1, 4, 2.6)
     for axes, number in zip(axes_of, ("sent", "reach", "slowest", "path")):
         for place, (name, runs) in enumerate(r.groups.items()):
             devices = [n for n in measures.DEVICES if f"{number}_{n}" in runs[0].measured]

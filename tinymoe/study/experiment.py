@@ -66,7 +66,7 @@ class Effect(Contrast):
     _: KW_ONLY
     every_run: bool = False
 
-    def ends(self, numbers):
+    def ends(self, numbers: np.ndarray) -> tuple[float, float]:
         """(low, high) of the interval over seeds, or of the runs; infinite where nothing is decided: one seed, nan."""
         interval = t_interval(numbers)
         low, high = (interval.low, interval.high)
@@ -74,7 +74,7 @@ class Effect(Contrast):
             low, high = min(numbers), max(numbers)
         return (low, high) if np.isfinite([low, high]).all() else (-np.inf, np.inf)
 
-    def word(self, numbers):
+    def word(self, numbers: np.ndarray) -> str:
         """"held" where both ends are beyond the bound, "did not hold" where neither is, else "undecided"."""
         beyond = {RELATIONS[self.relation](end, self.bound) for end in self.ends(numbers)}
         return "undecided" if len(beyond) == 2 else "held" if True in beyond else "did not hold"
@@ -145,7 +145,8 @@ class Experiment:
         if len(known) < len(self.settings):
             raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
 
-    def runs(self, scale, seeds, only=None, model=None, training=None):
+    def runs(self, scale: Scale, seeds: int, only=None, model: dict | None = None,
+             training: dict | None = None) -> list[RunPlan]:
         """The RunPlans at a Scale with seeds 0 to seeds - 1, seed by seed.
 
         only: ids of some settings, in order. model, training: fields that win over those of the settings.
@@ -167,7 +168,7 @@ class Experiment:
                        training=TrainConfig(**plan), start=setting.start, measure=self.measure)
 
 
-def merged(*parts):
+def merged(*parts: dict) -> dict:
     """One dict of several; later values win, and where both are dicts (router_options, losses) they are merged too."""
     whole = {}
     for part in parts:
@@ -177,12 +178,12 @@ def merged(*parts):
     return whole
 
 
-def planned(metrics, pairs):
+def planned(metrics, pairs) -> tuple[Contrast, ...]:
     """A Contrast first - second for each metric and each pair (first, second)."""
     pairs = tuple(pairs)
     return tuple(Contrast(metric, first, minus=second) for metric in metrics for first, second in pairs)
 
 
-def against(reference, others):
+def against(reference: str, others) -> tuple:
     """Pairs (other, reference)."""
     return tuple((other, reference) for other in others)

@@ -7,6 +7,7 @@ seeds. Dashed lines and hollow marks are leaky: measured with a route that may d
 
 import io
 from contextlib import contextmanager
+from pathlib import Path
 from textwrap import fill
 
 import matplotlib
@@ -20,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from ..files import write_whole
 from .palette import COLOURS, MARKERS
 from .quantities import in_row, title
+from .results import Results
 from .statistics import Contrast, t_interval
 
 STYLE = {
@@ -43,7 +45,7 @@ def default_style():
         yield
 
 
-def draw_all(results):
+def draw_all(results: Results) -> list[Path]:
     """Draw the figures of an experiment into its folder's `figures`; returns the paths written.
 
     There are none while a setting is missing without which the experiment says nothing. A figure about experts is left
@@ -59,7 +61,7 @@ def draw_all(results):
     return paths
 
 
-def save(fig, path):
+def save(fig: Figure, path):
     """Write a figure as PNG."""
     image = io.BytesIO()
     fig.savefig(image, format="png", metadata={"Software": None})
@@ -68,12 +70,12 @@ def save(fig, path):
 
 # -- shared parts -------------------------------------------------------------------------------
 
-def style_of(results, name):
+def style_of(results: Results, name: str) -> dict:
     """Colour and marker of a setting by its place in the experiment; a colour that comes again has another marker."""
     return style_at([s.id for s in results.experiment.settings].index(name))
 
 
-def style_at(place):
+def style_at(place: int) -> dict:
     """Colour and marker of a place in a list."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
 
@@ -82,12 +84,6 @@ def panel_grid(n_rows, n_columns, height, **options):
     """(Figure, panels (n_rows, n_columns))."""
     fig = Figure(figsize=(DOUBLE, height), layout="constrained")
     return fig, fig.subplots(n_rows, n_columns, squeeze=False, **options)
-
-
-def panels(n, height, **options):
-    """(Figure, n panels side by side)."""
-    fig, grid = panel_grid(1, n, height, **options)
-    return fig, grid[0]
 
 
 def add_legend(fig, results, names=None, *extra):
@@ -144,7 +140,7 @@ def over_steps(reference, *metrics, names=None, enlarged=False):
     def draw(results):
         last = max((row["step"] for run in results.runs for row in run.log), default=0)
         parts = [(metric, start) for start in ((0, last * 2 / 3) if enlarged else (0,)) for metric in metrics]
-        fig, axes_of = panels(len(parts), 2.9)
+        fig, (axes_of,) = panel_grid(1, len(parts), 2.9)
         leaky = False
         for axes, (metric, start) in zip(axes_of, parts):
             base, label = less_reference(reference, metric)
@@ -196,7 +192,7 @@ def at_the_end(*metrics, names=None, experts_only=False):
         chosen = names or (results.with_experts if experts_only else list(results.groups))
         if not chosen:
             return None
-        fig, axes_of = panels(len(metrics), 0.8 + 0.3 * len(chosen), sharey=True)
+        fig, (axes_of,) = panel_grid(1, len(metrics), 0.8 + 0.3 * len(chosen), sharey=True)
         for axes, metric in zip(axes_of, metrics):
             for y, name in enumerate(chosen):
                 end_mark(axes, results, name, metric, y)
@@ -222,7 +218,7 @@ def end_mark(axes, results, name, metric, y, **options):
 def one_against_other(x, y):
     """A point for each setting, with its intervals: metric y against metric x."""
     def draw(results):
-        fig, (axes,) = panels(1, 3.2)
+        fig, ((axes,),) = panel_grid(1, 1, 3.2)
         for name in results.groups:
             a, b = results.interval(x, name), results.interval(y, name)
             axes.errorbar(a.mean, b.mean, xerr=half_widths([a]), yerr=half_widths([b]), linestyle="none",
@@ -239,7 +235,7 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None):
     Losses are drawn less those of the reference setting, if there is one.
     """
     def draw(results):
-        fig, axes_of = panels(len(metrics), 2.8)
+        fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})
         for axes, metric in zip(axes_of, metrics):
             base, label = less_reference(reference, metric)

@@ -18,7 +18,7 @@ CLASS_BYTES = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123
                "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")  # the rest is "other"
 
 
-def windows(trainer, n=WINDOWS):
+def windows(trainer, n: int = WINDOWS) -> Validation:
     """A Validation of n windows of each domain."""
     corpus, length = trainer.corpus, trainer.run.model.seq_len
     ids, targets, domain = corpus.validation(n, length)
@@ -27,7 +27,7 @@ def windows(trainer, n=WINDOWS):
 
 # -- neighbours and later bytes -----------------------------------------------------------------
 
-def influence(trainer):
+def influence(trainer) -> dict[str, float]:
     """How the other windows of a batch (mates), and later bytes of the same window, change a window's output.
 
     The largest change of a logit and the share of bytes routed differently: means over the windows of one batch.
@@ -37,8 +37,8 @@ def influence(trainer):
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
         this = np.arange(len(ids))[:, None] == w
-        mates = probes.compared(model, ids, np.where(this, ids, noise), lambda x: x[w])
-        later = probes.compared(model, ids, np.where(this & late, noise, ids), lambda x: x[w, :half])
+        mates = probes.compared(model, ids, np.where(this, ids, noise), lambda x, w=w: x[w])
+        later = probes.compared(model, ids, np.where(this & late, noise, ids), lambda x, w=w: x[w, :half])
         found.append((mates.logits, mates.tokens, later.logits, later.tokens))
     names = ("mates_logits", "mates_rerouted", "later_logits", "later_rerouted")
     return dict(zip(names, np.mean(found, axis=0).tolist()))
@@ -46,7 +46,7 @@ def influence(trainer):
 
 # -- devices ------------------------------------------------------------------------------------
 
-def traffic(trainer):
+def traffic(trainer) -> dict[str, float]:
     """The traffic of one layer's forward pass for each number of devices that divides the experts: means over layers
     and batches, of what quantities.py describes."""
     valid, config, found = windows(trainer), trainer.run.model, {}
@@ -63,7 +63,7 @@ def traffic(trainer):
 
 # -- the gradient that teaches a router ---------------------------------------------------------
 
-def gradient_noise(trainer, n_batches=16):
+def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
     """How noisy the routers' gradient on one batch is: its variance over batches, its squared mean, and the share of
     the variance in their sum. None for a router that does not learn.
 
@@ -90,7 +90,7 @@ def gradient_noise(trainer, n_batches=16):
 
 # -- what experts know --------------------------------------------------------------------------
 
-def specialisation(trainer):
+def specialisation(trainer) -> dict:
     """What experts know of a byte's class, its position and its domain, how far their functions differ, and what
     changed routes cost: means over layers, and the tables of the last layer."""
     valid, model = windows(trainer), trainer.model
@@ -120,7 +120,7 @@ def information(routing, valid):
     return {f"{name}_information_excess": _excess(routing.mask(), of, rng) for name, of in labels.items()}
 
 
-def beyond_the_byte(trainer):
+def beyond_the_byte(trainer) -> dict[str, float | None]:
     """`domain_given_byte` of a model on the final validation windows, the mean over its layers; None if it is dense."""
     valid = windows(trainer, trainer.run.training.final_windows)
     _, by_layer = losses_and_routings(trainer.model, valid, causal=False)

@@ -40,7 +40,7 @@ def compared(model, ids, other_ids, keep, **options):
     return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
 
 
-def causality(model, ids, causal=False, training=False, seed=0):
+def causality(model, ids: np.ndarray, causal: bool = False, training: bool = False, seed: int = 0) -> Influence:
     """The Influence of the second half of each sequence on its first half: none, where routing is causal.
 
     ids (B, T); their second halves become random tokens. training: route as a training step does, with the same noise
@@ -56,7 +56,7 @@ def _kept(part):
     return lambda x: part(x).reshape(-1, x.shape[-1])
 
 
-def batch_independence(model, ids, seed=0):
+def batch_independence(model, ids: np.ndarray, seed: int = 0) -> dict[str, Influence]:
     """The Influence of the other sequences on the first sequence of ids (B, T): dict of Influences.
 
     "alone": they are left out. "other neighbours": random tokens replace them.
@@ -66,14 +66,14 @@ def batch_independence(model, ids, seed=0):
     return {"alone": compared(model, ids, ids[:1], first), "other neighbours": compared(model, ids, other, first)}
 
 
-def flattery(model, ids, targets):
+def flattery(model, ids: np.ndarray, targets: np.ndarray) -> float:
     """Loss routed on the prefix alone minus loss routed over the batch, in nats; 0 for a causal router."""
     valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
     leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
     return float(causal - leaky)
 
 
-def gradient_path(model, ids, targets, seed=0):
+def gradient_path(model, ids: np.ndarray, targets: np.ndarray, seed: int = 0) -> dict[str, tuple]:
     """The gradient that each term of the loss gives to all routers' weights: dict term -> (coefficient, norm).
 
     The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
@@ -108,7 +108,7 @@ def assignment_shortfall(model, ids):
     return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
 
 
-def alarms(model, ids, targets):
+def alarms(model, ids: np.ndarray, targets: np.ndarray) -> list[str]:
     """Warnings about the model's layers, as sentences: dead or crowded experts, routers that learn nothing."""
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
     layers = zip(model.config.moe_layers, model.moe_parts(), model.forward(ids).routings)

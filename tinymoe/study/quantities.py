@@ -32,12 +32,12 @@ class Quantity:
     per: str = "layer"
 
     @property
-    def title(self):
+    def title(self) -> str:
         """The label with its unit, as tables and axes show it."""
         return (self.label or self.name.replace("_", " ")) + (f" ({self.unit})" if self.unit else "")
 
     @property
-    def heading(self):
+    def heading(self) -> str:
         """The title as the beginning of a paragraph."""
         return f"**{self.title[0].upper()}{self.title[1:]}.**"
 
@@ -77,15 +77,6 @@ def megaflops(run):
         return count(architecture(run.model), context=run.model["seq_len"] / 2)[-1].flops / 1e6
     except (KeyError, TypeError, ValueError):  # the model of another version
         return math.nan
-
-
-def _by_devices():
-    """What measures.traffic simulates on 1 to 16 devices."""
-    for n in (1, 2, 4, 8, 16):
-        yield from (Quantity(f"{name}_{n}", f"{label}, {n} devices") for name, label in (
-            ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
-            ("link", "bytes on the busiest link for a byte"), ("slowest", "slowest device / mean load"),
-            ("path", "microseconds for a batch and layer")))
 
 
 QUANTITIES = {quantity.name: quantity for quantity in (
@@ -150,20 +141,23 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
     Quantity("megaflops", "work for a byte", "MFLOP", of=megaflops, per="run"),
     Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
-    *_by_devices())}
+    *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in (1, 2, 4, 8, 16) for name, label in (
+        ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
+        ("link", "bytes on the busiest link for a byte"), ("slowest", "slowest device / mean load"),
+        ("path", "microseconds for a batch and layer"))))}
 
 
-def quantity(name):
+def quantity(name: str) -> Quantity:
     """The Quantity of a name; a field of a row that has no entry, such as a new term of the loss, is read as it is."""
     return QUANTITIES.get(name) or Quantity(name)
 
 
-def title(name):
+def title(name: str) -> str:
     """What a quantity is called in tables and at axes."""
     return quantity(name).title
 
 
-def in_row(row, name, layer=None):
+def in_row(row: dict, name: str, layer: int | None = None) -> float:
     """A quantity in a row of a log: the mean over its MoE layers, or the one at index `layer`; nan where it has none.
 
     Raises ValueError for a name that is neither in the table nor in the row.
@@ -180,7 +174,7 @@ def in_row(row, name, layer=None):
     return math.nan if not numbers or None in numbers else float(np.mean(numbers))
 
 
-def value(run, name):
+def value(run, name: str) -> float:
     """A quantity of a finished run: of the run, of what was measured at its end, or of its final row; nan for none.
 
     Numbers of training, such as a term of the loss, are means over the steps since the evaluation before the last.

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_whole
-from .experiment import SCALES
+from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, title, value
-from .results import COMPACT, Results, load_runs
+from .results import COMPACT, Results, RunRecord, load_runs
 from .statistics import enough_digits, t_interval
 
 GLOSSARY = """- A *router* chooses K of E *experts* for each byte. The *gate* is the weight with which the output of \
@@ -84,7 +84,7 @@ def about(results):
             "[below](#words-used-here).")
 
 
-def warnings(results):
+def warnings(results: Results) -> list[str]:
     """What makes the numbers weaker, or wrong to compare, as sentences; none where all is well."""
     e, groups, said = results.experiment, results.groups, []
     seeds = {s.id: {run.seed for run in groups.get(s.id, [])} for s in e.settings if s.id in groups or not e.adjustable}
@@ -132,7 +132,7 @@ def left_out(results):
             yield f"`{run.run_id}` {what[run.state]} and is in no number."
 
 
-def finding(results):
+def finding(results: Results) -> list[str]:
     """The sentences of the experiment."""
     e = results.experiment
     if not results.ready:
@@ -160,7 +160,7 @@ def planned_table(results):
     return table(["quantity", "difference", "mean", "95% interval", "verdict"], rows) if rows else "Nothing to compare."
 
 
-def claim_rows(results):
+def claim_rows(results: Results) -> list[list[str]]:
     """Rows of the table of claims: number, claim, numbers beside their conditions, verdict, experiment."""
     rows = []
     for claim in results.experiment.claims:
@@ -183,7 +183,7 @@ def measured(effect, numbers):
     return f"{title(effect.metric)}, {effect}: {mean}{ends}; needs {effect.relation} {effect.bound:g}"
 
 
-def limits(results):
+def limits(results: Results) -> list[str]:
     """What the runs were too short or too small to show, as sentences."""
     config, steps = results.runs[0].config, results.runs[0].summary["steps"]
     seen = steps * config["training"]["batch_size"] * config["model"]["seq_len"]
@@ -213,7 +213,7 @@ def _slope(log):
 
 # -- documents ----------------------------------------------------------------------------------
 
-def write_findings(experiment, folder):
+def write_findings(experiment: Experiment, folder) -> Path:
     """Write folder/FINDINGS.md of one experiment from its runs, showing the figures that are there; returns its path.
 
     Raises ValueError without a finished run, and where runs that would be averaged differ.
@@ -241,7 +241,7 @@ def bold(sentences):
     return "\n\n".join(f"**{sentence}**" for sentence in sentences)
 
 
-def write_summary_csv(study_dir):
+def write_summary_csv(study_dir) -> Path:
     """Write STUDY/summary.csv: a line for each run whatever its state, a column for each number that any run has."""
     runs, path = load_runs(study_dir), Path(study_dir, "summary.csv")
     numbers = list(map(all_numbers, runs))
@@ -259,7 +259,7 @@ def write_summary_csv(study_dir):
     return path
 
 
-def all_numbers(run):
+def all_numbers(run: RunRecord) -> dict[str, float]:
     """{name: number} of every quantity that a finished run has, and of the terms of its training loss."""
     if run.state != "complete":
         return {}
@@ -281,7 +281,7 @@ Nothing corrects over all experiments together, and ten claims are ten chances t
 top-2 with coefficient 0.01) are the reference of several experiments, so these are not independent evidence."""
 
 
-def gather(published, study, experiments):
+def gather(published, study: Experiment, experiments) -> Path:
     """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
 
     Raises ValueError where the study has no finished run, or a run is damaged. Experiments without a finished run are
@@ -308,7 +308,7 @@ def gather(published, study, experiments):
     return path
 
 
-def dispute_rows(results):
+def dispute_rows(results: Results) -> list[list[str]]:
     """Rows of the table of open questions: question, published answers, differences of the loss, experiment."""
     def differences(pairs):
         return "<br>".join(f"{one.contrast}: {' '.join(one.cells)}" for one in results.tests_of(LOSS)

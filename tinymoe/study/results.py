@@ -9,8 +9,9 @@ import numpy as np
 
 from ..files import read_rows, write_rows
 from ..model.config import ModelConfig
+from .experiment import Claim, Experiment
 from .quantities import quantity, value
-from .statistics import Comparison, enough_digits, holm, t_interval
+from .statistics import Comparison, Contrast, Interval, enough_digits, holm, t_interval
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
 PARTS = ("config", "log", "summary", "failure")  # of a line of it
@@ -36,24 +37,24 @@ class RunRecord:
     is_moe = property(lambda self: bool(self.final["layers"]))
 
     @property
-    def state(self):
+    def state(self) -> str:
         """"complete", "failed" (its loss was not finite) or "incomplete" (stopped, or still running)."""
         return "complete" if self.summary else "failed" if self.failure else "incomplete"
 
     @property
-    def leaky(self):
+    def leaky(self) -> bool:
         """Whether routing on the prefix alone gives another loss, in any row."""
         return any(row["val_cross_entropy"] != row["causal_cross_entropy"] for row in [*self.log, self.final])
 
     @property
-    def made_of(self):
+    def made_of(self) -> str:
         """Router, experts per byte and balance coefficient, in a few words."""
         return "{router}, K={top_k}, aux {aux_coef:g}".format_map(self.model) if self.is_moe else "dense"
 
 
 # -- reading and writing ------------------------------------------------------------------------
 
-def load_runs(study_dir):
+def load_runs(study_dir) -> list[RunRecord]:
     """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
 
     A run is incomplete without a config. Raises ValueError for a finished run that is damaged, because a part of its
@@ -66,7 +67,7 @@ def load_runs(study_dir):
     return sorted(runs.values(), key=lambda run: (run.config_id, run.seed))
 
 
-def compact(study_dir):
+def compact(study_dir) -> tuple[Path, int]:
     """Write study_dir/runs.jsonl: one line for each finished or failed run, with its config, log, summary and failure.
 
     Returns (path, number of runs). The folders in `runs` stay. Raises ValueError where no run is finished.
@@ -102,7 +103,7 @@ def _record(place, config, summary, failure, rows, finished):
     log = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}  # a step written twice: the later row
     if finished and not _is_whole(place.name, config, summary, log):
         raise ValueError(f"{place} is a finished run with damaged files: move it away, or fetch it again")
-    if not CONFIG_KEYS <= (config or {}).keys():
+    if not (config or {}).keys() >= CONFIG_KEYS:
         config = {"config_id": place.name, "seed": -1, "model": {}}
     config = config | {"model": _with_defaults(config["model"])}
     return RunRecord(place.name, config, [log[step] for step in sorted(log)], summary, failure)
@@ -118,7 +119,7 @@ def _with_defaults(model):
 
 def _is_whole(name, config, summary, log):
     """Whether the parts of a finished run are all there, and of one run."""
-    if not CONFIG_KEYS <= (config or {}).keys() or not {"run_id", "steps", "final"} <= (summary or {}).keys():
+    if not (config or {}).keys() >= CONFIG_KEYS or not (summary or {}).keys() >= {"run_id", "steps", "final"}:
         return False
     return config["run_id"] == summary["run_id"] == name and max(log, default=None) == summary["steps"]
 
@@ -140,7 +141,7 @@ class Results:
     Raises ValueError where no run is finished, and where runs that would be averaged differ in more than the seed.
     """
 
-    def __init__(self, experiment, folder):
+    def __init__(self, experiment: Experiment, folder):
         self.experiment, self.folder, self.all_runs = experiment, Path(folder), load_runs(folder)
         found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "complete"]
                  for s in experiment.settings}
@@ -155,58 +156,58 @@ class Results:
                            for contrast in experiment.planned if self.has(contrast)])
 
     @cached_property
-    def runs(self):
+    def runs(self) -> list[RunRecord]:
         """The finished runs of all settings."""
         return [run for runs in self.groups.values() for run in runs]
 
     @cached_property
-    def complete(self):
+    def complete(self) -> bool:
         """Whether every setting has a run and all have a seed in common: figures, sentences and claims need that."""
         seeds = [{run.seed for run in runs} for runs in self.groups.values()]
         return len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
 
     @property
-    def ready(self):
+    def ready(self) -> bool:
         """Whether figures and sentences can be made."""
         return self.complete or self.experiment.adjustable
 
-    def has(self, contrast):
+    def has(self, contrast: Contrast) -> bool:
         """Whether there are runs of all settings of a Contrast, with experts if it asks for the smallest of several."""
         if isinstance(contrast.setting, tuple):
             return any(name in self.with_experts for name in contrast.setting)
         return all(name in self.groups for name in contrast.settings)
 
     @property
-    def with_experts(self):
+    def with_experts(self) -> list[str]:
         """Ids of the settings whose models have experts."""
         return [name for name, runs in self.groups.items() if runs[0].is_moe]
 
-    def numbers(self, metric, setting):
+    def numbers(self, metric: str, setting: str | tuple) -> dict[int, float]:
         """{seed: number} of a setting, or the smallest of several settings with experts."""
         if not isinstance(setting, tuple):
             return {run.seed: value(run, metric) for run in self.groups[setting]}
         parts = [self.numbers(metric, name) for name in setting if name in self.with_experts]
         return {seed: min(part[seed] for part in parts if seed in part) for seed in sorted(set().union(*parts))}
 
-    def interval(self, metric, setting):
+    def interval(self, metric: str, setting: str) -> Interval:
         """Interval over the seeds of a setting."""
         return t_interval(list(self.numbers(metric, setting).values()))
 
-    def mean(self, metric, setting):
+    def mean(self, metric: str, setting: str) -> float:
         """Mean over the seeds of a setting."""
         return self.interval(metric, setting).mean
 
-    def ranked(self, metric, names=None):
+    def ranked(self, metric: str, names=None) -> list[str]:
         """Setting ids by the mean of a metric, smallest first."""
         return sorted(names or self.groups, key=lambda name: self.mean(metric, name))
 
     # -- as text --
 
-    def label(self, name):
+    def label(self, name: str) -> str:
         """The name of a setting in figures; where --set may change settings, with what its runs really were."""
         return f"{name} {self.groups[name][0].made_of}" if self.experiment.adjustable else name
 
-    def cell(self, metric, name, half=True, leaky=True):
+    def cell(self, metric: str, name: str, half: bool = True, leaky: bool = True) -> str:
         """`mean ± half width` over seeds, a dash for no number; leaky: add the leaky number to a causal one."""
         one, digits = self.interval(metric, name), quantity(metric).digits
         if not np.isfinite(one.mean):
@@ -219,22 +220,22 @@ class Results:
             shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
         return shown
 
-    def means(self, metric, *names):
+    def means(self, metric: str, *names: str) -> str:
         """"`a` 1.234, `b` 1.250": the means of settings, all if none is named."""
         shown = {name: self.cell(metric, name, half=False, leaky=False) for name in names or self.groups}
         return ", ".join(f"`{name}` {cell}" for name, cell in shown.items())
 
-    def listed(self, metric, *names):
+    def listed(self, metric: str, *names: str) -> str:
         """A paragraph with the means of settings."""
         return f"{quantity(metric).heading} {self.means(metric, *names)}."
 
-    def range_and_verdicts(self, metric, among=None):
+    def range_and_verdicts(self, metric: str, among=None) -> str:
         """A paragraph about a planned metric: lowest and highest mean, and its verdicts, among these settings."""
         names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
         ends = self.means(metric, *dict.fromkeys((names[0], names[-1]))) if names else "no number"
         return f"{quantity(metric).heading} Lowest and highest: {ends}. {self.verdicts(metric, among)}"
 
-    def verdicts(self, metric, among=None):
+    def verdicts(self, metric: str, among=None) -> str:
         """A sentence for each clear or suggestive difference, and one about all that are undecided or not tested."""
         tests = self.tests_of(metric, among)
         words = [one.word for one in tests]
@@ -249,14 +250,14 @@ class Results:
             said.append(f"{untested} not tested: too few common seeds.")
         return " ".join(said) or "Nothing to compare."
 
-    def tests_of(self, metric, among=None):
+    def tests_of(self, metric: str, among=None) -> list[Comparison]:
         """The Comparisons of a metric without a factor, among these settings alone if some are named."""
         return [one for one in self.tests if one.metric == metric and one.contrast.times == 1
                 and (among is None or set(one.contrast.settings) <= set(among))]
 
     # -- layers and claims --
 
-    def layer_states(self, name):
+    def layer_states(self, name: str) -> dict[str, int]:
         """{state: how many layers, over the runs of a setting, ended in it}; report.py defines the states."""
         counts = {"collapsed": 0, "starved": 0, "in use": 0}
         for layer in (layer for run in self.groups[name] for layer in run.final["layers"]):
@@ -264,7 +265,7 @@ class Results:
             counts["collapsed" if collapsed else "starved" if layer["dead_experts"] else "in use"] += 1
         return {state: n for state, n in counts.items() if n}
 
-    def layers_at_the_end(self, names):
+    def layers_at_the_end(self, names) -> str:
         """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""
         states = {name: self.layer_states(name) for name in names}
         said = [f"`{name}` " + ", ".join(f"{n} {state}" for state, n in of.items()) for name, of in states.items()]
@@ -272,7 +273,7 @@ class Results:
         return (f"**Layers at the end of all runs.** {'; '.join(said)}. The first setting with every layer in use: "
                 f"{alive}.")
 
-    def outcome(self, claim):
+    def outcome(self, claim: Claim) -> tuple[str, list]:
         """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""
         found = [(effect, effect.of(self.numbers)) for effect in claim.effects]
         words = {effect.word(numbers) for effect, numbers in found}

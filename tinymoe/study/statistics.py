@@ -21,7 +21,7 @@ class Interval:
     high = property(lambda self: self.mean + self.half)
 
 
-def t_interval(values, level=0.95):
+def t_interval(values, level: float = 0.95) -> Interval:
     """Student's t interval of a mean, n - 1 degrees of freedom. One value has no interval, and no value a mean."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
@@ -50,12 +50,12 @@ class Contrast:
     over: str | None = None
 
     @property
-    def settings(self):
+    def settings(self) -> tuple[str, ...]:
         """The ids of all settings that it needs."""
         first = self.setting if isinstance(self.setting, tuple) else (self.setting,)
         return (*first, *filter(None, (self.minus, self.over)))
 
-    def of(self, numbers: Callable):
+    def of(self, numbers: Callable) -> np.ndarray:
         """(seeds,) array over the common seeds, of numbers(metric, setting) -> {seed: value}."""
         parts = [numbers(self.metric, self.setting)]
         parts += [numbers(self.metric, other) for other in (self.minus, self.over) if other]
@@ -65,7 +65,7 @@ class Contrast:
             return first - self.times * other[0]
         return first / other[0] if self.over else first
 
-    def __str__(self):
+    def __str__(self) -> str:
         """`a` - `b`"""
         first = f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`"
         if self.minus:
@@ -84,7 +84,7 @@ class Comparison:
     metric = property(lambda self: self.contrast.metric)
 
     @property
-    def word(self):
+    def word(self) -> str:
         """"clear", "suggestive" or "undecided", see the glossary of report.py; "not tested" without two seeds."""
         if not math.isfinite(self.interval.half):
             return "not tested"
@@ -93,14 +93,14 @@ class Comparison:
         return "clear" if self.survives else "suggestive"
 
     @property
-    def numbers(self):
+    def numbers(self) -> tuple[str, str, str]:
         """(mean, low, high) as text with signs, and so many digits that no end of the interval looks like 0."""
         numbers, size = (self.interval.mean, self.interval.low, self.interval.high), abs(self.interval.mean)
         digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
         return tuple(f"{x:+,.{digits}f}" for x in numbers)
 
     @property
-    def cells(self):
+    def cells(self) -> list[str]:
         """[mean, interval, verdict] as text for a table."""
         mean, low, high = self.numbers
         return ["–" if math.isnan(self.interval.mean) else mean,
@@ -108,7 +108,7 @@ class Comparison:
                 self.word if self.interval.n else "no common seed"]
 
 
-def holm(comparisons, level=0.05):
+def holm(comparisons: list[Comparison], level: float = 0.05) -> list[Comparison]:
     """The same comparisons, each marked whether it survives Holm's (1979) step-down correction for their number."""
     tested = sorted((one for one in comparisons if one.word != "not tested"), key=lambda one: one.interval.p)
     surviving = set()
@@ -119,7 +119,7 @@ def holm(comparisons, level=0.05):
     return [replace(one, survives=id(one) in surviving) for one in comparisons]
 
 
-def enough_digits(numbers, digits, bound=0.0):
+def enough_digits(numbers, digits: int, bound: float = 0.0) -> int:
     """At least `digits` after the point; more where a number would look like `bound` but differs in 6 digits."""
     while any(round(x, digits) == round(bound, digits) and round(x, 6) != round(bound, 6) for x in numbers):
         digits += 1
