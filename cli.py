@@ -56,16 +56,23 @@ def main():
 def study(quick, steps, configs, seeds, jobs, text, out, plot, plot_only, fresh, overrides):
     """Train configs A to F on real text and write up what their routers did.
 
-    Interrupted at any moment, the same command goes on from the last checkpoint.
+    Interrupt at any time; run the same command again to resume from the last checkpoints.
     """
+    from tinymoe.experiments import STUDY
     out = out or RESULTS / ("quick" if quick else "full")
-    if plot_only:
-        return _write_up(out, plot=True)
-    from tinymoe.study import runner as s
-    all_runs = _runs(s, configs, seeds, steps or (s.QUICK_STEPS if quick else None), overrides)
-    failures = _train(all_runs, out, text, jobs, fresh)
-    if len(failures) < len(all_runs):
-        _write_up(out, plot)
+    failures, all_runs = {}, []
+    if not plot_only:
+        all_runs = _study_runs(STUDY, configs, seeds, steps, STUDY.scales["quick" if quick else "default"], overrides)
+        failures = _train(all_runs, out, text, jobs, fresh)
+    if not all_runs or len(failures) < len(all_runs):
+        results = _write_up(STUDY, out, plot or plot_only)
+        click.echo("config  seeds  perplexity  (leaky)  bits per byte  load CV")
+        for name, runs in results.groups.items():
+            causal, leaky, bits, cv = (results.mean(metric, name) for metric in (
+                "causal_perplexity", "val_perplexity", "causal_bits_per_byte", "load_cv"))
+            leak = f"{leaky:.3f}" if leaky != causal else ""
+            click.echo(f"{name:6}  {len(runs):5}  {causal:10.3f}  {leak:7}  {bits:13.3f}  {cv:7.3f}")
+        click.echo(f"findings in {out / 'FINDINGS.md'}")
     if failures:
         raise SystemExit(1)
 
@@ -93,14 +100,12 @@ def _steps(all_runs):
     return " or ".join(map(str, sorted({run.training.steps for run in all_runs})))
 
 
-def _runs(s, configs, seeds, steps, overrides):
+def _study_runs(experiment, configs, seeds, steps, scale, overrides):
     """The runs that the options describe; click.UsageError for values that fit no model."""
-    from tinymoe.training.trainer import TrainConfig
     model, training = _settings(overrides)
     training = ({} if steps is None else {"steps": steps}) | training
     try:
-        chosen = list(dict.fromkeys(map(str.upper, configs))) or list(s.CONFIGS)
-        return s.runs(chosen, seeds, TrainConfig(**training), model)
+        return experiment.runs(scale, seeds, list(dict.fromkeys(map(str.upper, configs))), model, training)
     except (ValueError, TypeError) as error:
         raise click.UsageError(_one_line(error)) from None
 
@@ -156,25 +161,21 @@ class _Progress:
         self.bar.__exit__(*error)
 
 
-def _write_up(out, plot):
-    """Figures, summary.csv and FINDINGS.md of the runs under `out`, and a table of them on the screen."""
-    from tinymoe.study import report, results as rows
+def _write_up(experiment, out, plot):
+    """Write FINDINGS.md and summary.csv of the runs under `out`, then draw the figures; returns the Results."""
+    from tinymoe.study import report
+    from tinymoe.study.results import Results
     try:
-        groups = rows.complete_runs(out)
-        if plot:
-            from tinymoe.study import figures as plots
-            click.echo(f"{len(plots.draw_all(out))} figures in {out / 'figures'}")
-        findings = report.write_findings(out)  # after the figures, which it shows
+        report.write_findings(experiment, out)
         report.write_summary_csv(out)
+        results = Results(experiment, out)
+        if plot:
+            from tinymoe.study.figures import draw_all
+            click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
+            report.write_findings(experiment, out)  # again, to show the figures
     except (ValueError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
-    numbers = ("causal_perplexity", "val_perplexity", "causal_bits_per_byte", "load_cv")
-    click.echo("config  seeds  perplexity  (leaky)  bits per byte  load CV")
-    for config_id, runs in groups.items():
-        causal, leaky, bits, cv = (rows.over_seeds(runs, name).mean for name in numbers)
-        leak = f"{leaky:.3f}" if leaky != causal else ""
-        click.echo(f"{config_id:6}  {len(runs):5}  {causal:10.3f}  {leak:7}  {bits:13.3f}  {cv:7.3f}")
-    click.echo(f"findings in {findings}")
+    return results
 
 
 def _say(message, code=1):
@@ -204,28 +205,25 @@ def _one_line(error):
 def experiment(name, scale, seeds, jobs, text, out, fresh, plot_only):
     """Run an experiment and say what came out; without NAME, list them.
 
-    Interrupted at any moment, the same command goes on from the last checkpoints.
+    Interrupt at any time; run the same command again to resume from the last checkpoints.
     """
     from tinymoe import experiments as lab
-    from tinymoe.study import experiment_report as writeup
+    from tinymoe.study import report
     if name is None:
         return _list_experiments(lab.EXPERIMENTS)
     if name not in lab.EXPERIMENTS:
         raise click.UsageError(f"no experiment {name}: choose one of {', '.join(lab.EXPERIMENTS)}")
-    chosen, size = lab.EXPERIMENTS[name], lab.SCALES[scale or "default"]
+    chosen = lab.EXPERIMENTS[name]
+    size = chosen.scales[scale or "default"]
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
     out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
     runs = chosen.runs(size, seeds or size.seeds)
     failures = {} if plot_only else _train(runs, out, chosen.text if text is None else text, jobs, fresh)
-    try:
-        click.echo(f"{len(writeup.draw(chosen, out))} figure(s) in {out / 'figures'}")
-        path, results = writeup.write_findings(chosen, out), lab.Results(chosen, out)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(_one_line(error)) from None
-    said = [writeup.missing(results), *writeup.finding(results).splitlines()]
-    lines = [click.wrap_text(line, 100, subsequent_indent="  ") for line in said if line]
-    click.echo("\n".join(["", chosen.question, *lines, "", f"findings in {path}"]))
+    results = _write_up(chosen, out, plot=True)
+    lines = [click.wrap_text(f"- {line.replace('**', '')}", 100, subsequent_indent="  ")
+             for line in (*report.warnings(results), *report.finding(results))]
+    click.echo("\n".join(["", chosen.question, *lines, "", f"findings in {out / 'FINDINGS.md'}"]))
     if failures:
         raise SystemExit(1)
 
@@ -239,16 +237,33 @@ def _list_experiments(experiments):
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=RESULTS / "published")
 def findings(folder):
-    """Gather FOLDER/full and FOLDER/experiments into FOLDER/FINDINGS.md: the study, ten claims, open questions.
+    """Gather FOLDER/full and FOLDER/experiments into FOLDER/FINDINGS.md.
 
-    FOLDER is results/published, unless another is given: results, for runs of your own.
+    The document holds the study, ten claims of the literature and open questions. FOLDER is results/published unless
+    another is given: results, for runs of your own.
     """
-    from tinymoe.experiments import EXPERIMENTS
-    from tinymoe.study import experiment_report as writeup
+    from tinymoe.experiments import EXPERIMENTS, STUDY
+    from tinymoe.study import report
     try:
-        click.echo(writeup.gather(folder, EXPERIMENTS))
+        click.echo(report.gather(folder, STUDY, EXPERIMENTS.values()))
     except (ValueError, OSError) as error:
         raise click.ClickException(_one_line(error)) from None
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def compact(folder):
+    """Write FOLDER/runs.jsonl, one line for each run in FOLDER/runs.
+
+    A line holds the run's config, log and summary. Reports and figures read this file as they read the run folders,
+    which stay where they are; delete them yourself if you only want to publish the numbers.
+    """
+    from tinymoe.study.results import compact as write_compact
+    try:
+        path, n = write_compact(folder)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(_one_line(error)) from None
+    click.echo(f"{n} runs in {path}")
 
 
 # -- routers ------------------------------------------------------------------------------------

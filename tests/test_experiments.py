@@ -6,20 +6,20 @@ import re
 import shutil
 import types
 
+import cli
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-import cli
 from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe.study import results as rows
 from tinymoe import experiments as lab
+from tinymoe.experiments import EXPERIMENTS
+from tinymoe.moe.routing import from_mask
+from tinymoe.study import figures, measures, report
+from tinymoe.study.quantities import LOSS, value
+from tinymoe.study.results import RunRecord
+from tinymoe.study.statistics import Contrast
 from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, losses_and_routings
-from tinymoe.experiments import EXPERIMENTS
-from tinymoe.study import measures, experiment_report as writeup
-from tinymoe.study.report import LOSS
-from tinymoe.moe.routing import from_mask
 from tinymoe.training.trainer import Trainer, train
 
 TOY = lab.Scale({"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (1,), "seq_len": 16}, 2, 2)
@@ -47,24 +47,26 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
     monkeypatch.setattr(measures, "WINDOWS", 2)
     experiment = EXPERIMENTS[name]
     finish(experiment, corpora, tmp_path)
-    for path in writeup.draw(experiment, tmp_path):
+    for path in figures.draw_all(lab.Results(experiment, tmp_path)):
         assert path.stat().st_size > 1000
-    text = writeup.write_findings(experiment, tmp_path).read_text()
+    text = report.write_findings(experiment, tmp_path).read_text()
     assert "No finding" not in text and "Not finished" not in text and "not tested |" not in text
     assert all(f"| {setting.id} |" in text for setting in experiment.settings)
-    assert len(re.findall(r"^- ", text.split("## Planned differences")[1], re.M)) == len(experiment.planned)
-    assert writeup.write_findings(experiment, tmp_path).read_text() == text
+    assert len(re.findall(r"^\| ", text.split("## Planned differences")[1].split("##")[0],
+                          re.M)) == len(experiment.planned) + 2
+    assert report.write_findings(experiment, tmp_path).read_text() == text
 
 
 def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     for experiment in EXPERIMENTS.values():
         assert len(set(experiment.planned)) == len(experiment.planned)
-        assert all((LOSS, *pair) in experiment.planned for one in experiment.disputes for pair in one.pairs)
+        assert all(Contrast(LOSS, pair[0], minus=pair[1]) in experiment.planned for one in experiment.disputes
+                   for pair in one.pairs)
     assert sorted(c.number for e in EXPERIMENTS.values() for c in e.claims) == list(range(1, 11))
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"planned": (("load_cv", "learned", "topp-2"),)}, "no setting is called topp-2"),
+    ({"planned": (Contrast("load_cv", "learned", minus="topp-2"),)}, "no setting is called topp-2"),
     ({"settings": EXPERIMENTS["frozen"].settings * 2}, "two settings have one id")])
 def test_a_name_that_is_no_setting_is_refused_before_anything_is_trained(changed, message):
     with pytest.raises(ValueError, match=message):
@@ -77,27 +79,27 @@ def test_runs_that_differ_in_more_than_the_seed_are_in_no_mean(corpora, tmp_path
         if run.config_id == "learned":
             training = dataclasses.replace(run.training, steps=2 + run.seed)
             train(dataclasses.replace(run, training=training), corpora[None], tmp_path / "runs" / run.run_id)
-    with pytest.raises(ValueError, match="learned-seed1 and learned-seed0 differ in their training"):
+    with pytest.raises(ValueError, match="learned-seed0 and learned-seed1 differ in their training"):
         lab.Results(experiment, tmp_path)
 
 
 def test_a_metric_that_nobody_measured_is_named(corpora, tmp_path):
     run = next(iter(toy_runs(EXPERIMENTS["frozen"])))
     train(run, corpora[None], tmp_path / "runs" / run.run_id)
-    with pytest.raises(ValueError, match="no metric entropy_of_nothing"):
-        lab.Results(EXPERIMENTS["frozen"], tmp_path).show("entropy_of_nothing")
+    with pytest.raises(ValueError, match="no quantity entropy_of_nothing"):
+        lab.Results(EXPERIMENTS["frozen"], tmp_path).means("entropy_of_nothing")
 
 
 # -- verdicts --
 
 class Fake(lab.Results):
-    """Results whose numbers are given: {setting: (seeds,)}."""
+    """Results whose numbers are given: {setting: numbers by seed}."""
 
     def __init__(self, **numbers):
         self.given = {name.replace("_", "-"): np.array(values, float) for name, values in numbers.items()}
 
     def numbers(self, metric, setting):
-        return self.given[setting]
+        return dict(enumerate(self.given[setting]))
 
 
 def verdict(results, *effects):
@@ -112,8 +114,10 @@ def verdict(results, *effects):
 def test_a_claim_holds_where_its_whole_interval_is_beyond_the_bound(numbers, relation, said):
     assert verdict(Fake(a=numbers), lab.Effect("loss", "a", relation, 0)) == said
     assert verdict(Fake(a=np.add(numbers, 3)), lab.Effect("loss", "a", relation, 3)) == said
-    assert verdict(Fake(a=np.add(numbers, 7), b=(7,) * len(numbers)), lab.Effect("loss", "a", relation, 0, minus="b")) == said
-    assert verdict(Fake(a=np.add(numbers, 3), b=(0.5,) * len(numbers)), lab.Effect("loss", "a", relation, 6, over="b")) == said
+    assert verdict(Fake(a=np.add(numbers, 7), b=(7,) * len(numbers)),
+                   lab.Effect("loss", "a", relation, 0, minus="b")) == said
+    assert verdict(Fake(a=np.add(numbers, 3), b=(0.5,) * len(numbers)),
+                   lab.Effect("loss", "a", relation, 6, over="b")) == said
 
 
 def test_differences_and_ratios_are_paired_by_seed():
@@ -140,9 +144,9 @@ def test_a_setting_without_a_run_is_named_and_decides_nothing(corpora, tmp_path,
     for run in toy_runs(experiment, 1):
         if run.config_id != absent:
             train(run, corpora[None], tmp_path / "runs" / run.run_id)
-    assert writeup.draw(experiment, tmp_path) == []
-    text = writeup.write_findings(experiment, tmp_path).read_text()
-    assert "No finding" in text and f"Not finished, and so not in all numbers: {absent}." in text
+    assert figures.draw_all(lab.Results(experiment, tmp_path)) == []
+    text = report.write_findings(experiment, tmp_path).read_text()
+    assert "No finding" in text and f"Not finished, so missing from some numbers: {absent}." in text
     assert re.search(r"^\| 4 .*not tested", text, re.M)
 
 
@@ -151,7 +155,8 @@ def test_settings_without_a_common_seed_decide_nothing(corpora, tmp_path):
     for run in toy_runs(experiment):
         if (run.config_id == "2-of-8") == (run.seed == 0):
             train(run, corpora[None], tmp_path / "runs" / run.run_id)
-    assert writeup.draw(experiment, tmp_path) == [] and "No finding" in writeup.write_findings(experiment, tmp_path).read_text()
+    assert figures.draw_all(lab.Results(experiment, tmp_path)) == []
+    assert "No finding" in report.write_findings(experiment, tmp_path).read_text()
 
 
 def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
@@ -161,14 +166,16 @@ def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
         if run.seed != 1 or run.config_id == "2-of-8":
             train(run, corpora[None], tmp_path / "runs" / run.run_id)
     results = lab.Results(experiment, tmp_path)
-    assert results.seeds == [0, 2] and len(results.groups["2-of-8"]) == 3
-    losses = {run.run_id: rows.value(run, LOSS) for run in results.runs}
-    assert results.numbers(LOSS, "2-of-8").tolist() == [losses["2-of-8-seed0"], losses["2-of-8-seed2"]]
-    assert results.tests[0].interval.mean == pytest.approx(np.mean([losses[f"4-of-16-seed{s}"] - losses[f"2-of-8-seed{s}"] for s in (0, 2)]))
+    assert len(results.groups["2-of-8"]) == 3
+    losses = {run.run_id: value(run, LOSS) for run in results.runs}
+    assert Contrast(LOSS, "4-of-16", minus="2-of-8").of(results.numbers).tolist() == [
+        losses[f"4-of-16-seed{s}"] - losses[f"2-of-8-seed{s}"] for s in (0, 2)]
+    paired = [losses[f"4-of-16-seed{s}"] - losses[f"2-of-8-seed{s}"] for s in (0, 2)]
+    assert results.tests[0].interval.mean == pytest.approx(np.mean(paired))
     failed = tmp_path / "runs/8-of-32-seed1"
     shutil.copytree(tmp_path / "runs/8-of-32-seed0", failed)
     (failed / "summary.json").rename(failed / "failure.json")
-    assert "Loss not finite, so that numbers are of the other runs: 8-of-32-seed1." in writeup.write_findings(experiment, tmp_path).read_text()
+    assert "`8-of-32-seed1` failed" in report.write_findings(experiment, tmp_path).read_text()
 
 
 # -- what is measured --
@@ -185,8 +192,10 @@ def trainer(corpora):
 def test_counterfactual_routes_by_hand():
     gates = np.array([[.6, .4, 0], [0, .3, .7]])
     routing = from_mask(gates > 0, Tensor(gates), Tensor(gates), Tensor(gates))
-    for change, expected in ((measures.drop(1), [[.6, 0, 0], [0, 0, .7]]), (measures.swap(1), [[.6, 0, .4], [0, .7, .3]]),
-                             (measures.swap(2), [[0, .4, .6], [.7, .3, 0]]), (measures.force(2), [[0, 0, 1], [0, 0, 1]])):
+    for change, expected in ((measures.drop(1), [[.6, 0, 0], [0, 0, .7]]),
+                             (measures.swap(1), [[.6, 0, .4], [0, .7, .3]]),
+                             (measures.swap(2), [[0, .4, .6], [.7, .3, 0]]),
+                             (measures.force(2), [[0, 0, 1], [0, 0, 1]])):
         np.testing.assert_allclose(change(routing, None).to_dense().data, expected)
     assert measures.drop(1)(routing, None).load.tolist() == [1, 0, 1]
 
@@ -199,12 +208,14 @@ def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trai
     found = measures.counterfactuals(trainer.model, valid, nats)
     assert abs(found["swap_cost"]) < 1e-6 < abs(found["drop_cost"])
     assert np.shape(found["drop_table"]) == (8, 4)
-    assert measures.function_divergence(trainer.model.moe_parts()[0], trainer.model, valid) == pytest.approx(0, abs=1e-6)
+    divergence = measures.function_divergence(trainer.model.moe_parts()[0], trainer.model, valid)
+    assert divergence == pytest.approx(0, abs=1e-6)
 
 
 def test_function_divergence_of_opposite_experts():
     """Outputs y and -y: 1 - cosine is 2."""
-    model = Transformer(ModelConfig(n_layers=1, moe_layers=(0,), n_experts=2, top_k=1, d_model=8, d_ff=8, n_heads=2, seq_len=8))
+    model = Transformer(ModelConfig(n_layers=1, moe_layers=(0,), n_experts=2, top_k=1, d_model=8, d_ff=8, n_heads=2,
+                                    seq_len=8))
     bank = model.expert_banks()[0]
     for p, sign in ((bank.w1, 1), (bank.b1, 1), (bank.w2, -1), (bank.b2, -1)):
         p.data[1] = sign * p.data[0]
@@ -232,7 +243,8 @@ def test_what_the_expert_adds_to_the_byte():
     rng = np.random.default_rng(0)
     domain, ids = np.arange(64) % 2, rng.integers(0, 2, (64, 32))
     valid = Validation(ids, ids, domain, ("a", "b"), 8)
-    for expert, expected in ((ids ^ domain[:, None], np.log(2)), (ids, 0), (np.repeat(domain, 32).reshape(64, 32), np.log(2)),
+    for expert, expected in ((ids ^ domain[:, None], np.log(2)), (ids, 0),
+                             (np.repeat(domain, 32).reshape(64, 32), np.log(2)),
                              (rng.integers(0, 2, (64, 32)), 0)):
         gates = np.eye(2)[expert.ravel()]
         routing = from_mask(gates > 0, Tensor(gates), Tensor(gates), Tensor(gates))
@@ -276,9 +288,11 @@ def test_padding_and_excess_are_what_they_say():
     """Capacity 2 of 4 experts for 4 tokens of top-1 (factor 2): 8 places, of which 3 are taken in each batch of 4."""
     model = {"n_experts": 4, "top_k": 1, "seq_len": 2, "capacity_factor": 2.0}
     final = {"layers": [{"load": [6, 0, 0, 0]}], "validation_tokens": 8, "causal_cross_entropy": 1.5}
-    run = rows.RunRecord("a", {"model": model, "training": {"batch_size": 2}, "corpus": {"x": {"entropy_rate": 1.0}, "y": {"entropy_rate": 1.2}}},
+    run = RunRecord("a",
+                    {"model": model, "training": {"batch_size": 2},
+                     "corpus": {"x": {"entropy_rate": 1.0}, "y": {"entropy_rate": 1.2}}},
                    [], {"final": final})
-    assert rows.value(run, "padding") == pytest.approx(1 - 6 / 16) and rows.value(run, "excess") == pytest.approx(.4)
+    assert value(run, "padding") == pytest.approx(1 - 6 / 16) and value(run, "excess") == pytest.approx(.4)
 
 
 # -- the commands --
@@ -301,10 +315,12 @@ def test_an_experiment_about_a_text_takes_no_other():
 def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
     monkeypatch.setitem(lab.SCALES, "quick", dataclasses.replace(TOY, seeds=1))
     (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))
-    typed = ["experiment", "fine-grained", "--quick", "--jobs", "1", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    typed = ["experiment", "fine-grained", "--quick", "--jobs", "1", "--text", str(tmp_path / "text.txt"), "--out",
+             str(tmp_path / "out")]
     done = CliRunner().invoke(cli.main, typed)
     assert done.exit_code == 0, done.output
-    assert "Do many small experts beat few large ones?" in done.output and "Loss, from the lowest:" in done.output
+    assert "Do many small experts beat few large ones?" in done.output
+    assert "- Causal loss (nats). Lowest and highest:" in done.output
     assert (tmp_path / "out/figures/at_the_end.png").exists()
     again = CliRunner().invoke(cli.main, [*typed, "--plot-only"])
     assert again.exit_code == 0 and again.output.splitlines()[-1] == done.output.splitlines()[-1]
@@ -321,5 +337,5 @@ def test_what_is_gathered_names_what_is_missing(corpora, tmp_path):
     for run in study:
         train(run, corpora[None], tmp_path / "full/runs" / run.run_id)
     finish(EXPERIMENTS["fine-grained"], corpora, tmp_path / "experiments/fine-grained")
-    text = writeup.gather(tmp_path, EXPERIMENTS).read_text()
-    assert "Without finished runs, and so not here: collapse, " in text and "(`fine-grained`)" in text
+    text = report.gather(tmp_path, lab.STUDY, EXPERIMENTS.values()).read_text()
+    assert "Without finished runs, so not here: collapse, " in text and "(`fine-grained`)" in text

@@ -12,10 +12,9 @@ import numpy as np
 
 import cli
 import tinymoe as tm
-from tinymoe.study import report
 from tinymoe.moe import routers
-from tinymoe.experiments import EXPERIMENTS
-from tinymoe.study import experiment_report as writeup
+from tinymoe.experiments import EXPERIMENTS, STUDY
+from tinymoe.study import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,13 +60,13 @@ def test_the_file_map_names_every_file_with_its_length():
 
 
 def test_its_numbers_stand_in_the_published_findings():
-    findings = "".join((ROOT / "results/published" / path).read_text() for path in ("full/FINDINGS.md", "FINDINGS.md"))
+    findings = "".join(path.read_text() for path in (ROOT / "results/published").rglob("FINDINGS.md"))
     assert all(number in findings for number in re.findall(r"[\d.]+ ± [\d.]+", README))
 
 
 def test_the_published_findings_follow_from_the_published_rows(tmp_path):
     shutil.copytree(ROOT / "results/published/full", tmp_path / "full")
-    again = report.write_findings(tmp_path / "full").read_text()
+    again = report.write_findings(STUDY, tmp_path / "full").read_text()
     assert again == (ROOT / "results/published/full/FINDINGS.md").read_text()
 
 
@@ -77,9 +76,9 @@ def test_the_gathered_findings_and_those_of_each_experiment_follow_from_their_ro
     done = [name for name in EXPERIMENTS if (published / "experiments" / name).exists()]
     assert done
     for name in done:
-        again = writeup.write_findings(EXPERIMENTS[name], tmp_path / "again/experiments" / name).read_text()
+        again = report.write_findings(EXPERIMENTS[name], tmp_path / "again/experiments" / name).read_text()
         assert again == (published / "experiments" / name / "FINDINGS.md").read_text(), name
-    assert writeup.gather(tmp_path / "again", EXPERIMENTS).read_text() == (published / "FINDINGS.md").read_text()
+    assert report.gather(tmp_path / "again", STUDY, EXPERIMENTS.values()).read_text() == (published / "FINDINGS.md").read_text()
 
 
 def test_its_verdicts_on_the_claims_are_those_of_the_findings():

@@ -1,20 +1,27 @@
-"""The report and the figures, on small studies made up here: what they say must follow from the rows alone."""
+"""The report and the figures, on small made-up studies: everything must follow from the rows alone."""
 
 import csv
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import cli
+import matplotlib
 import pytest
-
-from tinymoe.study import figures as plots, report
-from tinymoe.study.report import Comparison, holm
-from tinymoe.study.results import Interval, load_runs, t_interval
+from click.testing import CliRunner
+from tinymoe.experiments import STUDY
+from tinymoe.study import figures, quantities, report
+from tinymoe.study.results import Results, compact, load_runs
+from tinymoe.study.statistics import Comparison, Contrast, Interval, holm, t_interval
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
            "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01)}
 LOSSES = {"A": (1.9, 2.0, 2.1), "B": (1.5, 1.6, 1.8), "C": (1.6, 1.6, 1.7), "D": (1.4, 1.5, 1.6),
           "E": (1.7, 1.8, 1.9), "F": (1.4, 1.5, 1.7)}
+ROOT = Path(__file__).resolve().parent.parent
 EVEN, COLLAPSED = [25, 25, 25, 25], [100, 0, 0, 0]
 
 
@@ -22,7 +29,8 @@ def layer_row(load, coverage):
     mean, total = sum(load) / 4, sum(load)
     entropy = -sum(n / total * math.log(n / total) for n in load if n) / math.log(4)
     return {"layer": 1, "load": load, "load_cv": math.sqrt(sum((n - mean) ** 2 for n in load) / 4) / mean,
-            "max_violation": max(load) / mean - 1, "max_violation_batch": max(load) / mean - 0.9, "load_entropy": entropy,
+            "max_violation": max(load) / mean - 1, "max_violation_batch": max(load) / mean - 0.9,
+            "load_entropy": entropy,
             "dead_experts": load.count(0), "router_entropy": 1.0, "marginal_entropy": 1.2, "drop_rate": 0.0,
             "token_coverage": coverage, "weight_divergence": 0.9, "repetition": 0.3, "domain_load": [load, load],
             "mutual_information": 0.05, "mutual_information_null": 0.01, "byte_information": 0.3,
@@ -64,7 +72,11 @@ def write_study(study, n_seeds=3, losses=LOSSES):
 
 
 def findings(study):
-    return report.write_findings(study).read_text(encoding="utf-8")
+    return report.write_findings(STUDY, study).read_text(encoding="utf-8")
+
+
+def draw_all(study):
+    return figures.draw_all(Results(STUDY, study))
 
 
 def test_t_interval_by_hand():
@@ -79,9 +91,12 @@ def test_t_interval_by_hand():
 
 
 def test_holm_by_hand():
-    # p sorted .01, .02, .04 against .05/3, .05/2, .05/1: all below; with .03 for .02 the second fails, and so do the rest.
+    # p sorted .01, .02, .04 against .05/3, .05/2, .05/1: all are below. With .03 for .02 the second fails, and so do
+    # the rest.
     def survivors(*p_values):
-        return [one.survives for one in holm([Comparison("q", "m", "x", "y", Interval(1.0, 0.5, 3, p)) for p in p_values])]
+        return [one.survives
+                for one in holm([Comparison(Contrast("m", "x", minus="y"), Interval(1.0, 0.5, 3, p))
+                                 for p in p_values])]
 
     assert survivors(0.04, 0.01, 0.02) == [True, True, True]
     assert survivors(0.04, 0.01, 0.03) == [False, True, False]
@@ -91,15 +106,15 @@ def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     text = findings(write_study(tmp_path))
     # A: 1.9, 2.0, 2.1: s = 0.1, half width 4.3027 * 0.1 / sqrt(3) = 0.2484; 2 / ln 2 = 2.885, 0.2484 / ln 2 = 0.358.
     # exp: 6.6859, 7.3891, 8.1662: mean 7.4137, s = 0.74046, half width 1.8394.
-    assert "| A top_k, K=1, aux 0 | 2.000 ± 0.248 | 7.41 ± 1.84 | 2.885 ± 0.358 |" in text
+    assert "| A top_k, K=1, aux 0 | no load balancing | 2.000 ± 0.248 | 7.41 ± 1.84 | 2.885 ± 0.358 |" in text
     # A - B: 0.4, 0.4, 0.3: mean 0.36667, s = 0.057735, half width 4.3027 * 0.033333 = 0.14342.
-    assert "`A` - `B` +0.367 [+0.223, +0.510], suggestive" in text
+    assert "| `A` - `B` | +0.367 | [+0.223, +0.510] | suggestive |" in text
     # E: leaky loss 0.25 below the causal one; exp: 5.4739, 6.0496, 6.6859 and exp(-0.25) = 0.7788 of that.
     assert "6.07 ± 1.51 (leaky 4.73 ± 1.17)" in text
     # 20 steps of 4 * 16 bytes, over 1,600 bytes of training text.
     assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
-    assert "3 collapsed" in text and "smallest coefficient with every layer of every run in use: 0.01 (B)" in text
-    assert "E has load CV 0 (below 0.01) and leaves bytes uncovered | held in 3 of 3 runs" in text
+    assert "`A` 3 collapsed" in text and "The first setting with every layer in use: `B`." in text
+    assert "coverage, `E`: 0.900 (runs: 0.900 to 0.900); needs < 1 | **held** |" in text
 
 
 def test_findings_regenerate_byte_for_byte(tmp_path):
@@ -109,13 +124,14 @@ def test_findings_regenerate_byte_for_byte(tmp_path):
 def test_a_flipped_outcome_flips_the_sentence(tmp_path):
     worse = findings(write_study(tmp_path / "worse"))
     better = findings(write_study(tmp_path / "better", losses=LOSSES | {"E": (1.0, 1.1, 1.2), "A": (1.2, 1.2, 1.3)}))
-    assert "causal loss (nats): `E` - `D` +0.300" in worse and "causal loss (nats): `E` - `D` -0.400" in better
-    assert "**causal loss (nats): `A` - `B` +0.367" in worse and "**causal loss (nats): `A` - `B` -0.400" in better
+    assert "`E` - `D` is +0.300" in worse and "`E` - `D` is -0.400" in better
+    assert "`A` - `B` is +0.367" in worse and "`A` - `B` is -0.400" in better
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
-    assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text and "causal loss (nats): not tested" in text
+    assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text
+    assert "3 not tested: too few common seeds." in text
     numbers = [line for line in text.splitlines() if line.startswith("|")]
     assert numbers and not any("±" in line or "[+" in line or "[-" in line for line in numbers)
     assert not any(word in line for line in numbers for word in ("clear", "suggestive", "undecided"))
@@ -125,7 +141,8 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
     write_study(tmp_path)
     failed, stopped = (tmp_path / "runs" / name for name in ("C-seed2", "D-seed1"))
     (failed / "summary.json").unlink()
-    (failed / "failure.json").write_text('{"run_id": "C-seed2", "step": 7, "layer": "block 3", "reason": "loss is nan"}')
+    (failed / "failure.json").write_text(
+        '{"run_id": "C-seed2", "step": 7, "layer": "block 3", "reason": "loss is nan"}')
     (stopped / "summary.json").unlink()
     with open(tmp_path / "runs" / "A-seed0" / "log.jsonl", "a") as file:
         file.write('{"step": 30, "val_cro')
@@ -140,7 +157,8 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("log.jsonl", ""), ("log.jsonl", '{"step": 10}\n'), ("log.jsonl", "[]\n"), ("log.jsonl", None), ("summary.json", "{}"),
+    ("log.jsonl", ""), ("log.jsonl", '{"step": 10}\n'), ("log.jsonl", "[]\n"), ("log.jsonl", None),
+    ("summary.json", "{}"),
     ("summary.json", "[1]"), ("summary.json", b"\xff\xfe"), ("config.json", "5"), ("config.json", '{"seed": 0}'),
     ("config.json", None)])
 def test_a_finished_run_with_a_damaged_file_is_in_no_mean(tmp_path, name, content):
@@ -160,31 +178,159 @@ def test_a_copy_of_a_run_is_not_counted_twice(tmp_path):
 def test_a_dense_control_has_no_experts_to_report(tmp_path):
     write_run(tmp_path, "D", 0, 2.0, dense=True)
     assert findings(tmp_path).count("Not answered") == 3
-    assert [path.name for path in plots.draw_all(tmp_path)] == ["perplexity_over_steps.png", "final_perplexity.png"]
+    assert [path.name for path in draw_all(tmp_path)] == ["perplexity_over_steps.png", "final_perplexity.png"]
     write_run(tmp_path, "E", 0, 1.5)
-    assert "E has load CV 0" in findings(tmp_path) and len(plots.draw_all(tmp_path)) == 8
+    assert "load CV, `E`: 0.000 (runs: 0.000 to 0.000)" in findings(tmp_path) and len(draw_all(tmp_path)) == 8
     assert "D,0,complete" in report.write_summary_csv(tmp_path).read_text()
 
 
 def test_where_the_entropy_of_the_text_is_known_the_loss_above_it_is_told(tmp_path):
     """Rates 1.0 and 1.2, mean 1.1: C, at 1.6, 1.6 and 1.7, is 0.533 above. Without rates there is no such column."""
     write_study(tmp_path, losses={"C": LOSSES["C"]})
-    assert "above the entropy" not in report.write_findings(tmp_path).read_text()
+    assert "above the entropy" not in findings(tmp_path)
     for path in tmp_path.glob("runs/*/config.json"):
         config = json.loads(path.read_text())
-        config["corpus"]["prose"]["entropy_rate"], config["corpus"]["verse"] = 1.0, {**config["corpus"]["verse"], "entropy_rate": 1.2}
+        config["corpus"]["prose"]["entropy_rate"], config["corpus"]["verse"] = 1.0, {**config["corpus"]["verse"],
+                                                                                     "entropy_rate": 1.2}
         path.write_text(json.dumps(config))
-    text = report.write_findings(tmp_path).read_text()
+    text = findings(tmp_path)
     assert "loss above the entropy of the text (nats)" in text and "| 0.533 ± 0.143 |" in text
 
 
 def test_a_study_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
-        report.write_findings(tmp_path)
+        findings(tmp_path)
 
 
 def test_every_figure_is_written_whole(tmp_path):
-    paths = plots.draw_all(write_study(tmp_path, n_seeds=2))
+    paths = draw_all(write_study(tmp_path, n_seeds=2))
     assert sorted(paths) == sorted((tmp_path / "figures").iterdir()) and len(paths) == 8
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
     assert all(f"(figures/{path.name})" in findings(tmp_path) for path in paths)
+
+
+# -- compact results --
+
+def test_compact_results_are_read_as_the_folders_are(tmp_path):
+    write_study(tmp_path)
+    (tmp_path / "runs/C-seed2/summary.json").rename(tmp_path / "runs/C-seed2/failure.json")
+    (tmp_path / "runs/D-seed1/summary.json").unlink()
+    before, runs = findings(tmp_path), [run for run in load_runs(tmp_path) if run.run_id != "D-seed1"]
+    assert compact(tmp_path) == (tmp_path / "runs.jsonl", 17) and findings(tmp_path) == before  # both: nothing twice
+    shutil.rmtree(tmp_path / "runs")
+    assert load_runs(tmp_path) == runs
+    assert findings(tmp_path) == before.replace("**`D-seed1` is incomplete and is in no number.**\n\n", "")
+
+
+def test_a_run_that_went_on_after_it_was_made_compact_is_refused(tmp_path):
+    folder = write_run(tmp_path, "A", 0, 2.0)
+    compact(tmp_path)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"threads": 1', '"threads": 2'))
+    with pytest.raises(ValueError, match="A-seed0 is in runs.jsonl and in runs/, and they differ"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text + "[]\n", lambda text: text + "{}\n",
+                                    lambda text: text.replace('"log": [', '"log": [5, '),
+                                    lambda text: text.replace('"summary": {', '"summary": [{').replace('}, "failure"',
+                                                                                                       '}], "failure"'),
+                                    lambda text: text.replace('"step": 20', '"step": 19')])
+def test_a_damaged_compact_file_is_in_no_mean(tmp_path, damage):
+    write_study(tmp_path, n_seeds=1)
+    path, _ = compact(tmp_path)
+    shutil.rmtree(tmp_path / "runs")
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match="damaged"):
+        load_runs(tmp_path)
+
+
+def test_the_command_makes_compact_results_or_says_why_not(tmp_path):
+    refused = CliRunner().invoke(cli.main, ["compact", str(tmp_path)])
+    assert refused.exit_code == 1 and "no finished run" in refused.output
+    write_run(tmp_path, "A", 0, 2.0)
+    made = CliRunner().invoke(cli.main, ["compact", str(tmp_path)])
+    assert made.exit_code == 0 and "1 runs in" in made.output
+
+
+# -- what is averaged and compared is comparable --
+
+def change(path, part, **fields):
+    config = json.loads((path / "config.json").read_text())
+    config[part] = config[part] | fields if part else fields
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_runs_of_one_letter_with_other_models_are_refused(tmp_path):
+    write_study(tmp_path)
+    change(tmp_path / "runs/D-seed1", "model", seq_len=32)
+    with pytest.raises(ValueError, match=r"D-seed0 and D-seed1 differ in their model \(seq_len: 16, 32\)"):
+        findings(tmp_path)
+    refused = CliRunner().invoke(cli.main, ["study", "--plot-only", "--out", str(tmp_path)])
+    assert refused.exit_code == 1 and "differ in their model" in refused.output
+
+
+def test_settings_that_differ_between_letters_are_said(tmp_path):
+    write_study(tmp_path, losses={name: LOSSES[name] for name in "BCD"})
+    assert "compare with care" not in findings(tmp_path)
+    for seed in range(3):
+        change(tmp_path / f"runs/C-seed{seed}", "model", seq_len=32)
+        change(tmp_path / f"runs/C-seed{seed}", "training", learning_rate=2e-3)
+        change(tmp_path / f"runs/D-seed{seed}", "model", router="hash")
+    change(tmp_path / "runs/B-seed1", "versions", numpy="1.0")
+    text = findings(tmp_path)
+    assert "seq_len differs between settings (B 16, C 32, D 16): compare with care." in text
+    assert "learning_rate differs between settings (B 0.001, C 0.002, D 0.001): compare with care." in text
+    assert "D was changed: its router is hash, not top_k." in text and "do not share the same versions" in text
+
+
+def test_runs_of_no_setting_are_named_and_in_no_number(tmp_path):
+    write_study(tmp_path, losses={"B": LOSSES["B"]})
+    before = findings(tmp_path)
+    shutil.copytree(tmp_path / "runs/B-seed0", tmp_path / "runs/Q-seed0")
+    for name in ("config.json", "summary.json"):
+        path = tmp_path / "runs/Q-seed0" / name
+        path.write_text(path.read_text().replace('"B-seed0"', '"Q-seed0"').replace('"config_id": "B"',
+                                                                                   '"config_id": "Q"'))
+    assert [line for line in findings(tmp_path).splitlines() if line not in before.splitlines()] == [
+        "**`Q-seed0` is no setting of this experiment and is in no number.**"]
+
+
+# -- figures --
+
+def test_the_users_matplotlibrc_does_not_reach_the_figures(tmp_path):
+    write_study(tmp_path, n_seeds=1)
+    drawn = {path.name: path.read_bytes() for path in draw_all(tmp_path)}
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "lines.linewidth": 9, "axes.facecolor": "red"}):
+        assert {path.name: path.read_bytes() for path in draw_all(tmp_path)} == drawn
+        assert matplotlib.rcParams["font.size"] == 30  # and it stays as it was
+
+
+def test_findings_and_summary_do_not_wait_for_figures(tmp_path, monkeypatch):
+    write_study(tmp_path, n_seeds=1)
+
+    def broken(*_):
+        raise OSError("no room for figures")
+
+    monkeypatch.setattr(figures, "save", broken)
+    failed = CliRunner().invoke(cli.main, ["study", "--plot-only", "--out", str(tmp_path)])
+    assert failed.exit_code == 1 and "no room for figures" in failed.output
+    assert (tmp_path / "FINDINGS.md").exists() and (tmp_path / "summary.csv").exists()
+
+
+def test_a_colour_costs_no_matplotlib():
+    code = "import sys, tinymoe.study.palette as p; assert p.COLOURS and 'matplotlib' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_quantity_is_added_in_one_place(tmp_path, monkeypatch):
+    """The largest share of the load: C has 25 of 100, A all. It is read by tables, figures and summary.csv alike."""
+    write_study(tmp_path)
+    new = quantities.Quantity("top_share", "largest share of the load", digits=2,
+                              of=lambda layer: max(layer["load"]) / sum(layer["load"]))
+    monkeypatch.setitem(quantities.QUANTITIES, "top_share", new)
+    results = Results(STUDY, tmp_path)
+    assert results.cell("top_share", "A") == "1.00" and results.cell("top_share", "C") == "0.25"
+    with open(report.write_summary_csv(tmp_path)) as file:
+        assert {line["config_id"]: line["top_share"] for line in csv.DictReader(file)}["C"] == "0.25"
+    with figures.default_style():
+        assert figures.over_steps("A", "top_share")(results).axes[0].get_ylabel() == "largest share of the load"

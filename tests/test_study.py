@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, tiny
+from tinymoe.experiments import STUDY
 from tinymoe.study import runner as study
 from tinymoe.training import run_folder
 from tinymoe.training import trainer as train
@@ -37,14 +38,15 @@ def outcome(out):
 
 
 def test_the_configs_are_those_of_the_study():
-    assert [(s.id, s.router, s.top_k, s.aux_coef) for s in study.CONFIGS.values()] == [
+    assert [(s.id, *s.model.values()) for s in STUDY.settings] == [
         ("A", "top_k", 1, 0.0), ("B", "top_k", 1, 0.01), ("C", "top_k", 1, 0.1),
         ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01)]
-    assert study.QUICK_STEPS == 200 and train.TrainConfig().steps == 2000 and train.TrainConfig().batch_size == 8
+    full, quick = (STUDY.runs(STUDY.scales[name], 1)[0].training for name in ("default", "quick"))
+    assert full == train.TrainConfig() and full.steps == 2000 and full.batch_size == 8 and quick == replace(full, steps=200)
 
 
 def test_runs_go_seed_by_seed_and_overrides_win_over_the_table():
-    all_runs = study.runs("EA", 2, train.TrainConfig(), {"top_k": 3, "n_layers": 4, "moe_layers": [1]})
+    all_runs = STUDY.runs(STUDY.scales["default"], 2, "EA", {"top_k": 3, "n_layers": 4, "moe_layers": [1]})
     assert [run.run_id for run in all_runs] == ["E-seed0", "A-seed0", "E-seed1", "A-seed1"]
     assert {(run.model.top_k, run.model.n_layers) for run in all_runs} == {(3, 4)}
     assert all_runs[0].model.router == "expert_choice"

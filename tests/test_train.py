@@ -9,7 +9,7 @@ import pytest
 
 import tinymoe as tm
 from tinymoe import files, kernels
-from tinymoe.study import runner as study
+from tinymoe.experiments import STUDY, Scale
 from tinymoe.training import run_folder
 from tinymoe.training import trainer as t
 from tinymoe.training.data import load_corpus
@@ -21,7 +21,8 @@ WORDS = " ".join(f"{a}{b}" for a in "blue red green".split() for b in range(200)
 
 def tiny(config_id="F", steps=6, model=(), **training):
     """A run that takes a fraction of a second. F routes with noise, so its second generator matters too."""
-    (run,) = study.runs([config_id], 1, t.TrainConfig(**TRAINING | {"steps": steps} | training), MODEL | dict(model))
+    training = TRAINING | {"steps": steps} | training
+    (run,) = STUDY.runs(Scale({}, steps, 1), seeds=1, only=[config_id], model=MODEL | dict(model), training=training)
     return run
 
 

@@ -1,12 +1,14 @@
-"""The figures of a study, drawn from its result rows alone.
+"""The kinds of figure, each a function of Results or a function that makes one; drawn from result rows alone.
 
-Every config keeps one colour (Okabe and Ito's palette, safe for colour-blind readers) and one marker, so that
-the figures also read in grey. A line is the mean over seeds and its band their range; a dashed line and a hollow
-mark are leaky: measured with a route that may see later tokens. No pyplot, no global state.
+A setting keeps one colour and one marker in all figures of its experiment, so that figures also read in grey. Points
+are means over seeds with 95% intervals, small marks the seeds. Lines over steps are means; bands show the range of the
+seeds. Dashed lines and hollow marks are leaky: measured with a route that may depend on later bytes.
 """
 
 import io
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -17,217 +19,298 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..files import write_whole
-from .results import coefficient_sweep, complete_runs, measure, over_seeds
+from .palette import COLOURS, MARKERS
+from .quantities import in_row, title
+from .results import Results
+from .statistics import Contrast, t_interval
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
 STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5, "axes.axisbelow": True,
     "lines.linewidth": 1.2, "lines.markersize": 3.5, "savefig.dpi": 200,
 }
-SINGLE, DOUBLE = 3.4, 7.0  # widths of one and of two columns, in inches
+DOUBLE = 7.0  # width of two columns, in inches
 SHARE = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # colours of a share, stretched where the small shares are
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
+LEAKY_KEY = Line2D([], [], color="#555555", marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
 
 
-def look(name):
-    """Colour and marker of a config, by the letter of its id: the same in every figure of every study."""
-    place = ord(name[0]) - ord("A")
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+@contextmanager
+def default_style():
+    """Within it figures start from matplotlib's defaults and STYLE: a user's matplotlibrc has no effect."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
 
 
-def draw_curve(axes, groups, name, number, layer=None, start=0, **style):
-    """Mean over seeds as a line with markers, the seeds' range as a band, at the steps that all seeds logged."""
-    series = [{row["step"]: measure(row, number, layer) for row in run.log} for run in groups[name]]
-    steps = [step for step in sorted(set.intersection(*map(set, series))) if step >= start]
-    values = np.array([[one[step] for step in steps] for one in series])  # (seeds, steps)
-    every = max(len(groups), len(steps) // 8)
-    offset = list(groups).index(name) % max(1, len(steps))  # so that markers of close curves do not hide each other
-    axes.plot(steps, values.mean(axis=0), markevery=(offset, every), **look(name), **style)
-    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=look(name)["color"], alpha=0.18, lw=0)
+def draw_all(results: Results) -> list[Path]:
+    """Draw the figures of an experiment into its folder's `figures`; returns the paths written.
+
+    There are none while a setting is missing without which the experiment says nothing. A figure about experts is left
+    out where no setting has any. Each file is written whole or not at all, with the same bytes for the same figure.
+    """
+    paths = []
+    with default_style():
+        for name, draw in results.experiment.figures.items() if results.ready else ():
+            fig = draw(results)
+            if fig is not None:
+                paths.append(results.folder / "figures" / f"{name}.png")
+                save(fig, paths[-1])
+    return paths
 
 
-def add_legend(fig, groups, *extra):
-    """One legend below the panels, where it can cover no data; `extra` are handles after those of the configs."""
-    handles = [Line2D([], [], label=runs[0].label, **look(name)) for name, runs in groups.items()]
-    fig.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3)
+def save(fig: Figure, path):
+    """Write a figure as PNG."""
+    image = io.BytesIO()
+    fig.savefig(image, format="png", metadata={"Software": None})
+    write_whole(path, image.getvalue())
 
 
-def panel_grid(groups, n_rows, height, sharey):
-    """Figure and panels (n_rows, MoE layers), the layers named above the first row."""
-    layers = max((runs[0].final["layers"] for runs in groups.values()), key=len)
-    fig = Figure(figsize=(DOUBLE, 1.0 + height * n_rows), layout="constrained")
-    panels = fig.subplots(n_rows, len(layers), squeeze=False, sharex=True, sharey=sharey)
-    for axes, layer in zip(panels[0], layers):
+# -- shared parts -------------------------------------------------------------------------------
+
+def style_of(results: Results, name: str) -> dict:
+    """Colour and marker of a setting by its place in the experiment; a colour that comes again has another marker."""
+    return style_at([s.id for s in results.experiment.settings].index(name))
+
+
+def style_at(place: int) -> dict:
+    """Colour and marker of a place in a list."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
+
+
+def panel_grid(n_rows, n_columns, height, **options):
+    """(Figure, panels (n_rows, n_columns))."""
+    fig = Figure(figsize=(DOUBLE, height), layout="constrained")
+    return fig, fig.subplots(n_rows, n_columns, squeeze=False, **options)
+
+
+def add_legend(fig, results, names=None, *extra):
+    """One legend below the panels, where it can cover no data; `extra` are handles after those of the settings."""
+    handles = [Line2D([], [], label=results.label(name), **style_of(results, name)) for name in names or results.groups]
+    fig.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3 if results.experiment.adjustable else 5)
+
+
+def less_reference(reference, metric):
+    """(reference or None, title of the axis): only losses, which lie close together, are drawn less the reference's."""
+    base = reference if metric.endswith("cross_entropy") else None
+    return base, title(metric) + (f"\nless that of {base}" if base else "")
+
+
+def series(results, name, metric, reference=None, layer=None):
+    """(steps, values (seeds, steps)) of a setting's log, less the reference's of the same seed if there is one.
+
+    Steps that all runs logged with a number. layer: index of one MoE layer, None for the mean.
+    """
+    def logs(setting):
+        return {run.seed: {row["step"]: in_row(row, metric, layer) for row in run.log}
+                for run in results.groups[setting]}
+
+    values, other = logs(name), logs(reference) if reference else None
+    seeds = [seed for seed in values if other is None or seed in other]
+    parts = [values[seed] for seed in seeds] + ([other[seed] for seed in seeds] if other else [])
+    steps = [n for n in sorted(set.intersection(*map(set, parts))) if all(np.isfinite(one[n]) for one in parts)]
+    return steps, np.array([[values[seed][n] - (other[seed][n] if other else 0) for n in steps] for seed in seeds])
+
+
+def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, **options):
+    """Mean over seeds as a line with markers and the range of the seeds as a band, from a step on."""
+    steps, values = series(results, name, metric, reference, layer)
+    first = sum(step < start for step in steps)
+    steps, values, style = steps[first:], values[:, first:], style_of(results, name)
+    every = max(1, len(steps) // 8)
+    offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
+    axes.plot(steps, values.mean(axis=0), markevery=(offset, every), **style | options)
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, lw=0)
+
+
+def half_widths(intervals):
+    """For error bars; 0 where there is one seed."""
+    return np.nan_to_num([one.half for one in intervals])
+
+
+# -- over the steps -----------------------------------------------------------------------------
+
+def over_steps(reference, *metrics, names=None, enlarged=False):
+    """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's.
+
+    enlarged: the last third once more, in panels of their own.
+    """
+    def draw(results):
+        last = max((row["step"] for run in results.runs for row in run.log), default=0)
+        parts = [(metric, start) for start in ((0, last * 2 / 3) if enlarged else (0,)) for metric in metrics]
+        fig, (axes_of,) = panel_grid(1, len(parts), 2.9)
+        leaky = False
+        for axes, (metric, start) in zip(axes_of, parts):
+            base, label = less_reference(reference, metric)
+            for name in names or results.groups:
+                curve(axes, results, name, metric, reference=base, start=start)
+                if metric == "causal_perplexity" and results.groups[name][0].leaky:
+                    leaky = True
+                    curve(axes, results, name, "val_perplexity", start=start, **HOLLOW)
+            axes.set(xlabel="training step", ylabel=f"{label}, last third" if start else label)
+            if metric.endswith("perplexity") and not start:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_locator(NullLocator())
+        add_legend(fig, results, names, *[LEAKY_KEY] * leaky)
+        return fig
+    return draw
+
+
+def by_layer(*metrics):
+    """Curves over steps: a row of panels for each metric, a column for each MoE layer."""
+    def draw(results):
+        names = results.with_experts
+        if not names:
+            return None
+        fig, grid = layer_grid(results, len(metrics), 1.7, sharey="row")
+        for row, metric in zip(grid, metrics):
+            for place, axes in enumerate(row):
+                for name in (name for name in names if place < len(results.groups[name][0].final["layers"])):
+                    curve(axes, results, name, metric, layer=place)
+                axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            row[0].set_ylabel(fill(title(metric), 24))
+        for axes in grid[-1]:
+            axes.set_xlabel("training step")
+        add_legend(fig, results, names)
+        return fig
+    return draw
+
+
+# -- at the end ---------------------------------------------------------------------------------
+
+def at_the_end(*metrics, names=None, experts_only=False):
+    """A panel for each metric: the settings from top to bottom, mean and interval, every seed a small mark.
+
+    Where a causal number differs from the leaky one, the leaky one stands below it with a hollow mark. experts_only:
+    only settings with experts, and no figure without any.
+    """
+    def draw(results):
+        chosen = names or (results.with_experts if experts_only else list(results.groups))
+        if not chosen:
+            return None
+        fig, (axes_of,) = panel_grid(1, len(metrics), 0.8 + 0.3 * len(chosen), sharey=True)
+        for axes, metric in zip(axes_of, metrics):
+            for y, name in enumerate(chosen):
+                end_mark(axes, results, name, metric, y)
+                if metric.startswith("causal_") and results.groups[name][0].leaky:
+                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, markerfacecolor="white")
+                    fig.supxlabel("filled: causal; hollow: leaky", fontsize=7)
+            axes.set(xlabel=fill(title(metric), 72 // len(metrics)), ylim=(len(chosen) - 0.4, -0.6))
+            axes.set_yticks(range(len(chosen)), list(map(results.label, chosen)))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        return fig
+    return draw
+
+
+def end_mark(axes, results, name, metric, y, **options):
+    """Mean, interval and seeds of one setting at height y."""
+    interval, style = results.interval(metric, name), style_of(results, name)
+    seeds = list(results.numbers(metric, name).values())
+    axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
+    axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
+    axes.plot(interval.mean, y, linestyle="none", markersize=5, **style | options)
+
+
+def one_against_other(x, y):
+    """A point for each setting, with its intervals: metric y against metric x."""
+    def draw(results):
+        fig, ((axes,),) = panel_grid(1, 1, 3.2)
+        for name in results.groups:
+            a, b = results.interval(x, name), results.interval(y, name)
+            axes.errorbar(a.mean, b.mean, xerr=half_widths([a]), yerr=half_widths([b]), linestyle="none",
+                          elinewidth=0.8, capsize=0, **style_of(results, name))
+        axes.set(xlabel=title(x), ylabel=title(y))
+        add_legend(fig, results)
+        return fig
+    return draw
+
+
+def lines_by(names_of, x_of, x_label, *metrics, reference=None):
+    """A panel for each metric, lines through settings: names_of = {line: setting ids}, x_of(setting id) -> x.
+
+    Losses are drawn less those of the reference setting, if there is one.
+    """
+    def draw(results):
+        fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
+        ticks = sorted({x_of(name) for names in names_of.values() for name in names})
+        for axes, metric in zip(axes_of, metrics):
+            base, label = less_reference(reference, metric)
+            for place, (line, names) in enumerate(names_of.items()):
+                found = [t_interval(Contrast(metric, name, minus=base).of(results.numbers)) for name in names]
+                axes.errorbar([x_of(name) for name in names], [one.mean for one in found], label=line,
+                              yerr=half_widths(found), elinewidth=0.8, **style_at(place))
+            axes.set(xlabel=x_label, ylabel=label, xscale="log")
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.minorticks_off()
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        return fig
+    return draw
+
+
+# -- shares as colours --------------------------------------------------------------------------
+
+def layer_grid(results, n_rows, height, sharey):
+    """(Figure, panels (n_rows, MoE layers)), the layers named above the first row."""
+    layers = max((runs[0].final["layers"] for runs in results.groups.values()), key=len)
+    fig, grid = panel_grid(n_rows, len(layers), 1.0 + height * n_rows, sharex=True, sharey=sharey)
+    for axes, layer in zip(grid[0], layers):
         axes.set_title(f"layer {layer['layer']}")
-    return fig, panels
+    return fig, grid
 
 
-def heatmaps(groups, share_of, bar_label, axis_label):
-    """Shares as colours, for the first run of each config (down) and its MoE layers (across).
+def heatmaps(results, share_of, bar_label, axis_label):
+    """Shares as colours, for the first run of each setting with experts (down) and its MoE layers (across).
 
     share_of(run, index of the layer) -> (x of the columns, share (rows, columns), names of some rows, title).
     """
-    fig, panels = panel_grid(groups, len(groups), 0.95, sharey=False)
-    for row, runs in zip(panels, groups.values()):
-        row[0].set_ylabel(runs[0].run_id.replace("-", "\n"), rotation=0, ha="right", va="center", fontweight="bold")
-        for place, axes in enumerate(row[: len(runs[0].final["layers"])]):
-            x, share, names, title = share_of(runs[0], place)
+    names = results.with_experts
+    if not names:
+        return None
+    fig, grid = layer_grid(results, len(names), 0.95, sharey=False)
+    for row, run in zip(grid, (results.groups[name][0] for name in names)):
+        row[0].set_ylabel(run.run_id.replace("-", "\n"), rotation=0, ha="right", va="center", fontweight="bold")
+        for place, axes in enumerate(row[: len(run.final["layers"])]):
+            x, share, row_names, above = share_of(run, place)
             axes.pcolormesh(x, np.arange(len(share)), share, shading="nearest", norm=SHARE, cmap="inferno")
-            axes.set_yticks(list(names), names.values() if place == 0 else [""] * len(names))
-            axes.set_title(title, fontsize=7, pad=2)
+            axes.set_yticks(list(row_names), row_names.values() if place == 0 else [""] * len(row_names))
+            axes.set_title(above, fontsize=7, pad=2)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(False)
-    fair = 1 / len(runs[0].final["layers"][0]["load"])
-    bar = fig.colorbar(ScalarMappable(SHARE, "inferno"), ax=panels, aspect=40, pad=0.01, label=bar_label)
+    fair = 1 / len(run.final["layers"][0]["load"])
+    bar = fig.colorbar(ScalarMappable(SHARE, "inferno"), ax=grid, aspect=40, pad=0.01, label=bar_label)
     bar.set_ticks([0, fair, 0.25, 0.5, 1], labels=["0", f"fair {fair:.3g}", "0.25", "0.5", "1"], minor=False)
     bar.ax.minorticks_off()
     fig.supxlabel(axis_label, fontsize=8)
     return fig
 
 
-def perplexity_over_steps(groups):
-    """Validation perplexity: the whole run, and its last third enlarged."""
-    fig = Figure(figsize=(DOUBLE, 3.0), layout="constrained")
-    whole, end = fig.subplots(1, 2)
-    last = max((row["step"] for runs in groups.values() for run in runs for row in run.log), default=0)
-    for name, runs in groups.items():
-        for axes, start in ((whole, 0), (end, last * 2 / 3)):
-            draw_curve(axes, groups, name, "causal_perplexity", start=start)
-            if runs[0].leaky:
-                draw_curve(axes, groups, name, "val_perplexity", start=start, linestyle="--", markerfacecolor="white")
-    whole.set(xlabel="training step", ylabel="validation perplexity (per byte)", yscale="log")
-    whole.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    whole.yaxis.set_major_formatter(PLAIN)
-    whole.yaxis.set_minor_locator(NullLocator())
-    end.set(xlabel="training step", ylabel="the same, last third")
-    add_legend(fig, groups, Line2D([], [], color="#555555", linestyle="--", marker="o", markerfacecolor="white",
-                                   label="hollow: leaky (route sees later bytes)"))
-    return fig
+def _row_shares(counts):
+    counts = np.array(counts, dtype=float)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
-def final_perplexity(groups):
-    """Final perplexity: mean and 95% interval over seeds, every seed a small mark."""
-    fig = Figure(figsize=(SINGLE, 0.8 + 0.34 * len(groups)), layout="constrained")
-    axes = fig.subplots()
-    for place, (name, runs) in enumerate(groups.items()):
-        causal, leaky = ("causal_perplexity", place, {}), ("val_perplexity", place + 0.3, {"mfc": "white"})
-        for number, y, face in (causal, leaky) if runs[0].leaky else (causal,):
-            interval, colour = over_seeds(runs, number), look(name)["color"]
-            axes.plot([interval.low, interval.high], [y, y], color=colour, lw=1.5)
-            axes.plot([measure(run.final, number) for run in runs], [y - 0.17] * len(runs), "|", color=colour, ms=4)
-            axes.plot(interval.mean, y, linestyle="none", markersize=5, **look(name), **face)
-    axes.set_yticks(range(len(groups)), [runs[0].label for runs in groups.values()])
-    axes.set(ylim=(len(groups) - 0.4, -0.5), xlabel="final perplexity (per byte)")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    fig.supxlabel("filled: causal; hollow: leaky; bar: 95% over seeds, if several", fontsize=7)
-    bits = axes.secondary_xaxis("top", functions=(lambda x: np.log2(np.maximum(x, 1e-9)), np.exp2))
-    bits.set_xlabel("bits per byte")
-    bits.xaxis.set_major_locator(MaxNLocator(5))
-    return fig
-
-
-def expert_load(groups):
+def expert_load(results):
     """Share of the assignments that each expert receives, over steps: bright is crowded, black is dead."""
     def share_of(run, place):
-        load = np.array([row["layers"][place]["load"] for row in run.log], dtype=float)  # (steps, E)
-        last = load.shape[1] - 1
-        return ([row["step"] for row in run.log], (load / np.maximum(load.sum(axis=1, keepdims=True), 1)).T,
-                {0: "expert 0", last: f"expert {last}"}, f"layer {run.final['layers'][place]['layer']}")
+        share = _row_shares([row["layers"][place]["load"] for row in run.log])  # (steps, E)
+        last = share.shape[1] - 1
+        return ([row["step"] for row in run.log], share.T, {0: "expert 0", last: f"expert {last}"},
+                f"layer {run.final['layers'][place]['layer']}")
 
-    return heatmaps(groups, share_of, "share of the assignments", "training step")
+    return heatmaps(results, share_of, "share of the assignments", "training step")
 
 
-def domain_by_expert(groups):
+def domain_by_expert(results):
     """Where each domain's assignments go at the end, and the information between expert and domain above its null."""
     def share_of(run, place):
         layer = run.final["layers"][place]
-        load = np.array(layer["domain_load"], dtype=float)  # (domains, E)
-        excess = measure(run.final, "mi_excess", place)
-        return (np.arange(load.shape[1]), (load / np.maximum(load.sum(axis=1, keepdims=True), 1))[::-1],
-                dict(enumerate(reversed(run.config["domains"]))), f"layer {layer['layer']}: {excess:.3f} nats")
+        share = _row_shares(layer["domain_load"])  # (domains, E)
+        return (np.arange(share.shape[1]), share[::-1], dict(enumerate(reversed(run.config["domains"]))),
+                f"layer {layer['layer']}: {in_row(run.final, 'mi_excess', place):.3f} nats")
 
-    return heatmaps(groups, share_of, "share of the domain's assignments",
+    return heatmaps(results, share_of, "share of the domain's assignments",
                     "expert (above each panel: mutual information minus its shuffled null)")
-
-
-def imbalance(groups):
-    """Imbalance by balance coefficient, every seed a mark; a line joins the configs that differ in nothing else."""
-    fig = Figure(figsize=(DOUBLE, 2.9), layout="constrained")
-    order = sorted(groups, key=lambda name: (groups[name][0].model["aux_coef"], name))
-    ticks = [f"{groups[name][0].model['aux_coef']:g}\n{name}" for name in order]
-    sweep = coefficient_sweep(groups)
-    panels = {"load_cv": "load CV (std / mean)", "max_violation": "MaxVio, validation set",
-              "max_violation_batch": "MaxVio, mean over batches"}
-    for axes, (number, text) in zip(fig.subplots(1, len(panels)), panels.items()):
-        means = [over_seeds(groups[name], number).mean for name in sweep]
-        axes.plot([order.index(name) for name in sweep], means, color="#888888", linewidth=0.8, zorder=1)
-        for name, runs in groups.items():
-            values = [measure(run.final, number) for run in runs]
-            axes.plot([order.index(name)] * len(runs), values, linestyle="none", **look(name))
-        axes.set_yscale("symlog", linthresh=0.1, linscale=0.5)  # has a place for 0
-        axes.yaxis.set_major_formatter(PLAIN)
-        axes.set(xticks=range(len(order)), xticklabels=ticks, xlabel="balance coefficient, config", ylabel=text)
-        axes.set_ylim(-0.01, 1.4 * max(axes.dataLim.y1, 0.1))
-    add_legend(fig, groups, Line2D([], [], color="#888888", linewidth=0.8, label="only the coefficient differs"))
-    return fig
-
-
-def by_layer(groups, numbers):
-    """Curves over steps: a row of panels for each of `numbers` {field: axis label}, a column for each MoE layer."""
-    fig, panels = panel_grid(groups, len(numbers), 1.7, sharey="row")
-    for row, (number, text) in zip(panels, numbers.items()):
-        for place, axes in enumerate(row):
-            for name in groups:
-                draw_curve(axes, groups, name, number, place)
-            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        row[0].set_ylabel(text)
-        row[0].set_ylim(max(row[0].get_ylim()[0], -0.002))  # none of the numbers can be negative
-    for axes in panels[-1]:
-        axes.set_xlabel("training step")
-    add_legend(fig, groups)
-    return fig
-
-
-def any_limited(groups):
-    """Whether a config has a capacity limit, without which nothing is dropped."""
-    return any(runs[0].model.get("capacity_factor") is not None for runs in groups.values())
-
-
-FOR_ALL = {"perplexity_over_steps": perplexity_over_steps, "final_perplexity": final_perplexity}
-FOR_EXPERTS = {
-    "expert_load": expert_load, "imbalance": imbalance, "domain_by_expert": domain_by_expert,
-    "router_entropy": lambda groups: by_layer(groups, {
-        "router_entropy_share": "entropy per token\n(share of ln E)",
-        "marginal_entropy_share": "entropy of the mean\n(share of ln E)"}),
-    "weight_divergence": lambda groups: by_layer(groups, {
-        "weight_divergence": "weight divergence\n(1 = initialisation)"}),
-    "coverage_and_drops": lambda groups: by_layer(groups, {
-        "token_coverage": "share of tokens\nwith an expert",
-        **({"drop_rate": "share of assignments\ndropped"} if any_limited(groups) else {})}),
-}
-
-
-def draw_all(study_dir, only=None):
-    """Draw the figures of a study's finished runs into `study_dir/figures`; returns the paths written.
-
-    `only` names some of them. Figures about experts are left out where no config has any. Each file is written
-    whole or not at all. Raises ValueError without a finished run.
-    """
-    groups, paths = complete_runs(study_dir), []
-    experts = {name: runs for name, runs in groups.items() if runs[0].is_moe}
-    with matplotlib.rc_context(STYLE):
-        for name, draw in (FOR_ALL | FOR_EXPERTS if experts else FOR_ALL).items():
-            if only is None or name in only:
-                paths.append(Path(study_dir, "figures", f"{name}.png"))
-                save(draw(groups if name in FOR_ALL else experts), paths[-1])
-    return paths
-
-
-def save(fig, path):
-    """Write a figure as PNG, whole or not at all, and the same bytes for the same figure."""
-    image = io.BytesIO()
-    fig.savefig(image, format="png", metadata={"Software": None})
-    write_whole(path, image.getvalue())

@@ -1,40 +1,44 @@
-"""What is asked of a trained model besides its validation row: measure(trainer) -> a dict of numbers, for a summary."""
+"""What an experiment asks of a trained model besides its validation row: measure(trainer) -> {name: number}."""
 
 from contextlib import contextmanager
 
 import numpy as np
 
-from ..moe import devices as comm, metrics
-from . import probes
-from ..training.evaluation import Validation, losses_and_routings
-from ..moe.routing import from_mask, merge
 from ..autograd.tensor import Tensor, no_grad
+from ..moe import devices, metrics
+from ..moe.routing import from_mask, merge
+from ..training.evaluation import Validation, losses_and_routings
+from . import probes
 
 WINDOWS = 16  # of each domain
 DEVICES = (1, 2, 4, 8, 16)
 BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
 CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
+CLASS_BYTES = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " \t\n\r",
+               "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")  # the rest is "other"
 
 
-def windows(trainer, n=WINDOWS):
+def windows(trainer, n: int = WINDOWS) -> Validation:
     """A Validation of n windows of each domain."""
     corpus, length = trainer.corpus, trainer.plan.model.seq_len
     ids, targets, domain = corpus.validation(n, length)
     return Validation(ids, targets, domain, corpus.names, trainer.plan.training.batch_size)
 
 
-# -- neighbours and later tokens ----------------------------------------------------------------
+# -- neighbours and later bytes -----------------------------------------------------------------
 
-def influence(trainer):
-    """What other batch mates, and later bytes of its own window, change in a window: the largest change of a logit, and
-    the share of bytes that are routed otherwise. Means over the windows of one batch, each in its place."""
+def influence(trainer) -> dict[str, float]:
+    """How the other windows of a batch (mates), and later bytes of the same window, change a window's output.
+
+    The largest change of a logit and the share of bytes routed differently: means over the windows of one batch.
+    """
     model, ids = trainer.model, windows(trainer, 4).ids[:trainer.plan.training.batch_size]
     half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
-        own = np.arange(len(ids))[:, None] == w
-        mates = probes.compared(model, ids, np.where(own, ids, noise), lambda x: x[w])
-        later = probes.compared(model, ids, np.where(own & late, noise, ids), lambda x: x[w, :half])
+        this = np.arange(len(ids))[:, None] == w
+        mates = probes.compared(model, ids, np.where(this, ids, noise), lambda x, w=w: x[w])
+        later = probes.compared(model, ids, np.where(this & late, noise, ids), lambda x, w=w: x[w, :half])
         found.append((mates.logits, mates.tokens, later.logits, later.tokens))
     names = ("mates_logits", "mates_rerouted", "later_logits", "later_rerouted")
     return dict(zip(names, np.mean(found, axis=0).tolist()))
@@ -42,28 +46,26 @@ def influence(trainer):
 
 # -- devices ------------------------------------------------------------------------------------
 
-def traffic(trainer):
-    """For each number of devices that divides the experts: bytes sent for a byte of text, on the largest link too,
-    devices reached, the slowest device's load over the mean, microseconds that a layer takes for a batch; all of one
-    layer's forward pass, means over layers and batches."""
+def traffic(trainer) -> dict[str, float]:
+    """The traffic of one layer's forward pass for each number of devices that divides the experts: means over layers
+    and batches, of what quantities.py describes."""
     valid, config, found = windows(trainer), trainer.plan.model, {}
     routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
     flops = 4 * config.d_model * config.expert_width
     for n in (n for n in DEVICES if config.n_experts % n == 0):
-        parts = [comm.traffic(r, n, config.d_model) for r in routings]
-        found |= {f"sent_{n}": np.mean([t.total_bytes / len(t.reach) for t in parts]),
-                  f"link_{n}": np.mean([t.largest_link / len(t.reach) for t in parts]),
-                  f"reach_{n}": np.mean([t.reach.mean() for t in parts]),
-                  f"slowest_{n}": np.mean([t.slowest for t in parts]),
-                  f"path_{n}": np.mean([1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts])}
-    return {name: float(number) for name, number in found.items()}
+        parts = [devices.traffic(r, n, config.d_model) for r in routings]
+        numbers = {"sent": [t.total_bytes / len(t.reach) for t in parts], "slowest": [t.slowest for t in parts],
+                   "link": [t.largest_link / len(t.reach) for t in parts], "reach": [t.reach.mean() for t in parts],
+                   "path": [1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts]}
+        found |= {f"{name}_{n}": float(np.mean(values)) for name, values in numbers.items()}
+    return found
 
 
 # -- the gradient that teaches a router ---------------------------------------------------------
 
-def gradient_noise(trainer, n_batches=16):
-    """How much of the gradient that prediction gives the routers on one batch is noise: its variance over batches, its
-    squared mean, and the share of the variance in their sum. Nothing for a router that does not learn.
+def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
+    """How noisy the routers' gradient on one batch is: its variance over batches, its squared mean, and the share of
+    the variance in their sum. None for a router that does not learn.
 
     The gradient is that of the policy loss for a router that draws, elsewhere that of the cross-entropy.
     """
@@ -81,25 +83,16 @@ def gradient_noise(trainer, n_batches=16):
     trainer.optimizer.zero_grad()
     mean = np.mean(seen, axis=0)
     variance = ((seen - mean) ** 2).sum() / (n_batches - 1)
-    signal = max((mean**2).sum() - variance / n_batches, 0.0)  # the squared mean of so many batches is biased by this
+    signal = max((mean**2).sum() - variance / n_batches, 0.0)  # the squared mean of n batches is too large by this
     return {"gradient_variance": float(variance), "gradient_signal": float(signal),
             "noise_share": float(variance / (variance + signal)) if variance else 0.0}
 
 
 # -- what experts know --------------------------------------------------------------------------
 
-def byte_class(ids):
-    """Indices into CLASSES of bytes."""
-    table = np.full(256, 5)
-    for i, letters in enumerate(("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " \t\n\r",
-                                 "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")):
-        table[list(letters.encode())] = i
-    return table[ids]
-
-
-def specialisation(trainer):
-    """Information of experts with a byte's class and position, what a byte-bigram classifier knows of the domain,
-    divergence of functions, and counterfactuals: means over layers, and the last layer's table."""
+def specialisation(trainer) -> dict:
+    """What experts know of a byte's class, its position and its domain, how far their functions differ, and what
+    changed routes cost: means over layers, and the tables of the last layer."""
     valid, model = windows(trainer), trainer.model
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
@@ -110,16 +103,24 @@ def specialisation(trainer):
     return found | counterfactuals(model, valid, nats)
 
 
+def byte_class(ids):
+    """Indices into CLASSES of bytes."""
+    table = np.full(256, 5)
+    for i, letters in enumerate(CLASS_BYTES):
+        table[list(letters.encode())] = i
+    return table[ids]
+
+
 def information(routing, valid):
-    """I(expert; label) less its mean under shuffled labels, for a byte's class and its position in eight parts of the
-    window; its value and its domain are in every validation row."""
+    """I(expert; label) minus its mean under shuffled labels, for a byte's class and its position (in eighths of the
+    window). Every validation row already has the byte's value and its domain."""
     n_windows, length = valid.ids.shape
     labels = {"class": byte_class(valid.ids).ravel(), "position": np.tile(np.arange(length) * 8 // length, n_windows)}
     rng = np.random.default_rng(0)
     return {f"{name}_information_excess": _excess(routing.mask(), of, rng) for name, of in labels.items()}
 
 
-def beyond_the_byte(trainer):
+def beyond_the_byte(trainer) -> dict[str, float | None]:
     """`domain_given_byte` of a model on the final validation windows, the mean over its layers; None if it is dense."""
     valid = windows(trainer, trainer.plan.training.final_windows)
     _, by_layer = losses_and_routings(trainer.model, valid, causal=False)
@@ -128,30 +129,34 @@ def beyond_the_byte(trainer):
 
 
 def domain_given_byte(routing, valid):
-    """I(expert; domain | byte) = I(expert; byte and domain) - I(expert; byte), what the expert tells of the domain to
-    one who sees the byte, less its mean under domains shuffled over windows: a null that takes a little too much where
-    a domain has bytes of its own, since shuffled windows fill more of the table. I(expert; byte) is the same in both,
-    and so not computed."""
+    """How well the expert predicts the domain once the byte is known: I(expert; domain | byte), minus its null.
+
+    It is I(expert; byte and domain) - I(expert; byte); the second term is the same in the null, where domains are
+    shuffled over windows, and cancels. The null is slightly too large where a domain has bytes of its own.
+    """
     rng = np.random.default_rng(0)
 
-    def tells(domain):
+    def joint(domain):
         both = np.repeat(domain, valid.ids.shape[1]) * 256 + valid.ids.ravel()
         return metrics.mutual_information(metrics.label_load(routing, both, 256 * len(valid.names)))
 
-    null = np.mean([tells(rng.permutation(valid.domain)) for _ in range(metrics.N_SHUFFLES)])
-    return float(tells(valid.domain) - null)
+    null = np.mean([joint(rng.permutation(valid.domain)) for _ in range(metrics.N_SHUFFLES)])
+    return float(joint(valid.domain) - null)
 
 
 def _excess(counts, labels, rng):
-    """Information less null of labels (U,) and a table (U, E) of how often each unit has each expert."""
+    """Information minus null of labels (U,) and a table (U, E) of how often each unit has each expert."""
     n = int(labels.max()) + 1
     table = np.stack([counts[labels == i].sum(axis=0) for i in range(n)])
     return metrics.mutual_information(table) - metrics.shuffled_information(counts, labels, n, rng)
 
 
 def bigram_classifier(corpus, valid):
-    """How much of the domain two neighbouring bytes give away: the domain that a table of byte pairs, counted in the
-    training text, finds most likely for each byte. Its information with the true domain less null, and its accuracy."""
+    """How much two neighbouring bytes tell of the domain.
+
+    A table of byte pairs, counted in the training text, gives the likeliest domain of each byte. Returns its
+    information with the true domain minus null, and its accuracy.
+    """
     counts = np.stack([np.bincount(np.concatenate([_pairs(d.tokens[a:b].astype(int)) for a, b in d.train]),
                                    minlength=65536) + 1.0 for d in corpus.domains])
     guess = (counts / counts.sum(axis=1, keepdims=True)).argmax(axis=0)[_pairs(valid.ids)]  # (W, T - 1)
@@ -165,47 +170,46 @@ def _pairs(ids):
     return ids[..., :-1] * 256 + ids[..., 1:]
 
 
+# -- counterfactual routes ----------------------------------------------------------------------
+
 @contextmanager
 def rerouted(layer, change):
-    """Within it, the layer's router gives change(its Routing, its input (N, D) Tensor)."""
-    router = layer.router
-    layer.router = lambda x, context: change(router(x, context), x)
+    """Within it, the layer routes by change(its Routing, its input (N, D) Tensor)."""
+    layer.change_routing = change
     try:
         yield
     finally:
-        layer.router = router
+        layer.change_routing = None
 
 
-def with_gates(routing, mask, gates):
+def changed(routing, mask, gates):
     """A Routing of other places (N, E) bool with gates (N, E) array, and the same scores."""
-    return from_mask(mask, Tensor(gates), routing.logits, routing.probs)
+    return from_mask(mask, Tensor(gates.astype(routing.gate.dtype)), routing.logits, routing.probs)
 
 
 def force(e):
-    """Every token to expert e alone, with the sum of its gates."""
+    """A change: every token goes to expert e alone, with the sum of its gates."""
     def change(routing, _):
-        mask, gates = np.zeros_like(routing.mask()), routing.to_dense().data
-        mask[:, e] = True
-        return with_gates(routing, mask, np.where(mask, gates.sum(axis=1, keepdims=True), 0).astype(gates.dtype))
+        only = np.broadcast_to(np.arange(routing.n_experts) == e, routing.mask().shape)
+        return changed(routing, only, np.where(only, routing.to_dense().data.sum(axis=1, keepdims=True), 0))
     return change
 
 
 def drop(e):
-    """Nothing from expert e."""
+    """A change: no token goes to expert e."""
     def change(routing, _):
-        mask, gates = routing.mask(), routing.to_dense().data
-        mask[:, e] = False
-        return with_gates(routing, mask, gates * mask)
+        kept = routing.mask() & (np.arange(routing.n_experts) != e)
+        return changed(routing, kept, np.where(kept, routing.to_dense().data, 0))
     return change
 
 
 def swap(e):
-    """The tokens of expert e to the next one, and the other way about."""
+    """A change: the tokens of expert e go to the next expert, and the other way about."""
     def change(routing, _):
         order = np.arange(routing.n_experts)
         other = (e + 1) % len(order)
         order[[e, other]] = other, e
-        return with_gates(routing, routing.mask()[:, order], routing.to_dense().data[:, order])
+        return changed(routing, routing.mask()[:, order], routing.to_dense().data[:, order])
     return change
 
 
@@ -223,23 +227,22 @@ def counterfactuals(model, valid, nats):
                 rows.append([float(rise[d].mean(dtype=float)) for d in domains])
             tables.append(rows)
         found[f"{name}_cost"] = float(np.mean(tables))
-        found[f"{name}_spread"] = float(np.std(tables, axis=2).mean())  # of one expert's cost over the domains
+        found[f"{name}_spread"] = float(np.std(tables, axis=2).mean())
         found[f"{name}_table"] = tables[-1]
     return found
 
 
 def function_divergence(layer, model, valid):
-    """Mean over pairs of experts of 1 - cosine of their outputs on the same tokens, those of the first batch."""
+    """Mean over pairs of experts of 1 - cosine of their outputs for the same tokens, those of the first batch."""
     outputs = []
 
-    def look(routing, x):
+    def keep_outputs(routing, x):
         for e in range(routing.n_experts):
-            chosen = np.zeros(routing.probs.shape, bool)
-            chosen[:, e] = True
-            outputs.append(layer.experts(x, with_gates(routing, chosen, chosen.astype(x.dtype))).data.astype(float))
+            only = np.broadcast_to(np.arange(routing.n_experts) == e, routing.probs.shape)
+            outputs.append(layer.experts(x, changed(routing, only, only)).data.astype(float))
         return routing
 
-    with rerouted(layer, look), no_grad():
+    with rerouted(layer, keep_outputs), no_grad():
         model.forward(valid.ids[:valid.batch_size])
     unit = np.stack([y / np.linalg.norm(y, axis=1, keepdims=True) for y in outputs])  # (E, N, D)
     cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]

@@ -1,28 +1,28 @@
-"""What a router does to a model, found out by trying: what `python cli.py probe ROUTER` runs.
+"""Tests of what a router does to a model, as `python cli.py probe ROUTER` runs them.
 
-A small model is trained for a moment on real text, then asked: does a later token, or a neighbour in the batch, change
-what an earlier one gets? Where does the router's gradient come from? Has routing collapsed?
+A small model is trained for a few steps on real text. Then: does a later token, or another sequence of the batch,
+change the output for an earlier one? Which terms of the loss give the router a gradient? Has routing collapsed?
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..autograd.tensor import no_grad
 from ..moe import metrics
-from ..training.evaluation import Validation, losses_and_routings
 from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
-from ..autograd.tensor import no_grad
 from ..model.transformer import Transformer
+from ..training.evaluation import Validation, losses_and_routings
 from ..training.trainer import RunPlan, Trainer
 
 
 @dataclass(frozen=True)
 class Influence:
-    """How far something that should not matter changes a model's output.
+    """How much a change of the input changes tokens that should not depend on it.
 
-    tokens: share of the tokens, of those that should not notice, whose experts change in any layer.
-    logits: the largest change of a logit of theirs; below 1e-4 it is rounding.
+    tokens: share of these tokens whose experts change in any layer. logits: the largest change of their logits; below
+    1e-4 it is rounding.
     """
 
     tokens: float
@@ -30,22 +30,22 @@ class Influence:
 
 
 def compared(model, ids, other_ids, keep, **options):
-    """The Influence on the tokens kept (a function (B, T, ...) -> (M, ...)) of giving other_ids instead of ids."""
-    def look(ids):
+    """The Influence of other_ids instead of ids on the tokens that keep(array (B, T, ...)) -> (M, ...) selects."""
+    def outcome(ids):
         with no_grad():
             output = model.forward(ids, rng=np.random.default_rng(0), **options)
         chosen = [keep(r.mask().reshape(*ids.shape, -1)) for r in output.routings]
         return np.concatenate(chosen, axis=-1), keep(output.logits.data)
 
-    (chosen, logits), (other_chosen, other_logits) = look(ids), look(other_ids)
+    (chosen, logits), (other_chosen, other_logits) = outcome(ids), outcome(other_ids)
     return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
 
 
-def causality(model, ids, causal=False, training=False, seed=0):
-    """What the second half of each sequence does to the first: nothing, where routing is causal.
+def causality(model, ids: np.ndarray, causal: bool = False, training: bool = False, seed: int = 0) -> Influence:
+    """The Influence of the second half of each sequence on its first half: none, where routing is causal.
 
-    ids (B, T); their second halves become random tokens. training: as a training step routes, with the same noise
-    both times. Attention is causal, so what changes comes through the routers.
+    ids (B, T); their second halves become random tokens. training: route as a training step does, with the same noise
+    both times. Attention is causal, so any change comes through the routers.
     """
     half = ids.shape[1] // 2
     other = ids.copy()
@@ -57,24 +57,24 @@ def _kept(part):
     return lambda x: part(x).reshape(-1, x.shape[-1])
 
 
-def batch_independence(model, ids, seed=0):
-    """What its neighbours in the batch do to the first sequence of ids (B, T): dict of Influences.
+def batch_independence(model, ids: np.ndarray, seed: int = 0) -> dict[str, Influence]:
+    """The Influence of the other sequences on the first sequence of ids (B, T): dict of Influences.
 
-    "alone": without them; "other neighbours": random tokens in their place.
+    "alone": they are left out. "other neighbours": random tokens replace them.
     """
     first, other = _kept(lambda x: x[:1]), ids.copy()
     other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
     return {"alone": compared(model, ids, ids[:1], first), "other neighbours": compared(model, ids, other, first)}
 
 
-def flattery(model, ids, targets):
-    """Loss routed on the prefix alone less loss routed as in the batch, in nats; 0 for a causal router."""
+def flattery(model, ids: np.ndarray, targets: np.ndarray) -> float:
+    """Loss routed on the prefix alone minus loss routed over the batch, in nats; 0 for a causal router."""
     valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
     leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
     return float(causal - leaky)
 
 
-def gradient_path(model, ids, targets, seed=0):
+def gradient_path(model, ids: np.ndarray, targets: np.ndarray, seed: int = 0) -> dict[str, tuple]:
     """The gradient that each term of the loss gives to all routers' weights: dict term -> (coefficient, norm).
 
     The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
@@ -98,7 +98,7 @@ def gradient_path(model, ids, targets, seed=0):
 
 
 def assignment_shortfall(model, ids):
-    """How far each way to give every token one expert falls short, in mean score, of the exact balanced assignment.
+    """Mean score of the exact balanced assignment minus that of other ways to give every token one expert.
 
     dict of numbers, from the first MoE layer's logits on ids (B, T). "best expert" is below 0: better, but unbalanced.
     """
@@ -109,7 +109,7 @@ def assignment_shortfall(model, ids):
     return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
 
 
-def alarms(model, ids, targets):
+def alarms(model, ids: np.ndarray, targets: np.ndarray) -> list[str]:
     """Warnings about the model's layers, as sentences: dead or crowded experts, routers that learn nothing."""
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
     layers = zip(model.config.moe_layers, model.moe_parts(), model.forward(ids).routings)

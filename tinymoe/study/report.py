@@ -1,385 +1,352 @@
-"""FINDINGS.md and summary.csv of a study, from its result rows alone.
+"""FINDINGS.md of an experiment, the document that gathers all of them, and summary.csv; from result rows alone.
 
-No outcome is written here: numbers are computed, and words of judgement follow from criteria the document states.
+No outcome is written here: numbers are computed, and words of judgement follow from criteria that the document states.
 """
 
 import csv
 import io
+import json
 import math
-from dataclasses import dataclass, replace
-from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 
 from ..files import write_whole
-from .results import (
-    TOKEN_BYTES, Interval, coefficient_sweep, complete_runs, excess, gap, load_runs, measure, over_seeds,
-    t_interval)
+from .experiment import SCALES, Experiment
+from .quantities import LOSS, QUANTITIES, title, value
+from .results import COMPACT, Results, RunRecord, load_runs
+from .statistics import enough_digits, t_interval
 
-LOSS = "causal_cross_entropy"
-NAMES = {
-    # losses
-    LOSS: "causal loss (nats)", "causal_perplexity": "causal perplexity",
-    "val_cross_entropy": "loss routed as in training (nats)", "leak": "causal less leaky loss (nats)",
-    "cross_entropy": "training loss (nats)", "train_cross_entropy": "training loss at the end (nats)",
-    "token_perplexity": f"perplexity over {TOKEN_BYTES} bytes", "excess": "loss above the entropy of the text (nats)",
-    # load
-    "load_cv": "load CV", "worst_cv": "largest load CV while training",
-    "max_violation": "MaxVio, validation set", "max_violation_batch": "MaxVio, mean over batches",
-    "dead_experts": "dead experts a layer", "worst_dead": "most dead experts a layer while training",
-    "drop_rate": "share of assignments dropped", "padding": "padding", "token_coverage": "coverage",
-    "lost_all": "share of bytes without any expert", "router_entropy": "router entropy (nats)",
-    # what experts know
-    "mi_excess": "domain information (nats)", "byte_excess": "byte information (nats)",
-    "byte_over_domain": "byte less domain information (nats)",
-    "domain_given_byte": "domain information beyond the byte (nats)",
-    "class_information_excess": "byte class information (nats)",
-    "position_information_excess": "position information (nats)", "repetition": "repetition",
-    "weight_divergence": "weight divergence", "function_divergence": "function divergence",
-    "drop_cost": "loss without an expert (+ nats)", "swap_cost": "if swapped (+ nats)",
-    "force_cost": "if forced (+ nats)", "noise_share": "noise in a batch's router gradient (share)",
-    # what others change
-    "mates_rerouted": "share of bytes rerouted by other mates",
-    "mates_logits": "largest change of a logit by other mates",
-    "later_rerouted": "share of bytes rerouted by later bytes",
-    "later_logits": "largest change of a logit by later bytes",
-    # what it takes
-    "parameters": "parameters (millions)", "megaflops": "MFLOP a byte", "seconds": "seconds of training",
-    **{f"{number}_{n}": f"{what}, {n} devices" for n in (4, 16) for number, what in (
-        ("reach", "devices a byte reaches"), ("sent", "bytes sent a byte"), ("link", "bytes a byte, busiest link"),
-        ("slowest", "slowest device / mean load"), ("path", "microseconds a batch and layer"))}}
-CSV_NUMBERS = """val_cross_entropy val_perplexity val_bits_per_byte causal_cross_entropy causal_perplexity
-    causal_bits_per_byte load_cv max_violation max_violation_batch load_entropy dead_experts router_entropy
-    marginal_entropy drop_rate token_coverage weight_divergence repetition mutual_information
-    mutual_information_null byte_information byte_information_null""".split()
-HOW_TO_READ = """**How to read.** Loss is validation cross-entropy in nats per byte, perplexity its exponential; \
-both are causal (each byte routed on its prefix alone) unless called leaky. ± and brackets are 95% t-intervals \
-over seeds (no ±: one seed, or all alike); differences are paired by seed. A difference is *clear* when its \
-interval excludes 0 after Holm's correction over the {n} comparisons made here, *suggestive* when it excludes 0 \
-before it only, otherwise *undecided*, which does not mean equal. A layer is *collapsed* when its load is as \
-uneven as if fewer than half of its experts shared it (exp of its entropy), else *starved* with a dead expert \
-(under 1% of its fair share), else *in use*."""
-METHODS = """Load CV: std / mean of the experts' assignments over the validation set. MaxVio: max / mean - 1, \
-over the set and as a mean over batches. Repetition: share of assignments whose expert also serves the next byte \
-(chance: about K/E). Weight divergence: mean pairwise 1 - cosine of the experts' weights, over its value at \
-initialisation. Coverage: share of bytes with an expert. Information: plug-in mutual information with the expert \
-minus its mean under shuffled labels (domains over windows, bytes over positions). Numbers about experts: means over \
-MoE layers, routed by the rule of training (expert choice over the whole batch, so its load and coverage are not those \
-of its causal loss) but without router noise. A seed sets weights, data order (the same for every config of one seed) \
-and noise; intervals cover the seed, not the choice of text."""
-QUESTIONS = {  # title: (numbers compared, figures, caution)
-    "Which balance coefficient, and what does it do?": (
-        (LOSS, "load_cv", "mi_excess"), ("imbalance", "expert_load"),
-        "Information cannot exceed the entropy of the load, and an uneven load may carry much of it: more information "
-        "is not better routing."),
-    "Do the routers lead to different specialisation?": (
-        ("mi_excess", "byte_excess", "repetition", "weight_divergence"),
-        ("domain_by_expert", "router_entropy", "weight_divergence"),
-        "A byte often gives its domain away, so domain information does not show that experts follow topics. The "
-        "configs have equal K but other balance losses too: a difference belongs to the config, not to its router "
-        "alone."),
-    "What does guaranteed balance cost?": (
-        (LOSS,), ("final_perplexity", "coverage_and_drops"),
-        "Compared at equal K; differences between routers without that guarantee stand beside it, for scale. The leaky "
-        "loss is routed over the whole batch, later bytes included, as in training; the causal one must change the "
-        "rule as well, so the gap between them is the leak and that change together. The causal rule balances nothing: "
-        "neither loss is the price of balance alone."),
-}
+GLOSSARY = """- A *router* chooses K of E *experts* for each byte. The *gate* is the weight with which the output of \
+a chosen expert is added. A route is one byte's choice of experts.
+- *Loss* is the mean cross-entropy of the validation text in nats per byte; lower is better. *Perplexity* is \
+exp(loss).
+- *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
+*Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
+- The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
+its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \
+than 1% of its fair share. *Coverage* is the share of bytes that have at least one expert. *Padding* is the share of \
+places, kept for bytes by a capacity limit, that stay empty.
+- A layer is *collapsed* where the load is as uneven as if fewer than half of the experts shared it (exp of the \
+load's entropy). Otherwise it is *starved* where an expert is dead, and else *in use*.
+- *Domain* or *byte information*: how well the expert predicts the domain of the text, or the byte, in nats; 0 is \
+chance. *Repetition*: the share of choices whose expert also serves the next byte; chance is about K / E.
+- ± and brackets are 95% intervals over seeds (Student's t). There is no ± for one seed, or where all seeds agree. \
+Differences are paired by seed.
+- A difference is *clear* when its interval excludes 0 even after Holm's correction for the number of planned \
+differences, and *suggestive* when it excludes 0 only before the correction. Otherwise it is *undecided*, which does \
+not mean that the two are equal."""
+METHODS = """Information is the plug-in estimate of mutual information with the expert minus its mean under shuffled \
+labels; domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine over \
+pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers. \
+They are measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
+its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
+which is the same for all settings. Intervals cover the seed, not the choice of text. Curves over steps use fewer \
+validation windows than the tables, and their bands show the range of the seeds. An interval may exceed a bound that \
+its number cannot, such as a coverage of 1."""
+VERDICTS = """A claim *held* where every condition holds across its 95% interval, paired by seed. It *did not hold* \
+where one condition fails across its interval. Otherwise it is *undecided*. Some numbers cannot pass their bound \
+(dead experts, coverage), and some changes are either rounding or not: these are judged in every run instead. Claims \
+are not corrected for their number."""
+CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A difference first - second, paired by seed, that a section of the report asks for."""
-
-    section: str
-    metric: str
-    first: str
-    second: str
-    interval: Interval
-    survives: bool = False  # Holm's correction over all comparisons of the study
-
-    @property
-    def word(self):
-        """The verdict, by the criteria of HOW_TO_READ; "not tested" without two common seeds."""
-        if not math.isfinite(self.interval.half):
-            return "not tested"
-        if self.interval.low <= 0 <= self.interval.high:
-            return "undecided"
-        return "clear" if self.survives else "suggestive"
-
-    def __str__(self):
-        """`A` - `B` +0.367 [+0.223, +0.510], clear; with as many digits as keep an end from looking like 0."""
-        numbers = self.interval.mean, self.interval.low, self.interval.high
-        size = abs(self.interval.mean)
-        digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
-        mean, low, high = (f"{x:+,.{digits}f}" for x in numbers)
-        ends = "" if self.word == "not tested" else f" [{low}, {high}]"
-        return f"`{self.first}` - `{self.second}` " + (f"{mean}{ends}, {self.word}" if self.interval.n else
-                                                       "has no common seed")
-
-
-def enough_digits(numbers, digits, bound=0.0):
-    """So many digits after the point, or more, that no number looks like the bound which differs from it in 6 digits."""
-    while any(round(x, digits) == round(bound, digits) and round(x, 6) != round(bound, 6) for x in numbers):
-        digits += 1
-    return digits
-
-
-def holm(comparisons, level=0.05):
-    """The same comparisons, each told whether it survives Holm's (1979) step-down correction for their number."""
-    tested = sorted((one for one in comparisons if one.word != "not tested"), key=lambda one: one.interval.p)
-    surviving = set()
-    for rank, one in enumerate(tested):
-        if one.interval.p > level / (len(tested) - rank):
-            break
-        surviving.add(id(one))
-    return [replace(one, survives=id(one) in surviving) for one in comparisons]
-
-
-class Study:
-    """The runs of a study and every comparison made of them. ValueError where no run is finished.
-
-    What is compared follows from the configs, before any result is looked at.
-    """
-
-    def __init__(self, study_dir):
-        self.folder = Path(study_dir)
-        self.runs, self.groups = load_runs(study_dir), complete_runs(study_dir)
-        models, by_k = {name: runs[0].model for name, runs in self.groups.items() if runs[0].is_moe}, {}
-        for name, model in models.items():
-            by_k.setdefault(model["top_k"], {}).setdefault(model["router"], name)
-        self.moe, self.sweep = list(models), coefficient_sweep(self.groups)
-        self.balanced = [name for name, model in models.items() if model["router"] == "expert_choice"]
-        rivals = [(one, other) for one, other in product(self.balanced, self.moe)
-                  if other not in self.balanced and models[one]["top_k"] == models[other]["top_k"]]
-        routers = max(by_k.values(), key=len, default={}).values()  # different routers at equal K
-        for_scale = list(combinations((name for name in routers if name not in self.balanced), 2)) if rivals else []
-        pairs = dict(zip(QUESTIONS, (
-            list(combinations(self.sweep, 2)), list(combinations(routers, 2)), rivals + for_scale)))
-        self.tests = holm([*(self.compare(title, metric, *pair) for title, (metrics, *_) in QUESTIONS.items()
-                             for metric, pair in product(metrics, pairs[title])), *self.claims()])
-
-    def compare(self, section, metric, first, second, factor=1):
-        interval = gap(self.groups, metric, first, second, factor)
-        return Comparison(section, metric, first, f"{factor} · " * (factor > 1) + second, interval)
-
-    def claims(self):
-        """Published claims, each that a difference is above 0."""
-        for name in self.balanced:
-            claim = ("Loss is lower routed over the batch, as trained, than on the prefix alone (leak and change of "
-                     "rule)")
-            yield Comparison(claim, LOSS, f"causal {name}", f"leaky {name}", over_seeds(self.groups[name], "leak"))
-        if self.sweep and self.groups[self.sweep[0]][0].model["aux_coef"] == 0:
-            yield self.compare("Without a balance loss the load CV is over 3 times that of light balancing", "load_cv",
-                               *self.sweep[:2], factor=3)
-        gaps = {}
-        for run in self.finished(self.moe):
-            gaps.setdefault(run.seed, []).append(measure(run.final, "byte_over_domain"))
-        if gaps:
-            yield Comparison("In every config experts tell more of the byte than of the domain (least of any config, "
-                             "by seed)", "byte_excess", "byte", "domain", t_interval(list(map(min, gaps.values()))))
-
-    def image(self, name):
-        """The figure of this name, as Markdown, where it has been drawn."""
-        place = f"figures/{name}.png"
-        return f"![{name.replace('_', ' ')}]({place})" if (self.folder / place).exists() else ""
-
-    def finished(self, names):
-        return [run for name in names for run in self.groups[name]]
-
-
-def text(runs, metric, leaky=True):
-    """`mean ± half width` over seeds, a dash for none; leaky: that number beside a causal one where they differ."""
-    one = over_seeds(runs, metric)
-    if not math.isfinite(one.mean):
-        return "–"
-    digits = 2 if metric.endswith("perplexity") else 4 if metric == "token_coverage" else 3
-    digits = enough_digits([one.half], 0 if abs(one.mean) >= 100 else digits)
-    scatter = f" ± {one.half:,.{digits}f}" if round(one.half, 6) > 0 else ""  # nan, of one seed, is not above 0
-    number = f"{round(one.mean, digits) + 0.0:,.{digits}f}" + scatter
-    if leaky and metric.startswith("causal_") and runs[0].leaky:
-        number += f" (leaky {text(runs, metric.replace('causal', 'val'))})"
-    return number
-
-
-def label(metric):
-    """What a metric is called in tables and at axes."""
-    return NAMES.get(metric, metric.replace("_", " "))
-
-
-def run_ids(runs):
-    """Run ids, with the seeds of a config in braces: `A-seed{0,1,2}`."""
-    seeds = {run.config_id: [] for run in runs}
-    for run in runs:
-        seeds[run.config_id].append(str(run.seed))
-    return ", ".join(f"`{name}-seed{n[0] if len(n) == 1 else '{' + ','.join(n) + '}'}`" for name, n in seeds.items())
-
+# -- parts of a document ------------------------------------------------------------------------
 
 def table(header, rows):
     """A Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
-def told_apart(tests):
-    """The differences whose interval excludes 0."""
-    found = "; ".join(str(one) for one in tests if one.word in ("clear", "suggestive"))
-    return found or ("not tested" if all(one.word == "not tested" for one in tests) else "no planned pair told apart")
-
-
-def layer_states(runs):
-    """{state: how many layers, over the runs of a config, ended in it}, by the criteria of HOW_TO_READ."""
-    counts = {"collapsed": 0, "starved": 0, "in use": 0}
-    for layer in (layer for run in runs for layer in run.final["layers"]):
-        collapsed = len(layer["load"]) ** layer["load_entropy"] < len(layer["load"]) / 2
-        counts["collapsed" if collapsed else "starved" if layer["dead_experts"] else "in use"] += 1
-    return {state: n for state, n in counts.items() if n}
-
-
-def first_in_use(groups, names):
-    """The first of these configs of which every layer of every run ended in use; None if there is none."""
-    return next((name for name in names if set(layer_states(groups[name])) == {"in use"}), None)
-
-
-def question(study, title):
-    """(the answer in short, the paragraphs of the section) of one of QUESTIONS."""
-    metrics, figures, caution = QUESTIONS[title]
-    tests = [one for one in study.tests if one.section == title]
-    names = list(dict.fromkeys(name for one in tests for name in (one.first, one.second)))
-    images = "\n".join(map(study.image, figures)).strip()
-    if not tests:
-        return ("Not answered: these configs hold nothing to compare for it.",
-                ["Nothing to compare.", *[images] * bool(images)])
-
-    def listed(metric):
-        return ", ".join(f"{name} {text(study.groups[name], metric)}" for name in names)
-
-    of = {metric: [one for one in tests if one.metric == metric] for metric in metrics}
-    rows = [[NAMES[metric], *(text(study.groups[name], metric) for name in names), "<br>".join(map(str, of[metric]))]
-            for metric in metrics]
-    first, *rest = (f"{NAMES[metric]}: {told_apart(of[metric])}" for metric in metrics)
-    source = run_ids(study.finished(names))
-    if title == list(QUESTIONS)[0]:
-        alive = first_in_use(study.groups, names)
-        least = f"{study.groups[alive][0].model['aux_coef']:g} ({alive})" if alive else "none of these"
-        rest.append(f"smallest coefficient with every layer of every run in use: {least}")
-    elif LOSS in metrics:
-        caution += "".join(f" Here {one}." for one in study.tests if one.first.startswith("causal"))
-        rest.append("coverage " + listed("token_coverage"))
-    if LOSS in metrics:
-        rest += ["perplexity " + listed("causal_perplexity"), "load CV " + listed("load_cv")]
-    return (f"**{first}** ({listed(metrics[0])}). {'; '.join(rest)}. From {source}.",
-            [table(["", *names, "difference [95%], verdict"], rows), caution, images, f"Runs: {source}."])
-
-
-def configs(study):
-    """The table of all configs: means over seeds with their intervals, as Markdown."""
-    rows, excesses = [], [excess(run) for run in study.finished(study.groups)]
-    above = [NAMES["excess"]] * math.isfinite(max(excesses))  # only where the entropy of the text is known
-    for runs in study.groups.values():
-        cells = [text(runs, one) for one in (
-            LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch",
-            "dead_experts", "mi_excess", "token_coverage", "drop_rate", *["excess"] * len(above))]
-        states = ", ".join(f"{n} {state}" for state, n in layer_states(runs).items()) or "–"
-        rows.append([runs[0].label, *cells[:4], " / ".join(cells[4:6]), cells[6], states, *cells[7:]])
-    return table(["config", "loss (nats)", "perplexity", "bits per byte", "load CV", "MaxVio, set / per batch",
-                  "dead a layer", "layers of all runs", NAMES["mi_excess"], "coverage", "dropped", *above], rows)
-
-
-def claims(study):
-    """The table of published claims and what became of them here, as Markdown."""
-    rows = [[one.section, one.word if one.word in ("undecided", "not tested") else
-             f"{'held' if one.interval.mean > 0 else 'did not hold'} ({one.word})", str(one)]
-            for one in study.tests if one.section not in QUESTIONS]
-    for name in study.balanced:
-        held = sum(measure(run.final, "load_cv") < 0.01 and measure(run.final, "token_coverage") < 1
-                   for run in study.groups[name])
-        rows.append([f"{name} has load CV 0 (below 0.01) and leaves bytes uncovered", f"held in {held} of "
-                     f"{len(study.groups[name])} runs", f"coverage {text(study.groups[name], 'token_coverage')}"])
-    if not rows:
-        return "None."
-    return table(["claim", "outcome", "number"], rows) + f"\n\nRuns: {run_ids(study.finished(study.moe))}."
-
-
-def limits(study):
-    """What the runs were too short or too small to show, what they do not share, and those left out."""
-    def slope(log):  # nats in 100 steps: a straight line through the last third
-        points = [(row["step"], row[LOSS]) for row in log if row["step"] >= log[-1]["step"] * 2 / 3]
-        return 100 * float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
-
-    runs, tested = study.finished(study.groups), sum(one.word != "not tested" for one in study.tests)
-    config, steps = runs[0].config, runs[0].summary["steps"]
-    seen = steps * config["training"]["batch_size"] * config["model"]["seq_len"]
-    corpus = sum(part["train_bytes"] for part in config["corpus"].values())
-    slopes = [t_interval([slope(run.log) for run in group]) for group in study.groups.values()]
-    falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
-    lines = [
-        f"{steps:,} steps saw {seen:,} bytes, {seen / corpus:.2f} times the {corpus:,} bytes of training text "
-        f"(domains: {', '.join(config['domains'])}).",
-        f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} configs "
-        f"(steepest: {min(falling, default=0):.3f} nats in 100 steps): a longer run may shrink, widen or "
-        "reverse any difference.",
-        f"{len(study.tests)} comparisons, {tested} of them tested: if nothing differed, about {0.05 * tested:.1f} "
-        "intervals would exclude 0 by chance, so a *suggestive* difference may be luck.",
-        f"Seeds a config: {', '.join(map(str, sorted({len(group) for group in study.groups.values()})))}. "
-        "A t-interval assumes normal scatter, which few seeds cannot check, and may cross a bound (coverage 1, "
-        "dead experts 0).",
-        f"Learning rate {config['training']['learning_rate']:g}, one corpus, one size: configs may prefer other "
-        "rates, above all those with another K, which have other active parameters too."]
-    if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
-        lines.append("In the default corpus the domain `tables` is partly memorisable: font files are near duplicates, "
-                     "and about half of its validation lines also stand in the training text.")
-    lines += [f"**The runs do not share the same {key} (see their config.json): compare with care.**"
-              for key in ("training", "corpus", "versions", "threads")
-              if any(run.config[key] != config[key] for run in runs)]
-    for run in (run for run in study.runs if run.state != "complete"):
-        why = ", ".join(f"{key} {value}" for key, value in (run.failure or {}).items() if key != "run_id")
-        lines.append(f"**`{run.run_id}` {f'failed ({why})' if why else 'is incomplete'} and is in no number above.**")
+def bullets(lines):
+    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def settings(run):
-    """What the configs share, as a sentence: the sizes of model and training."""
-    model, training = run.model, run.config["training"]
-    names = ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff", "seq_len")
-    return (f"Settings: steps {training['steps']}, batch_size {training['batch_size']}, "
-            + ", ".join(f"{name} {model[name]}" for name in names if name in model) + ".")
+def run_ids(runs):
+    """Run ids, with the seeds of a setting in braces: `A-seed{0,1,2}`."""
+    seeds = {run.config_id: [] for run in runs}
+    for run in runs:
+        seeds[run.config_id].append(str(run.seed))
+    return ", ".join(f"`{name}-seed{n[0] if len(n) == 1 else '{' + ','.join(n) + '}'}`" for name, n in seeds.items())
 
 
-def write_findings(study_dir):
-    """Write STUDY/FINDINGS.md from the study's result rows; returns its path. ValueError without a finished run."""
-    study, path = Study(study_dir), Path(study_dir, "FINDINGS.md")
-    runs, found = study.finished(study.groups), {title: question(study, title) for title in QUESTIONS}
-    alone = ", ".join(name for name, group in study.groups.items() if len(group) == 1)
-    versions = ", ".join(f"{name} {number}" for name, number in runs[0].config["versions"].items())
-    parts = [f"# Findings of the study `{path.resolve().parent.name}`",
-             f"Computed from the rows in `runs/` alone; finished: {run_ids(runs)}. {settings(runs[0])}",
-             HOW_TO_READ.format(n=len(study.tests)),
-             *[f"**One seed, so no interval and no test: {alone}. Such numbers describe single runs.**"] * bool(alone),
-             "## In short", "\n".join(f"- *{title}* {answer}" for title, (answer, _) in found.items()),
-             "## All configs", configs(study),
-             study.image("perplexity_over_steps") or "No figures yet: `study --plot-only` draws them."]
-    for number, (title, (_, section)) in enumerate(found.items(), 1):
-        parts += [f"## {number}. {title}", *section]
-    parts += ["## Published claims that these configs can test", claims(study),
-              "## What this was too short or too small to show", limits(study), "## Methods",
-              f"{METHODS} Tables: {runs[0].final['validation_tokens']:,} validation bytes. Curves over steps, and the "
-              f"slope above: {runs[0].log[-1]['validation_tokens']:,}, so the two differ at the last step; {versions}."]
-    write_whole(path, "\n\n".join(parts) + "\n")
+def about(results):
+    """What the runs share: their number, length and size, in a sentence."""
+    run, seeds = results.runs[0], sorted({run.seed for run in results.runs})
+    steps = sorted({run.summary["steps"] for run in results.runs})
+    sizes = ", ".join(f"{name} {run.model[name]}" for name in ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff")
+                      if name in run.model)
+    return (f"{len(results.groups)} settings with seeds {', '.join(map(str, seeds))}. "
+            f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
+            f"{run.model['seq_len']} bytes. Unless a setting says otherwise: {sizes}. "
+            f"Text: {', '.join(run.config['domains'])}. Words such as *causal*, *load* and *suggestive* are explained "
+            "[below](#words-used-here).")
+
+
+def warnings(results: Results) -> list[str]:
+    """What makes the numbers weaker, or wrong to compare, as sentences; none where all is well."""
+    e, groups, said = results.experiment, results.groups, []
+    seeds = {s.id: {run.seed for run in groups.get(s.id, [])} for s in e.settings if s.id in groups or not e.adjustable}
+    behind = [name for name, those in seeds.items() if those < set.union(*seeds.values())]
+    single = [name for name in groups if len(seeds[name]) == 1]
+    steps = max(run.summary["steps"] for run in results.runs)
+    if behind:
+        said.append(f"Not finished, so missing from some numbers: {', '.join(behind)}.")
+    if single:
+        said.append(f"One seed, so no interval and no test: {', '.join(single)}.")
+    if steps < SCALES["default"].steps:
+        said.append(f"{steps} steps show that the experiment runs. Draw no conclusion from them.")
+    return [*said, *differing_settings(results), *left_out(results)]
+
+
+def differing_settings(results):
+    """Sentences about what differs between settings though it should not, and what is not as the experiment says."""
+    settings, said = {s.id: s for s in results.experiment.settings}, []
+    configs = {name: runs[0].config for name, runs in results.groups.items()}
+    for part in ("model", "training"):
+        intended = set().union(*(s.changed[part] for s in settings.values()))
+        for field in sorted({field for config in configs.values() for field in config[part]} - intended):
+            found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
+            if len(set(found.values())) > 1:
+                those = ", ".join(f"{name} {shown}" for name, shown in found.items())
+                said.append(f"{field} differs between settings ({those}): compare with care.")
+        for name, config in configs.items():
+            said += [f"{name} was changed: its {field} is {found}, not {wanted}."
+                     for field, wanted in getattr(settings[name], part).items()
+                     if (found := config[part].get(field)) != (list(wanted) if isinstance(wanted, tuple) else wanted)]
+    for key in ("versions", "kernels", "threads"):
+        found = {json.dumps(run.config.get(key)): run.run_id for run in results.runs}
+        if len(found) > 1:
+            said.append(f"The runs do not share the same {key} ({'; '.join(f'{r}: {x}' for x, r in found.items())}).")
+    return said
+
+
+def left_out(results):
+    """Sentences about runs that are in no number."""
+    for run in results.all_runs:
+        why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
+        what = {"failed": f"failed ({why})", "incomplete": "is incomplete",
+                "complete": "is no setting of this experiment"}
+        if run.state != "complete" or run.config_id not in {s.id for s in results.experiment.settings}:
+            yield f"`{run.run_id}` {what[run.state]} and is in no number."
+
+
+def finding(results: Results) -> list[str]:
+    """The sentences of the experiment."""
+    e = results.experiment
+    if not results.ready:
+        return ["No finding: a setting has no finished run, or no seed is common to all."]
+    if e.say:
+        return e.say(results)
+    return [results.range_and_verdicts(metric) for metric in dict.fromkeys(one.metric for one in e.planned)]
+
+
+def settings_table(results):
+    """Every setting with its numbers, as Markdown, without the columns that hold no number."""
+    e = results.experiment
+    leaky = not {"val_cross_entropy", "leak"} & set(e.metrics)  # which have a column of their own
+    columns = {title(metric): [results.cell(metric, name, leaky=leaky) for name in results.groups]
+               for metric in e.metrics}
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
+    what = {s.id: s.what for s in e.settings}
+    rows = [[results.label(name), what[name], *cells] for name, *cells in zip(results.groups, *columns.values())]
+    return table(["setting", "what", *columns], rows)
+
+
+def planned_table(results):
+    """The planned differences with their intervals and verdicts, as Markdown."""
+    rows = [[title(one.metric), str(one.contrast), *one.cells] for one in results.tests]
+    return table(["quantity", "difference", "mean", "95% interval", "verdict"], rows) if rows else "Nothing to compare."
+
+
+def claim_rows(results: Results) -> list[list[str]]:
+    """Rows of the table of claims: number, claim, numbers beside their conditions, verdict, experiment."""
+    rows = []
+    for claim in results.experiment.claims:
+        there = results.ready and all(map(results.has, claim.effects))
+        verdict, found = results.outcome(claim) if there else ("not tested", [])
+        if any(len(numbers) < 2 and not effect.every_run for effect, numbers in found):
+            verdict = "not tested"
+        rows.append([str(claim.number or "–"), f"{claim.text} ({claim.published})",
+                     "<br>".join(measured(effect, numbers) for effect, numbers in found), f"**{verdict}**",
+                     results.experiment.name])
+    return rows
+
+
+def measured(effect, numbers):
+    """`load CV, a / b: 2.905 [2.411, 3.399]; > 3`; for what is judged in every run the range of the runs."""
+    shown = np.mean(numbers), *effect.ends(numbers)
+    digits = enough_digits(shown, 3, effect.bound)
+    mean, low, high = (f"{x:{'+' if effect.minus else ''}.{digits}f}" for x in shown)
+    ends = f" (runs: {low} to {high})" if effect.every_run else f" [{low}, {high}]" if np.isfinite(shown).all() else ""
+    return f"{title(effect.metric)}, {effect}: {mean}{ends}; needs {effect.relation} {effect.bound:g}"
+
+
+def limits(results: Results) -> list[str]:
+    """What the runs were too short or too small to show, as sentences."""
+    config, steps = results.runs[0].config, results.runs[0].summary["steps"]
+    seen = steps * config["training"]["batch_size"] * config["model"]["seq_len"]
+    corpus = sum(part["train_bytes"] for part in config["corpus"].values())
+    slopes = [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
+    falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
+    tested = sum(one.word != "not tested" for one in results.tests)
+    rates = sorted({run.config["training"]["learning_rate"] for run in results.runs})
+    said = [f"{steps:,} steps saw {seen:,} bytes, {seen / corpus:.2f} times the {corpus:,} bytes of training text.",
+            f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
+            f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
+            f"{tested} of {len(results.tests)} planned differences were tested. If nothing differed, about "
+            f"{0.05 * tested:.1f} intervals would exclude 0 by chance, so a suggestive difference may be luck.",
+            "A t-interval assumes normal scatter, which few seeds cannot check.",
+            f"One text, one size, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
+    if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
+        said.append("The domain `tables` of the default text can partly be memorised: about half of its validation "
+                    "lines also stand in the training text.")
+    return said
+
+
+def _slope(log):
+    """Nats in 100 steps: a straight line through the last third."""
+    points = [(row["step"], row[LOSS]) for row in log if row["step"] >= log[-1]["step"] * 2 / 3]
+    return 100 * float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
+
+
+# -- documents ----------------------------------------------------------------------------------
+
+def write_findings(experiment: Experiment, folder) -> Path:
+    """Write folder/FINDINGS.md of one experiment from its runs, showing the figures that are there; returns its path.
+
+    Raises ValueError without a finished run, and where runs that would be averaged differ.
+    """
+    results, path = Results(experiment, folder), Path(folder, "FINDINGS.md")
+    images = [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in experiment.figures
+              if Path(folder, "figures", f"{name}.png").exists()]
+    claims, run = claim_rows(results), results.runs[0]
+    versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
+    parts = [f"# {experiment.name}: {experiment.question}", about(results), bold(warnings(results)),
+             "## Findings", bullets(finding(results)), f"Caution. {experiment.caution}" if experiment.caution else "",
+             "## Settings", settings_table(results), "\n\n".join(images) or "No figures yet: `--plot-only` draws them.",
+             *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []),
+             "## Planned differences", planned_table(results),
+             "## What these runs cannot show", bullets(limits(results)),
+             "## Words used here", GLOSSARY, "## Methods", METHODS,
+             f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
+             f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results.runs)}. Versions: {versions}."]
+    write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 
-def write_summary_csv(study_dir):
-    """Write STUDY/summary.csv, a line a run whatever its state, layer numbers as means; returns its path."""
-    out, path, settings = io.StringIO(), Path(study_dir, "summary.csv"), ("router", "top_k", "aux_coef")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "seconds", "parameters_total",
-                     "parameters_active", *CSV_NUMBERS])
-    for run in load_runs(study_dir):
-        summary, sizes = run.summary or {"final": {"layers": []}}, run.config.get("parameters", {})
-        numbers = (measure(summary["final"], name) for name in CSV_NUMBERS)
+def bold(sentences):
+    """Sentences in bold, each a line of its own."""
+    return "\n\n".join(f"**{sentence}**" for sentence in sentences)
+
+
+def write_summary_csv(study_dir) -> Path:
+    """Write STUDY/summary.csv: a line for each run whatever its state, a column for each number that any run has."""
+    runs, path = load_runs(study_dir), Path(study_dir, "summary.csv")
+    numbers = list(map(all_numbers, runs))
+    names = list(dict.fromkeys(name for of in numbers for name in of))
+    out = io.StringIO()
+    writer, settings = csv.writer(out, lineterminator="\n"), ("router", "top_k", "aux_coef")
+    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "parameters_total",
+                     "parameters_active", *names])
+    for run, of in zip(runs, numbers):
+        sizes = run.config.get("parameters", {})
         writer.writerow([run.run_id, run.config_id, run.seed, run.state, *map(run.model.get, settings),
-                         summary.get("steps"), summary.get("seconds"), sizes.get("total"), sizes.get("active"),
-                         *("" if math.isnan(number) else f"{number:.6g}" for number in numbers)])
+                         (run.summary or {}).get("steps"), sizes.get("total"), sizes.get("active"),
+                         *(f"{of[name]:.6g}" if name in of else "" for name in names)])
     write_whole(path, out.getvalue())
     return path
+
+
+def all_numbers(run: RunRecord) -> dict[str, float]:
+    """{name: number} of every quantity that a finished run has, and of the terms of its training loss."""
+    if run.state != "complete":
+        return {}
+    terms = [name for name, number in run.log[-1].items() if isinstance(number, float) and name not in QUANTITIES]
+    return {name: number for name in (*QUANTITIES, *terms) if math.isfinite(number := value(run, name))}
+
+
+# -- the document that gathers all --------------------------------------------------------------
+
+ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
+has a document of its own with its tables, figures and planned differences."""
+OPEN = """Published results disagree on these questions. An interval says what a few seeds of a small model show, not \
+more. A negative difference is in favour of the first setting."""
+CANNOT = """All experiments but `rate` train at one learning rate, which need not be the best of any setting. Compare \
+their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
+that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. A \
+t-interval assumes normal scatter, which few seeds cannot check. Holm's correction holds within an experiment. \
+Nothing corrects over all experiments together, and ten claims are ten chances to be wrong. The same runs (top-1 or \
+top-2 with coefficient 0.01) are the reference of several experiments, so these are not independent evidence."""
+
+
+def gather(published, study: Experiment, experiments) -> Path:
+    """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
+
+    Raises ValueError where the study has no finished run, or a run is damaged. Experiments without a finished run are
+    named as missing.
+    """
+    main, found, absent = Results(study, Path(published, "full")), [], []
+    for experiment in experiments:
+        folder = Path(published, "experiments", experiment.name)
+        if Path(folder, COMPACT).exists() or any(folder.glob("runs/*/summary.json")):
+            found.append(Results(experiment, folder))
+        else:
+            absent.append(experiment.name)
+    claims = sorted(linked(claim_rows, found), key=lambda row: int(row[0]))
+    parts = ["# Findings", ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] * bool(absent)),
+             "## Words used here", GLOSSARY, "## The study", section(main, "full"),
+             "## Ten claims of the literature", VERDICTS, table(CLAIM_COLUMNS, claims),
+             "## Open questions", OPEN, table(["open question", "published answers", "difference in loss here (nats)",
+                                               "experiment"], linked(dispute_rows, found)),
+             "## The laboratory, experiment by experiment",
+             *(section(results, f"experiments/{results.experiment.name}") for results in found),
+             "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS]
+    path = Path(published, "FINDINGS.md")
+    write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
+    return path
+
+
+def dispute_rows(results: Results) -> list[list[str]]:
+    """Rows of the table of open questions: question, published answers, differences of the loss, experiment."""
+    def differences(pairs):
+        return "<br>".join(f"{one.contrast}: {' '.join(one.cells)}" for one in results.tests_of(LOSS)
+                           if (one.contrast.setting, one.contrast.minus) in pairs)
+
+    return [[one.question, one.published, differences(one.pairs) or "not tested", results.experiment.name]
+            for one in results.experiment.disputes]
+
+
+def linked(rows_of, found):
+    """The rows of all experiments; the last cell, a name, becomes a link to the document that has the run ids."""
+    return [[*row, f"[{name}](experiments/{name}/FINDINGS.md)"] for results in found for *row, name in rows_of(results)]
+
+
+def section(results, place):
+    """One experiment in the gathered document."""
+    e = results.experiment
+    compared = "; ".join(f"`{results.label(s.id)}` {s.what}" for s in e.settings if s.id in results.groups)
+    return "\n\n".join(filter(None, [
+        f"### {e.question} (`{e.name}`)", f"Compared: {compared}.", bold(warnings(results)), bullets(finding(results)),
+        f"{e.caution} Tables, figures and {len(results.tests)} planned differences: [{place}]({place}/FINDINGS.md). "
+        f"Runs: {run_ids(results.runs)}."]))
+
+
+def scale(found):
+    """How small the experiments are, in sentences."""
+    def ends(numbers):
+        return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sorted({min(numbers), max(numbers)}))
+
+    runs = [run for results in found for run in results.runs]
+    scatter = [results.interval("causal_perplexity", name) for results in found for name in results.groups]
+    shares = sorted(100 * one.half / one.mean for one in scatter if one.n > 1)
+    if not runs:
+        return ""
+    said = (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
+            f"for {ends([run.summary['steps'] for run in runs])} steps, with {ends([one.n for one in scatter])} seeds "
+            f"for a setting. Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. ")
+    if shares:
+        said += (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to "
+                 f"{shares[-1]:.1f}% (95%, median {np.median(shares):.1f}%). ")
+    return said

@@ -1,25 +1,20 @@
-"""Result rows: what a study left on disk, read back, and the statistics over its seeds, for plots.py and report.py."""
+"""Result rows: the runs that a study left on disk, read back, and what an experiment makes of them."""
 
 import json
-import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student_t
 
-from ..files import read_rows
-from ..model.counting import architecture, count
-from ..moe.routing import capacity
+from ..files import read_rows, write_rows
+from ..model.config import ModelConfig
+from .experiment import Claim, Experiment
+from .quantities import quantity, value
+from .statistics import Comparison, Contrast, Interval, enough_digits, holm, t_interval
 
-# Numbers of one MoE layer that its row does not hold as they are.
-DERIVED = {
-    "mi_excess": lambda layer: layer["mutual_information"] - layer["mutual_information_null"],
-    "byte_excess": lambda layer: layer["byte_information"] - layer["byte_information_null"],
-    "byte_over_domain": lambda layer: DERIVED["byte_excess"](layer) - DERIVED["mi_excess"](layer),
-    "router_entropy_share": lambda layer: layer["router_entropy"] / math.log(max(2, len(layer["load"]))),
-    "marginal_entropy_share": lambda layer: layer["marginal_entropy"] / math.log(max(2, len(layer["load"]))),
-}
+COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
+PARTS = ("config", "log", "summary", "failure")  # of a line of it
 CONFIG_KEYS = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters", "versions",
                "threads"}  # what is read of a config.json
 
@@ -42,172 +37,256 @@ class RunRecord:
     is_moe = property(lambda self: bool(self.final["layers"]))
 
     @property
-    def state(self):
+    def state(self) -> str:
         """"complete", "failed" (its loss was not finite) or "incomplete" (stopped, or still running)."""
         return "complete" if self.summary else "failed" if self.failure else "incomplete"
 
     @property
-    def leaky(self):
-        """Whether routing on the prefix alone gives another loss: read off the rows, not off the router's name."""
+    def leaky(self) -> bool:
+        """Whether routing on the prefix alone gives another loss, in any row."""
         return any(row["val_cross_entropy"] != row["causal_cross_entropy"] for row in [*self.log, self.final])
 
     @property
-    def label(self):
-        """The config's name: its id, router, experts per token and balance coefficient."""
-        made_of = "{router}, K={top_k}, aux {aux_coef:g}".format_map(self.model) if self.is_moe else "dense"
-        return f"{self.config_id} {made_of}"
+    def made_of(self) -> str:
+        """Router, experts per byte and balance coefficient, in a few words."""
+        return "{router}, K={top_k}, aux {aux_coef:g}".format_map(self.model) if self.is_moe else "dense"
 
 
-def load_runs(study_dir):
-    """Every run under `study_dir/runs`, whatever its state, by config and seed. Without a config: incomplete.
+# -- reading and writing ------------------------------------------------------------------------
 
-    Raises ValueError for a finished run that is damaged: numbers of a part of it would pass for those of the whole.
+def load_runs(study_dir) -> list[RunRecord]:
+    """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
+
+    A run is incomplete without a config. Raises ValueError for a finished run that is damaged, because a part of its
+    numbers would pass for the whole, and for two different runs of one name.
     """
-    runs = []
-    for folder in sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir()):
-        config, summary, failure = (_read_json(folder / f"{name}.json") for name in ("config", "summary", "failure"))
-        rows = [row for row in read_rows(folder / "log.jsonl") if isinstance(row.get("step"), int)]
-        log = {row["step"]: row for row in rows}  # a step written twice: the later row
-        if (folder / "summary.json").exists() and not _whole(folder, config, summary, log):
-            raise ValueError(f"{folder} is a finished run with damaged files: move it away, or fetch it again")
-        known = config or {"config_id": folder.name, "seed": -1, "model": {}}
-        runs.append(RunRecord(folder.name, known, [log[step] for step in sorted(log)], summary, failure))
-    return sorted(runs, key=lambda run: (run.config_id, run.seed))
+    runs = {}
+    for run in (*_compact_runs(Path(study_dir, COMPACT)), *_folder_runs(Path(study_dir, "runs"))):
+        if runs.setdefault(run.run_id, run) != run:
+            raise ValueError(f"{study_dir}: {run.run_id} is in {COMPACT} and in runs/, and they differ: move one away")
+    return sorted(runs.values(), key=lambda run: (run.config_id, run.seed))
 
 
-def _whole(folder, config, summary, log):
-    """Whether the files of a finished run are all there, and of one run."""
-    if not CONFIG_KEYS <= (config or {}).keys() or not {"run_id", "steps", "final"} <= (summary or {}).keys():
+def compact(study_dir) -> tuple[Path, int]:
+    """Write study_dir/runs.jsonl: one line for each finished or failed run, with its config, log, summary and failure.
+
+    Returns (path, number of runs). The folders in `runs` stay. Raises ValueError where no run is finished.
+    """
+    runs = [run for run in load_runs(study_dir) if run.state != "incomplete"]
+    if not runs:
+        raise ValueError(f"{study_dir}: no finished run to write: train some first")
+    path = Path(study_dir, COMPACT)
+    write_rows(path, [{key: getattr(run, key) for key in PARTS} for run in runs])
+    return path, len(runs)
+
+
+def _folder_runs(folder):
+    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
+        parts = (_read_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
+        yield _record(place, *parts, read_rows(place / "log.jsonl"), (place / "summary.json").exists())
+
+
+def _compact_runs(path):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            config, log, summary, failure = (json.loads(line)[key] for key in PARTS)
+            if not all(isinstance(part, dict) for part in (config, *log, summary or {}, failure or {})):
+                raise TypeError
+            place = path.parent / "runs" / config["run_id"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None
+        yield _record(place, config, summary, failure, log, summary is not None)
+
+
+def _record(place, config, summary, failure, rows, finished):
+    """The RunRecord of what was read; `place` is its folder, or would be."""
+    log = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}  # a step written twice: the later row
+    if finished and not _is_whole(place.name, config, summary, log):
+        raise ValueError(f"{place} is a finished run with damaged files: move it away, or fetch it again")
+    if not (config or {}).keys() >= CONFIG_KEYS:
+        config = {"config_id": place.name, "seed": -1, "model": {}}
+    config = config | {"model": _with_defaults(config["model"])}
+    return RunRecord(place.name, config, [log[step] for step in sorted(log)], summary, failure)
+
+
+def _with_defaults(model):
+    """A stored ModelConfig with the default of every field that is newer than it; as it is, if it is not one."""
+    try:
+        return json.loads(json.dumps(ModelConfig.from_dict(model).to_dict()))
+    except (ValueError, TypeError):
+        return model
+
+
+def _is_whole(name, config, summary, log):
+    """Whether the parts of a finished run are all there, and of one run."""
+    if not (config or {}).keys() >= CONFIG_KEYS or not (summary or {}).keys() >= {"run_id", "steps", "final"}:
         return False
-    whole_log = max(log, default=None) == summary["steps"]
-    return config["run_id"] == summary["run_id"] == folder.name and whole_log
+    return config["run_id"] == summary["run_id"] == name and max(log, default=None) == summary["steps"]
 
 
 def _read_json(path):
-    """The JSON object in a file, None where there is none."""
+    """The JSON object in a file; None where there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else None
 
 
-def complete_runs(study_dir):
-    """The finished runs, grouped: {config id: [RunRecord by seed]}. ValueError where there is none."""
-    groups = {}
-    for run in load_runs(study_dir):
-        if run.state == "complete":
-            groups.setdefault(run.config_id, []).append(run)
-    if not groups:
-        raise ValueError(f"{study_dir}: no finished run to read: train some first")
-    return groups
+# -- an experiment's results --------------------------------------------------------------------
+
+class Results:
+    """The finished runs of an experiment under `folder`, by setting, and its planned comparisons.
+
+    Raises ValueError where no run is finished, and where runs that would be averaged differ in more than the seed.
+    """
+
+    def __init__(self, experiment: Experiment, folder):
+        self.experiment, self.folder, self.all_runs = experiment, Path(folder), load_runs(folder)
+        found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "complete"]
+                 for s in experiment.settings}
+        self.groups = {name: runs for name, runs in found.items() if runs}
+        if not self.groups:
+            raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: train some first")
+        for runs in self.groups.values():
+            for part in ("model", "training", "start"):
+                _require_equal(runs, part)
+        _require_equal(self.runs, "corpus")
+        self.tests = holm([Comparison(contrast, t_interval(contrast.of(self.numbers)))
+                           for contrast in experiment.planned if self.has(contrast)])
+
+    @cached_property
+    def runs(self) -> list[RunRecord]:
+        """The finished runs of all settings."""
+        return [run for runs in self.groups.values() for run in runs]
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every setting has a run and all have a seed in common: figures, sentences and claims need that."""
+        seeds = [{run.seed for run in runs} for runs in self.groups.values()]
+        return len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
+
+    @property
+    def ready(self) -> bool:
+        """Whether figures and sentences can be made."""
+        return self.complete or self.experiment.adjustable
+
+    def has(self, contrast: Contrast) -> bool:
+        """Whether there are runs of all settings of a Contrast, with experts if it asks for the smallest of several."""
+        if isinstance(contrast.setting, tuple):
+            return any(name in self.with_experts for name in contrast.setting)
+        return all(name in self.groups for name in contrast.settings)
+
+    @property
+    def with_experts(self) -> list[str]:
+        """Ids of the settings whose models have experts."""
+        return [name for name, runs in self.groups.items() if runs[0].is_moe]
+
+    def numbers(self, metric: str, setting: str | tuple) -> dict[int, float]:
+        """{seed: number} of a setting, or the smallest of several settings with experts."""
+        if not isinstance(setting, tuple):
+            return {run.seed: value(run, metric) for run in self.groups[setting]}
+        parts = [self.numbers(metric, name) for name in setting if name in self.with_experts]
+        return {seed: min(part[seed] for part in parts if seed in part) for seed in sorted(set().union(*parts))}
+
+    def interval(self, metric: str, setting: str) -> Interval:
+        """Interval over the seeds of a setting."""
+        return t_interval(list(self.numbers(metric, setting).values()))
+
+    def mean(self, metric: str, setting: str) -> float:
+        """Mean over the seeds of a setting."""
+        return self.interval(metric, setting).mean
+
+    def ranked(self, metric: str, names=None) -> list[str]:
+        """Setting ids by the mean of a metric, smallest first."""
+        return sorted(names or self.groups, key=lambda name: self.mean(metric, name))
+
+    # -- as text --
+
+    def label(self, name: str) -> str:
+        """The name of a setting in figures; where --set may change settings, with what its runs really were."""
+        return f"{name} {self.groups[name][0].made_of}" if self.experiment.adjustable else name
+
+    def cell(self, metric: str, name: str, half: bool = True, leaky: bool = True) -> str:
+        """`mean ± half width` over seeds, a dash for no number; leaky: add the leaky number to a causal one."""
+        one, digits = self.interval(metric, name), quantity(metric).digits
+        if not np.isfinite(one.mean):
+            return "–"
+        digits = enough_digits([one.half], 0 if abs(one.mean) >= 100 else digits)
+        shown = f"{round(one.mean, digits) + 0.0:,.{digits}f}"
+        if half and round(one.half, 6) > 0:  # nan, of one seed, is not above 0
+            shown += f" ± {one.half:,.{digits}f}"
+        if leaky and metric.startswith("causal_") and self.groups[name][0].leaky:
+            shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
+        return shown
+
+    def means(self, metric: str, *names: str) -> str:
+        """"`a` 1.234, `b` 1.250": the means of settings, all if none is named."""
+        shown = {name: self.cell(metric, name, half=False, leaky=False) for name in names or self.groups}
+        return ", ".join(f"`{name}` {cell}" for name, cell in shown.items())
+
+    def listed(self, metric: str, *names: str) -> str:
+        """A paragraph with the means of settings."""
+        return f"{quantity(metric).heading} {self.means(metric, *names)}."
+
+    def range_and_verdicts(self, metric: str, among=None) -> str:
+        """A paragraph about a planned metric: lowest and highest mean, and its verdicts, among these settings."""
+        names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
+        ends = self.means(metric, *dict.fromkeys((names[0], names[-1]))) if names else "no number"
+        return f"{quantity(metric).heading} Lowest and highest: {ends}. {self.verdicts(metric, among)}"
+
+    def verdicts(self, metric: str, among=None) -> str:
+        """A sentence for each clear or suggestive difference, and one about all that are undecided or not tested."""
+        tests = self.tests_of(metric, among)
+        words = [one.word for one in tests]
+        said = [f"{one.contrast} is {one.numbers[0]} ({one.word})." for one in tests
+                if one.word in ("clear", "suggestive")]
+        undecided, untested = words.count("undecided"), words.count("not tested")
+        if undecided == len(tests) > 0:
+            said.append("No difference could be shown.")
+        elif undecided:
+            said.append(f"{undecided} other{'s are' if undecided > 1 else ' is'} undecided.")
+        if untested:
+            said.append(f"{untested} not tested: too few common seeds.")
+        return " ".join(said) or "Nothing to compare."
+
+    def tests_of(self, metric: str, among=None) -> list[Comparison]:
+        """The Comparisons of a metric without a factor, among these settings alone if some are named."""
+        return [one for one in self.tests if one.metric == metric and one.contrast.times == 1
+                and (among is None or set(one.contrast.settings) <= set(among))]
+
+    # -- layers and claims --
+
+    def layer_states(self, name: str) -> dict[str, int]:
+        """{state: how many layers, over the runs of a setting, ended in it}; report.py defines the states."""
+        counts = {"collapsed": 0, "starved": 0, "in use": 0}
+        for layer in (layer for run in self.groups[name] for layer in run.final["layers"]):
+            collapsed = len(layer["load"]) ** layer["load_entropy"] < len(layer["load"]) / 2
+            counts["collapsed" if collapsed else "starved" if layer["dead_experts"] else "in use"] += 1
+        return {state: n for state, n in counts.items() if n}
+
+    def layers_at_the_end(self, names) -> str:
+        """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""
+        states = {name: self.layer_states(name) for name in names}
+        said = [f"`{name}` " + ", ".join(f"{n} {state}" for state, n in of.items()) for name, of in states.items()]
+        alive = next((f"`{name}`" for name in names if set(states[name]) == {"in use"}), "none")
+        return (f"**Layers at the end of all runs.** {'; '.join(said)}. The first setting with every layer in use: "
+                f"{alive}.")
+
+    def outcome(self, claim: Claim) -> tuple[str, list]:
+        """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""
+        found = [(effect, effect.of(self.numbers)) for effect in claim.effects]
+        words = {effect.word(numbers) for effect, numbers in found}
+        return next(word for word in ("did not hold", "undecided", "held") if word in words), found
 
 
-def coefficient_sweep(groups):
-    """Ids of the configs that are one model but for the balance coefficient, by rising coefficient; [] for none."""
-    families = {}
-    for name, runs in groups.items():
-        rest = {key: value for key, value in runs[0].model.items() if key != "aux_coef"}
-        if runs[0].is_moe:
-            families.setdefault(json.dumps(rest, sort_keys=True), {}).setdefault(runs[0].model["aux_coef"], name)
-    largest = max(families.values(), key=len, default={})
-    return [largest[coefficient] for coefficient in sorted(largest)] if len(largest) > 1 else []
-
-
-def measure(row, name, layer=None):
-    """A field of a row, or of its MoE layers (their mean, or the one at index `layer`); nan for a dense model's."""
-    if name in row:
-        return math.nan if row[name] is None else float(row[name])
-    layers = row["layers"] if layer is None else row["layers"][layer : layer + 1]
-    if layers and name not in DERIVED and name not in layers[0]:
-        raise ValueError(f"no metric {name}: it stands in no row, and is neither derived from one (rows.py) nor "
-                         "measured")
-    numbers = [DERIVED[name](one) if name in DERIVED else one[name] for one in layers]
-    return float(np.mean(numbers)) if numbers else math.nan
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean of n values and the half width of its interval; the half width is nan where n is 1."""
-
-    mean: float
-    half: float
-    n: int
-    p: float = math.nan  # two-sided, against a mean of zero
-
-    low = property(lambda self: self.mean - self.half)
-    high = property(lambda self: self.mean + self.half)
-
-
-def t_interval(values, level=0.95):
-    """Student's t interval of a mean, n - 1 degrees of freedom. One value gives no interval, and no value nan."""
-    values = np.asarray(values, dtype=np.float64)
-    n = len(values)
-    mean = float(values.mean()) if n else math.nan
-    if n < 2 or not np.isfinite(values).all():
-        return Interval(mean, math.nan, n)
-    if np.ptp(values) == 0.0:  # not by their standard deviation, which rounding can raise above 0
-        return Interval(mean, 0.0, n, float(mean == 0.0))
-    error = float(values.std(ddof=1)) / math.sqrt(n)
-    half = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
-    return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
-
-
-def excess(run):
-    """Causal loss above the entropy rate of the text, in nats a byte; nan where nobody knows it."""
-    rates = [part.get("entropy_rate") for part in run.config["corpus"].values()]
-    return math.nan if None in rates else measure(run.final, "causal_cross_entropy") - float(np.mean(rates))
-
-
-def padding(run):
-    """Share of the places that a capacity limit keeps in the experts and that no token takes; nan without a limit."""
-    model, n = run.config["model"], run.config["training"]["batch_size"] * run.config["model"]["seq_len"]
-    if model["capacity_factor"] is None:
-        return math.nan
-    places = model["n_experts"] * capacity(n, model["n_experts"], model["top_k"], model["capacity_factor"]) / n
-    taken = np.mean([sum(layer["load"]) for layer in run.final["layers"]])
-    return 1 - taken / (places * run.final["validation_tokens"])
-
-
-def megaflops(run):
-    """Forward operations for one byte, in millions, with attention over half of the window."""
-    model = run.config["model"]
-    return count(architecture(model), context=model["seq_len"] / 2)[-1].flops / 1e6
-
-
-TOKEN_BYTES = 4  # of English, in the vocabularies of 50,000 tokens that papers use
-
-# Numbers of a run that no row holds as they are.
-OF_RUN = {
-    "padding": padding,
-    "megaflops": megaflops,
-    "parameters": lambda run: run.config["parameters"]["total"] / 1e6,
-    "excess": excess,
-    "seconds": lambda run: run.summary["seconds"],
-    "train_cross_entropy": lambda run: run.log[-1]["cross_entropy"],  # the mean over the steps since the row before
-    "worst_cv": lambda run: max(measure(row, "load_cv") for row in run.log if row["step"]),
-    "worst_dead": lambda run: max(measure(row, "dead_experts") for row in run.log if row["step"]),
-    "token_perplexity": lambda run: math.exp(TOKEN_BYTES * measure(run.final, "causal_cross_entropy")),
-    "lost_all": lambda run: 1 - measure(run.final, "token_coverage"),
-    "leak": lambda run: measure(run.final, "causal_cross_entropy") - measure(run.final, "val_cross_entropy"),
-}
-
-
-def value(run, name):
-    """A number of a finished run: of the run, of what was measured at its end, or of its final row."""
-    if name in OF_RUN:
-        return float(OF_RUN[name](run))
-    if name in run.measured:
-        return math.nan if run.measured[name] is None else float(run.measured[name])
-    return measure(run.final, name)
-
-
-def over_seeds(runs, name):
-    """Interval over the seeds of one config of a number of the finished runs."""
-    return t_interval([value(run, name) for run in runs])
-
-
-def gap(groups, name, first, second, factor=1):
-    """Interval of the differences first - factor * second of a number of two configs, paired by seed."""
-    ours, theirs = ({run.seed: value(run, name) for run in groups[config]} for config in (first, second))
-    return t_interval([ours[seed] - factor * theirs[seed] for seed in ours if seed in theirs])
+def _require_equal(runs, part):
+    """ValueError where runs that are averaged or compared differ in a part of their config.json."""
+    for run in runs[1:]:
+        one, other = (found if isinstance(found := each.config.get(part), dict) else {part: found}
+                      for each in (runs[0], run))
+        different = [f"{name}: {one.get(name)}, {other.get(name)}" for name in {**one, **other}
+                     if one.get(name) != other.get(name)]
+        if different:
+            raise ValueError(f"{runs[0].run_id} and {run.run_id} differ in their {part} ({'; '.join(different)}), so "
+                             "they are not averaged or compared: move one away")

@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import time
-from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
@@ -19,57 +18,15 @@ import numpy as np
 
 from .. import kernels
 from ..files import CheckpointError
-from ..model.config import ModelConfig
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
 from ..training.run_folder import RunError, RunFolder
-from ..training.trainer import Event, NonFiniteLoss, RunPlan, train
+from ..training.trainer import Event, NonFiniteLoss, train
 
 # errors that end one run and leave the others alone
 RUN_ERRORS = (NonFiniteLoss, RunError, CheckpointError, CorpusError, OSError, MemoryError)
 UNGUARDED = 93  # the exit code of a worker that was asked to start the study again
 GUARD = 'tinymoe: run_study with jobs above 1 starts this program again in each worker: put the call under ' \
         '`if __name__ == "__main__":`, or use jobs=1'
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the study's table."""
-
-    id: str
-    router: str
-    top_k: int
-    aux_coef: float
-    purpose: str
-
-    @property
-    def model(self):
-        """What this row changes of a ModelConfig, as a dict of fields."""
-        return {"router": self.router, "top_k": self.top_k, "aux_coef": self.aux_coef}
-
-
-CONFIGS = {s.id: s for s in (
-    Setting("A", "top_k", 1, 0.0, "no load balancing"),
-    Setting("B", "top_k", 1, 0.01, "light balancing"),
-    Setting("C", "top_k", 1, 0.1, "heavy balancing"),
-    Setting("D", "top_k", 2, 0.01, "Mixtral and Grok-1 style"),
-    Setting("E", "expert_choice", 2, 0.0, "guaranteed balance"),
-    Setting("F", "noisy_top_k", 2, 0.01, "exploration"),
-)}
-QUICK_STEPS = 200
-
-
-def runs(ids, n_seeds, training, overrides=None):
-    """The runs of the configs `ids` with seeds 0..n_seeds-1, seed by seed, as a list of RunPlan.
-
-    overrides: dict of ModelConfig fields for all of them; it wins over the table.
-    Raises ValueError where ModelConfig does, and for a vocabulary that does not hold every byte.
-    """
-    found = [RunPlan(s.id, s.purpose, seed, ModelConfig(**s.model | (overrides or {})), training)
-             for seed in range(n_seeds) for s in (CONFIGS[i] for i in ids)]
-    for run in found:
-        if run.model.vocab_size < 256:
-            raise ValueError(f"vocab_size {run.model.vocab_size} must be at least 256: the tokens of a study are bytes")
-    return found
 
 
 def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda event: None) -> dict[str, str]:

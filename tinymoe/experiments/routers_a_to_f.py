@@ -1,0 +1,71 @@
+"""The study: six routings of one model, configs A to F, which `python cli.py study` trains and writes up."""
+
+from itertools import combinations
+
+from ..study.experiment import Claim, Effect, Experiment, Scale, Setting, planned
+from ..study.figures import at_the_end, by_layer, domain_by_expert, expert_load, over_steps
+from ..study.quantities import LOSS
+from ..study.statistics import Contrast
+
+QUESTIONS = (  # question, settings that it compares, quantities, what to be careful about
+    ("Which balance coefficient, and what does it do?", "ABC", (LOSS, "load_cv", "mi_excess"),
+     "Information cannot exceed the entropy of the load, and an uneven load can carry much of it. More information is "
+     "not better routing."),
+    ("Do the routers lead to different specialisation?", "DEF",
+     ("mi_excess", "byte_excess", "repetition", "weight_divergence"),
+     "A byte often gives its domain away, so domain information does not show that experts follow topics. D, E and F "
+     "have equal K but different balance losses: a difference belongs to the config, not to its router alone."),
+    ("What does guaranteed balance cost?", "EDF", (LOSS,),
+     "E is compared at equal K; D - F stands beside it for scale. The leaky loss of E routes the whole batch at once, "
+     "as in training. The causal loss must change that rule as well, so their difference is the leak and the change "
+     "together. The causal rule guarantees no balance: neither loss is the price of balance alone."))
+
+
+def say_routers(r):
+    """The three questions, each with its verdicts, of the settings that have runs."""
+    said = []
+    for question, names, metrics, _ in QUESTIONS:
+        there = [name for name in names if name in r.with_experts]
+        if len(there) < 2:
+            said.append(f"*{question}* Not answered: it needs two of {', '.join(sorted(names))} with experts.")
+            continue
+        parts = [r.range_and_verdicts(metric, there) for metric in metrics]
+        if names == "ABC":
+            parts.append(r.layers_at_the_end(there))
+        said.append("\n  - ".join([f"*{question}*", *parts]))
+    return said
+
+
+routers_a_to_f = Experiment(
+    name="study", question="What do six routings do to one model?", adjustable=True,
+    settings=tuple(Setting(name, what, model={"router": router, "top_k": k, "aux_coef": aux})
+                   for name, router, k, aux, what in (
+                       ("A", "top_k", 1, 0.0, "no load balancing"), ("B", "top_k", 1, 0.01, "light balancing"),
+                       ("C", "top_k", 1, 0.1, "heavy balancing"), ("D", "top_k", 2, 0.01, "Mixtral and Grok-1 style"),
+                       ("E", "expert_choice", 2, 0.0, "guaranteed balance"),
+                       ("F", "noisy_top_k", 2, 0.01, "exploration"))),
+    training={}, scales={"quick": Scale({}, 200, 1), "default": Scale({}, 2000, 1)},
+    metrics=(LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch",
+             "dead_experts", "mi_excess", "byte_excess", "repetition", "weight_divergence", "token_coverage",
+             "drop_rate", "excess"),
+    planned=(*(one for _, names, metrics, _ in QUESTIONS for one in planned(metrics, combinations(names, 2))),
+             Contrast("leak", "E"), Contrast("load_cv", "A", minus="B", times=3),
+             Contrast("byte_over_domain", tuple("ABCDEF"))),
+    say=say_routers, caution=" ".join(caution for *_, caution in QUESTIONS),
+    figures={"perplexity_over_steps": over_steps(None, "causal_perplexity", enlarged=True),
+             "final_perplexity": at_the_end("causal_perplexity", "causal_bits_per_byte"),
+             "expert_load": expert_load,
+             "imbalance": at_the_end("load_cv", "max_violation", "max_violation_batch", experts_only=True),
+             "domain_by_expert": domain_by_expert,
+             "router_entropy": by_layer("router_entropy_share", "marginal_entropy_share"),
+             "weight_divergence": by_layer("weight_divergence"),
+             "coverage_and_drops": by_layer("token_coverage", "drop_rate")},
+    claims=(Claim(None, "The loss is lower with the routing of training than with causal routing", "Zhou 2022",
+                  (Effect("leak", "E", ">", 0),)),
+            Claim(None, "Without a balance loss the load CV is over 3 times that of light balancing",
+                  "Shazeer 2017, table 6", (Effect("load_cv", "A", ">", 0, minus="B", times=3),)),
+            Claim(None, "In every config experts tell more of the byte than of the domain", "Jiang 2024; Xue 2024",
+                  (Effect("byte_over_domain", tuple("ABCDEF"), ">", 0),)),
+            Claim(None, "Expert choice has load CV 0 (below 0.01) and leaves bytes without an expert", "Zhou 2022",
+                  (Effect("load_cv", "E", "<", 0.01, every_run=True),
+                   Effect("token_coverage", "E", "<", 1, every_run=True)))))

@@ -1,0 +1,188 @@
+"""The table of quantities: every number that tables, figures and summary.csv show of a run is defined here, once.
+
+To add a metric, add one Quantity to the list. Without `of`, it is the field `name` of a log row, of the row's MoE
+layers, or of what an experiment measured at the end of the run. With `of`, it is computed from what is stored.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..model.counting import architecture, count
+from ..moe.routing import capacity
+
+LOSS = "causal_cross_entropy"
+TOKEN_BYTES = 4  # bytes of English in a token of the 50,000-token vocabularies that papers use
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a run. per: what `of` is given, "layer" or "row" (a dict of the log) or "run" (a RunRecord).
+
+    A quantity per layer is averaged over the MoE layers of a row; one per run exists only at the end of a run.
+    """
+
+    name: str
+    label: str = ""
+    unit: str = ""
+    digits: int = 3  # after the decimal point, in tables
+    of: Callable | None = None
+    per: str = "layer"
+
+    @property
+    def title(self) -> str:
+        """The label with its unit, as tables and axes show it."""
+        return (self.label or self.name.replace("_", " ")) + (f" ({self.unit})" if self.unit else "")
+
+    @property
+    def heading(self) -> str:
+        """The title as the beginning of a paragraph."""
+        return f"**{self.title[0].upper()}{self.title[1:]}.**"
+
+
+def _share_of_maximum(entropy):
+    return lambda layer: layer[entropy] / math.log(max(2, len(layer["load"])))
+
+
+def _excess(name):
+    return lambda layer: layer[name] - layer[f"{name}_null"]
+
+
+def _worst(name):
+    return lambda run: max(in_row(row, name) for row in run.log if row["step"])
+
+
+def above_entropy(run):
+    """Causal loss above the entropy rate of the text, in nats a byte; nan where that rate is unknown."""
+    rates = [part.get("entropy_rate") for part in run.config["corpus"].values()]
+    return math.nan if None in rates else run.final[LOSS] - float(np.mean(rates))
+
+
+def padding(run):
+    """Share of the places kept by a capacity limit that stay empty; nan without a limit."""
+    model, final = run.model, run.final
+    if model.get("capacity_factor") is None or not final["layers"]:
+        return math.nan
+    n = run.config["training"]["batch_size"] * model["seq_len"]
+    places = model["n_experts"] * capacity(n, model["n_experts"], model["top_k"], model["capacity_factor"]) / n
+    taken = np.mean([sum(layer["load"]) for layer in final["layers"]])
+    return 1 - taken / (places * final["validation_tokens"])
+
+
+def megaflops(run):
+    """Floating-point operations of the forward pass for one byte, in millions, with attention over half a window."""
+    try:
+        return count(architecture(run.model), context=run.model["seq_len"] / 2)[-1].flops / 1e6
+    except (KeyError, TypeError, ValueError):  # the model of another version
+        return math.nan
+
+
+QUANTITIES = {quantity.name: quantity for quantity in (
+    # losses
+    Quantity(LOSS, "causal loss", "nats"),
+    Quantity("causal_perplexity", "causal perplexity", digits=2),
+    Quantity("causal_bits_per_byte", "causal loss", "bits"),
+    Quantity("val_cross_entropy", "loss routed as in training", "nats"),
+    Quantity("val_perplexity", "perplexity routed as in training", digits=2),
+    Quantity("val_bits_per_byte", "loss routed as in training", "bits"),
+    Quantity("leak", "causal loss - loss routed as in training", "nats", per="row",
+             of=lambda row: row[LOSS] - row["val_cross_entropy"]),
+    Quantity("token_perplexity", f"causal perplexity over {TOKEN_BYTES} bytes", digits=2, per="row",
+             of=lambda row: math.exp(TOKEN_BYTES * row[LOSS])),
+    Quantity("excess", "causal loss above the entropy of the text", "nats", of=above_entropy, per="run"),
+    Quantity("cross_entropy", "training loss", "nats"),
+    # load
+    Quantity("load_cv", "load CV"),
+    Quantity("worst_cv", "largest load CV while training", of=_worst("load_cv"), per="run"),
+    Quantity("max_violation", "MaxVio, validation set"),
+    Quantity("max_violation_batch", "MaxVio, mean over batches"),
+    Quantity("load_entropy", "load entropy", "share of ln E"),
+    Quantity("dead_experts", "dead experts in a layer"),
+    Quantity("worst_dead", "most dead experts in a layer while training", of=_worst("dead_experts"), per="run"),
+    Quantity("drop_rate", "share of assignments dropped"),
+    Quantity("padding", "padding", of=padding, per="run"),
+    Quantity("token_coverage", "coverage", digits=4),
+    Quantity("lost_all", "share of bytes without any expert", of=lambda layer: 1 - layer["token_coverage"]),
+    Quantity("router_entropy", "router entropy", "nats"),
+    Quantity("marginal_entropy", "entropy of the mean probabilities", "nats"),
+    Quantity("router_entropy_share", "entropy for a byte", "share of ln E", of=_share_of_maximum("router_entropy")),
+    Quantity("marginal_entropy_share", "entropy of the mean", "share of ln E",
+             of=_share_of_maximum("marginal_entropy")),
+    # what experts know
+    Quantity("mutual_information", "domain information with its null", "nats"),
+    Quantity("mutual_information_null", "null of the domain information", "nats"),
+    Quantity("mi_excess", "domain information", "nats", of=_excess("mutual_information")),
+    Quantity("byte_information", "byte information with its null", "nats"),
+    Quantity("byte_information_null", "null of the byte information", "nats"),
+    Quantity("byte_excess", "byte information", "nats", of=_excess("byte_information")),
+    Quantity("byte_over_domain", "byte information - domain information", "nats",
+             of=lambda layer: _excess("byte_information")(layer) - _excess("mutual_information")(layer)),
+    Quantity("domain_given_byte", "domain information beyond the byte", "nats"),
+    Quantity("class_information_excess", "byte class information", "nats"),
+    Quantity("position_information_excess", "position information", "nats"),
+    Quantity("bigram_information_excess", "domain information of a table of byte pairs", "nats"),
+    Quantity("bigram_accuracy", "accuracy of a table of byte pairs"),
+    Quantity("repetition", "repetition"),
+    Quantity("weight_divergence", "weight divergence"),
+    Quantity("function_divergence", "function divergence"),
+    Quantity("drop_cost", "loss if an expert is dropped", "+ nats"),
+    Quantity("drop_spread", "spread of that over domains", "nats"),
+    Quantity("swap_cost", "loss if two experts are swapped", "+ nats"),
+    Quantity("force_cost", "loss if one expert serves all", "+ nats"),
+    Quantity("noise_share", "share of noise in a batch's router gradient"),
+    # what changes a route
+    Quantity("mates_rerouted", "share of bytes rerouted by other neighbours"),
+    Quantity("mates_logits", "largest change of a logit by other neighbours"),
+    Quantity("later_rerouted", "share of bytes rerouted by later bytes"),
+    Quantity("later_logits", "largest change of a logit by later bytes"),
+    # what it takes
+    Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
+    Quantity("megaflops", "work for a byte", "MFLOP", of=megaflops, per="run"),
+    Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
+    *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in (1, 2, 4, 8, 16) for name, label in (
+        ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
+        ("link", "bytes on the busiest link for a byte"), ("slowest", "slowest device / mean load"),
+        ("path", "microseconds for a batch and layer"))))}
+
+
+def quantity(name: str) -> Quantity:
+    """The Quantity of a name; a field of a row that has no entry, such as a new term of the loss, is read as it is."""
+    return QUANTITIES.get(name) or Quantity(name)
+
+
+def title(name: str) -> str:
+    """What a quantity is called in tables and at axes."""
+    return quantity(name).title
+
+
+def in_row(row: dict, name: str, layer: int | None = None) -> float:
+    """A quantity in a row of a log: the mean over its MoE layers, or the one at index `layer`; nan where it has none.
+
+    Raises ValueError for a name that is neither in the table nor in the row.
+    """
+    one = quantity(name)
+    if one.of and one.per == "row":
+        return float(one.of(row))
+    if name in row:
+        return math.nan if row[name] is None else float(row[name])
+    layers = row["layers"] if layer is None else row["layers"][layer:layer + 1]
+    numbers = [one.of(each) if one.of else each.get(name) for each in layers]
+    if name not in QUANTITIES and (not numbers or None in numbers):
+        raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
+    return math.nan if not numbers or None in numbers else float(np.mean(numbers))
+
+
+def value(run, name: str) -> float:
+    """A quantity of a finished run: of the run, of what was measured at its end, or of its final row; nan for none.
+
+    Numbers of training, such as a term of the loss, are means over the steps since the evaluation before the last.
+    """
+    one = quantity(name)
+    if one.per == "run":
+        return float(one.of(run))
+    for row in (run.measured, run.final, run.log[-1]):
+        if name in row:
+            return math.nan if row[name] is None else float(row[name])
+    return in_row(run.final, name)
