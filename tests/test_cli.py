@@ -57,7 +57,8 @@ def test_help_is_instant_and_imports_nothing_heavy():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.4
-    shown = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True).stderr
+    shown = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True,
+                           text=True).stderr
     imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.splitlines()}
     assert "click" in imported and not imported & {"numba", "numpy", "scipy", "matplotlib", "tinymoe"}
 
@@ -65,7 +66,8 @@ def test_help_is_instant_and_imports_nothing_heavy():
 @pytest.mark.parametrize("command", cli.main.commands)
 def test_every_command_has_help(command):
     code, output = invoke(command, "--help")
-    assert code == 0 and output.startswith("Usage:") and cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
+    assert code == 0 and output.startswith("Usage:")
+    assert cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
 
 
 def test_the_help_of_params_names_every_preset():
@@ -130,7 +132,8 @@ def test_odd_names_of_domains_reach_figures_and_findings(text, tmp_path):
 def test_what_is_no_file_in_a_folder_of_texts_is_passed_over(text, tmp_path):
     (tmp_path / "plain.txt").write_text(WORDS)
     os.mkfifo(tmp_path / "pipe")
-    done = subprocess.run([sys.executable, "-c", f"from tinymoe.training.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"],
+    names = f"from tinymoe.training.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"
+    done = subprocess.run([sys.executable, "-c", names],
                           capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.stdout == "['plain']\n"
 
@@ -143,7 +146,8 @@ def test_seeds_and_steps_make_the_runs(text, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monkeypatch):
     real = train.Trainer.advance
-    monkeypatch.setattr(train.Trainer, "advance", lambda self: real(self) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train.Trainer, "advance",
+                        lambda self: real(self) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
     code, output = study(text, tmp_path / "torn", "--config", "F")
     assert code == 130 and "Interrupted. The same command goes on from the last checkpoints." in output
     monkeypatch.undo()
@@ -240,7 +244,8 @@ def test_what_cannot_be_frozen_fails_that_run_alone(freeze, named, text, tmp_pat
 
 def test_a_usage_error_of_the_real_program():
     result = subprocess.run([sys.executable, ROOT / "cli.py", "study", "--steps", "0"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == "" and result.stderr.splitlines()[-1].startswith("Error: Invalid value for '--steps'")
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.splitlines()[-
+        1].startswith("Error: Invalid value for '--steps'")
 
 
 # -- routers, probe, params --
@@ -264,7 +269,8 @@ def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
         assert code == 1 and "a probe needs" in output
 
 
-@pytest.mark.parametrize("text, message", [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", ""),
+@pytest.mark.parametrize("text, message",
+                         [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", ""),
                                            ("[" * 100000, "")])
 def test_params_refuses_what_is_no_config(tmp_path, text, message):
     path = tmp_path / "config.json"
@@ -291,7 +297,8 @@ def run(finished):
 def test_route_shows_each_byte_above_its_expert(run, finished, monkeypatch):
     code, output = invoke("route", run, "one two\n", "--gate", "--entropy")
     text, expert, gate, entropy = (line[8:] for line in output.splitlines()[1:5])
-    assert code == 0 and text == "one two↵" and set(expert) <= set("0123") and len(expert) == len(gate) == len(entropy) == 8
+    assert code == 0 and text == "one two↵"
+    assert set(expert) <= set("0123") and len(expert) == len(gate) == len(entropy) == 8
     assert "prefix alone" not in output and "windows" not in output
     code, output = invoke("route", finished / "runs" / "E-seed0", "more than sixteen bytes")
     assert code == 0 and "every 16" in output and "prefix alone" in output
@@ -315,19 +322,25 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     assert all(c.isprintable() or c in "\n\t" for c in output)
     assert output == invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40)[1]
     assert output != invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40, "--seed", 1)[1]
-    greedy = [invoke("generate", run, "--prompt", "ab", "--length", 8, *options) for options in (("--temperature", 0), ("--top", 1))]
+    greedy = [invoke("generate", run, "--prompt", "ab", "--length", 8, *options)
+              for options in (("--temperature", 0), ("--top", 1))]
     assert greedy[0] == greedy[1] and greedy[0][0] == 0
 
 
 @pytest.mark.parametrize("typed, code, named", [
-    ("route {dir}/nowhere a", 1, "nowhere"), ("view {dir}/nowhere", 1, "nowhere"), ("generate {dir}/nowhere --prompt a", 1, "nowhere"),
-    ("route {dir}/torn a", 1, "not a whole"), ("view {dir}/torn", 1, "not a whole"), ("generate {dir}/torn --prompt a", 1, "not a whole"),
+    ("route {dir}/nowhere a", 1, "nowhere"), ("view {dir}/nowhere", 1, "nowhere"),
+    ("generate {dir}/nowhere --prompt a", 1, "nowhere"),
+    ("route {dir}/torn a", 1, "not a complete"), ("view {dir}/torn", 1, "not a complete"),
+    ("generate {dir}/torn --prompt a", 1, "not a complete"),
     ("view {dir}/none", 1, "checkpoint.npz does not exist"), ("route {run} a --layer 0", 1, "--layer 0: .* are 1"),
     ("route {run} ", 2, "TEXT is empty"), ("view {run} --text {dir}/missing.txt", 1, "missing.txt"),
     ("view {run} --text {dir}/empty.txt", 1, "empty.txt is empty"), ("view {run} --text {dir}", 1, "directory"),
-    ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"), ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
-    ("generate {run} --prompt a --temperature nan", 2, "temperature nan"), ("generate {run} --prompt a --temperature hot", 2, "hot"),
-    ("generate {run} --prompt ", 2, "prompt is empty"), ("generate {run} --prompt a --length 0", 2, "0 is not in the range")])
+    ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"),
+    ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
+    ("generate {run} --prompt a --temperature nan", 2, "temperature nan"),
+    ("generate {run} --prompt a --temperature hot", 2, "hot"),
+    ("generate {run} --prompt ", 2, "prompt is empty"),
+    ("generate {run} --prompt a --length 0", 2, "0 is not in the range")])
 def test_a_run_that_cannot_be_shown_ends_in_one_clear_line(typed, code, named, run, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "none").mkdir()

@@ -33,7 +33,8 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module", params=["D", "capacity", "E"])
 def run(request, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1}}[request.param]  # in the last two some go without
+    # in the last two some go without
+    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1}}[request.param]
     train.train(tiny("E" if request.param == "E" else "D", model={"moe_layers": [0, 1]} | more), corpus, folder)
     return folder
 
@@ -74,7 +75,8 @@ def test_colour_adds_nothing_that_the_lines_below_do_not_say():
     assert coloured[0].count("\x1b[0m") == 2 and coloured[1:] == plain[1:]  # who has no expert has no colour
 
 
-@pytest.mark.parametrize("byte, shown", [(65, "A"), (32, " "), (10, "↵"), (9, "→"), (0, "¤"), (27, "¤"), (127, "¤"), (255, "·")])
+@pytest.mark.parametrize("byte, shown",
+                         [(65, "A"), (32, " "), (10, "↵"), (9, "→"), (0, "¤"), (27, "¤"), (127, "¤"), (255, "·")])
 def test_every_byte_has_one_visible_character(byte, shown):
     assert view.symbol(byte) == shown
 
@@ -206,8 +208,9 @@ try {
   say("reachable", [...document.querySelectorAll("button, input")].every(c => c.tabIndex === 0 && (c.textContent || c.labels.length)));
 } catch (error) { errors.push(String(error)); }
 document.body.append(make("pre", "", JSON.stringify({errors, ...Object.fromEntries(out)}), {id: "result"}));
-</script>"""
-CATCH = "<script>const errors = []; window.onerror = message => { errors.push(message); }; console.error = console.warn = message => errors.push(message);</script>"
+</script>"""  # noqa: E501
+CATCH = """<script>const errors = []; window.onerror = message => { errors.push(message); };
+console.error = console.warn = message => errors.push(message);</script>"""
 
 
 @pytest.fixture
@@ -216,7 +219,8 @@ def shown(run, tmp_path):
     if BROWSER is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
     page = view.page(run)
-    (tmp_path / "page.html").write_text(page.replace("<style>", CATCH + "<style>").replace("</html>", DRIVE + "</html>"), encoding="utf-8")
+    page_with_script = page.replace("<style>", CATCH + "<style>").replace("</html>", DRIVE + "</html>")
+    (tmp_path / "page.html").write_text(page_with_script, encoding="utf-8")
     quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
     dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", *(f"--{name}" for name in quiet.split()),
                           f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
@@ -253,5 +257,6 @@ def test_the_page_in_a_browser(shown, run):
     assert got["first step"] == "0 of 6" and got["last"] == "6 of 6"
     assert got["saturation"] == [f"{value:.2f}" for value in data["saturation"][0]]
     # filters
-    assert got["one domain"] == [d == 0 for d in data["domain"]] and got["pressed"] == "true" and all(got["all domains"])
+    assert got["one domain"] == [d == 0 for d in data["domain"]] and all(got["all domains"])
+    assert got["pressed"] == "true"
     assert got["dim"] == (~chosen[:, :, 1]).tolist() and got["bright"] == 0 and len(got["numbers"]) > 2
