@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from test_train import MODEL, TRAINING, WORDS, results, snapshot
-from tinymoe import ModelConfig
-from tinymoe import files
-from tinymoe.study import figures as plots, report
-from tinymoe.training import trainer as train
+import tinymoe
+from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
+from tinymoe import ModelConfig, files
 from tinymoe.model.counting import PRESETS
+from tinymoe.study import figures as plots
+from tinymoe.study import report
+from tinymoe.study.runner import Event
+from tinymoe.training import trainer as train
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -68,6 +71,17 @@ def test_every_command_has_help(command):
     code, output = invoke(command, "--help")
     assert code == 0 and output.startswith("Usage:")
     assert cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
+
+
+def test_the_summary_of_every_command_is_one_whole_line():
+    shown = subprocess.run([sys.executable, ROOT / "cli.py", "--help"], capture_output=True, text=True).stdout
+    lines = shown.split("Commands:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == list(cli.main.commands)
+    assert all(line.endswith(".") and "..." not in line for line in lines)
+
+
+def test_the_version_is_that_of_the_package():
+    assert invoke("--version") == (0, f"tinymoe {tinymoe.__version__}\n")
 
 
 def test_the_help_of_params_names_every_preset():
@@ -149,7 +163,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
     monkeypatch.setattr(train.Trainer, "advance",
                         lambda self: real(self) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
     code, output = study(text, tmp_path / "torn", "--config", "F")
-    assert code == 130 and "Interrupted. The same command goes on from the last checkpoints." in output
+    assert code == 130 and "Interrupted. The same command resumes from the last checkpoints." in output
     monkeypatch.undo()
     for out in ("torn", "whole"):
         assert study(text, tmp_path / out, "--config", "F")[0] == 0
@@ -172,6 +186,68 @@ def test_a_loss_that_is_not_finite_exits_1_after_the_others(text, tmp_path):
     assert all("at step 2, beginning in" in line for line in errors)
 
 
+# -- progress --
+
+
+class Watch:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
+    clock, runs = Watch(), [tiny("A", steps=100), tiny("B", steps=100)]
+    with cli.Progress(runs, clock) as progress:
+        progress.note(Event("resumed", "B-seed0", 60))
+        for step in range(1, 31):  # a step of each run in two seconds
+            clock.now += 2
+            progress.note(Event("step", "A-seed0", step, 3 - step / 100))
+            progress.note(Event("step", "B-seed0", 60 + step, 2.5))
+        progress.note(Event("done", "B-seed0"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line for line in lines if "left" in line] == [
+        "44%, 2 min left: A-seed0 step 15, loss 2.850; B-seed0 step 74, loss 2.500",  # 29 steps in 30 s, 111 to go
+        "60%, 82 s left: A-seed0 step 30, loss 2.700; B-seed0 step 89, loss 2.500"]  # 59 steps in 60 s, 81 to go
+    assert "B-seed0: resumed from step 60" in lines and "B-seed0: done" in lines
+
+
+# -- the output --
+
+
+def program(*args, **settings):
+    return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, args)], stderr=subprocess.PIPE, **settings)
+
+
+@pytest.mark.parametrize("args", [["routers"], ["route", "{run}", "a\n"], ["generate", "{run}", "--prompt", "\u00fc\u2014", "--length", 1],
+                                  ["route", "{run}", "a", "--gate"]])
+def test_an_output_of_eight_bits_gets_question_marks(args, run):
+    done = program(*(str(arg).format(run=run) for arg in args), stdout=subprocess.PIPE,
+                   env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("args", [["--help"], ["routers"], ["route", "{run}", "a"], ["params", "grok-1"], ["study", "--plot-only"]])
+def test_an_output_that_is_full_ends_in_one_line(args, run, finished, tmp_path):
+    if args[0] == "study":
+        shutil.copytree(finished, tmp_path / "study")
+        args = [*args, "--out", tmp_path / "study"]
+    with open("/dev/full", "w") as full:
+        done = program(*(str(arg).format(run=run) for arg in args), stdout=full)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"Error: .*No space left on device.*\n", done.stderr)
+
+
+def test_text_of_a_file_reaches_the_terminal_escaped(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    files.save_arrays(tmp_path / "run/checkpoint.npz", {}, {"kind": "\x1b[2Jgone"})
+    code, output = invoke("route", tmp_path / "run", "a")
+    assert code == 1 and "\x1b" not in output and r"holds a \x1b[2Jgone" in output
+
+
 # -- mistakes --
 
 MISTAKES = {  # what is typed: (exit code, what the line must name)
@@ -191,6 +267,11 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--out {dir}/nothing --plot-only": (1, "nothing"),
     "--out {dir}/missing --plot-only": (1, "missing"),
     "--out {dir}/short.txt --plot-only": (1, "short.txt"),
+    "--out {dir}/short.txt/": (1, "short.txt"),
+    "--out=": (2, "empty"),
+    "--out {dir}/\udcff": (2, "UTF-8"),
+    "--seeds 1001": (2, "1001 is not in the range"),
+    "--set router.x": (2, "router.x"),
     "--set top_k=99": (2, "top_k 99 "),
     "--set top_k=1.5": (2, "top_k 1.5 "),
     "--set top_k=two": (2, "top_k two|top_k 'two'"),
@@ -314,6 +395,10 @@ def test_view_writes_a_page_into_the_run_or_elsewhere(run, text, tmp_path):
     assert code == 0 and str(out) in output and out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert invoke("view", run)[0] == 0 and (run / "view.html").exists()
     (run / "view.html").unlink()
+    (tmp_path / "link").symlink_to(out)
+    out.write_text("old")
+    assert invoke("view", run, "--text", text, "--out", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink() and out.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_generate_continues_a_prompt_and_repeats_itself(run):
@@ -336,6 +421,9 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     ("route {run} ", 2, "TEXT is empty"), ("view {run} --text {dir}/missing.txt", 1, "missing.txt"),
     ("view {run} --text {dir}/empty.txt", 1, "empty.txt is empty"), ("view {run} --text {dir}", 1, "directory"),
     ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"),
+    ("view {run} --out {run}/log.jsonl", 2, "is a file of a run"),
+    ("view {run} --out {run}/routings/000006.npz", 2, "is a file of a run"),
+    ("view {run} --out {dir}/link.html", 2, "is a file of a run"),
     ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
     ("generate {run} --prompt a --temperature nan", 2, "temperature nan"),
     ("generate {run} --prompt a --temperature hot", 2, "hot"),
@@ -345,6 +433,7 @@ def test_a_run_that_cannot_be_shown_ends_in_one_clear_line(typed, code, named, r
     (tmp_path / "empty.txt").touch()
     (tmp_path / "none").mkdir()
     (tmp_path / "torn").mkdir()
+    (tmp_path / "link.html").symlink_to(run / "checkpoint.npz")
     (tmp_path / "torn" / "checkpoint.npz").write_bytes((run / "checkpoint.npz").read_bytes()[:-2000])
     got, output = invoke(*(part.format(dir=tmp_path, run=run) for part in typed.split(" ")))
     error = [line for line in output.splitlines() if line.startswith("Error:")]
