@@ -230,8 +230,8 @@ class Progress:
         self.steps = {run.run_id: run.training.steps for run in all_runs}
         self.reached = dict.fromkeys(self.steps, 0)
         self.losses = {}  # of the runs that train now
-        self.clock, self.trained, self.terminal = clock, 0, os.isatty(1)
-        self.started = self.printed = clock()
+        self.clock, self.terminal = clock, os.isatty(1)
+        self.trained = self.started = self.printed = None  # steps since the first one, and when it and the last line were
 
     def __enter__(self):
         self.bar = click.progressbar(length=sum(self.steps.values()), label="training", show_eta=True,
@@ -247,10 +247,7 @@ class Progress:
         self.reached[run] = event.step if event.kind in ("step", "resumed") else self.steps[run]
         if event.kind == "step":
             self.losses[run] = event.loss
-            self.trained += self.reached[run] - before
-            if not self.terminal and self.clock() - self.printed >= self.INTERVAL:
-                self.printed = self.clock()
-                click.echo(self.line())
+            self.count(self.reached[run] - before)
         elif event.kind == "resumed":
             click.echo(("\r\x1b[K" if self.terminal else "") + f"{run}: resumed from step {event.step}")
         else:
@@ -258,6 +255,17 @@ class Progress:
             if not self.terminal:
                 click.echo(f"{run}: {event.kind}")
         self.bar.update(self.reached[run] - before, event)
+
+    def count(self, steps):
+        """Count steps of training, and print a line when one is due. The first step counts not: compiling may precede it."""
+        now = self.clock()
+        if self.started is None:
+            self.trained, self.started, self.printed = 0, now, now
+            return
+        self.trained += steps
+        if not self.terminal and now - self.printed >= self.INTERVAL:
+            self.printed = now
+            click.echo(self.line())
 
     def line(self):
         """How far all runs are, how long the rest takes, and the step and loss of each that trains now."""
