@@ -231,7 +231,7 @@ class Progress:
         self.reached = dict.fromkeys(self.steps, 0)
         self.losses = {}  # of the runs that train now
         self.clock, self.terminal = clock, os.isatty(1)
-        self.trained = self.started = self.printed = None  # steps since the first one, and when it and the last line were
+        self.trained = self.started = self.printed = None  # steps after the first; when it was, and the last line
 
     def __enter__(self):
         self.bar = click.progressbar(length=sum(self.steps.values()), label="training", show_eta=True,
@@ -257,7 +257,7 @@ class Progress:
         self.bar.update(self.reached[run] - before, event)
 
     def count(self, steps):
-        """Count steps of training, and print a line when one is due. The first step counts not: compiling may precede it."""
+        """Count steps of training, and print a line when one is due. Time starts at the first step, after compiling."""
         now = self.clock()
         if self.started is None:
             self.trained, self.started, self.printed = 0, now, now
@@ -282,7 +282,8 @@ def _duration(seconds):
 
 def _write_up(out, plot):
     """Figures, summary.csv and FINDINGS.md of the runs under `out`, and a table of them on the screen."""
-    from tinymoe.study import report, results as rows
+    from tinymoe.study import report
+    from tinymoe.study import results as rows
     with _refusing(ValueError, OSError):
         groups = rows.complete_runs(out)
         if plot:
@@ -603,8 +604,8 @@ def gradcheck(only):
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 def bench(quick, profile, repeats, out):
     """Time experts and a training step, and how both scale."""
-    from tinymoe.tools import bench as b
     from tinymoe import kernels
+    from tinymoe.tools import bench as b
     with _refusing(OSError):
         seconds = kernels.compile_all("float32")
         click.echo(f"compiled in {seconds:.1f} s (kept for the next time); {_describe(b.machine())}")

@@ -220,7 +220,9 @@ def program(*args, **settings):
     return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, args)], stderr=subprocess.PIPE, **settings)
 
 
-@pytest.mark.parametrize("args", [["routers"], ["route", "{run}", "a\n"], ["generate", "{run}", "--prompt", "\u00fc\u2014", "--length", 1],
+@pytest.mark.parametrize("args",
+                         [["routers"], ["route", "{run}", "a\n"],
+                          ["generate", "{run}", "--prompt", "\u00fc\u2014", "--length", 1],
                                   ["route", "{run}", "a", "--gate"]])
 def test_an_output_of_eight_bits_gets_question_marks(args, run):
     done = program(*(str(arg).format(run=run) for arg in args), stdout=subprocess.PIPE,
@@ -229,7 +231,9 @@ def test_an_output_of_eight_bits_gets_question_marks(args, run):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("args", [["--help"], ["routers"], ["route", "{run}", "a"], ["params", "grok-1"], ["study", "--plot-only"]])
+@pytest.mark.parametrize("args",
+                         [["--help"], ["routers"], ["route", "{run}", "a"], ["params", "grok-1"],
+                          ["study", "--plot-only"]])
 def test_an_output_that_is_full_ends_in_one_line(args, run, finished, tmp_path):
     if args[0] == "study":
         shutil.copytree(finished, tmp_path / "study")

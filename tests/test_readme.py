@@ -12,10 +12,10 @@ import numpy as np
 
 import cli
 import tinymoe as tm
-from tinymoe.study import report
-from tinymoe.moe import routers
 from tinymoe.experiments import EXPERIMENTS
+from tinymoe.moe import routers
 from tinymoe.study import experiment_report as writeup
+from tinymoe.study import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

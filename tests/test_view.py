@@ -6,18 +6,18 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from test_train import WORDS, tiny
-from tinymoe import Tensor, Transformer
-from tinymoe import files
-from tinymoe.training import trainer as train
-from tinymoe.tools import view
-from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
+from tinymoe import Tensor, Transformer, files
 from tinymoe.files import CheckpointError, load_arrays, save_arrays
 from tinymoe.moe.routing import from_mask
+from tinymoe.tools import view
+from tinymoe.training import trainer as train
+from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -91,6 +91,20 @@ def test_a_long_text_is_routed_by_windows_on_the_prefix_alone():
     assert (shorter.mask() == whole.mask()[:9]).all()
 
 
+@pytest.mark.parametrize("name, there", [
+    ("checkpoint.npz", True), ("log.jsonl", True), (".lock", True), ("routings/000006.npz", True),
+    ("routings/new.html", True), ("view.html", False), ("notes.txt", False)])
+def test_a_page_never_replaces_a_file_of_a_run(name, there, tmp_path):
+    assert view.belongs_to_a_run(tmp_path / name) == there
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    assert view.belongs_to_a_run(tmp_path / "link") == there
+
+
+def test_the_terminal_needs_no_matplotlib():
+    code = "import sys; from tinymoe.tools import view; print(any('matplotlib' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 @pytest.mark.parametrize("model, said", [
     ({}, ""), ({"router": "expert_choice"}, "whole batch, so"), ({"router": "sinkhorn"}, "While training, sinkhorn"),
     ({"capacity_factor": 1.0}, "capacity limit")])
@@ -104,6 +118,8 @@ def test_a_note_says_where_the_route_is_not_causal(model, said):
 def test_the_page_holds_what_the_run_saved(run):
     data = data_of(view.page(run))
     assert data["steps"] == [0, 2, 4, 6] and data["layers"] == [0, 1] and data["saturation"][-1] == [1, 1]
+    final, _ = files.load_arrays(run / "routings" / "000006.npz", "routings")
+    assert data["perByte"] == final["chosen"].sum() / (2 * len(data["domain"]) * 16)  # counted, whatever top_k says
     for step, probs, gates in zip(data["steps"], data["probs"], data["gates"]):
         saved, _ = files.load_arrays(run / "routings" / f"{step:06}.npz", "routings")
         shape = saved["probs"].shape

@@ -31,7 +31,7 @@ def symbol(byte):
 
 
 def note(config):
-    """Sentences on where a route depends on more than its own prefix; "" for a causal router without a capacity limit."""
+    """Sentences on where a route depends on more than its prefix; "" for a causal router without a capacity limit."""
     router, said = ROUTERS[config.router], []
     if not router.causal:
         said.append(f"{config.router} chooses over the whole batch, so a byte's expert may depend on later bytes.")
@@ -175,8 +175,9 @@ def _data(steps):
     scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
     return {
         "run": header["run_id"], "router": model["router"], "topK": model["top_k"], "experts": model["n_experts"],
-        "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": list(model["moe_layers"]), "names": header["names"], "domain": final["domain"].tolist(),
-        "length": final["ids"].shape[1], "text": _base64(final["ids"]), "colours": PALETTE,
+        "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": list(model["moe_layers"]),
+        "names": header["names"], "domain": final["domain"].tolist(), "length": final["ids"].shape[1],
+        "text": _base64(final["ids"]), "colours": PALETTE,
         "note": note(ModelConfig.from_dict(model)), "steps": [header["step"] for _, header in steps],
         "limited": model["capacity_factor"] is not None and ROUTERS[model["router"]].chooses == "token",
         "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
