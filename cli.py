@@ -99,7 +99,7 @@ def _load_files(context, option, paths):
     """Run the files of --import; returns their absolute paths."""
     if paths:
         from tinymoe.moe import routers
-        with _refusing(Exception):
+        with _refusing(ValueError):
             for path in paths:
                 routers.load_file(path)
     return tuple(str(Path(path).resolve()) for path in paths)
@@ -156,7 +156,8 @@ def _settings(overrides):
         elif equals and name in known:
             known[name][name] = value
         else:
-            raise click.UsageError(f"--set {text}: write NAME=VALUE; `options` lists the names")
+            raise click.UsageError(f"--set {text}: write NAME=VALUE with a name that `options` lists, such as steps, "
+                                   "router.NAME for an option of the router, losses.NAME for a coefficient")
     return model, training
 
 
@@ -375,6 +376,38 @@ def routers(imports):
                "`study --config D --set router=NAME --out results/NAME` trains one.")
 
 
+@main.command()
+@_import_option
+def options(imports):
+    """List what --set can change, with defaults and meanings.
+
+    --set NAME=VALUE changes one: numbers, true, false, null, lists such as [1,3], or text.
+    """
+    import dataclasses
+
+    from tinymoe.model.config import ModelConfig
+    from tinymoe.moe.losses import LOSSES
+    from tinymoe.moe.routers import ROUTERS
+    from tinymoe.training.trainer import TrainConfig
+    for config, what in ((ModelConfig, "the model"), (TrainConfig, "training")):
+        fields = [(field.name, json.dumps(field.default), field.metadata.get("meaning", ""))
+                  for field in dataclasses.fields(config)]
+        _table([(what, "default", "meaning"), *fields])
+        click.echo()
+    takers = {}  # one line for each option, with the routers that take it
+    for name, router in ROUTERS.items():
+        for option, parameter in router.options().items():
+            if option != "vocab_size":  # that is the model's
+                meaning = router.meaning(option).split(". ")[0].rstrip(".")
+                key = f"router.{option}", json.dumps(parameter.default), meaning
+                takers.setdefault(key, []).append(name)
+    _table([("options of the router", "default", "meaning"),
+            *((*key[:2], f"{key[2]} ({', '.join(names)})") for key, names in sorted(takers.items()))])
+    click.echo()
+    _table([("coefficients of losses", "default", "meaning"),
+            *((f"losses.{name}", "0.0", loss.meaning) for name, loss in LOSSES.items() if name != "balance")])
+
+
 def _table(lines):
     """Print rows of cells in columns; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -445,7 +478,7 @@ def probe(router, steps, imports, overrides):
     def influence(what, found):
         click.echo(f"  {what:44} {found.tokens:6.1%} of tokens rerouted, logits change by up to {found.logits:.1e}")
 
-    click.echo(f"{config.router} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes")
+    click.echo(f"{', '.join(config.routers)} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes")
     click.echo("\nEffect of later tokens on earlier ones")
     influence("as evaluated", probes.causality(model, ids))
     influence("as trained", probes.causality(model, ids, training=True))
@@ -474,7 +507,8 @@ def probe(router, steps, imports, overrides):
 @click.option("--entropy", is_flag=True, help="Show the entropy of the router's probabilities, as bars.")
 @click.option("--layer", "layers", multiple=True, type=int,
               help="Show only this layer; repeat for several.  [default: all]")
-def route(run, text, gate, entropy, layers):
+@_import_option
+def route(run, text, gate, entropy, layers, imports):
     """Show in the terminal which expert each byte of TEXT goes to.
 
     It shows each MoE layer of the model in folder RUN. Routes are decided on the prefix alone. Below each byte stands
@@ -518,7 +552,8 @@ def _model(run):
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--text", type=click.Path(), help="Show the first bytes of this file instead of validation windows.")
 @click.option("--out", type=click.Path(path_type=Path), help="The page to write.  [default: RUN/view.html]")
-def view(run, text, out):
+@_import_option
+def view(run, text, out, imports):
     """Write an HTML page of the routes over the steps of a run.
 
     It shows text by layer and expert and needs no network. Without saved routings, and with --text, it shows what the
@@ -546,7 +581,8 @@ def view(run, text, out):
               help="Below 1: more of the likely bytes; 0: always the likeliest.")
 @click.option("--top", type=click.IntRange(min=1), help="Draw only among the N likeliest bytes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed, the same text.")
-def generate(run, prompt, length, temperature, top, seed):
+@_import_option
+def generate(run, prompt, length, temperature, top, seed, imports):
     """Continue a text, byte by byte, with the model of a run.
 
     Each byte is routed on the prefix alone.

@@ -1,6 +1,7 @@
 """The command line: fast help, one clear line for each mistake, and the smallest study from end to end."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -18,10 +19,13 @@ import tinymoe
 from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
 from tinymoe import ModelConfig, files
 from tinymoe.model.counting import PRESETS
+from tinymoe.moe.losses import LOSSES
+from tinymoe.moe.routers import ROUTERS
 from tinymoe.study import figures as plots
 from tinymoe.study import report
 from tinymoe.study.runner import Event
 from tinymoe.training import trainer as train
+from tinymoe.training.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -275,6 +279,11 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--out {dir}/\udcff": (2, "UTF-8"),
     "--seeds 1001": (2, "1001 is not in the range"),
     "--set router.x": (2, "router.x"),
+    "--set router.nonsense=1": (2, "nonsense is no option of top_k"),
+    "--set losses.nonsense=1": (2, "unknown loss 'nonsense'"),
+    "--set jitter=0.1": (2, "jitter=0.1: .*router.NAME"),
+    "--import {dir}/missing.py": (1, "missing.py"),
+    "--import {dir}/short.txt": (1, "short.txt"),
     "--set top_k=99": (2, "top_k 99 "),
     "--set top_k=1.5": (2, "top_k 1.5 "),
     "--set top_k=two": (2, "top_k two|top_k 'two'"),
@@ -291,16 +300,16 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--set max_norm=NaN": (2, "max_norm nan"),
     "--set aux_coef=much": (2, "aux_coef 'much'"),
     "--set aux_coef=NaN": (2, "aux_coef nan"),
-    "--set z_coef=null": (2, "z_coef None"),
+    "--set losses.z=null": (2, "z"),
     "--set capacity_factor=big": (2, "capacity_factor 'big'"),
-    "--set renormalise=maybe": (2, "renormalise 'maybe'"),
+    "--set router.renormalise=maybe": (2, "renormalise 'maybe'"),
     "--set vocab_size=10": (2, "vocab_size 10 "),
     "--set vocab_size=x": (2, "vocab_size 'x'"),
-    "--set renormalise=1": (2, "renormalise 1 "),
+    "--set router.renormalise=1": (2, "renormalise 1 "),
     "--set d_ff=100000000000000000000": (2, "d_ff 100000000000000000000 "),
     "--set batch_size=100000000000000000000": (2, "batch_size 100000000000000000000 "),
-    "--set jitter=1.5": (2, "jitter 1.5 "),
-    "--set n_groups=3 --set group_limit=1": (2, "n_groups 3 "),
+    "--set router.jitter=1.5": (2, "jitter 1.5 "),
+    "--set router.n_groups=3 --set router.group_limit=1": (2, "n_groups 3 "),
     "--set seq_len=100000": (1, "seq_len 100000"),
     "--set learning_rate=0.5": (1, "B-seed0 failed.*training learning_rate is.*--fresh"),
     "--set d_ff=8": (1, "B-seed0 failed.*model d_ff is.*--fresh"),
@@ -332,7 +341,68 @@ def test_a_usage_error_of_the_real_program():
         1].startswith("Error: Invalid value for '--steps'")
 
 
-# -- routers, probe, params --
+# -- routers, options, probe, params --
+
+MINE = '''
+from tinymoe import functional as F
+from tinymoe.moe.routers import LinearRouter
+from tinymoe.moe.routing import from_mask
+
+
+class Mine(LinearRouter, name="{name}"):
+    """Every expert whose probability is above a share of 1 / E.
+
+    share: what the probability is compared with, times E.
+    """
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, share: float = 1.0):
+        super().__init__(d_model, n_experts, top_k, rng, dtype)
+        self.share = share
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        probs = F.softmax(logits)
+        return from_mask(probs.data >= self.share / probs.shape[1], probs, logits, probs)
+'''
+
+
+def test_options_lists_every_setting_with_its_default_and_its_meaning():
+    code, output = invoke("options")
+    lines = [line.split(None, 2) for line in output.splitlines() if line]
+    listed = {line[0]: line[1:] for line in lines}
+    assert code == 0
+    for config in (ModelConfig, TrainConfig):
+        assert all(len(listed[field.name]) == 2 for field in dataclasses.fields(config))  # a default and a meaning
+    assert listed["n_experts"][0] == "8" and listed["steps"][0] == "2000" and listed["losses.z"][0] == "0.0"
+    for name, router in ROUTERS.items():
+        for option in router.options().keys() - {"vocab_size"}:
+            assert any(line[0] == f"router.{option}" and re.search(rf"\w .*\(.*\b{name}\b", line[2]) for line in lines)
+    assert all(len(listed[f"losses.{name}"]) == 2 for name in LOSSES if name != "balance")
+
+
+def test_an_imported_file_makes_its_router_known_with_its_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine_cli", None)  # which takes the name out again at the end
+    (tmp_path / "mine.py").write_text(MINE.format(name="mine_cli"))
+    code, output = invoke("options", "--import", tmp_path / "mine.py")
+    assert code == 0
+    assert re.search(r"router.share +1.0 +what the probability is compared with, times E \(mine_cli\)", output)
+    assert "mine_cli" in invoke("routers", "--import", tmp_path / "mine.py")[1]
+    sets = [x for one in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2", "router.share=0.5")
+            for x in ("--set", one)]
+    code, output = invoke("probe", "mine_cli", "--steps", 1, "--import", tmp_path / "mine.py", *sets)
+    assert code == 0 and output.startswith("mine_cli after 1 steps"), output
+
+
+def test_an_unknown_router_names_the_option_that_makes_it_known():
+    code, output = invoke("probe", "mine_unknown")
+    assert code == 1 and "unknown router 'mine_unknown'" in output and "--import FILE.py" in output
+
+
+def test_options_of_the_router_and_losses_are_set_by_name(text, tmp_path):
+    sets = ("--set", "router.renormalise=false", "--set", "router.jitter=0.25", "--set", "losses.importance=0.5")
+    assert study(text, tmp_path, "--config", "D", *sets)[0] == 0
+    model = json.loads((tmp_path / "runs/D-seed0/config.json").read_bytes())["model"]
+    assert model["router_options"] == {"renormalise": False, "jitter": 0.25} and model["losses"] == {"importance": 0.5}
 
 
 def test_routers_are_listed():

@@ -32,11 +32,12 @@ def symbol(byte):
 
 def note(config):
     """Sentences on where a route depends on more than its prefix; "" for a causal router without a capacity limit."""
-    router, said = ROUTERS[config.router], []
-    if not router.causal:
-        said.append(f"{config.router} chooses over the whole batch, so a byte's expert may depend on later bytes.")
-    elif not router.causal_training:
-        said.append(f"While training, {config.router} chooses over the whole batch; otherwise on the prefix alone.")
+    said = []
+    for name in config.routers:
+        if not ROUTERS[name].causal:
+            said.append(f"{name} chooses over the whole batch, so a byte's expert may depend on later bytes.")
+        elif not ROUTERS[name].causal_training:
+            said.append(f"While training, {name} chooses over the whole batch; otherwise on the prefix alone.")
     if config.capacity_factor is not None:
         said.append("Which bytes lose an expert to the capacity limit depends on the whole batch.")
     return " ".join(said)
@@ -171,15 +172,15 @@ def _data(steps):
     final, header = steps[-1]
     every = math.ceil(len(steps) * final["probs"].size / MAX_VALUES)
     steps = steps[::-every][::-1]  # keeps the last one
-    model = header["model"]
+    config = ModelConfig.from_dict(header["model"])
     scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
     return {
-        "run": header["run_id"], "router": model["router"], "topK": model["top_k"], "experts": model["n_experts"],
-        "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": list(model["moe_layers"]),
+        "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_experts,
+        "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": config.moe_layers,
         "names": header["names"], "domain": final["domain"].tolist(), "length": final["ids"].shape[1],
         "text": _base64(final["ids"]), "colours": PALETTE,
-        "note": note(ModelConfig.from_dict(model)), "steps": [header["step"] for _, header in steps],
-        "limited": model["capacity_factor"] is not None and ROUTERS[model["router"]].chooses == "token",
+        "note": note(config), "steps": [header["step"] for _, header in steps],
+        "limited": config.capacity_factor is not None and all(ROUTERS[r].chooses == "token" for r in config.routers),
         "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
                        for arrays, _ in steps],
         "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,
