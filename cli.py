@@ -115,7 +115,7 @@ def _out_option(text, **settings):
 
 
 _import_option = click.option("--import", "imports", multiple=True, type=click.Path(), metavar="FILE.py", is_eager=True,
-                              callback=_load_files, help="Run this file first: it defines routers. Repeat for several.")
+                              callback=_load_files, help="Run this file first: it defines a router or a loss.")
 _set_option = click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE",
                            help="Change a setting, e.g. n_experts=16; `options` lists them. Repeat for several.")
 

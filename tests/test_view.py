@@ -179,6 +179,18 @@ def test_routings_of_two_runs_make_no_page(tmp_path, corpus):
         view.page(tmp_path)
 
 
+@pytest.mark.parametrize("name, array", [
+    ("probs", np.zeros((2, 32, 3))), ("probs", np.zeros(4)), ("gates", np.array("text")), ("ids", np.zeros(3)),
+    ("chosen", np.zeros((1, 1, 1), bool)), ("gates", np.full((2, 64, 4), np.nan)), ("domain", np.array(1j))])
+def test_arrays_that_do_not_fit_the_model_make_no_page(name, array, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/routings/000006.npz"
+    arrays, header = load_arrays(path, "routings")
+    save_arrays(path, arrays | {name: array}, header)
+    with pytest.raises(CheckpointError, match="of another version or of several runs"):
+        view.page(tmp_path / "run")
+
+
 def test_what_cannot_be_shown(run, tmp_path, corpus):
     (tmp_path / "empty").touch()
     with pytest.raises(CorpusError, match="is empty"):

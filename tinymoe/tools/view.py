@@ -173,6 +173,10 @@ def _data(steps):
     every = math.ceil(len(steps) * final["probs"].size / MAX_VALUES)
     steps = steps[::-every][::-1]  # keeps the last one
     config = ModelConfig.from_dict(header["model"])
+    shape = len(config.moe_layers), final["ids"].size, config.n_experts  # (L, N, E)
+    for array in (arrays[name] for arrays, _ in steps for name in ("probs", "gates", "chosen")):
+        if array.shape != shape or not np.isfinite(array).all():
+            raise ValueError(f"an array that is not finite, or of another shape than {shape}")
     scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
     return {
         "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_experts,
