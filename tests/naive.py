@@ -3,7 +3,6 @@ import math
 
 import numpy as np
 
-
 # ---- dense layers and activations -------------------------------------------------------------------------------------------------
 
 def linear(x, w, b):

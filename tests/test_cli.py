@@ -1,10 +1,12 @@
 """The command line: fast help, one clear line for each mistake, and the smallest study from end to end."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +15,17 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from test_train import MODEL, TRAINING, WORDS, results, snapshot
-from tinymoe import ModelConfig
-from tinymoe import files
-from tinymoe.study import figures as plots, report
-from tinymoe.training import trainer as train
+import tinymoe
+from test_train import MODEL, TRAINING, WORDS, results, snapshot, tiny
+from tinymoe import ModelConfig, files
 from tinymoe.model.counting import PRESETS
+from tinymoe.moe.losses import LOSSES
+from tinymoe.moe.routers import ROUTERS
+from tinymoe.study import figures as plots
+from tinymoe.study import report
+from tinymoe.study.runner import Event
+from tinymoe.training import trainer as train
+from tinymoe.training.trainer import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -57,7 +64,8 @@ def test_help_is_instant_and_imports_nothing_heavy():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.4
-    shown = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True).stderr
+    shown = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True,
+                           text=True).stderr
     imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.splitlines()}
     assert "click" in imported and not imported & {"numba", "numpy", "scipy", "matplotlib", "tinymoe"}
 
@@ -65,7 +73,19 @@ def test_help_is_instant_and_imports_nothing_heavy():
 @pytest.mark.parametrize("command", cli.main.commands)
 def test_every_command_has_help(command):
     code, output = invoke(command, "--help")
-    assert code == 0 and output.startswith("Usage:") and cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
+    assert code == 0 and output.startswith("Usage:")
+    assert cli.main.commands[command].help.split("\n")[0] in " ".join(output.split())
+
+
+def test_the_summary_of_every_command_is_one_whole_line():
+    shown = subprocess.run([sys.executable, ROOT / "cli.py", "--help"], capture_output=True, text=True).stdout
+    lines = shown.split("Commands:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == list(cli.main.commands)
+    assert all(line.endswith(".") and "..." not in line for line in lines)
+
+
+def test_the_version_is_that_of_the_package():
+    assert invoke("--version") == (0, f"tinymoe {tinymoe.__version__}\n")
 
 
 def test_the_help_of_params_names_every_preset():
@@ -130,7 +150,8 @@ def test_odd_names_of_domains_reach_figures_and_findings(text, tmp_path):
 def test_what_is_no_file_in_a_folder_of_texts_is_passed_over(text, tmp_path):
     (tmp_path / "plain.txt").write_text(WORDS)
     os.mkfifo(tmp_path / "pipe")
-    done = subprocess.run([sys.executable, "-c", f"from tinymoe.training.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"],
+    names = f"from tinymoe.training.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"
+    done = subprocess.run([sys.executable, "-c", names],
                           capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.stdout == "['plain']\n"
 
@@ -143,9 +164,10 @@ def test_seeds_and_steps_make_the_runs(text, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monkeypatch):
     real = train.Trainer.learn
-    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if self.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if self.step < 3
+                        else (_ for _ in ()).throw(KeyboardInterrupt))
     code, output = study(text, tmp_path / "torn", "--config", "F")
-    assert code == 130 and "Interrupted. The same command goes on from the last checkpoints." in output
+    assert code == 130 and "Interrupted. The same command resumes from the last checkpoints." in output
     monkeypatch.undo()
     for out in ("torn", "whole"):
         assert study(text, tmp_path / out, "--config", "F")[0] == 0
@@ -168,6 +190,71 @@ def test_a_loss_that_is_not_finite_exits_1_after_the_others(text, tmp_path):
     assert all("at step 2, beginning in" in line for line in errors)
 
 
+# -- progress --
+
+
+class Watch:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
+    clock, runs = Watch(), [tiny("A", steps=100), tiny("B", steps=100)]
+    with cli.Progress(runs, clock) as progress:
+        progress.note(Event("resumed", "B-seed0", 60))
+        for step in range(1, 31):  # a step of each run in two seconds
+            clock.now += 2
+            progress.note(Event("step", "A-seed0", step, 3 - step / 100))
+            progress.note(Event("step", "B-seed0", 60 + step, 2.5))
+        progress.note(Event("done", "B-seed0"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line for line in lines if "left" in line] == [  # 30 steps in 30 s after the first, 109 to go
+        "46%, 2 min left: A-seed0 step 16, loss 2.840; B-seed0 step 75, loss 2.500"]
+    assert "B-seed0: resumed from step 60" in lines and "B-seed0: done" in lines
+
+
+# -- the output --
+
+
+def program(*args, **settings):
+    return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, args)], stderr=subprocess.PIPE, **settings)
+
+
+@pytest.mark.parametrize("args",
+                         [["routers"], ["route", "{run}", "a\n"],
+                          ["generate", "{run}", "--prompt", "\u00fc\u2014", "--length", 1],
+                                  ["route", "{run}", "a", "--gate"]])
+def test_an_output_of_eight_bits_gets_question_marks(args, run):
+    done = program(*(str(arg).format(run=run) for arg in args), stdout=subprocess.PIPE,
+                   env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 0 and done.stderr == b"" and done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("args",
+                         [["--help"], ["routers"], ["route", "{run}", "a"], ["params", "grok-1"],
+                          ["study", "--plot-only"]])
+def test_an_output_that_is_full_ends_in_one_line(args, run, finished, tmp_path):
+    if args[0] == "study":
+        shutil.copytree(finished, tmp_path / "study")
+        args = [*args, "--out", tmp_path / "study"]
+    with open("/dev/full", "w") as full:
+        done = program(*(str(arg).format(run=run) for arg in args), stdout=full)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"Error: .*No space left on device.*\n", done.stderr)
+
+
+def test_text_of_a_file_reaches_the_terminal_escaped(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    files.save_arrays(tmp_path / "run/checkpoint.npz", {}, {"kind": "\x1b[2Jgone"})
+    code, output = invoke("route", tmp_path / "run", "a")
+    assert code == 1 and "\x1b" not in output and r"holds a \x1b[2Jgone" in output
+
+
 # -- mistakes --
 
 MISTAKES = {  # what is typed: (exit code, what the line must name)
@@ -187,6 +274,16 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--out {dir}/nothing --plot-only": (1, "nothing"),
     "--out {dir}/missing --plot-only": (1, "missing"),
     "--out {dir}/short.txt --plot-only": (1, "short.txt"),
+    "--out {dir}/short.txt/": (1, "short.txt"),
+    "--out=": (2, "empty"),
+    "--out {dir}/\udcff": (2, "UTF-8"),
+    "--seeds 1001": (2, "1001 is not in the range"),
+    "--set router.x": (2, "router.x"),
+    "--set router.nonsense=1": (2, "nonsense is no option of top_k"),
+    "--set losses.nonsense=1": (2, "unknown loss 'nonsense'"),
+    "--set jitter=0.1": (2, "jitter=0.1: .*router.NAME"),
+    "--import {dir}/missing.py": (1, "missing.py"),
+    "--import {dir}/short.txt": (1, "short.txt"),
     "--set top_k=99": (2, "top_k 99 "),
     "--set top_k=1.5": (2, "top_k 1.5 "),
     "--set top_k=two": (2, "top_k two|top_k 'two'"),
@@ -203,16 +300,16 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--set max_norm=NaN": (2, "max_norm nan"),
     "--set aux_coef=much": (2, "aux_coef 'much'"),
     "--set aux_coef=NaN": (2, "aux_coef nan"),
-    "--set z_coef=null": (2, "z_coef None"),
+    "--set losses.z=null": (2, "z"),
     "--set capacity_factor=big": (2, "capacity_factor 'big'"),
-    "--set renormalise=maybe": (2, "renormalise 'maybe'"),
+    "--set router.renormalise=maybe": (2, "renormalise 'maybe'"),
     "--set vocab_size=10": (2, "vocab_size 10 "),
     "--set vocab_size=x": (2, "vocab_size 'x'"),
-    "--set renormalise=1": (2, "renormalise 1 "),
+    "--set router.renormalise=1": (2, "renormalise 1 "),
     "--set d_ff=100000000000000000000": (2, "d_ff 100000000000000000000 "),
     "--set batch_size=100000000000000000000": (2, "batch_size 100000000000000000000 "),
-    "--set jitter=1.5": (2, "jitter 1.5 "),
-    "--set n_groups=3 --set group_limit=1": (2, "n_groups 3 "),
+    "--set router.jitter=1.5": (2, "jitter 1.5 "),
+    "--set router.n_groups=3 --set router.group_limit=1": (2, "n_groups 3 "),
     "--set seq_len=100000": (1, "seq_len 100000"),
     "--set learning_rate=0.5": (1, "B-seed0 failed.*training learning_rate is.*--fresh"),
     "--set d_ff=8": (1, "B-seed0 failed.*model d_ff is.*--fresh"),
@@ -240,10 +337,72 @@ def test_what_cannot_be_frozen_fails_that_run_alone(freeze, named, text, tmp_pat
 
 def test_a_usage_error_of_the_real_program():
     result = subprocess.run([sys.executable, ROOT / "cli.py", "study", "--steps", "0"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == "" and result.stderr.splitlines()[-1].startswith("Error: Invalid value for '--steps'")
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.splitlines()[-
+        1].startswith("Error: Invalid value for '--steps'")
 
 
-# -- routers, probe, params --
+# -- routers, options, probe, params --
+
+MINE = '''
+from tinymoe import functional as F
+from tinymoe.moe.routers import LinearRouter
+from tinymoe.moe.routing import from_mask
+
+
+class Mine(LinearRouter, name="{name}"):
+    """Every expert whose probability is above a share of 1 / E.
+
+    share: what the probability is compared with, times E.
+    """
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, share: float = 1.0):
+        super().__init__(d_model, n_experts, top_k, rng, dtype)
+        self.share = share
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        probs = F.softmax(logits)
+        return from_mask(probs.data >= self.share / probs.shape[1], probs, logits, probs)
+'''
+
+
+def test_options_lists_every_setting_with_its_default_and_its_meaning():
+    code, output = invoke("options")
+    lines = [line.split(None, 2) for line in output.splitlines() if line]
+    listed = {line[0]: line[1:] for line in lines}
+    assert code == 0
+    for config in (ModelConfig, TrainConfig):
+        assert all(len(listed[field.name]) == 2 for field in dataclasses.fields(config))  # a default and a meaning
+    assert listed["n_experts"][0] == "8" and listed["steps"][0] == "2000" and listed["losses.z"][0] == "0.0"
+    for name, router in ROUTERS.items():
+        for option in router.options().keys() - {"vocab_size"}:
+            assert any(line[0] == f"router.{option}" and re.search(rf"\w .*\(.*\b{name}\b", line[2]) for line in lines)
+    assert all(len(listed[f"losses.{name}"]) == 2 for name in LOSSES if name != "balance")
+
+
+def test_an_imported_file_makes_its_router_known_with_its_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine_cli", None)  # which takes the name out again at the end
+    (tmp_path / "mine.py").write_text(MINE.format(name="mine_cli"))
+    code, output = invoke("options", "--import", tmp_path / "mine.py")
+    assert code == 0
+    assert re.search(r"router.share +1.0 +what the probability is compared with, times E \(mine_cli\)", output)
+    assert "mine_cli" in invoke("routers", "--import", tmp_path / "mine.py")[1]
+    sets = [x for one in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2", "router.share=0.5")
+            for x in ("--set", one)]
+    code, output = invoke("probe", "mine_cli", "--steps", 1, "--import", tmp_path / "mine.py", *sets)
+    assert code == 0 and output.startswith("mine_cli after 1 steps"), output
+
+
+def test_an_unknown_router_names_the_option_that_makes_it_known():
+    code, output = invoke("probe", "mine_unknown")
+    assert code == 1 and "unknown router 'mine_unknown'" in output and "--import FILE.py" in output
+
+
+def test_options_of_the_router_and_losses_are_set_by_name(text, tmp_path):
+    sets = ("--set", "router.renormalise=false", "--set", "router.jitter=0.25", "--set", "losses.importance=0.5")
+    assert study(text, tmp_path, "--config", "D", *sets)[0] == 0
+    model = json.loads((tmp_path / "runs/D-seed0/config.json").read_bytes())["model"]
+    assert model["router_options"] == {"renormalise": False, "jitter": 0.25} and model["losses"] == {"importance": 0.5}
 
 
 def test_routers_are_listed():
@@ -264,7 +423,8 @@ def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
         assert code == 1 and "a probe needs" in output
 
 
-@pytest.mark.parametrize("text, message", [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", ""),
+@pytest.mark.parametrize("text, message",
+                         [(None, "no preset"), ("[]", "not a JSON object"), ("{}", "lacks"), ("nonsense", ""),
                                            ("[" * 100000, "")])
 def test_params_refuses_what_is_no_config(tmp_path, text, message):
     path = tmp_path / "config.json"
@@ -291,7 +451,8 @@ def run(finished):
 def test_route_shows_each_byte_above_its_expert(run, finished, monkeypatch):
     code, output = invoke("route", run, "one two\n", "--gate", "--entropy")
     text, expert, gate, entropy = (line[8:] for line in output.splitlines()[1:5])
-    assert code == 0 and text == "one two↵" and set(expert) <= set("0123") and len(expert) == len(gate) == len(entropy) == 8
+    assert code == 0 and text == "one two↵"
+    assert set(expert) <= set("0123") and len(expert) == len(gate) == len(entropy) == 8
     assert "prefix alone" not in output and "windows" not in output
     code, output = invoke("route", finished / "runs" / "E-seed0", "more than sixteen bytes")
     assert code == 0 and "every 16" in output and "prefix alone" in output
@@ -307,6 +468,10 @@ def test_view_writes_a_page_into_the_run_or_elsewhere(run, text, tmp_path):
     assert code == 0 and str(out) in output and out.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert invoke("view", run)[0] == 0 and (run / "view.html").exists()
     (run / "view.html").unlink()
+    (tmp_path / "link").symlink_to(out)
+    out.write_text("old")
+    assert invoke("view", run, "--text", text, "--out", tmp_path / "link")[0] == 0
+    assert (tmp_path / "link").is_symlink() and out.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_generate_continues_a_prompt_and_repeats_itself(run):
@@ -315,23 +480,33 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     assert all(c.isprintable() or c in "\n\t" for c in output)
     assert output == invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40)[1]
     assert output != invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40, "--seed", 1)[1]
-    greedy = [invoke("generate", run, "--prompt", "ab", "--length", 8, *options) for options in (("--temperature", 0), ("--top", 1))]
+    greedy = [invoke("generate", run, "--prompt", "ab", "--length", 8, *options)
+              for options in (("--temperature", 0), ("--top", 1))]
     assert greedy[0] == greedy[1] and greedy[0][0] == 0
 
 
 @pytest.mark.parametrize("typed, code, named", [
-    ("route {dir}/nowhere a", 1, "nowhere"), ("view {dir}/nowhere", 1, "nowhere"), ("generate {dir}/nowhere --prompt a", 1, "nowhere"),
-    ("route {dir}/torn a", 1, "not a whole"), ("view {dir}/torn", 1, "not a whole"), ("generate {dir}/torn --prompt a", 1, "not a whole"),
+    ("route {dir}/nowhere a", 1, "nowhere"), ("view {dir}/nowhere", 1, "nowhere"),
+    ("generate {dir}/nowhere --prompt a", 1, "nowhere"),
+    ("route {dir}/torn a", 1, "not a complete"), ("view {dir}/torn", 1, "not a complete"),
+    ("generate {dir}/torn --prompt a", 1, "not a complete"),
     ("view {dir}/none", 1, "checkpoint.npz does not exist"), ("route {run} a --layer 0", 1, "--layer 0: .* are 1"),
     ("route {run} ", 2, "TEXT is empty"), ("view {run} --text {dir}/missing.txt", 1, "missing.txt"),
     ("view {run} --text {dir}/empty.txt", 1, "empty.txt is empty"), ("view {run} --text {dir}", 1, "directory"),
-    ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"), ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
-    ("generate {run} --prompt a --temperature nan", 2, "temperature nan"), ("generate {run} --prompt a --temperature hot", 2, "hot"),
-    ("generate {run} --prompt ", 2, "prompt is empty"), ("generate {run} --prompt a --length 0", 2, "0 is not in the range")])
+    ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"),
+    ("view {run} --out {run}/log.jsonl", 2, "is a file of a run"),
+    ("view {run} --out {run}/routings/000006.npz", 2, "is a file of a run"),
+    ("view {run} --out {dir}/link.html", 2, "is a file of a run"),
+    ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
+    ("generate {run} --prompt a --temperature nan", 2, "temperature nan"),
+    ("generate {run} --prompt a --temperature hot", 2, "hot"),
+    ("generate {run} --prompt ", 2, "prompt is empty"),
+    ("generate {run} --prompt a --length 0", 2, "0 is not in the range")])
 def test_a_run_that_cannot_be_shown_ends_in_one_clear_line(typed, code, named, run, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "none").mkdir()
     (tmp_path / "torn").mkdir()
+    (tmp_path / "link.html").symlink_to(run / "checkpoint.npz")
     (tmp_path / "torn" / "checkpoint.npz").write_bytes((run / "checkpoint.npz").read_bytes()[:-2000])
     got, output = invoke(*(part.format(dir=tmp_path, run=run) for part in typed.split(" ")))
     error = [line for line in output.splitlines() if line.startswith("Error:")]

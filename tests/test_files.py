@@ -1,16 +1,25 @@
-"""Files: whole or not there, and a checkpoint that is anything else is refused with one clear error."""
+"""Files: atomic writes; a damaged or foreign checkpoint is refused with one clear error."""
+
+import builtins
 import io
 import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays_of
 
 from tinymoe import files
 
-ARRAYS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "blocks.0.b": np.array(1.5), "empty": np.zeros((0, 2)), "ids": np.array([1, 2])}
+ARRAYS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "blocks.0.b": np.array(1.5), "empty": np.zeros((0, 2)),
+          "ids": np.array([1, 2])}
 
 
 @pytest.fixture
@@ -37,12 +46,47 @@ def test_arrays_come_back_bit_for_bit(checkpoint):
         assert arrays[name].dtype == a.dtype and arrays[name].shape == a.shape and arrays[name].tobytes() == a.tobytes()
 
 
+PLAIN = st.one_of(arrays_of.boolean_dtypes(), arrays_of.integer_dtypes(), arrays_of.unsigned_integer_dtypes(),
+                  arrays_of.floating_dtypes(sizes=(16, 32, 64)), arrays_of.complex_number_dtypes(sizes=(64, 128)),
+                  arrays_of.unicode_string_dtypes(max_len=8))
+SHAPES = arrays_of.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) |
+                    st.text(),
+                    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(array=arrays_of.arrays(PLAIN, SHAPES), order=st.sampled_from("CF"), compress=st.booleans(),
+       header=st.dictionaries(st.text(), JSON))
+def test_any_plain_array_and_any_header_come_back(tmp_path_factory, array, order, compress, header):
+    path = tmp_path_factory.mktemp("arrays") / "c.npz"
+    array = np.array(array, order=order)
+    files.save_arrays(path, {"a/b.c": array}, header | {"kind": "model"}, compress)
+    arrays, found = files.load_arrays(path, "model")
+    assert found == header | {"kind": "model"}
+    a = arrays["a/b.c"]
+    assert a.dtype == array.dtype and a.shape == array.shape and a.tobytes() == array.tobytes()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(rows=st.lists(st.dictionaries(st.text(), JSON)), cut=st.integers(0, 10_000))
+def test_any_rows_come_back_as_far_as_they_are_complete(tmp_path_factory, rows, cut):
+    path = tmp_path_factory.mktemp("rows") / "log.jsonl"
+    files.write_rows(path, rows)
+    assert files.read_rows(path) == rows
+    path.write_bytes(path.read_bytes()[:cut])
+    found = files.read_rows(path)
+    assert found == rows[:len(found)]
+
+
 HEADER = np.array(json.dumps({"kind": "model"}))
 FOREIGN = {
-    "empty": b"", "text": b"once upon a time", "zip signature alone": b"PK\x03\x04", "npz without header": npz(a=np.ones(2)),
+    "empty": b"", "text": b"once upon a time", "zip signature alone": b"PK\x03\x04",
+    "npz without header": npz(a=np.ones(2)),
     "header of another type": npz(__header__=np.ones(2)), "header not a dict": npz(__header__=np.array("[1]")),
     "header without kind": npz(__header__=np.array("{}")), "header not JSON": npz(__header__=np.array("{")),
-    "pickled entry": npz(__header__=HEADER, a=np.array([Bomb()], dtype=object)), "pickled header": npz(__header__=np.array(Bomb(), dtype=object)),
+    "pickled entry": npz(__header__=HEADER, a=np.array([Bomb()], dtype=object)),
+    "pickled header": npz(__header__=np.array(Bomb(), dtype=object)),
     "pickle": pickle.dumps(Bomb()), "npy": npz(a=np.ones(2))[30 + 5:],
 }
 
@@ -88,7 +132,75 @@ def test_a_flipped_byte_is_refused_or_harmless(checkpoint):
         assert sorted(a.tobytes() for a in arrays.values()) == sorted(a.tobytes() for a in ARRAYS.values())
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------------------
+def test_one_flipped_bit_is_refused_or_harmless(tmp_path):
+    """Also in the headers of the archive and of its members, where a shifted start of the data gives other numbers."""
+    checkpoint, array = tmp_path / "c.npz", np.arange(6, dtype=np.float32)
+    files.save_arrays(checkpoint, {"w": array}, {"kind": "model"})
+    whole = checkpoint.read_bytes()
+    for place, bit in enumerate(np.random.default_rng(0).integers(0, 8, len(whole))):
+        checkpoint.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1:])
+        try:
+            arrays, _ = files.load_arrays(checkpoint, "model")
+        except files.CheckpointError:
+            continue
+        assert [a.tobytes() for a in arrays.values()] == [array.tobytes()]
+
+
+def npy(header, data=b""):
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x02\x00" + len(text).to_bytes(4, "little") + text + data
+
+
+SHAPE = "{{'descr': '{}', 'fortran_order': False, 'shape': {}, }}".format
+LYING = {  # headers of members that say something else than their data
+    "cut": npy("{'descr': '<f4', 'fortran_order': False, 'sha"), "nested": npy("(" * 5000),
+    "overlong": npy(SHAPE("<f4", "(" + "1, " * 20000 + ")")),
+    "huge": npy(SHAPE("<f4", f"({10**18},)"), bytes(8)),
+    "more than 64 bits": npy(SHAPE("<f4", f"(0, {10**18}, {10**18})")),
+    "thousands of digits": npy(SHAPE("<f4", "(" + "9" * 5000 + ",)")), "too few": npy(SHAPE("<f4", "(3,)"), bytes(8)),
+    "too many": npy(SHAPE("<f4", "(1,)"), bytes(8)), "objects": npy(SHAPE("|O8", "(1,)"), bytes(8)),
+    "records": npy(SHAPE("<f4, <f4", "(1,)"), bytes(8)),
+    "no such number": npy(SHAPE("<f3", "(1,)"), bytes(3)), "wide text": npy(SHAPE("<U999999999", "(1,)"), bytes(8)),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("member", LYING.values(), ids=LYING)
+def test_a_member_that_lies_about_its_size_is_refused_before_memory_is_taken(member, tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, HEADER)
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+        archive.writestr("__header__.npy", buffer.getvalue())
+        archive.writestr("w.npy", member)
+    with pytest.raises(files.CheckpointError, match="not a complete tinymoe model"):
+        files.load_arrays(tmp_path / "c.npz", "model")
+
+
+def test_a_small_file_cannot_become_large_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_INFLATED", 1 << 20)
+    files.save_arrays(tmp_path / "c.npz", {"w": np.zeros(1 << 20)}, {"kind": "model"}, compress=True)
+    with pytest.raises(files.CheckpointError, match="would need more than 1 MiB"):
+        files.load_arrays(tmp_path / "c.npz", "model")
+    files.save_arrays(tmp_path / "c.npz", {"w": np.zeros(1 << 20)}, {"kind": "model"})  # as large as it is in memory
+    assert files.load_arrays(tmp_path / "c.npz", "model")[0]["w"].shape == (1 << 20,)
+
+
+@pytest.mark.parametrize("array",
+                         [np.arange(6.0).reshape(2, 3).T, np.arange(4, dtype=">i2"), np.array([True]),
+                          np.array("text \u00fc"), np.array(1j)])
+def test_every_kind_of_plain_array_is_read(array, tmp_path):
+    files.save_arrays(tmp_path / "c.npz", {"a": array}, {"kind": "model"})
+    read = files.load_arrays(tmp_path / "c.npz", "model")[0]["a"]
+    assert read.dtype == array.dtype and (read == array).all() and read.flags.writeable
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path):
+    files.save_arrays(tmp_path / "c.npz", {}, {"kind": "\x1b[31mred\u202e\udcff\n"})
+    with pytest.raises(files.CheckpointError, match=r"holds a \\x1b\[31mred\\u202e\\udcff, not a model"):
+        files.load_arrays(tmp_path / "c.npz", "model")
+
+
+# -- writing ------------------------------------------------------------------------------------
 
 def test_write_whole_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "new" / "folder" / "a.txt"
@@ -99,19 +211,71 @@ def test_write_whole_makes_folders_and_replaces(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("where", ["replace", "fsync", "chmod"])
+@pytest.mark.parametrize("module, where", [(os, "replace"), (os, "fsync"), (builtins, "open")])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_the_old_file_and_no_other(where, error, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(module, where, error, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write_whole(path, "old")
 
     def interrupt(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(os, where, interrupt)
+    monkeypatch.setattr(module, where, interrupt)
     with pytest.raises(type(error)):
         files.write_whole(path, "new")
+    monkeypatch.undo()
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_who_may_read_a_file(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        files.write_whole(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+
+
+def test_a_link_is_followed_where_a_user_names_it_and_replaced_elsewhere(tmp_path):
+    outside, link = tmp_path / "outside.txt", tmp_path / "folder" / "link"
+    outside.write_text("old")
+    link.parent.mkdir()
+    link.symlink_to(outside)
+    files.write_whole(link, "through", follow=True)
+    assert outside.read_text() == "through" and link.is_symlink()
+    files.write_whole(link, "beside")
+    assert outside.read_text() == "through" and link.read_text() == "beside" and not link.is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_or_device_is_written_to_where_a_user_names_it_and_refused_elsewhere(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="device or a pipe"):
+        files.write_whole(pipe, "content")
+    reader = subprocess.Popen([sys.executable, "-c", f"print(open({str(pipe)!r}).read())"], stdout=subprocess.PIPE,
+                              text=True)
+    files.write_whole(pipe, "content", follow=True)
+    assert reader.communicate(timeout=30)[0] == "content\n" and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_only_leftovers_of_this_program_are_removed(tmp_path, monkeypatch):
+    def kill(*args, **kwargs):
+        raise SystemExit  # stands for a kill: what follows does not run
+
+    monkeypatch.setattr(os, "replace", kill)
+    monkeypatch.setattr(files.Path, "unlink", kill)
+    with pytest.raises(SystemExit):
+        files.write_whole(tmp_path / "log.jsonl", "rows")
+    monkeypatch.undo()
+    mine = [".notes.txt", ".keep.d", ".lock", "a.1234abcd.tinymoe"]
+    for name in mine:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 5
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
 
 
 def test_the_new_file_is_complete_before_it_takes_the_place(tmp_path, monkeypatch):

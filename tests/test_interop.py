@@ -8,8 +8,8 @@ import pytest
 
 import published
 import tinymoe as tm
-from tinymoe.model import published as interop
 from tinymoe.files import CheckpointError
+from tinymoe.model import published as interop
 
 safetensors = pytest.importorskip("safetensors.numpy")
 IDS = np.arange(24).reshape(2, 12) * 5 % 13  # two sequences

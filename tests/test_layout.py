@@ -1,11 +1,15 @@
 """The architecture, read from the import statements: a folder of tinymoe imports only from floors below its own."""
 
 import ast
+import json
+import re
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import tinymoe
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [["files"], ["kernels"], ["autograd"], ["layers"], ["moe"], ["model"], ["training"], ["study"],
@@ -57,6 +61,17 @@ def outside(path):
     return {name.split(".")[0] for name in imports(path)} - {"tinymoe"}
 
 
+def requirements():
+    """The lines of requirements.txt, without comments."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [line for line in lines if line]
+
+
+def pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def test_the_package_is_its_floors_and_nothing_else():
     there = {path.name.removesuffix(".py") for path in (ROOT / "tinymoe").iterdir()} - {"__init__", "__pycache__"}
     assert there == set(FLOOR)
@@ -86,8 +101,7 @@ def test_only_the_compiled_kernels_import_numba():
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=[*NAMES, "cli.py"])
 def test_a_file_depends_on_the_requirements_alone_and_unpickles_nothing(path):
-    needed = {line.split("#")[0].strip().split(">")[0].split("=")[0]
-              for line in (ROOT / "requirements.txt").read_text().splitlines()} - {"", "pytest"}
+    needed = {re.match(r"\w+", line)[0] for line in requirements()} - {"pytest", "hypothesis"}
     assert outside(path) - set(sys.stdlib_module_names) <= needed
     assert not outside(path) & {"pickle", "marshal", "shelve", "dill"}
     assert "allow_pickle=True" not in path.read_text(encoding="utf-8")
@@ -96,7 +110,7 @@ def test_a_file_depends_on_the_requirements_alone_and_unpickles_nothing(path):
 def test_the_command_line_imports_tinymoe_only_inside_its_commands():
     top = ast.parse((ROOT / "cli.py").read_text(encoding="utf-8")).body
     names = [alias.name for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
-    assert sorted(names) == ["Path", "click", "json", "os"]
+    assert sorted(names) == ["Path", "click", "contextlib", "json", "os", "sys", "time"]
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=[*NAMES, "cli.py"])
@@ -105,3 +119,50 @@ def test_a_file_says_what_it_is_and_no_function_is_over_50_lines(path):
     assert ast.get_docstring(tree)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 50] == []
+
+
+# -- the package --
+
+
+def test_requirements_are_the_dependencies_and_the_extras_but_for_the_linter():
+    project = pyproject()["project"]
+    extras = project["optional-dependencies"]
+    dev = [each for each in extras["dev"] if not each.startswith("ruff")]
+    assert requirements() == project["dependencies"] + extras["interop"] + dev
+
+
+def test_the_package_has_its_script_its_page_and_its_version():
+    settings = pyproject()
+    assert settings["project"]["scripts"] == {"tinymoe": "cli:main"}
+    assert settings["tool"]["setuptools"]["py-modules"] == ["cli"]
+    for package, names in settings["tool"]["setuptools"]["package-data"].items():
+        assert all((ROOT / package.replace(".", "/") / name).exists() for name in names)
+    others = {path.name for path in (ROOT / "tinymoe").rglob("*.*")
+              if path.suffix != ".py" and "__pycache__" not in path.parts}
+    assert others == {"view.html"}  # anything else must be named as package data
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "tinymoe.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tinymoe.__version__)
+
+
+def test_the_lock_holds_the_versions_of_the_published_rows():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {re.match(r"\w+", line)[0] for line in [*requirements(), "ruff"]} <= locked.keys()
+    pinned = dict(line.split("==") for line in requirements() if "==" in line)
+    assert pinned.items() <= locked.items()
+    for versions in published_versions():
+        assert versions.pop("python") in lines[2] and versions.items() <= locked.items()
+
+
+def published_versions():
+    """What the rows of the full study say of the versions that made them."""
+    folder = ROOT / "results/published/full"
+    configs = [json.loads(path.read_bytes()) for path in folder.glob("runs/*/config.json")]
+    if (folder / "runs.jsonl").exists():
+        configs += [json.loads(line)["config"] for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert configs
+    return [config["versions"] for config in configs]
+
+
+def test_long_tests_have_the_marker_that_leaves_them_out():
+    assert any(each.startswith("slow:") for each in pyproject()["tool"]["pytest"]["ini_options"]["markers"])

@@ -2,10 +2,9 @@
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer
-from tinymoe import gradcheck
-from tinymoe.moe import losses, routers
+from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
+from tinymoe.moe import losses, routers
 from tinymoe.moe.routing import from_mask, limit_capacity
 
 

@@ -1,4 +1,4 @@
-"""The README says what is so: its example, its router, its file map and its commands are run or counted here."""
+"""The README is true: its example, its router, its file map and its commands are run or counted here."""
 
 import contextlib
 import io
@@ -12,8 +12,8 @@ import numpy as np
 
 import cli
 import tinymoe as tm
-from tinymoe.moe import routers
 from tinymoe.experiments import EXPERIMENTS, STUDY
+from tinymoe.moe import routers
 from tinymoe.study import report
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,8 @@ def test_the_example_prints_what_it_says():
 def test_the_router_in_ten_lines_trains(monkeypatch):
     monkeypatch.setitem(routers.ROUTERS, "above_mean", None)  # which takes the name out again at the end
     exec(next(text for language, text in BLOCKS if "class AboveMean" in text), {"__name__": "mine"})
-    model = tm.Transformer(tm.ModelConfig(vocab_size=9, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=4, moe_layers=(1,),
+    model = tm.Transformer(tm.ModelConfig(vocab_size=9, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=4,
+                                          moe_layers=(1,),
                                           router="above_mean"), dtype=np.float64)
     ids = np.arange(8).reshape(2, 4)
     weight = model.parameters()["blocks.1.feed_forward.router.weight"]
@@ -40,17 +41,17 @@ def test_the_router_in_ten_lines_trains(monkeypatch):
     assert np.abs(weight.grad).max() > 0
 
 
-def test_a_router_in_a_file_of_its_own_is_known_to_the_command_line(tmp_path):
-    shutil.copytree(ROOT / "tinymoe", tmp_path / "tinymoe", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "cli.py", tmp_path)
-    (tmp_path / "tinymoe/routers/mine.py").write_text(next(text for language, text in BLOCKS if "class AboveMean" in text))
-    listed = subprocess.run([sys.executable, "cli.py", "routers"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+def test_the_router_in_a_file_is_known_to_the_commands(tmp_path):
+    (tmp_path / "above_mean.py").write_text(next(text for language, text in BLOCKS if "class AboveMean" in text))
+    listed = subprocess.run([sys.executable, "cli.py", "routers", "--import", tmp_path / "above_mean.py"],
+                            cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "above_mean" in listed
 
 
 def test_the_file_map_names_every_file_with_its_length():
     said = {name: int(lines) for name, lines in re.findall(r"^\| `tinymoe/([\w./]+)` \| (\d+) \|", README, re.M)}
-    counted = {str(p.relative_to(ROOT / "tinymoe")): p.read_text().count("\n") for p in (ROOT / "tinymoe").rglob("*.py")}
+    counted = {str(p.relative_to(ROOT / "tinymoe")): p.read_text().count("\n")
+               for p in (ROOT / "tinymoe").rglob("*.py")}
     folders = {}
     for name, lines in counted.items():
         place = name.split("/")[0] + "/" if "/" in name else name
@@ -84,7 +85,8 @@ def test_the_gathered_findings_and_those_of_each_experiment_follow_from_their_ro
 def test_its_verdicts_on_the_claims_are_those_of_the_findings():
     findings = (ROOT / "results/published/FINDINGS.md").read_text()
     said = dict(re.findall(r"^\| (\d+)\. .* \| \*\*([\w ]+)\*\* \|$", README, re.M))
-    assert said and said == dict(re.findall(r"^\| (\d+) \| .* \| \*\*([\w ]+)\*\* \| \[[\w-]+\]\(.*\) \|$", findings, re.M))
+    assert said and said == dict(re.findall(r"^\| (\d+) \| .* \| \*\*([\w ]+)\*\* \| \[[\w-]+\]\(.*\) \|$", findings,
+                                            re.M))
 
 
 def test_every_command_it_names_exists():

@@ -8,13 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cli
 import matplotlib
 import pytest
 from click.testing import CliRunner
+
+import cli
 from tinymoe.experiments import STUDY
+from tinymoe.model.config import ModelConfig
+from tinymoe.model.counting import architecture, count
 from tinymoe.study import figures, quantities, report
-from tinymoe.study.results import Results, compact, load_runs
+from tinymoe.study.results import Results, RunRecord, compact, load_runs
 from tinymoe.study.statistics import Comparison, Contrast, Interval, holm, t_interval
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
@@ -37,12 +40,12 @@ def layer_row(load, coverage):
             "byte_information_null": 0.02}
 
 
-def row(step, loss, leaky_loss, layers):
+def row(step, loss, leaky_loss, layers, tokens=512):
     numbers = {"val": leaky_loss, "causal": loss}
     return {"step": step, "seconds": float(step), **{f"{k}_cross_entropy": v for k, v in numbers.items()},
             **{f"{k}_perplexity": math.exp(v) for k, v in numbers.items()},
             **{f"{k}_bits_per_byte": v / math.log(2) for k, v in numbers.items()}, "layers": layers,
-            "validation_tokens": 512}
+            "validation_tokens": tokens}
 
 
 def write_run(study, name, seed, loss, dense=False):
@@ -57,10 +60,11 @@ def write_run(study, name, seed, loss, dense=False):
         "run_id": folder.name, "config_id": name, "seed": seed, "model": model, "domains": ["prose", "verse"],
         "training": {"steps": 20, "batch_size": 4, "learning_rate": 1e-3}, "corpus": {"prose": text, "verse": text},
         "versions": {"python": "3.11"}, "threads": 1, "parameters": {"total": 200, "active": 100}}))
-    rows = [row(step, loss + 0.1 - step / 200, leaky + 0.1 - step / 200, layers) for step in (0, 10, 20)]
+    tokens = 512 if dense else 100 // top_k  # 100 assignments
+    rows = [row(step, loss + 0.1 - step / 200, leaky + 0.1 - step / 200, layers, tokens) for step in (0, 10, 20)]
     (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "summary.json").write_text(json.dumps({"run_id": folder.name, "steps": 20, "seconds": 20.0,
-                                                     "final": row(20, loss, leaky, layers)}))
+                                                     "final": row(20, loss, leaky, layers, tokens)}))
     return folder
 
 
@@ -334,3 +338,17 @@ def test_a_quantity_is_added_in_one_place(tmp_path, monkeypatch):
         assert {line["config_id"]: line["top_share"] for line in csv.DictReader(file)}["C"] == "0.25"
     with figures.default_style():
         assert figures.over_steps("A", "top_share")(results).axes[0].get_ylabel() == "largest share of the load"
+
+
+def test_a_router_that_does_not_fix_k_is_reported_with_its_measured_experts(tmp_path):
+    """README's router in ten lines takes every expert above 1 / E: K is what its rows say, not top_k."""
+    folder = write_run(tmp_path, "A", 0, 1.5)
+    for name in ("summary.json", "log.jsonl"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace('"validation_tokens": 100', '"validation_tokens": 25'))
+    run = load_runs(tmp_path)[0]
+    assert run.made_of == "top_k, K=4.00 measured, aux 0" and quantities.value(run, "experts_per_token") == 4
+    full = RunRecord(run.run_id, run.config | {"model": ModelConfig(n_experts=4, top_k=1).to_dict()},
+                     run.log, run.summary)
+    counted = {k: count(architecture(full.model, k))[-1].active for k in (1, 4)}
+    assert quantities.value(full, "active_parameters") == counted[4] / 1e6 > counted[1] / 1e6

@@ -4,14 +4,13 @@ import itertools
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe import gradcheck
-from tinymoe.moe import metrics, routers
-from tinymoe.layers import nn
+from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
+from tinymoe.layers import nn
+from tinymoe.moe import metrics, routers
+from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
-from tinymoe.moe.routers import ROUTERS, RouteContext
 
 ALL = list(ROUTERS)
 

@@ -3,10 +3,9 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import ModelConfig, Tensor, Transformer
-from tinymoe import gradcheck
-from tinymoe.moe import routers
+from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
+from tinymoe.moe import routers
 from tinymoe.moe.routers import RouteContext
 
 NAMES = ["top_k", "noisy_top_k", "expert_choice"]          # those of the study

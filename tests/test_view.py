@@ -6,18 +6,18 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from test_train import WORDS, tiny
-from tinymoe import Tensor, Transformer
-from tinymoe import files
-from tinymoe.training import trainer as train
-from tinymoe.tools import view
-from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
+from tinymoe import Tensor, Transformer, files
 from tinymoe.files import CheckpointError, load_arrays, save_arrays
 from tinymoe.moe.routing import from_mask
+from tinymoe.tools import view
+from tinymoe.training import trainer as train
+from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -33,7 +33,8 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module", params=["D", "capacity", "E"])
 def run(request, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1}}[request.param]  # in the last two some go without
+    # in the last two some go without
+    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1}}[request.param]
     train.train(tiny("E" if request.param == "E" else "D", model={"moe_layers": [0, 1]} | more), corpus, folder)
     return folder
 
@@ -74,7 +75,8 @@ def test_colour_adds_nothing_that_the_lines_below_do_not_say():
     assert coloured[0].count("\x1b[0m") == 2 and coloured[1:] == plain[1:]  # who has no expert has no colour
 
 
-@pytest.mark.parametrize("byte, shown", [(65, "A"), (32, " "), (10, "↵"), (9, "→"), (0, "¤"), (27, "¤"), (127, "¤"), (255, "·")])
+@pytest.mark.parametrize("byte, shown",
+                         [(65, "A"), (32, " "), (10, "↵"), (9, "→"), (0, "¤"), (27, "¤"), (127, "¤"), (255, "·")])
 def test_every_byte_has_one_visible_character(byte, shown):
     assert view.symbol(byte) == shown
 
@@ -87,6 +89,20 @@ def test_a_long_text_is_routed_by_windows_on_the_prefix_alone():
     assert (whole.mask() == np.concatenate([part.mask() for part in parts])).all() and whole.n_tokens == 40
     shorter, = view.prefix_routings(model, text[:9])
     assert (shorter.mask() == whole.mask()[:9]).all()
+
+
+@pytest.mark.parametrize("name, there", [
+    ("checkpoint.npz", True), ("log.jsonl", True), (".lock", True), ("routings/000006.npz", True),
+    ("routings/new.html", True), ("view.html", False), ("notes.txt", False)])
+def test_a_page_never_replaces_a_file_of_a_run(name, there, tmp_path):
+    assert view.belongs_to_a_run(tmp_path / name) == there
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    assert view.belongs_to_a_run(tmp_path / "link") == there
+
+
+def test_the_terminal_needs_no_matplotlib():
+    code = "import sys; from tinymoe.tools import view; print(any('matplotlib' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("model, said", [
@@ -102,6 +118,8 @@ def test_a_note_says_where_the_route_is_not_causal(model, said):
 def test_the_page_holds_what_the_run_saved(run):
     data = data_of(view.page(run))
     assert data["steps"] == [0, 2, 4, 6] and data["layers"] == [0, 1] and data["saturation"][-1] == [1, 1]
+    final, _ = files.load_arrays(run / "routings" / "000006.npz", "routings")
+    assert data["perByte"] == final["chosen"].sum() / (2 * len(data["domain"]) * 16)  # counted, whatever top_k says
     for step, probs, gates in zip(data["steps"], data["probs"], data["gates"]):
         saved, _ = files.load_arrays(run / "routings" / f"{step:06}.npz", "routings")
         shape = saved["probs"].shape
@@ -161,6 +179,18 @@ def test_routings_of_two_runs_make_no_page(tmp_path, corpus):
         view.page(tmp_path)
 
 
+@pytest.mark.parametrize("name, array", [
+    ("probs", np.zeros((2, 32, 3))), ("probs", np.zeros(4)), ("gates", np.array("text")), ("ids", np.zeros(3)),
+    ("chosen", np.zeros((1, 1, 1), bool)), ("gates", np.full((2, 64, 4), np.nan)), ("domain", np.array(1j))])
+def test_arrays_that_do_not_fit_the_model_make_no_page(name, array, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/routings/000006.npz"
+    arrays, header = load_arrays(path, "routings")
+    save_arrays(path, arrays | {name: array}, header)
+    with pytest.raises(CheckpointError, match="of another version or of several runs"):
+        view.page(tmp_path / "run")
+
+
 def test_what_cannot_be_shown(run, tmp_path, corpus):
     (tmp_path / "empty").touch()
     with pytest.raises(CorpusError, match="is empty"):
@@ -206,8 +236,9 @@ try {
   say("reachable", [...document.querySelectorAll("button, input")].every(c => c.tabIndex === 0 && (c.textContent || c.labels.length)));
 } catch (error) { errors.push(String(error)); }
 document.body.append(make("pre", "", JSON.stringify({errors, ...Object.fromEntries(out)}), {id: "result"}));
-</script>"""
-CATCH = "<script>const errors = []; window.onerror = message => { errors.push(message); }; console.error = console.warn = message => errors.push(message);</script>"
+</script>"""  # noqa: E501
+CATCH = """<script>const errors = []; window.onerror = message => { errors.push(message); };
+console.error = console.warn = message => errors.push(message);</script>"""
 
 
 @pytest.fixture
@@ -216,7 +247,8 @@ def shown(run, tmp_path):
     if BROWSER is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")
     page = view.page(run)
-    (tmp_path / "page.html").write_text(page.replace("<style>", CATCH + "<style>").replace("</html>", DRIVE + "</html>"), encoding="utf-8")
+    page_with_script = page.replace("<style>", CATCH + "<style>").replace("</html>", DRIVE + "</html>")
+    (tmp_path / "page.html").write_text(page_with_script, encoding="utf-8")
     quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
     dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", *(f"--{name}" for name in quiet.split()),
                           f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
@@ -253,5 +285,6 @@ def test_the_page_in_a_browser(shown, run):
     assert got["first step"] == "0 of 6" and got["last"] == "6 of 6"
     assert got["saturation"] == [f"{value:.2f}" for value in data["saturation"][0]]
     # filters
-    assert got["one domain"] == [d == 0 for d in data["domain"]] and got["pressed"] == "true" and all(got["all domains"])
+    assert got["one domain"] == [d == 0 for d in data["domain"]] and all(got["all domains"])
+    assert got["pressed"] == "true"
     assert got["dim"] == (~chosen[:, :, 1]).tolist() and got["bright"] == 0 and len(got["numbers"]) > 2

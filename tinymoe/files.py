@@ -1,39 +1,64 @@
-"""Files that are whole or not there: everything the project writes goes through here.
+"""Files: atomic writes, arrays without pickle, JSON rows. Everything the project writes goes through here.
 
-A file is written beside its place under another name, forced to disk, and renamed: whoever is
-killed in between leaves the old file. Arrays are stored as .npz and never unpickled.
+A file is written under a temporary name in its folder, forced to disk, and renamed: a crash leaves the old file intact.
+Arrays are stored as .npz. They are read with a parser of their own that checks sizes and checksums before it builds an
+array; pickled content is never loaded.
 """
 
 import io
 import json
+import math
 import os
 import re
-import tempfile
+import secrets
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tinymoe")  # what a name that `write_whole` gives in between looks like
+MAX_INFLATED = 1 << 30  # bytes that the compressed arrays of one file may become in memory
+NPY = re.compile(rb"\x93NUMPY(?:\x01\0..|[\x02\x03]\0....)"  # magic, version, length of the header (numpy.lib.format)
+                 rb"\{'descr': '([<>|][biufcU]\d{1,9})', 'fortran_order': (True|False), "
+                 rb"'shape': \(((?:\d{1,19}, ?)*\d{0,19})\),? ?\} *\n", re.DOTALL)
+
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read or does not belong here; the message says what to do."""
+    """A checkpoint that cannot be read or does not belong here. The message says what to do."""
 
 
-def write_whole(path, content):
-    """Write str or bytes to path so that it appears complete or not at all, making its folder."""
-    path = Path(path)
+def printable(text):
+    """A text on one line: white space becomes single blanks, control characters become escapes such as \\x1b.
+
+    Names and values that come out of files go through here before a terminal shows them.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
+
+
+def write_whole(path, content, follow=False):
+    """Write str or bytes to a file atomically: readers see old or new content, never a part. Makes its folder.
+
+    follow: for a path that a user names. The target of a link is written, and so is a device or pipe. Otherwise a link
+        is replaced by a file, so that nothing outside the folder changes.
+    Raises OSError, also for a device or a pipe without `follow`.
+    """
+    path = Path(os.path.realpath(path) if follow else path)
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not (path.is_file() or path.is_dir()) and not path.is_symlink():
+        if not follow:
+            raise FileExistsError(f"{path} is a device or a pipe: remove it, or choose another folder")
+        return path.write_bytes(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tinymoe", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tinymoe")
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+        with open(temporary, "xb") as f:  # its permissions are what the umask leaves
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a full disk names no file
             raise OSError(error.errno, f"{error.strerror}: make room, or choose another folder", str(path)) from None
         raise
@@ -42,12 +67,12 @@ def write_whole(path, content):
 def remove_leftovers(folder):
     """Delete the temporary files that a killed `write_whole` left in a folder, and nothing else."""
     for path in Path(folder).glob(".*"):
-        if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tinymoe", path.name) and path.is_file():
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def write_json(path, value):
-    """Write a value as indented JSON; NaN is refused, since it is no JSON."""
+    """Write a value as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -63,14 +88,14 @@ def read_json(path):
 
 
 def read_rows(path):
-    """The JSON objects of a .jsonl file, up to the first line that is none: a kill has torn it."""
+    """The JSON objects of a .jsonl file, one a line; stops at a truncated line, and at one that is no object."""
     rows = []
     if not Path(path).exists():
         return rows
     for line in Path(path).read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict):
             break
@@ -83,30 +108,35 @@ def write_rows(path, rows):
     write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
-def save_arrays(path, arrays, header, compress=False):
-    """Write a dict of arrays and a JSON-able header as one .npz file."""
+def save_arrays(path, arrays, header, compress=False, follow=False):
+    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file. follow: as in `write_whole`."""
     buffer = io.BytesIO()
     (np.savez_compressed if compress else np.savez)(buffer, **arrays, __header__=np.array(json.dumps(header)))
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue(), follow)
 
 
 def load_arrays(path, kind):
     """(arrays, header) of a file that `save_arrays` wrote with header["kind"] == kind.
 
-    Raises CheckpointError for a missing, truncated or foreign file. Nothing is unpickled.
+    Sizes are bounded before anything is allocated, and each array's checksum is compared before the array is built.
+    Raises CheckpointError for a missing, truncated, damaged or foreign file.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        with zipfile.ZipFile(path) as stored:
+            members = stored.infolist()
+            if sum(one.file_size for one in members if one.compress_type != zipfile.ZIP_STORED) > MAX_INFLATED:
+                raise CheckpointError(f"{path} would need more than {MAX_INFLATED >> 20} MiB: it is no tinymoe {kind}")
+            arrays = {one.filename.removesuffix(".npy"): _array(stored.read(one)) for one in members}
         header = json.loads(str(arrays.pop("__header__")))
-        if header["kind"] != kind:
-            raise CheckpointError(f"{path} holds a {header['kind']}, not a {kind}: give another file")
+        found = header["kind"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: check the path") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, RuntimeError,
-            zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path} is not a whole tinymoe {kind} ({type(error).__name__}): it may be truncated or "
-                              "from another program; move it away") from None
+    except (OSError, ValueError, LookupError, TypeError, EOFError, ArithmeticError, RuntimeError, MemoryError,
+            zipfile.BadZipFile, zlib.error) as error:  # RecursionError is a RuntimeError
+        raise CheckpointError(f"{path} is not a complete tinymoe {kind} ({type(error).__name__}): it may be truncated, "
+                              "damaged, or from another program; move it away") from None
+    if found != kind:
+        raise CheckpointError(f"{path} holds a {printable(found)[:40]}, not a {kind}: give another file")
     return arrays, header
 
 
@@ -122,3 +152,15 @@ def load_arrays_into(targets, arrays):
             raise ValueError(f"{name} has the shape {arrays[name].shape}, not {targets[name].shape}")
     for name, array in arrays.items():
         targets[name][...] = array
+
+
+def _array(raw):
+    """The array of the bytes of a .npy file. Raises ValueError where header and size do not agree."""
+    start = NPY.match(raw)
+    if start is None:
+        raise ValueError("no header of a plain array")
+    dtype, order, shape = np.dtype(start[1].decode()), "F" if start[2] == b"True" else "C", start[3].decode()
+    shape = tuple(int(n) for n in shape.split(",") if n.strip())
+    if math.prod(shape) * dtype.itemsize != len(raw) - start.end():
+        raise ValueError("the size of the data is not that of the shape")
+    return np.frombuffer(raw, dtype, offset=start.end()).reshape(shape, order=order).copy()

@@ -47,7 +47,7 @@ class Routing:
                              f"offsets ({n_experts + 1},), not {self.gate.shape} and {self.offsets.shape}")
         if self.offsets[0] != 0 or self.offsets[-1] != n_assignments or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
-        if n_assignments and not (0 <= self.token.min() and self.token.max() < self.n_tokens):
+        if n_assignments and not (self.token.min() >= 0 and self.token.max() < self.n_tokens):
             raise ValueError(f"token runs from {self.token.min()} to {self.token.max()}, but the tokens are 0 to "
                              f"{self.n_tokens - 1}")
 

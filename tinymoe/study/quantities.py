@@ -71,11 +71,21 @@ def padding(run):
     return 1 - taken / (places * final["validation_tokens"])
 
 
-def megaflops(run):
-    """Floating-point operations of the forward pass for one byte, in millions, with attention over half a window."""
+def experts_per_token(row):
+    """Measured experts of a byte, the mean over MoE layers; nan for a dense model. Some routers do not fix K."""
+    loads = [sum(layer["load"]) for layer in row["layers"]]
+    return float(np.mean(loads)) / row["validation_tokens"] if loads else math.nan
+
+
+def counted(run, field):
+    """A field of the whole model's counting.Part, for the measured experts of a byte and attention over half a window.
+
+    nan where the model is of another version.
+    """
     try:
-        return count(architecture(run.model), context=run.model["seq_len"] / 2)[-1].flops / 1e6
-    except (KeyError, TypeError, ValueError):  # the model of another version
+        measured = experts_per_token(run.final) if run.is_moe else None
+        return getattr(count(architecture(run.model, measured), context=run.model["seq_len"] / 2)[-1], field)
+    except (KeyError, TypeError, ValueError):
         return math.nan
 
 
@@ -102,6 +112,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("dead_experts", "dead experts in a layer"),
     Quantity("worst_dead", "most dead experts in a layer while training", of=_worst("dead_experts"), per="run"),
     Quantity("drop_rate", "share of assignments dropped"),
+    Quantity("experts_per_token", "experts for a byte", digits=2, of=experts_per_token, per="row"),
     Quantity("padding", "padding", of=padding, per="run"),
     Quantity("token_coverage", "coverage", digits=4),
     Quantity("lost_all", "share of bytes without any expert", of=lambda layer: 1 - layer["token_coverage"]),
@@ -139,7 +150,9 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("later_logits", "largest change of a logit by later bytes"),
     # what it takes
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
-    Quantity("megaflops", "work for a byte", "MFLOP", of=megaflops, per="run"),
+    Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active") / 1e6,
+             per="run"),
+    Quantity("megaflops", "work for a byte", "MFLOP", of=lambda run: counted(run, "flops") / 1e6, per="run"),
     Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
     *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in (1, 2, 4, 8, 16) for name, label in (
         ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),

@@ -10,7 +10,7 @@ import numpy as np
 from ..files import read_rows, write_rows
 from ..model.config import ModelConfig
 from .experiment import Claim, Experiment
-from .quantities import quantity, value
+from .quantities import experts_per_token, quantity, value
 from .statistics import Comparison, Contrast, Interval, enough_digits, holm, t_interval
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
@@ -48,8 +48,14 @@ class RunRecord:
 
     @property
     def made_of(self) -> str:
-        """Router, experts per byte and balance coefficient, in a few words."""
-        return "{router}, K={top_k}, aux {aux_coef:g}".format_map(self.model) if self.is_moe else "dense"
+        """Router, experts per byte and balance coefficient, in a few words; K as measured where it is not top_k."""
+        if not self.is_moe:
+            return "dense"
+        router, top_k, k = self.model["router"], self.model["top_k"], experts_per_token(self.final)
+        router = router if isinstance(router, str) else "+".join(router)
+        limited = self.model.get("capacity_factor") is not None
+        shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
+        return f"{router}, K={shown}, aux {self.model['aux_coef']:g}"
 
 
 # -- reading and writing ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Looking inside: which expert each byte goes to, in the terminal and as one HTML page (its template is view.html)."""
+"""Which expert each byte goes to, in the terminal and as one HTML page (its template is view.html)."""
 
 import base64
 import json
@@ -8,20 +8,20 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..moe import metrics
-from ..model.config import ModelConfig
-from ..training.data import SYNTHETIC, CorpusError, load_corpus
-from ..training.evaluation import RECORDED, snapshot
+from ..autograd.tensor import no_grad
 from ..files import CheckpointError, load_arrays
-from ..study.figures import COLOURS
+from ..model.config import ModelConfig
+from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
-from ..autograd.tensor import no_grad
-from ..training.run_folder import ROUTINGS, load_model
+from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.evaluation import RECORDED, snapshot
+from ..training.run_folder import FILES, ROUTINGS, load_model
 
-PALETTE = (*COLOURS, "#F0E442")  # an expert's number says which it is where there are more
+# Okabe and Ito, colour-blind safe. Experts beyond the eighth share colours; their numbers tell them apart.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 BARS = "▁▂▃▄▅▆▇█"
-MAX_WINDOWS = 8  # of a text of one's own
+MAX_WINDOWS = 8  # that are shown of a user's own text
 MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB
 
 
@@ -31,14 +31,15 @@ def symbol(byte):
 
 
 def note(config):
-    """What the reader of a routing must know of how it was made, a sentence or more; "" where there is nothing."""
-    router, said = ROUTERS[config.router], []
-    if not router.causal:
-        said.append(f"{config.router} chooses over the whole batch, so a byte's expert may depend on later bytes.")
-    elif not router.causal_training:
-        said.append(f"While training, {config.router} chooses over the whole batch; elsewhere on the prefix alone.")
+    """Sentences on where a route depends on more than its prefix; "" for a causal router without a capacity limit."""
+    said = []
+    for name in config.routers:
+        if not ROUTERS[name].causal:
+            said.append(f"{name} chooses over the whole batch, so a byte's expert may depend on later bytes.")
+        elif not ROUTERS[name].causal_training:
+            said.append(f"While training, {name} chooses over the whole batch; otherwise on the prefix alone.")
     if config.capacity_factor is not None:
-        said.append("Who is dropped at the capacity limit depends on the whole batch.")
+        said.append("Which bytes lose an expert to the capacity limit depends on the whole batch.")
     return " ".join(said)
 
 
@@ -47,7 +48,7 @@ def note(config):
 def prefix_routings(model, text):
     """One Routing of the N bytes of text (bytes) for each MoE layer, routed on the prefix alone.
 
-    A text longer than seq_len goes through the model in windows, each of which knows nothing of the one before.
+    A text longer than seq_len goes through the model in windows; the model sees one window at a time.
     """
     length, by_window = model.config.seq_len, []
     with no_grad():
@@ -58,10 +59,10 @@ def prefix_routings(model, text):
 
 
 def lines(text, routing, colour, width, gate=False, entropy=False):
-    """Yield the lines of one layer's paragraph: the text, below it each byte's first expert, read downwards.
+    """Yield the lines of one layer: the text, and below each byte the number of its first expert, read downwards.
 
-    colour: whether bytes are coloured too; gate, entropy: whether bars show the gate of the first choice, and the
-    entropy of the router's probabilities as a share of ln E.
+    colour: colour the bytes as well. gate: add bars for the gate of the first choice. entropy: add bars for the entropy
+    of the router's probabilities, as a share of ln E.
     """
     n_experts, gates, p = routing.n_experts, routing.to_dense().data, routing.probs.data
     first = np.where(routing.coverage > 0, np.where(routing.mask(), gates, -np.inf).argmax(axis=1), -1)
@@ -95,8 +96,9 @@ def _coloured(character, expert):
 def page(folder, text=None):
     """The HTML page of a run folder, as text.
 
-    It shows the routings saved while training; without any, or for the first bytes of the file `text`, what the last
-    checkpoint does. Raises files.CheckpointError, CorpusError or OSError where there is nothing to show.
+    It shows the routings that were saved while training. If there are none, or if a file `text` is given, it shows what
+    the last checkpoint does, in the second case to the first bytes of the file.
+    Raises files.CheckpointError, CorpusError or OSError if there is nothing to show.
     """
     paths = [] if text is not None else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
     steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
@@ -106,13 +108,19 @@ def page(folder, text=None):
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{Path(folder, ROUTINGS)} holds routings of another version or of several runs "
                               f"({type(error).__name__}): move it away") from None
-    for character in "<>&":  # so that no text can end the script element
+    for character in "<>&":  # a text must not end the script element
         data = data.replace(character, f"\\u{ord(character):04x}")
     return template.replace("__DATA__", data)
 
 
+def belongs_to_a_run(path):
+    """Whether a page at this path would replace a file that a run consists of. Links are followed."""
+    place = Path(path).resolve()
+    return place.name in (*FILES, ".lock") or place.parent.name == ROUTINGS
+
+
 def _now(folder, text):
-    """(arrays, header) as in a file of saved routings, of the last checkpoint."""
+    """(arrays, header) of what the last checkpoint does, in the form of a file of saved routings."""
     model = load_model(folder)
     length, names = model.config.seq_len, ["text"]
     if text is not None:
@@ -130,15 +138,15 @@ def _now(folder, text):
 
 
 def _trained_on(folder, length):
-    """The Corpus that a run was trained on, if it is one of those that need no path; CorpusError if it is another.
+    """The Corpus that a run was trained on: the default or the synthetic one. Raises CorpusError for any other.
 
-    The default one where config.json does not tell.
+    It is the default one where config.json does not say.
     """
     try:
         described = json.loads(Path(folder, "config.json").read_bytes())["corpus"]
         hashes = {name: text["sha256"] for name, text in described.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        hashes = None  # nobody knows: the default
+        hashes = None
     for text in (None, SYNTHETIC):
         corpus = load_corpus(text, length)
         if hashes in (None, {name: one["sha256"] for name, one in corpus.describe().items()}):
@@ -156,21 +164,27 @@ def _windows(path, length):
 
 
 def _data(steps):
-    """What the page's script reads, ready for JSON; arrays as base64 of bytes, (L, N, E) for each step.
+    """What the page's script reads, ready for JSON. Arrays (L, N, E) of each step are bytes in base64.
 
-    A gate is 0 where the expert is not chosen, else 1 to 255 for 0 to the largest gate of the page.
+    A gate is 0 where the expert is not chosen; otherwise 1 to 255 stands for 0 to the largest gate of the page.
+    perByte: experts of a byte, as counted over the last step.
     """
     final, header = steps[-1]
     every = math.ceil(len(steps) * final["probs"].size / MAX_VALUES)
-    steps = steps[::-every][::-1]  # the last is always among them
-    model = header["model"]
+    steps = steps[::-every][::-1]  # keeps the last one
+    config = ModelConfig.from_dict(header["model"])
+    shape = len(config.moe_layers), final["ids"].size, config.n_experts  # (L, N, E)
+    for array in (arrays[name] for arrays, _ in steps for name in ("probs", "gates", "chosen")):
+        if array.shape != shape or not np.isfinite(array).all():
+            raise ValueError(f"an array that is not finite, or of another shape than {shape}")
     scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
     return {
-        "run": header["run_id"], "router": model["router"], "topK": model["top_k"], "experts": model["n_experts"],
-        "layers": list(model["moe_layers"]), "names": header["names"], "domain": final["domain"].tolist(),
-        "length": final["ids"].shape[1], "text": _base64(final["ids"]), "colours": PALETTE,
-        "note": note(ModelConfig.from_dict(model)), "steps": [header["step"] for _, header in steps],
-        "limited": model["capacity_factor"] is not None and ROUTERS[model["router"]].chooses == "token",
+        "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_experts,
+        "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": config.moe_layers,
+        "names": header["names"], "domain": final["domain"].tolist(), "length": final["ids"].shape[1],
+        "text": _base64(final["ids"]), "colours": PALETTE,
+        "note": note(config), "steps": [header["step"] for _, header in steps],
+        "limited": config.capacity_factor is not None and all(ROUTERS[r].chooses == "token" for r in config.routers),
         "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
                        for arrays, _ in steps],
         "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,
