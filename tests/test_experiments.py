@@ -6,10 +6,11 @@ import re
 import shutil
 import types
 
-import cli
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
+import cli
 from tinymoe import ModelConfig, Tensor, Transformer
 from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from tinymoe import ModelConfig, Tensor, Transformer
 from tinymoe.moe import metrics, routers
 from tinymoe.study import probes

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cli
 import matplotlib
 import pytest
 from click.testing import CliRunner
+
+import cli
 from tinymoe.experiments import STUDY
 from tinymoe.study import figures, quantities, report
 from tinymoe.study.results import Results, compact, load_runs

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..autograd.tensor import no_grad
+from ..model.transformer import Transformer
 from ..moe import metrics
 from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
-from ..model.transformer import Transformer
 from ..training.evaluation import Validation, losses_and_routings
 from ..training.trainer import RunPlan, Trainer
 
