@@ -115,8 +115,8 @@ def differing_settings(results):
             said += [f"{name} was changed: its {field} is {found}, not {wanted}."
                      for field, wanted in getattr(settings[name], part).items()
                      if (found := config[part].get(field)) != (list(wanted) if isinstance(wanted, tuple) else wanted)]
-    for key in ("versions", "kernels", "threads"):
-        found = {json.dumps(run.config.get(key)): run.run_id for run in results.runs}
+    for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
+        found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
         if len(found) > 1:
             said.append(f"The runs do not share the same {key} ({'; '.join(f'{r}: {x}' for x, r in found.items())}).")
     return said

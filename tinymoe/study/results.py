@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import read_rows, write_rows
-from ..model.config import ModelConfig
+from ..files import read_json, read_rows, write_rows
+from ..training.run_folder import with_defaults
 from .experiment import Claim, Experiment
 from .quantities import experts_per_token, quantity, value
 from .statistics import Comparison, Contrast, Interval, enough_digits, holm, t_interval
@@ -88,7 +88,7 @@ def compact(study_dir) -> tuple[Path, int]:
 
 def _folder_runs(folder):
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        parts = (_read_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
+        parts = (_json_or_none(place / f"{name}.json") for name in ("config", "summary", "failure"))
         yield _record(place, *parts, read_rows(place / "log.jsonl"), (place / "summary.json").exists())
 
 
@@ -111,16 +111,8 @@ def _record(place, config, summary, failure, rows, finished):
         raise ValueError(f"{place} is a finished run with damaged files: move it away, or fetch it again")
     if not (config or {}).keys() >= CONFIG_KEYS:
         config = {"config_id": place.name, "seed": -1, "model": {}}
-    config = config | {"model": _with_defaults(config["model"])}
+    config = config | {"model": with_defaults(config["model"])}
     return RunRecord(place.name, config, [log[step] for step in sorted(log)], summary, failure)
-
-
-def _with_defaults(model):
-    """A stored ModelConfig with the default of every field that is newer than it; as it is, if it is not one."""
-    try:
-        return json.loads(json.dumps(ModelConfig.from_dict(model).to_dict()))
-    except (ValueError, TypeError):
-        return model
 
 
 def _is_whole(name, config, summary, log):
@@ -130,13 +122,12 @@ def _is_whole(name, config, summary, log):
     return config["run_id"] == summary["run_id"] == name and max(log, default=None) == summary["steps"]
 
 
-def _read_json(path):
+def _json_or_none(path):
     """The JSON object in a file; None where there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 # -- an experiment's results --------------------------------------------------------------------

@@ -183,12 +183,11 @@ def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), share
 
 def _figure(path, height, panels, draw):
     """Call draw(figure, axes) in the style of the study's figures, and save. matplotlib is first imported here."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    from ..study.figures import DOUBLE, STYLE, save
+    from ..study.figures import DOUBLE, default_style, save
 
-    with matplotlib.rc_context(STYLE):
+    with default_style():
         fig = Figure(figsize=(DOUBLE, height), layout="constrained")
         draw(fig, fig.subplots(1, panels))
         save(fig, path)
@@ -196,7 +195,7 @@ def _figure(path, height, panels, draw):
 
 def draw_ladder(rows, path):
     """A bar for each size and backend: forward + backward in milliseconds, logarithmic."""
-    from ..study.figures import COLOURS
+    from ..study.palette import COLOURS
 
     def size_of(row):
         return row["n_tokens"], row["d_model"], row["n_experts"], row["top_k"]
