@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
@@ -18,44 +18,49 @@ class Check:
     def require(self, name: str, value: Any) -> None:
         """Raise a ValueError that names the setting, its value and what was expected."""
         if not self.fits(value):
-            raise ValueError(f"{name} {shortened(value)} must be {self.expected}")
+            text = repr(value)
+            text = text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
+            raise ValueError(f"{name} {text} must be {self.expected}")
 
     def or_none(self) -> "Check":
         """The same check, but None is allowed too."""
         return Check(lambda value: value is None or self.fits(value), f"{self.expected}, or None")
 
 
-def shortened(value: Any) -> str:
-    """repr(value), cut in the middle where it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
-
-
-def is_whole(value: Any, least: int = 1) -> bool:
-    """Whether value is an integer of at least `least` that an array can have as its length."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < 2**31
+def integer_from(least: int, below: int = 2**31) -> Callable[[Any], bool]:
+    """A test for integers from `least` to `below` - 1; an array can have any of them as its length."""
+    return lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < below
 
 
 def is_finite(value: Any) -> bool:
     """Whether value is a finite number of at least 0."""
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return number and 0 <= value < np.inf
-
-
-WHOLE = Check(is_whole, "a whole number of at least 1 (and below 2**31)")
-COUNT = Check(lambda value: is_whole(value, 0), "a whole number of at least 0")
-EVEN = Check(lambda value: is_whole(value, 2) and value % 2 == 0, "an even number of at least 2")
-NOT_NEGATIVE = Check(is_finite, "a finite number of at least 0")
-POSITIVE = Check(lambda value: is_finite(value) and value > 0, "a finite number above 0")
-SHARE = Check(lambda value: is_finite(value) and value <= 1, "a number from 0 to 1")
-FLAG = Check(lambda value: isinstance(value, bool), "true or false")
-NAME = Check(lambda value: isinstance(value, str), "a name")
-BY_TYPE = {int: WHOLE, float: NOT_NEGATIVE, bool: FLAG, str: NAME}  # the check of an annotation
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and 0 <= value < np.inf
 
 
 def one_of(*names: str) -> Check:
     """One of some names."""
     return Check(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+
+
+WHOLE = Check(integer_from(1), "a whole number of at least 1 (and below 2**31)")
+COUNT = Check(integer_from(0), "a whole number of at least 0")
+DEPTH = Check(integer_from(1, 10_001), "a whole number from 1 to 10,000")
+EVEN = Check(lambda value: COUNT.fits(value) and value and value % 2 == 0, "an even number of at least 2")
+NOT_NEGATIVE = Check(is_finite, "a finite number of at least 0")
+POSITIVE = Check(lambda value: is_finite(value) and value > 0, "a finite number above 0")
+SHARE = Check(lambda value: is_finite(value) and value <= 1, "a number from 0 to 1")
+FLAG = Check(lambda value: isinstance(value, bool), "true or false")
+BY_TYPE = {int: WHOLE, float: NOT_NEGATIVE, bool: FLAG, str: Check(lambda value: isinstance(value, str), "a name")}
+
+
+def check_of(annotation: Any) -> Check | None:
+    """The check of an annotation: a type of BY_TYPE, a Literal of names, either of them or None; None for others."""
+    if get_origin(annotation) is Literal:
+        return one_of(*get_args(annotation))
+    if type(None) in get_args(annotation):
+        check = check_of(get_args(annotation)[0])
+        return check and check.or_none()
+    return BY_TYPE.get(annotation)
 
 
 def setting(default: Any, meaning: str, check: Check) -> Any:

@@ -9,25 +9,17 @@ To add a router, write `class Mine(Router, name="mine")` with `forward(x, contex
 a file of this folder, or in a file of your own that `--import` or `load_file` names.
 """
 
-# ruff: noqa: I001  (the imports are in the order of the table)
+# ruff: noqa: F401, I001  (the imports are in the order of the table)
 import importlib
 import pkgutil
 
 from ..routing import largest
 from .base import ROUTERS, LinearRouter, RouteContext, Router, find, load_file, make
-from .top_k import TopK
-from .noisy_top_k import NoisyTopK
-from .sigmoid_bias import SigmoidBias
+from .token_choice import NoisyTopK, Reinforce, SigmoidBias, TokenChoice, TopK
 from .baselines import Frozen, Hash, Random, Shuffled
-from .reinforce import Reinforce
 from .expert_choice import ExpertChoice
 from .assignment import BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall, sinkhorn_plan
 from .sequence import Sequence
-
-__all__ = ["ROUTERS", "BaseAssignment", "ExpertChoice", "Frozen", "Hash", "LinearRouter", "NoisyTopK", "Random",
-           "Reinforce", "RouteContext", "Router", "Sequence", "Shuffled", "SigmoidBias", "Sinkhorn", "TopK",
-           "balanced_assignment", "find", "greedy_assignment", "largest", "load_file", "make", "shortfall",
-           "sinkhorn_plan"]
 
 for _file in pkgutil.iter_modules(__path__):  # files of this folder that are not named above
     importlib.import_module(f"{__name__}.{_file.name}")

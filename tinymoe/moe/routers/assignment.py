@@ -4,7 +4,6 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from ...autograd import functional as F
-from ...layers.nn import INIT_STD
 from ..routing import capacity, from_mask, largest
 from .base import LinearRouter
 
@@ -22,16 +21,12 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
     balanced = "nearly, while training"
     causal_training = False
     cost = "2 N D E + 2 N E an iteration"
-
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std: float = INIT_STD,
-                 sinkhorn_iterations: int = 20):
-        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
-        self.iterations = sinkhorn_iterations
+    sinkhorn_iterations: int = 20
 
     def forward(self, x, context):
         logits = self.scores(x)
         balanced = context.training and not context.causal
-        scores = sinkhorn_plan(logits.data, self.iterations) if balanced else logits.data
+        scores = sinkhorn_plan(logits.data, self.sinkhorn_iterations) if balanced else logits.data
         probs = F.softmax(logits)
         gates = F.sigmoid(logits) if self.top_k == 1 else probs
         return from_mask(largest(scores, self.top_k), gates, logits, probs)
@@ -58,10 +53,10 @@ class BaseAssignment(LinearRouter, name="base_assignment"):
         return from_mask(chosen, F.sigmoid(logits), logits, F.softmax(logits))
 
 
-def sinkhorn_plan(scores, iterations=20):
-    """(N, E): exp(scores) with its rows scaled to sum 1 and its columns to sum N / E, in turn; columns last.
+def sinkhorn_plan(scores: np.ndarray, iterations: int = 20) -> np.ndarray:
+    """(N, E) float64: exp(scores) with its rows scaled to sum 1 and its columns to sum N / E, in turn; columns last.
 
-    Sinkhorn 1967. In float64, on scores less their row's largest.
+    Sinkhorn 1967, on scores less their row's largest.
     """
     scores = scores.astype(float)
     plan = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -73,37 +68,28 @@ def sinkhorn_plan(scores, iterations=20):
     return plan
 
 
-def balanced_assignment(scores):
+def balanced_assignment(scores: np.ndarray) -> np.ndarray:
     """(N, E) bool: one expert a token, at most ceil(N / E) tokens an expert, of the largest total score."""
     n, n_experts = scores.shape
     room = capacity(n, n_experts, 1)
     finite = np.nan_to_num(scores, nan=0.0, posinf=1e30, neginf=-1e30)  # training stops at a loss that is not finite
-    token, place = linear_sum_assignment(np.repeat(finite, room, axis=1), maximize=True)
-    return _mask(token, place // room, scores.shape)
+    _, place = linear_sum_assignment(np.repeat(finite, room, axis=1), maximize=True)
+    return np.eye(n_experts, dtype=bool)[place // room]
 
 
-def greedy_assignment(scores):
+def greedy_assignment(scores: np.ndarray) -> np.ndarray:
     """A balanced choice that takes the largest free score again and again; ties go to the earlier token."""
     n, n_experts = scores.shape
-    free, room = np.ones(n, bool), np.full(n_experts, capacity(n, n_experts, 1))
-    expert = np.empty(n, int)
+    chosen, room = np.zeros(scores.shape, bool), capacity(n, n_experts, 1)
     for place in np.argsort(-scores, axis=None, kind="stable"):
-        token, e = divmod(place, n_experts)
-        if free[token] and room[e]:
-            free[token], expert[token] = False, e
-            room[e] -= 1
-    return _mask(np.arange(n), expert, scores.shape)
+        token, expert = divmod(place, n_experts)
+        chosen[token, expert] = not chosen[token].any() and chosen[:, expert].sum() < room
+    return chosen
 
 
-def shortfall(scores, chosen):
+def shortfall(scores: np.ndarray, chosen: np.ndarray) -> float:
     """How far the mean score of a top-1 choice (N, E) falls short of the exact balanced assignment's.
 
     Negative where the choice is better, which it can be only by being less balanced.
     """
     return float((scores * (balanced_assignment(scores).astype(int) - chosen)).sum() / len(scores))
-
-
-def _mask(token, expert, shape):
-    mask = np.zeros(shape, bool)
-    mask[token, expert] = True
-    return mask

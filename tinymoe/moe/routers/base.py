@@ -15,7 +15,7 @@ from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, Module, normal, zeros
 from ..losses import LossContext
 from ..routing import Routing
-from ..settings import BY_TYPE
+from ..settings import check_of
 
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
@@ -37,14 +37,22 @@ class RouteContext:
     causal: bool = False
     shared: dict = field(default_factory=dict)
 
+    def need(self, name: str, router: "Router") -> Any:
+        """The field `name`, ids or rng. Raises ValueError where it is None."""
+        if getattr(self, name) is None:
+            reason = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training"}[name]
+            raise ValueError(f"{router.name} needs RouteContext.{name}: give it {reason}")
+        return getattr(self, name)
+
 
 class Router(Module):
     """router(x (N, D) Tensor, RouteContext) -> Routing.
 
     A subclass `class Mine(Router, name="mine")` with `forward(x, context)` enters ROUTERS under its name. Its options
-    are the keyword arguments of its `__init__`; annotated ones are checked by their type, and a line `NAME: meaning` of
-    the docstring says what each means. The class attributes below describe the router: `cli.py routers` prints them,
-    and the model reads them instead of asking for a name.
+    are annotated class attributes such as `jitter: float = 0.0`, or keyword arguments of an `__init__` of its own. A
+    value is checked by the annotation, and a line `NAME: meaning` of the docstring says what the option means. A
+    subclass that sets an option of its parent without annotation fixes it. The class attributes below describe the
+    router: `cli.py routers` prints them, and the model reads them instead of asking for a name.
     """
 
     paper = "–"
@@ -54,12 +62,16 @@ class Router(Module):
     causal_training = True  # and while training
     learned = True
     cost = "2 N D E"  # floating-point operations and what else takes time
-    shapes: dict[str, str] = {}  # parameter -> its axes: D width, E experts, V vocabulary
-    losses: dict[str, float] = {}  # coefficients of losses.LOSSES that this router needs
+    shapes = {}  # parameter -> its axes: D width, E experts, V vocabulary
+    losses = {}  # coefficients of losses.LOSSES that this router needs
     mean_k = False  # top_k is only the mean over tokens and may be a fraction
     top_1_only = False
     sampled = False  # while training it draws from its probs, as the policy loss needs
     has_soft_load = False  # while training its Routing carries soft_load, which the load loss needs
+
+    def __init__(self, d_model: int, n_experts: int, top_k: float, rng: np.random.Generator, dtype, **options):
+        self.n_experts, self.top_k = n_experts, top_k
+        vars(self).update(options)
 
     def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()
@@ -72,14 +84,19 @@ class Router(Module):
 
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:
-        """The keyword arguments of `__init__` beyond those of `make`; `**options` adds those of the parent class."""
+        """The options, as parameters with a default and an annotation."""
         found = {}
-        for each in cls.__mro__:
-            if "__init__" in vars(each):
-                parameters = inspect.signature(each.__init__, eval_str=True).parameters
-                found = {name: p for name, p in parameters.items() if p.default is not p.empty} | found
-                if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                    break
+        for each in reversed(cls.__mro__[:cls.__mro__.index(Router)]):
+            own, arguments = vars(each), {}
+            if "__init__" in own:
+                arguments = inspect.signature(each.__init__, eval_str=True).parameters
+                if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
+                    found = {}  # it passes nothing on to its parent
+            found = {name: p for name, p in found.items() if name not in own}
+            found |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=own[name], annotation=kind)
+                      for name, kind in inspect.get_annotations(each, eval_str=True).items()
+                      if name in own and not hasattr(Router, name)}
+            found |= {name: p for name, p in arguments.items() if p.default is not p.empty}
         return found
 
     @classmethod
@@ -93,7 +110,10 @@ class Router(Module):
 
     @classmethod
     def check(cls, n_experts: int, top_k: float, options: dict[str, Any]) -> None:
-        """Raise ValueError for a top_k that this router cannot give, an unknown option, or a value of a wrong type."""
+        """Raise ValueError for a top_k that this router cannot give, an unknown option, or a value of a wrong type.
+
+        A router whose options must fit together extends it; nothing is allocated.
+        """
         is_whole = cls.mean_k or top_k == int(top_k)
         if not (0 < top_k <= n_experts and is_whole and (top_k == 1 or not cls.top_1_only)):
             kind = "1" if cls.top_1_only else "a number" if cls.mean_k else "a whole number"
@@ -102,10 +122,8 @@ class Router(Module):
         for name, value in options.items():
             if name not in known:
                 raise ValueError(f"{name} is no option of {cls.name}, which takes {', '.join(known) or 'none'}")
-            kinds = getattr(known[name].annotation, "__args__", (known[name].annotation,))
-            check = next((BY_TYPE[kind] for kind in kinds if kind in BY_TYPE), None)
-            if check:
-                (check.or_none() if type(None) in kinds else check).require(name, value)
+            if check := check_of(known[name].annotation):
+                check.require(name, value)
 
     def penalty(self, routing: Routing, context: LossContext) -> Tensor | None:
         """A term of the router's own, a scalar that the model adds to the loss (the mean over MoE layers)."""
@@ -122,10 +140,13 @@ class LinearRouter(Router):
     """
 
     shapes = {"weight": "DE"}
+    router_std: float = INIT_STD
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std: float = INIT_STD):
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
         shape = d_model, n_experts
-        self.top_k, self.weight = top_k, normal(rng, shape, router_std, dtype) if router_std else zeros(shape, dtype)
+        self.weight = normal(rng, shape, self.router_std, dtype) if self.router_std else zeros(shape, dtype)
+        self.weight.requires_grad = self.learned
 
     def scores(self, x: Tensor) -> Tensor:
         """(N, E): the logits, in the dtype of the model (float32 or float64, never less)."""
@@ -135,7 +156,7 @@ class LinearRouter(Router):
 def make(name: str, d_model: int, n_experts: int, top_k: float = 2, seed=0, dtype=np.float32, **options) -> Router:
     """The named router for d_model features and n_experts experts.
 
-    seed: an integer or a NumPy Generator for the initial weights. options: keyword arguments of the class.
+    seed: an integer or a NumPy Generator for the initial weights. options: those of the class.
     Raises ValueError for an unknown name, an option the class does not take, or an impossible top_k.
     """
     cls = find(name)

@@ -3,10 +3,9 @@
 import numpy as np
 
 from ...autograd.tensor import Tensor
-from ...layers.nn import freeze
 from ..routing import from_mask, largest
 from .base import Router
-from .top_k import TopK
+from .token_choice import TopK
 
 
 class Frozen(TopK, name="frozen"):
@@ -19,10 +18,6 @@ class Frozen(TopK, name="frozen"):
     paper = "Fan 2024"
     learned = False
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        freeze(self)
-
 
 class Shuffled(TopK, name="shuffled"):
     """Top-K whose choices are permuted over the tokens: the load is the same, but says nothing about the token.
@@ -32,7 +27,7 @@ class Shuffled(TopK, name="shuffled"):
     Raises ValueError for context.causal without ids.
     """
 
-    paper = "–"
+    paper = Router.paper
     chooses = "neither"
     causal = causal_training = False
 
@@ -40,9 +35,8 @@ class Shuffled(TopK, name="shuffled"):
         chosen, rng = super()._select(scores, context), context.rng or np.random.default_rng(0)
         if not context.causal:
             return chosen[rng.permutation(len(chosen))]
-        if context.ids is None:
-            raise ValueError("causal shuffling needs RouteContext.ids to know where sequences begin")
-        place = np.tile(np.arange(context.ids.shape[1]), len(context.ids))
+        n_sequences, length = context.need("ids", self).shape
+        place = np.tile(np.arange(length), n_sequences)
         back = (rng.random(len(chosen)) * (place + 1)).astype(int)  # 0 to place
         return chosen[np.arange(len(chosen)) - back]
 
@@ -62,16 +56,15 @@ class Hash(Router, name="hash"):
     learned = False
     cost = "a lookup"
     shapes = {"table": "VE"}
+    vocab_size: int = 256
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, vocab_size: int = 256):
-        chosen = largest(rng.random((vocab_size, n_experts)), top_k)
-        self.top_k = top_k
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        chosen = largest(rng.random((self.vocab_size, n_experts)), top_k)
         self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
 
     def forward(self, x, context):
-        if context.ids is None:
-            raise ValueError("hash routes by token id: give RouteContext the ids")
-        return constant(self.table.data[context.ids.reshape(-1)] > 0, x.dtype)
+        return constant(self.table.data[context.need("ids", self).reshape(-1)] > 0, x.dtype)
 
 
 class Random(Router, name="random"):
@@ -85,11 +78,8 @@ class Random(Router, name="random"):
     learned = False
     cost = "N E random numbers"
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype):
-        self.n_experts, self.top_k = n_experts, top_k
-
     def forward(self, x, context):
-        rng = np.random.default_rng(0) if context.rng is None else context.rng
+        rng = context.rng or np.random.default_rng(0)
         return constant(largest(rng.random((len(x), self.n_experts)), self.top_k), x.dtype)
 
 

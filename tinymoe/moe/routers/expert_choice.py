@@ -1,9 +1,10 @@
 """Each expert chooses its tokens."""
 
+from typing import Literal
+
 import numpy as np
 
 from ...autograd import functional as F
-from ...layers.nn import INIT_STD
 from ..routing import capacity, from_mask, largest
 from .base import LinearRouter
 
@@ -19,7 +20,7 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     softmax_over: "experts", as in the paper, or "tokens". With "tokens" an expert ranks tokens by its logit, and its
         gates are the softmax over all tokens of the batch (with context.causal, over the sequence so far), times their
         number, so that the mean gate is 1 for any number of tokens.
-    Raises ValueError for another softmax_over, or context.causal without ids.
+    Raises ValueError for context.causal without ids.
     """
 
     paper = "Zhou 2022"
@@ -27,39 +28,31 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     balanced = "yes"
     causal = causal_training = False
     mean_k = True
-
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, router_std: float = INIT_STD,
-                 softmax_over: str = "experts"):
-        super().__init__(d_model, n_experts, top_k, rng, dtype, router_std)
-        if softmax_over not in ("experts", "tokens"):
-            raise ValueError(f"softmax_over {softmax_over!r} must be experts or tokens")
-        self.over_tokens = softmax_over == "tokens"
+    softmax_over: Literal["experts", "tokens"] = "experts"
 
     def forward(self, x, context):
-        if context.causal and context.ids is None:
-            raise ValueError("causal expert choice needs RouteContext.ids to know where sequences begin")
         logits = self.scores(x)
-        probs = F.softmax(logits)
-        gates = self._softmax_over_tokens(logits, context) if self.over_tokens else probs
-        scores = logits.data if self.over_tokens else probs.data
-        chosen = self._prefix_choice(scores, context) if context.causal else self._batch_choice(scores)
+        probs, over_tokens = F.softmax(logits), self.softmax_over == "tokens"
+        gates = self._softmax_over_tokens(logits, context) if over_tokens else probs
+        scores = logits.data if over_tokens else probs.data
+        if context.causal:
+            chosen = self._prefix_choice(scores, context)
+        else:
+            chosen = largest(scores, capacity(*scores.shape, self.top_k), axis=0)
         return from_mask(chosen, gates, logits, probs)
 
     def _softmax_over_tokens(self, logits, context):
         if not context.causal:
             return F.softmax(logits, axis=0) * len(logits)
-        length = context.ids.shape[1]
+        length = context.need("ids", self).shape[1]
         sequences = logits.reshape(-1, length, logits.shape[1])  # (B, T, E)
         e = (sequences - sequences.data.max(axis=1, keepdims=True)).exp()
         so_far = np.tri(length, dtype=logits.dtype)
         mean = (so_far / so_far.sum(axis=1, keepdims=True)) @ e
         return (e / mean).reshape(logits.shape)
 
-    def _batch_choice(self, p):
-        return largest(p, capacity(*p.shape, self.top_k), axis=0)
-
     def _prefix_choice(self, p, context):
-        length, n_experts = context.ids.shape[1], p.shape[1]
+        length, n_experts = context.need("ids", self).shape[1], p.shape[1]
         room = np.array([capacity(t + 1, n_experts, self.top_k) for t in range(length)])
         chosen = np.empty((len(p) // length, length, n_experts), bool)
         for sequence, scores in zip(chosen, p.reshape(chosen.shape)):

@@ -1,11 +1,11 @@
 """One choice for a sequence instead of one for each token."""
 
+from typing import Literal
+
 import numpy as np
 
 from ...autograd.tensor import primitive
-from .top_k import TopK
-
-POOLS, SCOPES = ("prefix", "mean"), ("layer", "global")
+from .token_choice import TopK
 
 
 class Sequence(TopK, name="sequence"):
@@ -20,27 +20,24 @@ class Sequence(TopK, name="sequence"):
 
     paper = "Fan 2024"
     chooses = "sequence"
+    sequence_pool: Literal["prefix", "mean"] = "prefix"
+    sequence_scope: Literal["layer", "global"] = "layer"
 
-    def __init__(self, *args, sequence_pool: str = "prefix", sequence_scope: str = "layer", **options):
-        super().__init__(*args, **options)
-        if sequence_pool not in POOLS or sequence_scope not in SCOPES:
-            raise ValueError(f"sequence_pool {sequence_pool!r} must be one of {', '.join(POOLS)}, "
-                             f"sequence_scope {sequence_scope!r} one of {', '.join(SCOPES)}")
-        self.pool, self.scope = sequence_pool, sequence_scope
-        self.causal = self.causal_training = sequence_pool == "prefix"
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.causal = self.causal_training = self.sequence_pool == "prefix"
 
     def forward(self, x, context):
-        if self.scope == "global" and "sequence" in context.shared:
+        if self.sequence_scope == "global" and "sequence" in context.shared:
             return context.shared["sequence"]
-        if context.ids is None:
-            raise ValueError("sequence routing needs RouteContext.ids to know where sequences begin")
-        states = self._jittered(x, context).reshape(*context.ids.shape, -1)  # (B, T, D)
-        if self.pool == "prefix" or context.causal:
+        ids = context.need("ids", self)
+        states = self._jittered(x, context).reshape(*ids.shape, -1)  # (B, T, D)
+        if self.sequence_pool == "prefix" or context.causal:
             pooled = prefix_mean(states)
         else:
-            pooled = broadcast(states.mean(axis=1, keepdims=True), states.shape)
+            pooled = states.mean(axis=1, keepdims=True)[:, np.zeros(ids.shape[1], int)]  # the same for all T
         routing = self._choose(self.scores(pooled.reshape(x.shape)), context)
-        if self.scope == "global":
+        if self.sequence_scope == "global":
             context.shared["sequence"] = routing
         return routing
 
@@ -53,8 +50,3 @@ def prefix_mean(x):
         return (g / count)[:, ::-1].cumsum(axis=1)[:, ::-1]
 
     return primitive((x.data.cumsum(axis=1) / count).astype(x.dtype), (x, vjp))
-
-
-def broadcast(x, shape):
-    """x repeated along its axes of size 1 to a shape with as many axes."""
-    return primitive(np.ascontiguousarray(np.broadcast_to(x.data, shape)), (x, lambda g: g))

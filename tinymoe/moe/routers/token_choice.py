@@ -1,0 +1,215 @@
+"""Each token chooses its K experts."""
+
+from typing import Literal
+
+import numpy as np
+
+from ...autograd import functional as F
+from ...autograd.tensor import Tensor
+from ...layers.nn import zeros
+from ..routing import from_mask, largest
+from .base import LinearRouter
+
+TINY = 1e-20  # added to sums of sigmoids, which may all be 0
+
+
+class TokenChoice(LinearRouter):
+    """Options that routers share in which a token takes its K best experts.
+
+    renormalise: whether a token's gates are divided by their sum; None for K > 1 only, because for K = 1 the gate would
+        be a constant, and the router would learn nothing from the language-model loss. Grok-1 sets False.
+    n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups
+        (DeepSeek-V2, section 2.2.2).
+    """
+
+    renormalise: bool | None = None
+    n_groups: int = 1
+    group_limit: int | None = None
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        if self.renormalise is None:
+            self.renormalise = top_k > 1
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        n_groups, limit = (options.get(name, getattr(cls, name)) for name in ("n_groups", "group_limit"))
+        if (n_groups > 1) != (limit is not None):
+            raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
+        if n_experts % n_groups or limit and limit > n_groups:
+            raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {limit} be from "
+                             "1 to n_groups")
+        if limit and top_k > limit * (n_experts // n_groups):
+            raise ValueError(f"group_limit {limit} leaves {limit * (n_experts // n_groups)} experts, fewer than top_k "
+                             f"{top_k}")
+
+    def in_best_groups(self, scores: np.ndarray, n_best: int) -> np.ndarray:
+        """Scores (N, E), with -inf outside each token's best groups (not 0: a biased score may be below 0).
+
+        The value of a group is the sum of its n_best largest scores.
+        """
+        if self.group_limit is None:
+            return scores
+        grouped = scores.reshape(len(scores), self.n_groups, -1)
+        value = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)  # (N, groups)
+        best = largest(value, self.group_limit)
+        return np.where(np.repeat(best, grouped.shape[-1], axis=-1), scores, -np.inf)
+
+
+class TopK(TokenChoice, name="top_k"):
+    """Each token takes its K experts of largest probability (Switch, Fedus et al. 2021; Mixtral, Jiang et al. 2024).
+
+    A gate is the probability of its expert. For K = 1 it stays as it is (Switch eq. 2). For K > 1 the gates of a token
+    are divided by their sum (Mixtral), which equals a softmax over the chosen logits alone. A group of experts is as
+    good as its best expert.
+
+    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
+    second_expert: for K = 2, which second experts are kept while training: "all"; "threshold", those whose gate is
+        above second_threshold; "random", each with probability gate / second_threshold (GShard, Lepikhin et al.
+        2020, algorithm 1).
+    second_threshold: for second_expert; GShard has 0.5.
+    Raises ValueError for training with noise but without an rng.
+    """
+
+    paper = "Fedus 2021; Jiang 2024"
+    jitter: float = 0.0
+    second_expert: Literal["all", "random", "threshold"] = "all"
+    second_threshold: float = 0.5
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        second, jitter = (options.get(name, getattr(cls, name)) for name in ("second_expert", "jitter"))
+        if second != "all" and top_k != 2:
+            raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
+        if jitter >= 1:
+            raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
+
+    def forward(self, x, context):
+        return self._choose(self.scores(self._jittered(x, context)), context)
+
+    def _jittered(self, x, context):
+        if not (self.jitter and context.training):
+            return x
+        noise = context.need("rng", self).uniform(1 - self.jitter, 1 + self.jitter, x.shape)
+        return x * noise.astype(x.dtype)
+
+    def _choose(self, logits, context, soft_load=None):
+        probs = F.softmax(logits)
+        chosen = self._select(self.in_best_groups(logits.data, n_best=1), context)
+        gates = probs * chosen
+        if self.renormalise:
+            gates = gates / gates.sum(axis=-1, keepdims=True)
+        if context.training and self.second_expert != "all":
+            chosen = chosen & self._keeps_second(gates.data, context)
+        return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
+
+    def _select(self, scores, context):
+        return largest(scores, self.top_k)
+
+    def _keeps_second(self, gates, context):
+        """(N, E) bool: first choices, and the second choices that second_expert keeps."""
+        limit = np.full(len(gates), self.second_threshold, float)
+        if self.second_expert == "random":
+            limit *= context.need("rng", self).random(len(gates))
+        return largest(gates, 1) | (gates > limit[:, None])
+
+
+class NoisyTopK(TopK, name="noisy_top_k"):
+    """Top-K of logits with learned Gaussian noise while training (Shazeer et al. 2017, eq. 3 to 5).
+
+    H = x W + epsilon * (softplus(x W_noise) + 0.01), epsilon ~ N(0, 1). At evaluation there is no noise.
+    Both weights start at zero. While training, the Routing carries the smooth load of appendix A, which is not defined
+    with groups and is left out there. Raises ValueError when training without an rng.
+    """
+
+    paper = "Shazeer 2017"
+    cost = "4 N D E"
+    shapes = {"weight": "DE", "noise": "DE"}
+    has_soft_load = True
+    router_std: float = 0.0
+    second_expert, second_threshold = "all", 0.5  # fixed: the smooth load counts all second experts
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.noise = zeros((d_model, n_experts), dtype)
+
+    def forward(self, x, context):
+        x = self._jittered(x, context)
+        clean = self.scores(x)
+        if not context.training:
+            return self._choose(clean, context)
+        sigma = F.softplus(F.linear(x, self.noise)) + 0.01
+        epsilon = context.need("rng", self).standard_normal(clean.shape).astype(clean.dtype)
+        noisy = clean + epsilon * sigma
+        return self._choose(noisy, context, self._soft_load(clean, noisy, sigma) if self.n_groups == 1 else None)
+
+    def _soft_load(self, clean, noisy, sigma):
+        """(E,): the sum over tokens of P(expert i is in the top K when its noise is drawn again), eq. 8 to 10."""
+        n, n_experts = clean.shape
+        if self.top_k == n_experts:
+            return Tensor(np.full(n_experts, n, clean.dtype))
+        order = np.argsort(-noisy.data, axis=-1, kind="stable")
+        kth, next_best = order[:, self.top_k - 1:self.top_k], order[:, self.top_k:self.top_k + 1]
+        # the K-th largest among the others: the (K+1)-th of all for those inside, the K-th for those outside
+        rival = np.where(largest(noisy.data, self.top_k), next_best, kth)
+        return F.normal_cdf((clean - F.gather(noisy, rival)) / sigma).sum(axis=0)
+
+
+class SigmoidBias(TokenChoice, name="sigmoid_bias"):
+    """Sigmoid scores, and a bias that balances the load without a loss (DeepSeek-V3, eq. 12 to 16; Wang et al. 2024).
+
+    s = sigmoid(x W). Each token takes the K experts of largest s + b. Its gates are gate_scale * s / (sum of the chosen
+    s); the bias b takes no part in them. After each training step b_e += bias_rate * sign(mean load - load_e).
+    `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss. A group of experts is as good as the
+    sum of its two largest s + b.
+
+    bias_rate: the step of the bias.
+    gate_scale: a factor of all gates.
+    """
+
+    paper = "DeepSeek-AI 2024; Wang 2024"
+    balanced = "in the long run"
+    shapes = {"weight": "DE", "bias": "E"}
+    bias_rate: float = 1e-3
+    gate_scale: float = 1.0
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.bias = Tensor(np.zeros(n_experts, dtype))  # no gradient, but saved with the model
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        s = F.sigmoid(logits)
+        chosen = largest(self.in_best_groups(s.data + self.bias.data, n_best=2), self.top_k)
+        gates = s * chosen
+        if self.renormalise:
+            gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
+        return from_mask(chosen, gates * self.gate_scale, logits, s / (s.sum(axis=-1, keepdims=True) + TINY))
+
+    def after_step(self, routing):
+        if self.weight.requires_grad:  # a frozen router keeps its bias too
+            load = routing.wanted
+            self.bias.data = self.bias.data + (self.bias_rate * np.sign(load.mean() - load)).astype(self.bias.dtype)
+
+
+class Reinforce(LinearRouter, name="reinforce"):
+    """Top-1, learned by trial (REINFORCE, Williams 1992).
+
+    While training an expert is drawn from softmax(x W); at evaluation the most probable one is taken. The gate is the
+    constant 1, so the language-model loss gives the router no gradient. The loss "policy" does. Raises ValueError when
+    training without an rng.
+    """
+
+    paper = "Williams 1992"
+    top_1_only = True
+    sampled = True
+    losses = {"policy": 1.0}
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        scores = logits.data
+        if context.training:  # the largest of logit + Gumbel noise is a draw from the softmax
+            scores = scores + context.need("rng", self).gumbel(size=scores.shape)
+        return from_mask(largest(scores, 1), Tensor(np.ones_like(logits.data)), logits, F.softmax(logits))
