@@ -14,8 +14,7 @@ from ..autograd import functional as F
 from ..autograd.tensor import Tensor
 from .routing import Routing
 
-# What a coefficient of the balance loss is multiplied by, for one layer, in units of sum over e of E f_e P_e with
-# f_e = n_e / (N K): by the number of layers L and of experts per token K.
+# What a layer's sum of E f_e P_e, with f_e = n_e / (N K), is multiplied by besides the coefficient.
 CONVENTIONS = {
     "tinymoe": lambda n_layers, top_k: 1 / n_layers,  # mean over layers
     "switch": lambda n_layers, top_k: top_k,  # f_e = n_e / N; a loss for each layer, summed
@@ -42,12 +41,11 @@ def equivalent_coefficient(coefficient: float, source: str, target: str, n_layer
 def load_balancing_loss(routing: Routing) -> Tensor:
     """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; GShard).
 
-    f_e is the share of the assignments that went to e, before any capacity limit, and has no
-    gradient; P_e is the mean over tokens of `probs`, the full softmax. Equals 1 at perfect balance and E / K where
-    everything goes to K experts with certainty. 1 is not a lower bound.
+    f_e is the share of the assignments that went to e, before any capacity limit, and has no gradient. P_e is the mean
+    over tokens of `probs`, the full softmax. Equals 1 at perfect balance and E / K where everything goes to K experts
+    with certainty. 1 is not a lower bound.
     """
-    share = (routing.wanted / max(routing.wanted.sum(), 1)).astype(routing.probs.dtype)
-    return routing.n_experts * (share * routing.probs.mean(axis=0)).sum()
+    return _balance(routing.wanted, routing.probs.mean(axis=0))
 
 
 def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
@@ -56,10 +54,8 @@ def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
     DeepSeek-V3 counts the best K without the bias in f; here f counts the assignments made. The N tokens are whole
     sequences of seq_len. Assignments that a capacity limit dropped do not count.
     """
-    chosen = routing.mask().reshape(-1, seq_len, routing.n_experts).sum(axis=1)  # (B, E)
-    share = (chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1)).astype(routing.probs.dtype)
-    probs = routing.probs.reshape(-1, seq_len, routing.n_experts).mean(axis=1)
-    return routing.n_experts * (share * probs).sum(axis=1).mean()
+    by_sequence = -1, seq_len, routing.n_experts
+    return _balance(routing.mask().reshape(by_sequence).sum(axis=1), routing.probs.reshape(by_sequence).mean(axis=1))
 
 
 def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
@@ -68,8 +64,7 @@ def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
     Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
     device d, without gradient; P_d: the sum of P_e over its experts.
     """
-    per_device = _by_device(routing.wanted, n_devices).sum(axis=1)
-    return _device_product(per_device / max(per_device.sum(), 1), routing, n_devices)
+    return _balance(_by_device(routing.wanted, n_devices).sum(axis=1), _device_probs(routing, n_devices))
 
 
 def communication_balance_loss(routing: Routing, n_devices: int, max_devices: int) -> Tensor:
@@ -78,8 +73,14 @@ def communication_balance_loss(routing: Routing, n_devices: int, max_devices: in
     f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
     token may reach. Tokens that a capacity limit kept from a device do not count.
     """
-    sent = _by_device(routing.mask().T, n_devices).any(axis=1)  # (D, N)
-    return _device_product(sent.mean(axis=1) / max_devices, routing, n_devices)
+    sent, probs = _by_device(routing.mask().T, n_devices).any(axis=1), _device_probs(routing, n_devices)  # (D, N), (D,)
+    return n_devices * ((sent.mean(axis=1) / max_devices).astype(probs.dtype) * probs).sum()
+
+
+def _balance(counts, probs):
+    """The mean over rows of E * sum of f * P, f being the shares of counts (..., E) and P the probs (..., E)."""
+    share = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    return probs.shape[-1] * (share.astype(probs.dtype) * probs).sum(axis=-1).mean()
 
 
 def _by_device(per_expert, n_devices):
@@ -89,9 +90,8 @@ def _by_device(per_expert, n_devices):
     return per_expert.reshape(n_devices, -1, *per_expert.shape[1:])
 
 
-def _device_product(share, routing, n_devices):
-    probs = _by_device(routing.probs.mean(axis=0), n_devices).sum(axis=1)
-    return n_devices * (share.astype(routing.probs.dtype) * probs).sum()
+def _device_probs(routing, n_devices):
+    return _by_device(routing.probs.mean(axis=0), n_devices).sum(axis=1)
 
 
 def z_loss(routing: Routing) -> Tensor:
@@ -133,14 +133,12 @@ def _cv_squared(x):
     return ((x - mean) ** 2).mean() / (mean ** 2 + 1e-10)
 
 
-# -- the table ----------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class LossContext:
     """What a loss may read besides the routing.
 
     router: the layer's router. seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in
-    ModelConfig. token_nats() computes `nats`, once, outside the graph.
+    ModelConfig. token_nats() gives the cross-entropy of each token, (N,), outside the graph.
     """
 
     router: object
@@ -148,11 +146,6 @@ class LossContext:
     n_devices: int = 1
     max_devices: int = 1
     token_nats: Callable[[], np.ndarray] | None = None
-
-    @property
-    def nats(self) -> np.ndarray:
-        """(N,): the cross-entropy of each token."""
-        return self.token_nats()
 
 
 @dataclass(frozen=True)
@@ -182,5 +175,5 @@ LOSSES = {
     "communication": Loss("balance of what devices receive (DeepSeek-V2)",
                           lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),
     "policy": Loss("REINFORCE, for routers that draw; 1 by default there (Williams 1992)",
-                   lambda r, c: policy_loss(r, c.nats) if c.router.sampled else None),
+                   lambda r, c: policy_loss(r, c.token_nats()) if c.router.sampled else None),
 }

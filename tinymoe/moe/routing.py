@@ -41,15 +41,14 @@ class Routing:
     demand: np.ndarray | None = None
 
     def __post_init__(self):
-        n_assignments, n_experts = len(self.token), self.probs.shape[1]
+        n_assignments, (n_tokens, n_experts) = len(self.token), self.probs.shape
         if self.gate.shape != (n_assignments,) or self.offsets.shape != (n_experts + 1,):
             raise ValueError(f"{n_assignments} assignments to {n_experts} experts need gates ({n_assignments},) and "
                              f"offsets ({n_experts + 1},), not {self.gate.shape} and {self.offsets.shape}")
         if self.offsets[0] != 0 or self.offsets[-1] != n_assignments or (np.diff(self.offsets) < 0).any():
             raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
-        if n_assignments and not (self.token.min() >= 0 and self.token.max() < self.n_tokens):
-            raise ValueError(f"token runs from {self.token.min()} to {self.token.max()}, but the tokens are 0 to "
-                             f"{self.n_tokens - 1}")
+        if n_assignments and not (self.token.min() >= 0 and self.token.max() < n_tokens):
+            raise ValueError(f"token {self.token.min()} or {self.token.max()} is not one of 0 to {n_tokens - 1}")
 
     @property
     def n_tokens(self) -> int:
@@ -81,16 +80,19 @@ class Routing:
 
     def mask(self) -> np.ndarray:
         """(N, E) bool: where the gate matrix has an assignment."""
-        mask = np.zeros((self.n_tokens, self.n_experts), bool)
-        mask[self.token, self.expert] = True
-        return mask
+        return _placed(np.ones(len(self.token), bool), (self.token, self.expert), self.probs.shape)
 
     def to_dense(self) -> Tensor:
         """The gate matrix (N, E) as a Tensor, zero where nothing is assigned."""
         place = (self.token, self.expert)
-        dense = np.zeros((self.n_tokens, self.n_experts), self.gate.dtype)
-        dense[place] = self.gate.data
-        return primitive(dense, (self.gate, lambda g: g[place]))
+        return primitive(_placed(self.gate.data, place, self.probs.shape), (self.gate, lambda g: g[place]))
+
+
+def _placed(values, place, shape):
+    """A matrix with values at some places, and zeros elsewhere."""
+    matrix = np.zeros(shape, values.dtype)
+    matrix[place] = values
+    return matrix
 
 
 def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
@@ -115,14 +117,8 @@ def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, 
     n_tokens, n_experts = chosen.shape
     expert, token = np.divmod(np.flatnonzero(np.ascontiguousarray(chosen.T)), n_tokens)  # nonzero, but faster
     offsets = np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=n_experts))])
-    gate = primitive(gates.data[token, expert], (gates, lambda g: _scatter(g, token, expert, gates.shape)))
+    gate = primitive(gates.data[token, expert], (gates, lambda g: _placed(g, (token, expert), gates.shape)))
     return Routing(token, offsets, gate, logits, probs, **fields)
-
-
-def _scatter(g, token, expert, shape):
-    out = np.zeros(shape, g.dtype)
-    out[token, expert] = g
-    return out
 
 
 def merge(routings: list[Routing]) -> Routing:
@@ -153,20 +149,20 @@ def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = 
     urgency = _choice_rank(routing) if policy == "order" else -routing.gate.data
     # sorted by expert, then urgency, then token: a stable sort keeps the token order within ties
     order = np.lexsort((urgency, routing.expert))
-    place = np.arange(len(order)) - np.repeat(routing.offsets[:-1], routing.load)
-    kept = np.sort(order[place < limit])
-    load = np.minimum(routing.load, limit)
-    return dataclasses.replace(routing, token=routing.token[kept], gate=routing.gate[kept],
-                               offsets=np.concatenate([[0], np.cumsum(load)]),
-                               n_dropped=routing.n_dropped + len(order) - len(kept),
-                               demand=routing.wanted)
+    kept = np.sort(order[_places(routing.load) < limit])
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(routing.load, limit))])
+    return dataclasses.replace(routing, token=routing.token[kept], gate=routing.gate[kept], offsets=offsets,
+                               n_dropped=routing.n_dropped + len(order) - len(kept), demand=routing.wanted)
 
 
 def _choice_rank(routing):
     """(A,) int: 0 for a token's first choice (largest gate), 1 for its second, ..."""
     order = np.lexsort((-routing.gate.data, routing.token))
-    coverage = routing.coverage
-    starts = np.cumsum(coverage) - coverage
     rank = np.empty(len(order), int)
-    rank[order] = np.arange(len(order)) - np.repeat(starts, coverage)
+    rank[order] = _places(routing.coverage)
     return rank
+
+
+def _places(lengths):
+    """0, 1, ... within each of several runs of these lengths, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
