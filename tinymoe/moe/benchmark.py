@@ -36,15 +36,15 @@ def benchmark(bank_class, n_tokens=1024, d_model=128, n_experts=8, top_k=2, d_ff
         return [y.data, *(leaf.grad for leaf in leaves)]
 
     first = {name: _timed(both, name) for name in backends}
-    rows = []
+    expected, rows = first[backends[-1]][1], []
     for label, function in (("forward", forward), ("forward + backward", both)):
         rounds = [{name: _timed(function, name)[0] for name in backends} for _ in range(repeats)]
         for name, (first_ms, results) in first.items():
             times = [times[name] for times in rounds]
             rows.append({"backend": name, "pass": label, "n_tokens": n_tokens, "d_model": d_model, "d_ff": d_ff,
                          "n_experts": n_experts, "top_k": top_k, "first_ms": first_ms, "ms": float(np.median(times)),
-                         "min_ms": min(times), "repeats": repeats,
-                         "difference": _difference(results, first[backends[-1]][1])})
+                         "min_ms": min(times), "repeats": repeats, "difference": float(max(
+                             np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(results, expected)))})
     return rows
 
 
@@ -53,7 +53,3 @@ def _timed(function, *arguments):
     start = time.perf_counter()
     result = function(*arguments)
     return 1e3 * (time.perf_counter() - start), result
-
-
-def _difference(arrays, expected):
-    return float(max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(arrays, expected)))

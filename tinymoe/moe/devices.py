@@ -1,8 +1,8 @@
 """Expert parallelism: what a Routing costs when its experts lie on several devices.
 
-Device d of P holds experts d E/P to (d + 1) E/P and tokens d N/P to (d + 1) N/P. A layer sends each token once to every
-device that holds one of its experts (dispatch). Each device runs its experts, adds up what they give a token, weighted
-by the gates, and sends the sum back (combine). All of it follows from the Routing alone.
+Experts and tokens lie on P devices in equal runs. A layer sends each token once to every device that holds one of its
+experts (dispatch). Each device runs its experts, adds up what they give a token, weighted by the gates, and sends the
+sum back (combine). All of it follows from the Routing alone.
 """
 
 from dataclasses import dataclass
@@ -51,9 +51,8 @@ class Traffic:
     def seconds(self, bandwidth: float, flops: float, flops_per_assignment: float) -> float:
         """Seconds of the critical path: dispatch, the experts of the slowest device, combine.
 
-        bandwidth: bytes a second that a device can send, and receive at the same time; a phase ends when the busiest
-        device is done. flops: floating-point operations a second of a device. flops_per_assignment: 4 D F for an
-        expert of two matrices.
+        bandwidth: bytes a second that a device can send, and receive at the same time; the busiest device decides.
+        flops: floating-point operations a second of a device. flops_per_assignment: 4 D F for two matrices.
         """
         phase = max(self.sent.sum(axis=0).max(), self.sent.sum(axis=1).max()) / bandwidth
         return float(2 * phase + self.load.max() * flops_per_assignment / flops)

@@ -39,8 +39,8 @@ def sparse(chosen):
     """A backend that runs each expert on its own tokens, by a kernel of `chosen`."""
     def backend(bank, x, routing):
         parents = (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2)
-        x, gate, *weights = (t.data for t in parents)
-        inputs = (x, routing.token, routing.offsets, gate, weights, bank.activation)
+        rows, gate, *weights = (t.data for t in parents)
+        inputs = (rows, routing.token, routing.offsets, gate, weights, bank.activation)
         y, saved = chosen.experts_forward(*inputs)
         return record(y, parents, lambda g: chosen.experts_backward(g, *inputs, saved))
     return backend

@@ -1,7 +1,4 @@
-"""Metrics of a routing: pure functions of a Routing (or of its load), of labels and of weights.
-
-Definitions follow the papers. Each docstring says which values mean balance.
-"""
+"""Metrics of a routing: pure functions of a Routing (or of its load), of labels and of weights."""
 
 import numpy as np
 
@@ -9,9 +6,6 @@ from .experts import ExpertBank
 from .routing import Routing
 
 DEAD_SHARE = 0.01  # an expert is dead below this share of its fair share
-N_SHUFFLES = 20
-
-
 Load = Routing | np.ndarray | list  # a Routing, or its load (E,)
 
 
@@ -20,10 +14,7 @@ def _load(x: Load) -> np.ndarray:
 
 
 def load_cv(routing: Load) -> float:
-    """Coefficient of variation of the load, std / mean: 0 at balance, sqrt(E - 1) where one expert has all.
-
-    Without any assignment it is 0.
-    """
+    """std / mean of the load: 0 at balance or without any assignment, sqrt(E - 1) where one expert has all."""
     load = _load(routing)
     return float(load.std() / load.mean()) if load.any() else 0.0
 
@@ -37,9 +28,7 @@ def max_violation(routing: Load) -> float:
 def load_entropy(routing: Load) -> float:
     """Entropy of the load divided by ln E: 1 at balance, 0 where one expert has all. For E = 1 it is 1."""
     load = _load(routing)
-    if len(load) == 1 or not load.any():
-        return 1.0
-    return float(entropy(load / load.sum()) / np.log(len(load)))
+    return float(entropy(load / load.sum()) / np.log(len(load))) if len(load) > 1 and load.any() else 1.0
 
 
 def dead_experts(routing: Load) -> int:
@@ -99,21 +88,17 @@ def co_activation(routing: Routing) -> np.ndarray:
 def weight_divergence(bank: ExpertBank, initial: float | None = None) -> float:
     """Mean over pairs of experts of 1 - cosine of their weights (w1 and w2 as one vector).
 
-    initial: the value at initialisation. The result is divided by it, because random experts are already nearly
-    orthogonal and the raw number says little. Experts that start as copies of one layer start at 0 up to rounding; for
-    them the raw number is returned.
+    initial: the value at initialisation, by which the result is divided: random experts are already nearly orthogonal.
+    Experts that start as copies of one layer start at 0 up to rounding; for them the raw number is returned.
     """
     e = bank.n_experts
     if e == 1:
         return 0.0
     flat = np.concatenate([bank.w1.data.reshape(e, -1), bank.w2.data.reshape(e, -1)], axis=1).astype(float)
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-    cosines = (unit @ unit.T)[np.triu_indices(e, 1)]
-    divergence = float(1 - cosines.mean())
+    divergence = float(1 - (unit @ unit.T)[np.triu_indices(e, 1)].mean())
     return divergence / initial if initial and initial > 1e-6 else divergence
 
-
-# -- warnings -----------------------------------------------------------------------------------
 
 def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:
     """Warnings about one MoE layer, as sentences: dead experts, an expert with over half of the tokens, no gradient.
@@ -132,8 +117,6 @@ def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:
     return warnings
 
 
-# -- information between experts and labels -----------------------------------------------------
-
 def label_load(routing: Routing, labels: np.ndarray, n_labels: int) -> np.ndarray:
     """(n_labels, E) counts: assignments of the tokens with each label (N,) to each expert."""
     place = labels[routing.token] * routing.n_experts + routing.expert
@@ -141,10 +124,7 @@ def label_load(routing: Routing, labels: np.ndarray, n_labels: int) -> np.ndarra
 
 
 def mutual_information(counts: np.ndarray) -> float:
-    """I(row; column) of a table of n counts, in nats.
-
-    It is the plug-in estimate, too large by about (rows - 1)(columns - 1) / 2n.
-    """
+    """I(row; column) of a table of n counts, in nats; the estimate is too large by about (rows - 1)(columns - 1) / 2n."""
     joint = counts / max(1, counts.sum())
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0
@@ -158,14 +138,12 @@ def shuffled_information(counts_by_unit: np.ndarray, labels: np.ndarray, n_label
     counts_by_unit: (U, E) assignments of each unit (a window, or a token) to each expert.
     """
     unit, expert = np.nonzero(counts_by_unit)
-    counts, n_experts = counts_by_unit[unit, expert], counts_by_unit.shape[1]
-
-    def shuffled():
+    n_experts, found = counts_by_unit.shape[1], []
+    for _ in range(n_shuffles):
         place = rng.permutation(labels)[unit] * n_experts + expert
-        table = np.bincount(place, weights=counts, minlength=n_labels * n_experts)
-        return mutual_information(table.reshape(n_labels, n_experts))
-
-    return float(np.mean([shuffled() for _ in range(n_shuffles)]))
+        table = np.bincount(place, weights=counts_by_unit[unit, expert], minlength=n_labels * n_experts)
+        found.append(mutual_information(table.reshape(n_labels, n_experts)))
+    return float(np.mean(found))
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
