@@ -10,7 +10,7 @@ from ..moe import routers
 from ..moe.experts import BACKENDS
 from ..moe.losses import LOSSES
 from ..moe.routing import DROP_POLICIES
-from ..moe.settings import COUNT, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting
+from ..moe.settings import COUNT, DEPTH, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting
 
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
@@ -29,7 +29,7 @@ class ModelConfig:
 
     # the transformer
     vocab_size: int = setting(256, "how many tokens there are; a byte needs 256", WHOLE)
-    n_layers: int = setting(6, "blocks of attention and feed-forward layer", WHOLE)
+    n_layers: int = setting(6, "blocks of attention and feed-forward layer", DEPTH)
     d_model: int = setting(128, "width D of the hidden states", WHOLE)
     n_heads: int = setting(4, "attention heads", WHOLE)
     d_ff: int = setting(512, "hidden width of the dense feed-forward layers", WHOLE)
@@ -77,8 +77,8 @@ class ModelConfig:
     def __post_init__(self):
         check_fields(self)
         for name, value in (("moe_layers", tuple(sorted(set(map(int, self.moe_layers))))),
-                            ("freeze", tuple(self.freeze)), ("losses", dict(self.losses or {})),
-                            ("router_options", dict(self.router_options or {})),
+                            ("freeze", tuple(self.freeze)), ("losses", self.losses or {}),
+                            ("router_options", self.router_options or {}),
                             ("router", self.router if isinstance(self.router, str) else tuple(self.router))):
             object.__setattr__(self, name, value)
         self._check_dense()
@@ -91,35 +91,35 @@ class ModelConfig:
 
     def _check_dense(self):
         """What layers and attention need of each other."""
-        head = self.head_dim or self.d_model // self.n_heads
+        head, latent = self.head_dim or self.d_model // self.n_heads, self.attention == "latent"
         self._refuse("moe_layers", any(i >= self.n_layers for i in self.moe_layers),
                      f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
         self._refuse("n_kv_heads", self.n_kv_heads is not None and self.n_heads % self.n_kv_heads,
                      f"a divisor of n_heads {self.n_heads}, or None")
-        self._refuse("positions", self.positions == "rotary" and self.attention != "latent" and head % 2,
+        self._refuse("positions", self.positions == "rotary" and not latent and head % 2,
                      f"learned where a head has an odd number of entries ({head})")
         for name in ("n_kv_heads", "qk_norm"):
-            self._refuse(name, getattr(self, name) and self.attention == "latent", "left out with latent attention")
+            self._refuse(name, getattr(self, name) and latent, "left out with latent attention")
 
     def _check_mixture(self):
         """What experts, losses and devices need of each other."""
         self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
         self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
-        for name in self.losses:
+        for name, coefficient in self.losses.items():
             if name == "balance" or name not in LOSSES:
                 known = ", ".join(one for one in LOSSES if one != "balance")
                 raise ValueError(f"unknown loss {name!r}: choose one of {known}; the balance loss is set by aux_coef")
-            if name in ("device", "communication") and self.losses[name] and self.n_devices == 1:
-                raise ValueError(f"losses.{name} {self.losses[name]} must be 0 where n_devices is 1")
+            if name in ("device", "communication") and coefficient and self.n_devices == 1:
+                raise ValueError(f"losses.{name} {coefficient} must be 0 where n_devices is 1")
         grouped = self.router_options.get("n_groups", 1) != 1
         if self.losses.get("load") and (grouped or not any(routers.find(r).has_soft_load for r in self.routers)):
             soft = [name for name, cls in routers.ROUTERS.items() if cls.has_soft_load]
             raise ValueError(f"losses.load {self.losses['load']} must be 0 but for {', '.join(soft)} without groups")
 
     def _check_routers(self):
-        """Make each router once at a width of 1, so that it refuses what does not fit."""
+        """What the routers say of their options. None is made, because its arrays may be large."""
         if not isinstance(self.router, str) and len(self.router) != len(self.moe_layers):
             raise ValueError(f"router {list(self.router)} must have one name for each of the {len(self.moe_layers)} "
                              "MoE layers")
@@ -128,10 +128,7 @@ class ModelConfig:
             taken = ", ".join(sorted(known - {"vocab_size"})) or "none"
             raise ValueError(f"{option} is no option of {', '.join(self.routers)}, which takes {taken}")
         for name in self.routers:
-            options = self.options_of(name)
-            routers.find(name).check(self.n_experts, self.top_k, options)
-            small = {"vocab_size": 2} if "vocab_size" in options else {}
-            routers.make(name, 1, self.n_experts, self.top_k, **options | small)
+            routers.find(name).check(self.n_experts, self.top_k, self.options_of(name))
 
     @property
     def expert_width(self) -> int:
@@ -151,9 +148,8 @@ class ModelConfig:
 
     def options_of(self, router: str) -> dict[str, Any]:
         """The keyword arguments that a router takes from this config."""
-        known = routers.find(router).options()
-        given = {name: value for name, value in self.router_options.items() if name in known}
-        return given | ({"vocab_size": self.vocab_size} if "vocab_size" in known else {})
+        given, known = self.router_options | {"vocab_size": self.vocab_size}, routers.find(router).options()
+        return {name: value for name, value in given.items() if name in known}
 
     def coefficients(self) -> dict[str, float]:
         """name -> coefficient of every loss of LOSSES; 0 for those that nobody asked for."""

@@ -6,6 +6,8 @@ from .experts import ExpertBank
 from .routing import Routing
 
 DEAD_SHARE = 0.01  # an expert is dead below this share of its fair share
+N_SHUFFLES = 20
+
 Load = Routing | np.ndarray | list  # a Routing, or its load (E,)
 
 

@@ -74,5 +74,10 @@ def check_fields(config: Any) -> None:
         value = getattr(config, field.name)
         if "check" in field.metadata:
             field.metadata["check"].require(field.name, value)
-        if isinstance(value, np.generic):
-            object.__setattr__(config, field.name, value.item())
+        object.__setattr__(config, field.name, _as_python(value))
+
+
+def _as_python(value):
+    if isinstance(value, dict):
+        return {name: _as_python(one) for name, one in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
