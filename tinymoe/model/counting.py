@@ -122,6 +122,16 @@ def count(a, context=0):
     return [*parts, Part("all", *(sum(getattr(p, field) for p in parts) for field in ("total", "active", "flops")))]
 
 
+def require_size(config: ModelConfig, held: int, times: int = 1) -> None:
+    """Raise ValueError if a model needs more than `times` the numbers that its file holds; to be asked before making it.
+
+    Routers are left out: those that a user defines may not say their shapes.
+    """
+    needed = sum(part.total for part in count(architecture(config))[:-1] if part.name != "routers")
+    if needed > times * held:
+        raise ValueError(f"the config asks for {needed:,} parameters, but the file holds {held:,} numbers")
+
+
 # -- where the sizes come from ------------------------------------------------------------------
 
 MODERN = {"norm": "rms", "positions": "rotary", "bias": False}  # what the published models have in common

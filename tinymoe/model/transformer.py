@@ -8,7 +8,7 @@ import numpy as np
 
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor, no_grad
-from ..files import CheckpointError, load_arrays, save_arrays
+from ..files import CheckpointError, load_arrays, load_arrays_into, save_arrays
 from ..layers.attention import CausalSelfAttention
 from ..layers.latent_attention import LatentAttention
 from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
@@ -18,12 +18,12 @@ from ..moe.losses import LOSSES, LossContext
 from ..moe.routers import RouteContext
 from ..moe.routing import Routing
 from .config import NORMS, ModelConfig
-from .counting import architecture, count
+from .counting import architecture, count, require_size
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """logits (B, T, V) Tensor; routings: one for each MoE layer, in order; states (B, T, D): before the last norm."""
+    """logits (B, T, V); routings: one for each MoE layer, in order; states (B, T, D): before the last norm."""
 
     logits: Tensor
     routings: list[Routing]
@@ -34,9 +34,9 @@ class ModelOutput:
 class LossTerms:
     """The parts of a loss: total = cross_entropy + the sum of coefficient * term.
 
-    terms: name -> scalar Tensor, the mean over MoE layers, for every term that was computed: those of losses.LOSSES
-    that are logged or have a coefficient, "penalty" of routers that have one, "multi_token" of a second head. A term is
-    also an attribute (`terms.balance`), None where it was not computed.
+    terms: name -> scalar Tensor, the mean over MoE layers: those of losses.LOSSES that are logged or have a
+    coefficient, "penalty" of routers that have one, "multi_token" of a second head. A term is also an attribute
+    (`terms.balance`), None where it was not computed.
     """
 
     total: Tensor
@@ -66,10 +66,7 @@ def make_norm(config: ModelConfig, dtype) -> Module:
 
 
 class Block(Module):
-    """Attention, then a dense or mixture-of-experts feed-forward layer, each normalised before and added.
-
-    router: the name of the layer's router, None for a dense layer.
-    """
+    """Attention, then experts behind the named router, or a dense layer if it is None; each normalised before, and added."""
 
     def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
@@ -78,8 +75,7 @@ class Block(Module):
         self.attention = make_attention(config, rng, out_std, dtype)
         self.feed_forward = (MoELayer(config, router, rng, out_std, dtype) if self.is_moe else FeedForward(
             config.d_model, config.d_ff, rng, config.activation, out_std, dtype, config.bias))
-        self.post1, self.post2 = (make_norm(config, dtype), make_norm(config, dtype)) if config.post_norm \
-            else (unchanged, unchanged)
+        self.post1, self.post2 = (make_norm(config, dtype) if config.post_norm else unchanged for _ in range(2))
 
     def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> ((B, T, D), Routing, or None from a dense layer)."""
@@ -106,8 +102,7 @@ def token_nats(logits: Tensor, targets: np.ndarray) -> np.ndarray:
 class NextButOne(Module):
     """A second head: the token after the next, from a state and the next token (DeepSeek-V3, eq. 21 to 24, depth 1).
 
-    h' = block(W [norm(state), norm(embedding of the next token)]), with a dense block. The model's own last norm and
-    head turn h' into logits.
+    h' = block(W [norm(state), norm(next embedding)]), with a dense block. The model's last norm and head read h' out.
     """
 
     def __init__(self, config, rng, dtype):
@@ -142,8 +137,7 @@ class Transformer(Module):
 
         Every expert is a copy of the dense feed-forward layer; routers are drawn anew. If the gates of each token sum
         to 1, the output at the start is that of the dense model.
-        dense: a Transformer without MoE layers; config: a ModelConfig of the same sizes, with MoE layers.
-        Raises ValueError where they do not fit together.
+        Raises ValueError unless `dense` has no MoE layers, and `config` is of the same sizes.
         """
         if config.sizes() != dense.config.sizes() or dense.config.moe_layers or config.n_shared \
                 or config.expert_width != config.d_ff:
@@ -153,13 +147,12 @@ class Transformer(Module):
         for name, p in model.parameters().items():
             if name in known:
                 p.data = known[name].data.copy()
-        for i, block in enumerate(model.blocks):
-            if block.is_moe:
-                bank, layer = block.feed_forward.experts, dense.blocks[i].feed_forward
-                for p, q in ((bank.w1, layer.up.weight), (bank.b1, layer.up.bias), (bank.w2, layer.down.weight),
-                             (bank.b2, layer.down.bias)):
-                    if q is not None:
-                        p.data = np.repeat(q.data[None], config.n_experts, axis=0)
+        for i in config.moe_layers:
+            bank, layer = model.blocks[i].feed_forward.experts, dense.blocks[i].feed_forward
+            for p, q in ((bank.w1, layer.up.weight), (bank.b1, layer.up.bias), (bank.w2, layer.down.weight),
+                         (bank.b2, layer.down.bias)):
+                if q is not None:
+                    p.data = np.repeat(q.data[None], config.n_experts, axis=0)
         return model
 
     def moe_parts(self) -> list[MoELayer]:
@@ -167,7 +160,7 @@ class Transformer(Module):
         return [b.feed_forward for b in self.blocks if b.is_moe]
 
     def after_step(self, routings: list[Routing]) -> None:
-        """Give each router the Routing of the training step that was just taken; routings: one for each MoE layer."""
+        """Give each router its Routing of the training step that was just taken."""
         for layer, routing in zip(self.moe_parts(), routings, strict=True):
             layer.router.after_step(routing)
 
@@ -176,10 +169,7 @@ class Transformer(Module):
         return [layer.experts for layer in self.moe_parts()]
 
     def count_parameters(self, experts_per_token: float | None = None) -> dict[str, int]:
-        """{"total", "active"}: all parameters, and those that a token meets, as model/counting.py counts them.
-
-        experts_per_token: the measured mean, for a router that does not fix K; None for config.top_k.
-        """
+        """{"total", "active"}: all parameters, and those that a token meets, with `experts_per_token` (None: top_k)."""
         active = count(architecture(self.config, experts_per_token))[-1].active
         return {"total": sum(p.size for p in self.parameters().values()), "active": round(active)}
 
@@ -189,10 +179,10 @@ class Transformer(Module):
         return all(layer.causal for layer in self.moe_parts())
 
     def embed(self, ids: np.ndarray) -> Tensor:
-        """(B, T) ids -> (B, T, D). Raises ValueError for sequences longer than config.seq_len."""
+        """(B, T) ids -> (B, T, D). Raises ValueError for no tokens, or sequences longer than config.seq_len."""
         ids = np.asarray(ids)
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.seq_len:
-            raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with T from 1 to "
+        if ids.ndim != 2 or not ids.size or ids.shape[1] > self.config.seq_len:
+            raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with B at least 1 and T from 1 to "
                              f"seq_len {self.config.seq_len}")
         x = self.token_embedding(ids)
         return x if self.position_embedding is None else x + self.position_embedding(np.arange(ids.shape[1]))
@@ -204,12 +194,9 @@ class Transformer(Module):
 
     def forward(self, ids: np.ndarray, training: bool = False, rng: np.random.Generator | None = None,
                 causal: bool = False) -> ModelOutput:
-        """ids (B, T) integers -> ModelOutput.
-
-        training and rng are passed to the routers; causal=True routes each token by its prefix alone (RouteContext).
-        """
-        context = RouteContext(np.asarray(ids), training, rng, causal)
-        x, routings = self.embed(ids), []
+        """ids (B, T) integers -> ModelOutput. training, rng and causal are passed to the routers (RouteContext)."""
+        context, routings = RouteContext(np.asarray(ids), training, rng, causal), []
+        x = self.embed(ids)
         for block in self.blocks:
             x, routing = block(x, context)
             if routing is not None:
@@ -256,17 +243,14 @@ class Transformer(Module):
 
     def first_nonfinite(self, ids: np.ndarray) -> str | None:
         """The first place where a forward pass is not finite, such as "layer 3"; None if all of it is."""
-        for name, p in self.parameters().items():
-            if not np.isfinite(p.data).all():
-                return f"parameter {name}"
-        context = RouteContext(np.asarray(ids))
+        places = {f"parameter {name}": p for name, p in self.parameters().items()}
         with no_grad():
-            x = self.embed(ids)
+            x, context = self.embed(ids), RouteContext(np.asarray(ids))
             for i, block in enumerate(self.blocks):
                 x, _ = block(x, context)
-                if not np.isfinite(x.data).all():
-                    return f"layer {i}"
-            return None if np.isfinite(self.read_out(x).data).all() else "the head"
+                places[f"layer {i}"] = x
+            places["the head"] = self.read_out(x)
+        return next((place for place, x in places.items() if not np.isfinite(x.data).all()), None)
 
     def save(self, path: str | Path) -> None:
         """Write the weights and the config to an .npz file, atomically."""
@@ -278,12 +262,15 @@ class Transformer(Module):
         """The model that `save` wrote. Raises files.CheckpointError for a truncated file or one of another program."""
         arrays, header = load_arrays(path, "model")
         try:
-            model = cls(ModelConfig.from_dict(header["config"]), dtype=next(iter(arrays.values())).dtype)
-        except (ValueError, TypeError, KeyError, StopIteration) as error:
+            return cls.from_arrays(header["config"], arrays)
+        except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} does not describe a tinymoe model: {error}") from None
-        parameters = model.parameters()
-        if {n: a.shape for n, a in arrays.items()} != {n: p.shape for n, p in parameters.items()}:
-            raise CheckpointError(f"{path} holds other arrays than its config needs: write it again with save")
-        for name, p in parameters.items():
-            p.data = arrays[name].astype(p.dtype)
+
+    @classmethod
+    def from_arrays(cls, config: dict, arrays: dict[str, np.ndarray]) -> "Transformer":
+        """The model of a config, given as a dict, with these weights. Raises ValueError where they do not fit."""
+        config = ModelConfig.from_dict(config)
+        require_size(config, sum(array.size for array in arrays.values()))
+        model = cls(config, dtype=next(iter(arrays.values())).dtype)
+        load_arrays_into({name: p.data for name, p in model.parameters().items()}, arrays)
         return model

@@ -234,15 +234,13 @@ def load_model(folder: str | Path) -> Transformer:
     arrays, header = files.load_arrays(path, "checkpoint")
     try:
         _load_recorded_imports(folder)
-        model = Transformer(ModelConfig.from_dict(header["model"]))
         weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
         for name, array in weights.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not finite")
-        files.load_arrays_into({name: p.data for name, p in model.parameters().items()}, weights)
+        return Transformer.from_arrays(header["model"], weights)
     except (RunError, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
-    return model
 
 
 def first_model(plan, runs: Path) -> Transformer:
