@@ -2,6 +2,7 @@
 import json
 import struct
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -175,6 +176,25 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
         interop.load(write(tmp_path, config, tensors))
+
+
+@pytest.mark.parametrize("kind, changes, message", [
+    ("mixtral", dict(vocab_size=40_000_000), "asks for 1,280,.* parameters, but the file holds"),
+    ("mixtral", dict(num_local_experts=2_000_000_000), "asks for"), ("mixtral", dict(num_hidden_layers=10_000), "asks for"),
+    ("deepseek_v3", dict(intermediate_size=2_000_000_000), "asks for"),
+    ("olmoe", dict(num_hidden_layers=2_000_000_000), "num_hidden_layers 2000000000 must be a whole number from 1 to 10,000"),
+    ("deepseek_v3", dict(num_nextn_predict_layers=2_000_000_000, vocab_size=10**9), "asks for")])
+def test_a_config_far_larger_than_its_tensors_is_refused_before_the_model_is_made(tmp_path, kind, changes, message):
+    folder = write(tmp_path / "model", published.CONFIGS[kind] | changes, published.tensors(published.CONFIGS[kind]))
+    tracemalloc.start()
+    with pytest.raises((ValueError, CheckpointError), match=message):
+        interop.load(folder)
+    if changes.keys() & {"num_local_experts", "intermediate_size"}:  # a layer alone is too large too
+        with pytest.raises(CheckpointError, match="asks for"):
+            interop.load_block(folder, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
 
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):

@@ -2,6 +2,8 @@
 import dataclasses
 import hashlib
 import json
+import tracemalloc
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -146,8 +148,10 @@ def test_config_round_trip():
 
 
 def test_a_config_of_numpy_integers_can_be_written():
-    config = ModelConfig(n_experts=np.int64(8), moe_layers=list(np.arange(1, 6, 2)))
+    config = ModelConfig(n_experts=np.int64(8), moe_layers=list(np.arange(1, 6, 2)), top_k=np.int64(2))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == ModelConfig()
+    config = ModelConfig(router_options={"jitter": np.float32(.5)}, losses={"z": np.float64(.1)})
+    assert json.loads(json.dumps(config.to_dict()))["router_options"] == {"jitter": .5} and config.losses == {"z": .1}
 
 
 # -- parameters, files --------------------------------------------------------------------------
@@ -198,6 +202,34 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, how):
         Transformer.load(path)
 
 
+@pytest.fixture
+def little_memory():
+    """Fails if more than 50 MB are allocated at once."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_config_allocates_nothing(name, little_memory):
+    config = ModelConfig(n_experts=2_000_000_000, vocab_size=2_000_000_000, router=name, top_k=1)
+    assert config.n_experts == 2_000_000_000
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(vocab_size=40_000_000), r"asks for 320,000,.* parameters, but the file holds 520 numbers"),
+    (dict(n_experts=2_000_000_000), "numbers"), (dict(d_model=2_000_000), "numbers"), (dict(seq_len=10**9), "numbers"),
+    (dict(n_layers=10_000), "numbers"), (dict(n_layers=2_000_000_000), "n_layers 2000000000 must be .* to 10,000"),
+    (dict(n_shared=10**9), "numbers"), (dict(mtp_coef=.1), "numbers"), (dict(router="hash", vocab_size=10**9), "numbers")])
+def test_a_config_that_asks_for_more_than_the_file_holds_is_refused_before_it_is_made(tmp_path, changes, message, little_memory):
+    path = tmp_path / "model.npz"
+    save_arrays(path, {name: p.data for name, p in model().parameters().items()}, {"kind": "model", "config": SMALL | changes})
+    with pytest.raises(CheckpointError, match=message):
+        Transformer.load(path)
+
+
 def test_same_seed_same_bits():
     losses_ = [model(seed, np.float32, router="noisy_top_k").loss(IDS, TARGETS, True, np.random.default_rng(1)) for seed in (3, 3, 4)]
     for terms in losses_:
@@ -205,7 +237,7 @@ def test_same_seed_same_bits():
     assert losses_[0].total.item() == losses_[1].total.item() != losses_[2].total.item()
 
 
-@pytest.mark.parametrize("ids", [np.zeros((1, 6), int), np.zeros(5, int), np.zeros((1, 0), int)])
+@pytest.mark.parametrize("ids", [np.zeros((1, 6), int), np.zeros(5, int), np.zeros((1, 0), int), np.zeros((0, 4), int)])
 def test_ids_of_a_wrong_shape(ids):
     with pytest.raises(ValueError, match="seq_len 5"):
         model().forward(ids)
@@ -334,6 +366,39 @@ def test_a_router_may_add_a_penalty_and_save_a_state(penalised, tmp_path):
     assert routers.find("penalised").meaning("strength") == "of the penalty."
     with pytest.raises(ValueError, match="strength -1 must be a finite number of at least 0"):
         model(router="penalised", router_options={"strength": -1}, top_k=1)
+
+
+def test_options_are_annotated_attributes_or_arguments(monkeypatch):
+    for name in ("parent", "closed", "fixed"):
+        monkeypatch.setitem(ROUTERS, name, None)
+
+    class Parent(routers.LinearRouter, name="parent"):
+        kind: Literal["hot", "cold"] = "hot"
+        width: int | None = None
+        temperature: float = 1.0
+        paper: str = "an annotation makes no option of what describes a router"
+
+    class Closed(Parent, name="closed"):
+        def __init__(self, d_model, n_experts, top_k, rng, dtype, slope: float = 0.5):
+            super().__init__(d_model, n_experts, top_k, rng, dtype)
+
+    class Fixed(Parent, name="fixed"):
+        kind = "cold"
+        temperature: float = 2.0
+
+    assert [list(cls.options()) for cls in (Parent, Closed, Fixed)] == [
+        ["router_std", "kind", "width", "temperature"], ["slope"], ["router_std", "width", "temperature"]]
+    assert Fixed.options()["temperature"].default == 2 and Parent.options()["kind"].default == "hot"
+    made = routers.make("parent", 4, 4, kind="cold", width=3)
+    assert (made.kind, made.width, made.temperature, Parent.kind) == ("cold", 3, 1.0, "hot")
+    for name, options, message in (("parent", dict(kind="warm"), "kind 'warm' must be one of hot, cold"),
+                                   ("parent", dict(width=1.5), "width 1.5 must be a whole number .*, or None"),
+                                   ("parent", dict(temperature=-1), "temperature -1 must be a finite number"),
+                                   ("fixed", dict(kind="hot"), "kind is no option of fixed"),
+                                   ("closed", dict(kind="hot"), "kind is no option of closed, which takes slope"),
+                                   ("parent", dict(paper="x"), "paper is no option")):
+        with pytest.raises(ValueError, match=message):
+            routers.make(name, 4, 4, **options)
 
 
 def test_a_loss_that_is_added_to_the_table_is_trained_on(monkeypatch):

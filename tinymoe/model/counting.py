@@ -1,9 +1,9 @@
 """Count parameters and FLOPs without allocating the model, part by part.
 
-Published figures follow different conventions. Here *total* is every number of the model, tied embeddings once.
-*Active* is what one token uses: K of E experts, all shared experts, the router, the norms, and the whole of embedding
-and head (some papers leave these two out: read the parts). FLOPs are those of the forward pass of one token: two for
-each active weight of a matrix product, none for looking up an embedding, and attention over `context` positions.
+*Total* is every number of the model, tied embeddings once. *Active* is what one token uses: K of E experts, all shared
+experts, the router, the norms, and the whole of embedding and head, which some papers leave out. FLOPs are those of the
+forward pass of one token: two for each active weight of a matrix product, none for looking up an embedding, and
+attention over `context` positions.
 """
 
 import dataclasses
@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 from ..kernels import GATED
 from ..moe.routers import find
+from ..moe.settings import COUNT, check_of
 from .config import ModelConfig
-
-NEEDED = "n_layers", "d_model", "vocab_size", "n_heads", "head_dim", "n_kv_heads"  # at least 1
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,10 @@ class Architecture:
     router_shapes: dict = field(default_factory=dict)  # axes of a router's parameter, such as "DE" -> layers with it
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name == "router_shapes":
-                continue
-            kind, least = type(getattr(type(self), name, 0)), name in NEEDED
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < 2**63
-            if not (isinstance(value, bool) if kind is bool else number and (name == "top_k" or value == int(value))):
-                expected = "true or false" if kind is bool else f"a whole number of at least {int(least)}"
-                raise ValueError(f"{name} {value!r} must be {expected}")
+        for one in dataclasses.fields(self):
+            check = COUNT if one.type is int and one.default == 0 else check_of(one.type)
+            if check:
+                check.require(one.name, getattr(self, one.name))
         if self.n_heads % self.n_kv_heads or self.n_dense > self.n_layers:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}, and at most all "
                              f"{self.n_layers} layers be dense, not {self.n_dense}")
@@ -123,7 +118,7 @@ def count(a, context=0):
 
 
 def require_size(config: ModelConfig, held: int, times: int = 1) -> None:
-    """Raise ValueError if a model needs more than `times` the numbers that its file holds; to be asked before making it.
+    """Raise ValueError if a model that is not made yet needs more than `times` the numbers that its file holds.
 
     Routers are left out: those that a user defines may not say their shapes.
     """
@@ -131,8 +126,6 @@ def require_size(config: ModelConfig, held: int, times: int = 1) -> None:
     if needed > times * held:
         raise ValueError(f"the config asks for {needed:,} parameters, but the file holds {held:,} numbers")
 
-
-# -- where the sizes come from ------------------------------------------------------------------
 
 MODERN = {"norm": "rms", "positions": "rotary", "bias": False}  # what the published models have in common
 PRESETS = {  # published models at their real sizes; dataclasses.replace makes a small one of the same kind

@@ -10,26 +10,25 @@ A setting that would change the logits and is not computed here raises an error 
 training reads (dropout, coefficients of losses, the layers of multi-token prediction) are ignored.
 """
 
-import json
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 
-from ..files import CheckpointError
-from ..moe.settings import COUNT, WHOLE
+from ..files import CheckpointError, read_json
+from ..moe.settings import COUNT, DEPTH, WHOLE
 from .config import ModelConfig
-from .counting import KEYS, MODERN, architecture
+from .counting import KEYS, MODERN, architecture, require_size
 from .transformer import Block, Transformer
 
 SIZES = {  # whole numbers that a config.json needs besides KEYS
     "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
     "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
     "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
-        moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace""",
-}
-OTHERS = {  # other keys that it needs
-    "mixtral": "", "olmoe": "norm_topk_prob",
-    "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
+        moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace"""}
+OTHERS = {"mixtral": "", "olmoe": "norm_topk_prob",  # other keys that it needs
+          "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
 DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
 ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
@@ -46,8 +45,6 @@ GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": 
            "out": "o_proj"}
 
 
-# -- the config ---------------------------------------------------------------------------------
-
 def model_config(config: dict) -> ModelConfig:
     """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
 
@@ -63,12 +60,11 @@ def model_config(config: dict) -> ModelConfig:
     options = {"renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
     own = {"n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim}
     if kind == "deepseek_v3":
-        groups = config["n_group"] or 1
-        own |= {"n_kv_heads": None, "head_dim": a.head_dim - a.rope_dim, "attention": "latent", "q_rank": a.q_rank,
-                "kv_rank": a.kv_rank, "rope_dim": a.rope_dim, "v_dim": a.v_dim, "latent_eps": eps,
-                "router": "sigmoid_bias"}
-        options |= {"gate_scale": float(config["routed_scaling_factor"])}
-        options |= {"n_groups": groups, "group_limit": config["topk_group"]} if groups > 1 else {}
+        own = {"head_dim": a.head_dim - a.rope_dim, "attention": "latent", "q_rank": a.q_rank, "kv_rank": a.kv_rank,
+               "rope_dim": a.rope_dim, "v_dim": a.v_dim, "latent_eps": eps, "router": "sigmoid_bias"}
+        options["gate_scale"] = float(config["routed_scaling_factor"])
+        if (config["n_group"] or 1) > 1:
+            options |= {"n_groups": config["n_group"], "group_limit": config["topk_group"]}
     return ModelConfig(
         vocab_size=a.vocab_size, n_layers=a.n_layers, moe_layers=tuple(range(a.n_dense, a.n_layers)), d_model=a.d_model,
         n_heads=a.n_heads, d_ff=a.d_ff, d_expert=a.d_expert, seq_len=config["max_position_embeddings"], tied=a.tied,
@@ -84,7 +80,7 @@ def _refuse(config, kind):
     if missing:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
     for key in sizes:
-        (WHOLE if key == "num_attention_heads" else COUNT).require(key, config[key])
+        {"num_attention_heads": WHOLE, "num_hidden_layers": DEPTH}.get(key, COUNT).require(key, config[key])
     COUNT.or_none().require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
     for key, value in ONLY.items():
         if config.get(key, value) != value:
@@ -114,8 +110,6 @@ def _rope_theta(config, default):
     return theta
 
 
-# -- the files ----------------------------------------------------------------------------------
-
 def _read(path):
     """(dict of config.json, its ModelConfig, tensors: name -> {"shape", "dtype", "data"}) of a folder or one file."""
     try:
@@ -137,8 +131,7 @@ def _read(path):
             raise CheckpointError(f"cannot read {file} ({error.strerror}): fetch it again") from None
         except SafetensorError as error:
             raise CheckpointError(f"{file} is not a complete .safetensors file ({error}): fetch it again") from None
-        twice = sorted(found.keys() & tensors.keys())
-        if twice:
+        if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"{folder} holds {twice[0]} in {file.name} and in another file: move one away")
         tensors |= {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}  # older files
     return published, config, tensors
@@ -170,23 +163,28 @@ def _files(path):
 def _json(path):
     """The object in a JSON file. Raises CheckpointError where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: put the model's config.json beside its weights") from None
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object: fetch it again")
-    return value
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path} is no JSON object: fetch it again") from None
 
 
 class _Weights:
-    """Tensors by their published names. Each is taken once; `finish` lists those missing, misshapen or left over."""
+    """Tensors by their published names. Each is taken once; `finish` lists those missing, misshapen or left over.
 
-    def __init__(self, tensors, dtype):
-        self.tensors, self.dtype, self.problems = tensors, np.dtype(dtype), []
+    config: of the model that they are for. Raises CheckpointError if it is far larger than they are.
+    """
+
+    def __init__(self, path, config, tensors, dtype):
+        self.path, self.tensors, self.dtype, self.problems = path, tensors, np.dtype(dtype), []
         if self.dtype not in (np.float32, np.float64):
             raise ValueError(f"dtype {self.dtype} must be float32 or float64")
+        try:
+            held = sum(math.prod(t["shape"]) for t in tensors.values())
+            require_size(config, held, times=10)  # where a few tensors are missing, `finish` names them
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit its config.json: {error}") from None
 
     def take(self, name, shape):
         """The named array, checked against its published shape, in the model's dtype."""
@@ -208,15 +206,13 @@ class _Weights:
         """Set a parameter to the named tensor, transposed."""
         parameter.data = np.ascontiguousarray(self.take(name, parameter.shape[::-1]).T)
 
-    def finish(self, path):
+    def finish(self):
         """Raise a CheckpointError that lists every problem, if there is one."""
         problems = self.problems + [f"{name} is not part of this model" for name in sorted(self.tensors)]
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(f"{path} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+            raise CheckpointError(f"{self.path} does not fit its config.json: {'; '.join(problems[:8])}{more}")
 
-
-# -- the model ----------------------------------------------------------------------------------
 
 def load(path: str | Path, dtype=np.float32) -> Transformer:
     """The Transformer of a published model, in float32 or float64.
@@ -226,9 +222,9 @@ def load(path: str | Path, dtype=np.float32) -> Transformer:
     CheckpointError for files that are missing, broken or pickled, or whose tensors do not fit the config.
     """
     published, config, tensors = _read(path)
-    extra = range(published.get("num_nextn_predict_layers") or 0)
-    beyond = tuple(f"model.layers.{config.n_layers + i}." for i in extra)  # multi-token prediction
-    weights = _Weights({name: t for name, t in tensors.items() if not name.startswith(beyond)}, dtype)
+    extra = min(published.get("num_nextn_predict_layers") or 0, len(tensors))  # layers of multi-token prediction
+    beyond = tuple(f"model.layers.{config.n_layers + i}." for i in range(extra))
+    weights = _Weights(path, config, {name: t for name, t in tensors.items() if not name.startswith(beyond)}, dtype)
     model = Transformer(config, dtype=dtype)
     embedding = weights.take("model.embed_tokens.weight", (config.vocab_size, config.d_model))
     model.token_embedding.weight.data = embedding
@@ -239,7 +235,7 @@ def load(path: str | Path, dtype=np.float32) -> Transformer:
         weights.fill(model.head.weight, "lm_head.weight")
     elif "lm_head.weight" in tensors and not np.array_equal(weights.take("lm_head.weight", embedding.shape), embedding):
         weights.problems.append("lm_head.weight is not the embedding, which tie_word_embeddings says it is")
-    weights.finish(path)
+    weights.finish()
     return model
 
 
@@ -253,10 +249,11 @@ def load_block(path: str | Path, layer: int = 0, dtype=np.float32) -> Block:
     if layer not in range(config.n_layers):
         raise ValueError(f"layer {layer!r} must be from 0 to {config.n_layers - 1}")
     prefix = f"model.layers.{layer}." if any(name.startswith("model.layers.") for name in tensors) else ""
-    weights = _Weights({name: t for name, t in tensors.items() if name.startswith(prefix)}, dtype)
+    alone = dataclasses.replace(config, vocab_size=1, n_layers=1, moe_layers=(0,) if config.router_of(layer) else ())
+    weights = _Weights(path, alone, {name: t for name, t in tensors.items() if name.startswith(prefix)}, dtype)
     block = Block(config, config.router_of(layer), np.random.default_rng(0), dtype)
     _fill(block, weights, prefix, config, published)
-    weights.finish(path)
+    weights.finish()
     return block
 
 
