@@ -91,7 +91,7 @@ class ModelConfig:
 
     def _check_dense(self):
         """What layers and attention need of each other."""
-        head, latent = self.head_dim or self.d_model // self.n_heads, self.attention == "latent"
+        head, latent = self.head_width, self.attention == "latent"
         self._refuse("moe_layers", any(i >= self.n_layers for i in self.moe_layers),
                      f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -131,9 +131,19 @@ class ModelConfig:
             routers.find(name).check(self.n_experts, self.top_k, self.options_of(name))
 
     @property
+    def head_width(self) -> int:
+        """The width of an attention head, without its rotary part in latent attention."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether there is a table of position embeddings."""
+        return self.positions == "learned" and self.attention != "latent"
+
+    @property
     def expert_width(self) -> int:
         """The hidden width of an expert."""
-        return self.d_ff if self.d_expert is None else self.d_expert
+        return self.d_expert or self.d_ff
 
     @property
     def routers(self) -> tuple[str, ...]:

@@ -6,73 +6,13 @@ forward pass of one token: two for each active weight of a matrix product, none 
 attention over `context` positions.
 """
 
-import dataclasses
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..kernels import GATED
 from ..moe.routers import find
-from ..moe.settings import COUNT, check_of
+from ..moe.settings import COUNT, DEPTH
 from .config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The sizes of a decoder. Attention is grouped-query, or multi-head latent where kv_rank is not 0."""
-
-    n_layers: int
-    d_model: int
-    vocab_size: int
-    n_heads: int
-    head_dim: int
-    n_kv_heads: int
-    d_ff: int = 0  # hidden width of dense layers
-    n_dense: int = 0  # layers without experts
-    n_experts: int = 0
-    top_k: float = 0
-    d_expert: int = 0
-    n_shared: int = 0  # shared experts, each d_expert wide
-    gated: bool = True  # a feed-forward layer of three matrices (SwiGLU, GEGLU) instead of two
-    tied: bool = False  # the head is the embedding
-    norms: int = 2  # in a layer
-    qk_norm: bool = False  # over all queries and all keys of a token
-    bias: bool = False  # biases in attention and feed-forward layers
-    norm_shift: bool = False  # layer norm, which has a shift besides the scale
-    second_head: bool = False  # tinymoe's multi-token prediction, of use in training alone
-    n_positions: int = 0  # learned position embeddings
-    q_rank: int = 0  # multi-head latent attention (DeepSeek-V2, eq. 9 to 19): the queries' latent
-    kv_rank: int = 0  # the latent of keys and values
-    rope_dim: int = 0  # of head_dim, the rotary part, whose key all heads share
-    v_dim: int = 0  # of a head's values
-    router_shapes: dict = field(default_factory=dict)  # axes of a router's parameter, such as "DE" -> layers with it
-
-    def __post_init__(self):
-        for one in dataclasses.fields(self):
-            check = COUNT if one.type is int and one.default == 0 else check_of(one.type)
-            if check:
-                check.require(one.name, getattr(self, one.name))
-        if self.n_heads % self.n_kv_heads or self.n_dense > self.n_layers:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}, and at most all "
-                             f"{self.n_layers} layers be dense, not {self.n_dense}")
-        if self.n_dense < self.n_layers and not (0 < self.top_k <= self.n_experts and self.d_expert):
-            raise ValueError(f"layers of {self.n_experts} experts need a width, not {self.d_expert}, and a number of "
-                             f"experts for each token, not {self.top_k}")
-
-    def attention(self):
-        """(weights of matrix products, other parameters) of one attention layer."""
-        D, H, G, d = self.d_model, self.n_heads, self.n_kv_heads, self.head_dim
-        if not self.kv_rank:
-            weights = D * d * (2 * H + 2 * G)
-            return weights, self.bias * (d * (H + 2 * G) + D) + self.qk_norm * d * (H + G)
-        queries = D * self.q_rank + self.q_rank * H * d if self.q_rank else D * H * d
-        keys = D * (self.kv_rank + self.rope_dim) + self.kv_rank * H * (d - self.rope_dim + self.v_dim)
-        return queries + keys + H * self.v_dim * D, self.q_rank + self.kv_rank  # the latents are normalised
-
-    def feed_forward(self, width):
-        """(weights, biases) of one feed-forward layer or expert."""
-        up = 2 * width if self.gated else width
-        return self.d_model * (up + width), self.bias * (up + self.d_model)
 
 
 @dataclass(frozen=True)
@@ -85,36 +25,62 @@ class Part:
     flops: float
 
 
-def count(a, context=0):
-    """The Parts of an Architecture, then their sum, named "all". context: positions that a token attends to."""
-    D, n_moe = a.d_model, a.n_layers - a.n_dense
-    weights, others = a.attention()
-    scores = 2 * context * a.n_heads * (a.head_dim + (a.v_dim or a.head_dim))
-    dense, expert = sum(a.feed_forward(a.d_ff)), sum(a.feed_forward(a.d_expert))
-    shared_width = a.n_shared * a.d_expert  # side by side they are one layer
-    shared = sum(a.feed_forward(shared_width)) if a.n_shared else 0
-    length = {"D": D, "E": a.n_experts, "V": a.vocab_size}
-    routers = {shape: n * math.prod(map(length.get, shape)) for shape, n in a.router_shapes.items()}
-    vector = (1 + a.norm_shift) * D
-    block = weights + others + dense + a.norms * vector
+def count(config: ModelConfig, context: float = 0, experts_per_token: float | None = None) -> list[Part]:
+    """The Parts of a model, then their sum, named "all".
 
-    def part(name, total, active=None, multiplied=None):
-        active = total if active is None else active
-        return Part(name, total, active, 2 * (active if multiplied is None else multiplied))
+    context: positions that a token attends to. experts_per_token: the measured mean, for a router that does not fix K;
+    None for top_k.
+    """
+    c, D, n_moe = config, config.d_model, len(config.moe_layers)
+    attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
+    shared = _feed_forward(c, c.n_shared * c.expert_width) if c.n_shared else (0, 0)  # side by side, one wide layer
+    norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
+    length = {"D": D, "E": c.n_experts, "V": c.vocab_size}
+    shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
+    sizes = [(math.prod(map(length.get, axes)), axes == "DE") for axes in shapes]
+    routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
+    second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 
-    attention = part("attention", a.n_layers * (weights + others), None, a.n_layers * weights)
+    def part(name, weights, others, copies=1, used=None, more_flops=0):
+        """weights: in products of matrices; others: all else. used: the copies that a token uses; None for all."""
+        used = copies if used is None else used
+        return Part(name, copies * (weights + others), used * (weights + others), 2 * used * weights + more_flops)
+
     parts = [
-        part("embedding", a.vocab_size * D + a.n_positions * D, None, 0),
-        dataclasses.replace(attention, flops=attention.flops + a.n_layers * scores),
-        part("dense layers", a.n_dense * dense, None, a.n_dense * a.feed_forward(a.d_ff)[0]),
-        part("experts", n_moe * a.n_experts * expert, n_moe * a.top_k * expert,
-             n_moe * a.top_k * a.feed_forward(a.d_expert)[0]),
-        part("shared experts", n_moe * shared, None, n_moe * a.feed_forward(shared_width)[0]),
-        part("routers", sum(routers.values()), None, routers.get("DE", 0)),
-        part("norms", a.n_layers * a.norms * vector + vector, None, 0),
-        part("head", 0 if a.tied else a.vocab_size * D, None, a.vocab_size * D),
-        part("second head", a.second_head * (2 * D * D + 2 * vector + block), 0)]
+        part("embedding", 0, (c.vocab_size + (c.seq_len if c.learned_positions else 0)) * D),
+        part("attention", *attention, c.n_layers, more_flops=context * c.n_layers * _score_flops(c)),
+        part("dense layers", *dense, c.n_layers - n_moe),
+        part("experts", *expert, n_moe * c.n_experts,
+             n_moe * (c.top_k if experts_per_token is None else experts_per_token)),
+        part("shared experts", *shared, n_moe),
+        part("routers", *routers),
+        part("norms", 0, norm, c.n_layers * norms + 1),
+        part("head", 0, 0, more_flops=2 * c.vocab_size * D) if c.tied else part("head", c.vocab_size * D, 0),
+        part("second head", 0, second_head, used=0)]
     return [*parts, Part("all", *(sum(getattr(p, field) for p in parts) for field in ("total", "active", "flops")))]
+
+
+def _attention(c):
+    """(weights of matrix products, other parameters) of one attention layer."""
+    D, H, G, d = c.d_model, c.n_heads, c.n_kv_heads or c.n_heads, c.head_width
+    if c.attention == "latent":  # DeepSeek-V2, eq. 37 to 47; the latents are normalised
+        v = c.v_dim or d
+        queries = (D + H * (d + c.rope_dim)) * c.q_rank if c.q_rank else D * H * (d + c.rope_dim)
+        return queries + D * (c.kv_rank + c.rope_dim) + c.kv_rank * H * (d + v) + H * v * D, c.q_rank + c.kv_rank
+    biases, norms = d * (H + 2 * G) + D if c.bias else 0, d * (H + G) if c.qk_norm else 0
+    return D * d * (2 * H + 2 * G), biases + norms
+
+
+def _score_flops(c):
+    """Operations of all heads of one layer for each position that a token attends to."""
+    d = c.head_width
+    return 2 * c.n_heads * (d + c.rope_dim + (c.v_dim or d) if c.attention == "latent" else 2 * d)
+
+
+def _feed_forward(c, width):
+    """(weights, biases) of one feed-forward layer or expert."""
+    up = 2 * width if c.activation in GATED else width
+    return c.d_model * (up + width), (up + c.d_model if c.bias else 0)
 
 
 def require_size(config: ModelConfig, held: int, times: int = 1) -> None:
@@ -122,7 +88,7 @@ def require_size(config: ModelConfig, held: int, times: int = 1) -> None:
 
     Routers are left out: those that a user defines may not say their shapes.
     """
-    needed = sum(part.total for part in count(architecture(config))[:-1] if part.name != "routers")
+    needed = sum(part.total for part in count(config)[:-1] if part.name != "routers")
     if needed > times * held:
         raise ValueError(f"the config asks for {needed:,} parameters, but the file holds {held:,} numbers")
 
@@ -152,17 +118,14 @@ KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 
 
-def architecture(config: ModelConfig | dict, experts_per_token: float | None = None) -> Architecture:
-    """The Architecture of a ModelConfig, of a dict of its fields, or of a dict with the keys of a published config.
+def architecture(config: ModelConfig | dict) -> ModelConfig:
+    """A ModelConfig as it is, or that of a dict: of its fields, or of the sizes of a published model with their keys.
 
-    experts_per_token: the measured mean, for a ModelConfig whose router does not fix K; None for its top_k.
-    Raises ValueError for a dict that is neither.
+    Raises ValueError for another dict.
     """
     if isinstance(config, ModelConfig) or "d_model" in config:
-        config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
-        return _of_model(config, experts_per_token)
-    missing = [key for key in KEYS if key not in config]
-    if missing:
+        return config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
+    if missing := [key for key in KEYS if key not in config]:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
     get, kind = config.get, config.get("model_type")
     if kind not in KINDS:
@@ -170,33 +133,22 @@ def architecture(config: ModelConfig | dict, experts_per_token: float | None = N
     if biased := [key for key in UNCOUNTED if get(key)]:
         raise ValueError(f"{biased[0]} {get(biased[0])!r}: a model with such biases is not counted right here")
     n_experts = get("n_routed_experts") or get("num_local_experts") or get("num_experts") or 0
-    n_layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    n_layers = config["num_hidden_layers"]
     n_dense = get("first_k_dense_replace", 0) if n_experts else n_layers
-    latent = get("kv_lora_rank") or 0
-    rope = get("qk_rope_head_dim", 0) if latent else 0
-    return Architecture(
-        n_layers=n_layers, d_model=config["hidden_size"], vocab_size=config["vocab_size"], n_heads=heads,
-        head_dim=get("qk_nope_head_dim", 0) + rope if latent else get("head_dim") or config["hidden_size"] // heads,
-        n_kv_heads=get("num_key_value_heads") or heads, d_ff=get("intermediate_size", 0),
-        n_dense=n_dense, n_experts=n_experts,
-        top_k=get("num_experts_per_tok", 0), d_expert=get("moe_intermediate_size") or get("intermediate_size", 0),
-        n_shared=get("n_shared_experts") or 0, tied=bool(get("tie_word_embeddings")),
-        norms=4 if kind == "grok-1" else 2,
-        qk_norm=kind == "olmoe", q_rank=get("q_lora_rank") or 0, kv_rank=latent,
-        rope_dim=rope, v_dim=get("v_head_dim", 0) if latent else 0,
-        router_shapes=dict.fromkeys(("DE", "E") if kind == "deepseek_v3" else ("DE",), n_layers - n_dense))
-
-
-def _of_model(c, experts_per_token):
-    shapes = (shape for i in c.moe_layers for shape in find(c.router_of(i)).shapes.values())
-    latent, head_dim = c.attention == "latent", c.head_dim or c.d_model // c.n_heads
-    top_k = c.top_k if experts_per_token is None else experts_per_token
-    return Architecture(
-        n_layers=c.n_layers, d_model=c.d_model, vocab_size=c.vocab_size, n_heads=c.n_heads,
-        n_kv_heads=c.n_kv_heads or c.n_heads, head_dim=head_dim + c.rope_dim * latent, d_ff=c.d_ff,
-        n_dense=c.n_layers - len(c.moe_layers), n_experts=c.n_experts, top_k=top_k, d_expert=c.expert_width,
-        n_shared=c.n_shared, gated=c.activation in GATED, tied=c.tied, norms=4 if c.post_norm else 2,
-        qk_norm=c.qk_norm, bias=c.bias, norm_shift=c.norm == "layer", second_head=c.mtp_coef > 0,
-        n_positions=c.seq_len if c.positions == "learned" and not latent else 0,
-        router_shapes=dict(Counter(shapes)),
-        **(dict(q_rank=c.q_rank, kv_rank=c.kv_rank, rope_dim=c.rope_dim, v_dim=c.v_dim or head_dim) if latent else {}))
+    DEPTH.require("num_hidden_layers", n_layers)
+    COUNT.require("first_k_dense_replace", n_dense)
+    if n_dense > n_layers:
+        raise ValueError(f"first_k_dense_replace {n_dense} must be at most num_hidden_layers {n_layers}")
+    sizes = {"n_kv_heads": get("num_key_value_heads"), "head_dim": get("head_dim")}
+    if get("kv_lora_rank"):
+        sizes = {"attention": "latent", "q_rank": get("q_lora_rank") or 0, "kv_rank": get("kv_lora_rank"),
+                 "head_dim": get("qk_nope_head_dim"), "rope_dim": get("qk_rope_head_dim"), "v_dim": get("v_head_dim")}
+    if n_experts:
+        sizes |= {"n_experts": n_experts, "top_k": get("num_experts_per_tok"), "n_shared": get("n_shared_experts") or 0,
+                  "d_expert": get("moe_intermediate_size") or get("intermediate_size"),
+                  "router": "sigmoid_bias" if kind == "deepseek_v3" else "top_k"}
+    return ModelConfig(
+        n_layers=n_layers, moe_layers=tuple(range(n_dense, n_layers)), d_model=config["hidden_size"],
+        vocab_size=config["vocab_size"], n_heads=config["num_attention_heads"], d_ff=get("intermediate_size"),
+        activation="swiglu", tied=bool(get("tie_word_embeddings")), post_norm=kind == "grok-1",
+        qk_norm=kind == "olmoe", **MODERN, **sizes)

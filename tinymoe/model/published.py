@@ -19,7 +19,7 @@ import numpy as np
 from ..files import CheckpointError, read_json
 from ..moe.settings import COUNT, DEPTH, WHOLE
 from .config import ModelConfig
-from .counting import KEYS, MODERN, architecture, require_size
+from .counting import KEYS, architecture, require_size
 from .transformer import Block, Transformer
 
 SIZES = {  # whole numbers that a config.json needs besides KEYS
@@ -56,21 +56,16 @@ def model_config(config: dict) -> ModelConfig:
     if kind not in SIZES:
         raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(SIZES)}")
     _refuse(config, kind)
-    a, (eps, theta) = architecture(config), DEFAULTS[kind]
+    eps, theta = DEFAULTS[kind]
     options = {"renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
-    own = {"n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim}
     if kind == "deepseek_v3":
-        own = {"head_dim": a.head_dim - a.rope_dim, "attention": "latent", "q_rank": a.q_rank, "kv_rank": a.kv_rank,
-               "rope_dim": a.rope_dim, "v_dim": a.v_dim, "latent_eps": eps, "router": "sigmoid_bias"}
         options["gate_scale"] = float(config["routed_scaling_factor"])
         if (config["n_group"] or 1) > 1:
             options |= {"n_groups": config["n_group"], "group_limit": config["topk_group"]}
-    return ModelConfig(
-        vocab_size=a.vocab_size, n_layers=a.n_layers, moe_layers=tuple(range(a.n_dense, a.n_layers)), d_model=a.d_model,
-        n_heads=a.n_heads, d_ff=a.d_ff, d_expert=a.d_expert, seq_len=config["max_position_embeddings"], tied=a.tied,
-        n_experts=a.n_experts, n_shared=a.n_shared, top_k=a.top_k, activation="swiglu", qk_norm=a.qk_norm, aux_coef=0.0,
-        norm_eps=config.get("rms_norm_eps", eps), rope_theta=_rope_theta(config, theta), router_options=options,
-        **MODERN, **own)
+    return dataclasses.replace(
+        architecture(config), seq_len=config["max_position_embeddings"], norm_eps=config.get("rms_norm_eps", eps),
+        rope_theta=_rope_theta(config, theta), latent_eps=eps if kind == "deepseek_v3" else None,
+        router_options=options, aux_coef=0.0)
 
 
 def _refuse(config, kind):

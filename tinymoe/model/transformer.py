@@ -18,7 +18,7 @@ from ..moe.losses import LOSSES, LossContext
 from ..moe.routers import RouteContext
 from ..moe.routing import Routing
 from .config import NORMS, ModelConfig
-from .counting import architecture, count, require_size
+from .counting import count, require_size
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def make_norm(config: ModelConfig, dtype) -> Module:
 
 
 class Block(Module):
-    """Attention, then experts behind the named router, or a dense layer if it is None; each normalised before, and added."""
+    """Attention, then experts behind the named router (None: a dense layer), each normalised before and added."""
 
     def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
@@ -123,8 +123,8 @@ class Transformer(Module):
         rng = np.random.default_rng(seed)
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
-        learned = config.positions == "learned" and config.attention != "latent"
-        self.position_embedding = Embedding(config.seq_len, config.d_model, rng, dtype) if learned else None
+        self.position_embedding = (Embedding(config.seq_len, config.d_model, rng, dtype)
+                                   if config.learned_positions else None)
         self.blocks = [Block(config, config.router_of(i), rng, dtype) for i in range(config.n_layers)]
         self.norm = make_norm(config, dtype)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
@@ -170,7 +170,7 @@ class Transformer(Module):
 
     def count_parameters(self, experts_per_token: float | None = None) -> dict[str, int]:
         """{"total", "active"}: all parameters, and those that a token meets, with `experts_per_token` (None: top_k)."""
-        active = count(architecture(self.config, experts_per_token))[-1].active
+        active = count(self.config, experts_per_token=experts_per_token)[-1].active
         return {"total": sum(p.size for p in self.parameters().values()), "active": round(active)}
 
     @property

@@ -126,7 +126,7 @@ def label_load(routing: Routing, labels: np.ndarray, n_labels: int) -> np.ndarra
 
 
 def mutual_information(counts: np.ndarray) -> float:
-    """I(row; column) of a table of n counts, in nats; the estimate is too large by about (rows - 1)(columns - 1) / 2n."""
+    """I(row; column) of a table of n counts, in nats; too large by about (rows - 1)(columns - 1) / 2n."""
     joint = counts / max(1, counts.sum())
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
     there = joint > 0
