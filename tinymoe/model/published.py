@@ -46,11 +46,10 @@ GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": 
 
 
 def model_config(config: dict) -> ModelConfig:
-    """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
+    """The ModelConfig of the config.json of a Mixtral, OLMoE or DeepSeek-V3, given as a dict, with aux_coef 0.
 
-    Reads Mixtral (Jiang et al. 2024), OLMoE (Muennighoff et al. 2024) and DeepSeek-V3 (DeepSeek-AI 2024). Raises
-    ValueError for another model_type, a missing or unknown key, and settings that are not computed here: stretched
-    rotary positions (YaRN), a sliding window below the longest sequence, biases, clipping, quantised weights.
+    Raises ValueError for another model_type, a missing or unknown key, and settings that are not computed here:
+    stretched rotary positions (YaRN), a sliding window below the longest sequence, biases, clipping, quantised weights.
     """
     kind = config.get("model_type")
     if kind not in SIZES:
@@ -70,9 +69,8 @@ def model_config(config: dict) -> ModelConfig:
 
 def _refuse(config, kind):
     """Raise ValueError for a missing setting, and for one that would change the logits and is not computed here."""
-    sizes = (*KEYS, *SIZES[kind].split())
-    missing = [key for key in (*sizes, *OTHERS[kind].split()) if key not in config]
-    if missing:
+    sizes, others = (*KEYS, *SIZES[kind].split()), OTHERS[kind].split()
+    if missing := [key for key in (*sizes, *others) if key not in config]:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
     for key in sizes:
         {"num_attention_heads": WHOLE, "num_hidden_layers": DEPTH}.get(key, COUNT).require(key, config[key])
@@ -80,9 +78,8 @@ def _refuse(config, kind):
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
-    known = {*sizes, *OTHERS[kind].split(), *ONLY, *READ, *IGNORED}
-    other = [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]
-    if other:
+    known = {*sizes, *others, *ONLY, *READ, *IGNORED}
+    if other := [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]:
         raise ValueError(f"not supported: {', '.join(other)}; remove it from the config if it changes nothing for this "
                          f"{kind}")
     window, longest = config.get("sliding_window"), config["max_position_embeddings"]

@@ -15,7 +15,7 @@ import pkgutil
 
 from ..routing import largest
 from .base import ROUTERS, LinearRouter, RouteContext, Router, find, load_file, make
-from .token_choice import NoisyTopK, Reinforce, SigmoidBias, TokenChoice, TopK
+from .token_choice import NoisyTopK, Reinforce, SigmoidBias, TopK
 from .baselines import Frozen, Hash, Random, Shuffled
 from .expert_choice import ExpertChoice
 from .assignment import BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall, sinkhorn_plan

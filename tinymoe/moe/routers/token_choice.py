@@ -13,18 +13,31 @@ from .base import LinearRouter
 TINY = 1e-20  # added to sums of sigmoids, which may all be 0
 
 
-class TokenChoice(LinearRouter):
-    """Options that routers share in which a token takes its K best experts.
+class TopK(LinearRouter, name="top_k"):
+    """Each token takes its K experts of largest probability (Switch, Fedus et al. 2021; Mixtral, Jiang et al. 2024).
 
-    renormalise: whether a token's gates are divided by their sum; None for K > 1 only, because for K = 1 the gate would
-        be a constant, and the router would learn nothing from the language-model loss. Grok-1 sets False.
-    n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups
-        (DeepSeek-V2, section 2.2.2).
+    A gate is the probability of its expert. For K = 1 it stays as it is (Switch eq. 2). For K > 1 the gates of a token
+    are divided by their sum (Mixtral), which equals a softmax over the chosen logits alone.
+
+    renormalise: whether a token's gates are divided by their sum; None for K > 1 only. Grok-1 sets False. With K = 1,
+        True makes every gate a constant, and the router learns nothing from the language-model loss.
+    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
+    n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups. A
+        group is as good as its best expert (DeepSeek-V2, section 2.2.2).
+    second_expert: for K = 2, which second experts are kept while training: "all"; "threshold", those whose gate is
+        above second_threshold; "random", each with probability gate / second_threshold (GShard, Lepikhin et al.
+        2020, algorithm 1).
+    second_threshold: for second_expert; GShard has 0.5.
+    Raises ValueError for training with noise but without an rng.
     """
 
+    paper = "Fedus 2021; Jiang 2024"
     renormalise: bool | None = None
+    jitter: float = 0.0
     n_groups: int = 1
     group_limit: int | None = None
+    second_expert: Literal["all", "random", "threshold"] = "all"
+    second_threshold: float = 0.5
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
@@ -34,7 +47,8 @@ class TokenChoice(LinearRouter):
     @classmethod
     def check(cls, n_experts, top_k, options):
         super().check(n_experts, top_k, options)
-        n_groups, limit = (options.get(name, getattr(cls, name)) for name in ("n_groups", "group_limit"))
+        n_groups, limit, second, jitter = (options.get(name, getattr(cls, name)) for name in (
+            "n_groups", "group_limit", "second_expert", "jitter"))
         if (n_groups > 1) != (limit is not None):
             raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
         if n_experts % n_groups or limit and limit > n_groups:
@@ -43,44 +57,6 @@ class TokenChoice(LinearRouter):
         if limit and top_k > limit * (n_experts // n_groups):
             raise ValueError(f"group_limit {limit} leaves {limit * (n_experts // n_groups)} experts, fewer than top_k "
                              f"{top_k}")
-
-    def in_best_groups(self, scores: np.ndarray, n_best: int) -> np.ndarray:
-        """Scores (N, E), with -inf outside each token's best groups (not 0: a biased score may be below 0).
-
-        The value of a group is the sum of its n_best largest scores.
-        """
-        if self.group_limit is None:
-            return scores
-        grouped = scores.reshape(len(scores), self.n_groups, -1)
-        value = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)  # (N, groups)
-        best = largest(value, self.group_limit)
-        return np.where(np.repeat(best, grouped.shape[-1], axis=-1), scores, -np.inf)
-
-
-class TopK(TokenChoice, name="top_k"):
-    """Each token takes its K experts of largest probability (Switch, Fedus et al. 2021; Mixtral, Jiang et al. 2024).
-
-    A gate is the probability of its expert. For K = 1 it stays as it is (Switch eq. 2). For K > 1 the gates of a token
-    are divided by their sum (Mixtral), which equals a softmax over the chosen logits alone. A group of experts is as
-    good as its best expert.
-
-    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
-    second_expert: for K = 2, which second experts are kept while training: "all"; "threshold", those whose gate is
-        above second_threshold; "random", each with probability gate / second_threshold (GShard, Lepikhin et al.
-        2020, algorithm 1).
-    second_threshold: for second_expert; GShard has 0.5.
-    Raises ValueError for training with noise but without an rng.
-    """
-
-    paper = "Fedus 2021; Jiang 2024"
-    jitter: float = 0.0
-    second_expert: Literal["all", "random", "threshold"] = "all"
-    second_threshold: float = 0.5
-
-    @classmethod
-    def check(cls, n_experts, top_k, options):
-        super().check(n_experts, top_k, options)
-        second, jitter = (options.get(name, getattr(cls, name)) for name in ("second_expert", "jitter"))
         if second != "all" and top_k != 2:
             raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
         if jitter >= 1:
@@ -97,13 +73,25 @@ class TopK(TokenChoice, name="top_k"):
 
     def _choose(self, logits, context, soft_load=None):
         probs = F.softmax(logits)
-        chosen = self._select(self.in_best_groups(logits.data, n_best=1), context)
+        chosen = self._select(self._in_best_groups(logits.data, n_best=1), context)
         gates = probs * chosen
         if self.renormalise:
             gates = gates / gates.sum(axis=-1, keepdims=True)
         if context.training and self.second_expert != "all":
             chosen = chosen & self._keeps_second(gates.data, context)
         return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
+
+    def _in_best_groups(self, scores, n_best):
+        """Scores (N, E), with -inf outside each token's best groups (not 0: a biased score may be below 0).
+
+        The value of a group is the sum of its n_best largest scores.
+        """
+        if self.group_limit is None:
+            return scores
+        grouped = scores.reshape(len(scores), self.n_groups, -1)
+        value = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)  # (N, groups)
+        best = largest(value, self.group_limit)
+        return np.where(np.repeat(best, grouped.shape[-1], axis=-1), scores, -np.inf)
 
     def _select(self, scores, context):
         return largest(scores, self.top_k)
@@ -129,7 +117,7 @@ class NoisyTopK(TopK, name="noisy_top_k"):
     shapes = {"weight": "DE", "noise": "DE"}
     has_soft_load = True
     router_std: float = 0.0
-    second_expert, second_threshold = "all", 0.5  # fixed: the smooth load counts all second experts
+    second_expert, second_threshold = "all", 0.5  # fixed, because the smooth load counts all second experts
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
@@ -157,16 +145,16 @@ class NoisyTopK(TopK, name="noisy_top_k"):
         return F.normal_cdf((clean - F.gather(noisy, rival)) / sigma).sum(axis=0)
 
 
-class SigmoidBias(TokenChoice, name="sigmoid_bias"):
+class SigmoidBias(TopK, name="sigmoid_bias"):
     """Sigmoid scores, and a bias that balances the load without a loss (DeepSeek-V3, eq. 12 to 16; Wang et al. 2024).
 
     s = sigmoid(x W). Each token takes the K experts of largest s + b. Its gates are gate_scale * s / (sum of the chosen
     s); the bias b takes no part in them. After each training step b_e += bias_rate * sign(mean load - load_e).
-    `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss. A group of experts is as good as the
-    sum of its two largest s + b.
+    `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss.
 
     bias_rate: the step of the bias.
     gate_scale: a factor of all gates.
+    n_groups, group_limit: as in top_k, but a group is as good as the sum of its two largest s + b.
     """
 
     paper = "DeepSeek-AI 2024; Wang 2024"
@@ -174,6 +162,7 @@ class SigmoidBias(TokenChoice, name="sigmoid_bias"):
     shapes = {"weight": "DE", "bias": "E"}
     bias_rate: float = 1e-3
     gate_scale: float = 1.0
+    jitter, second_expert, second_threshold = 0.0, "all", 0.5  # fixed
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
@@ -182,7 +171,7 @@ class SigmoidBias(TokenChoice, name="sigmoid_bias"):
     def forward(self, x, context):
         logits = self.scores(x)
         s = F.sigmoid(logits)
-        chosen = largest(self.in_best_groups(s.data + self.bias.data, n_best=2), self.top_k)
+        chosen = largest(self._in_best_groups(s.data + self.bias.data, n_best=2), self.top_k)
         gates = s * chosen
         if self.renormalise:
             gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
