@@ -33,7 +33,7 @@ def _generate(model, ids, length, temperature, rng, top):
 
 def next_probabilities(model: Transformer, ids: list[int], temperature: float = 1.0,
                        top: int | None = None) -> np.ndarray:
-    """(V,) float64: the distribution of the byte after ids, a list; entries from 256 on are left out."""
+    """(V,) float64: the distribution of the byte after ids; entries from 256 on are left out."""
     with no_grad():
         output = model.forward(np.array([ids]), rng=np.random.default_rng(0), causal=True)
     logits = output.logits.data[0, -1, :256].astype(float)

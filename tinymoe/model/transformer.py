@@ -61,7 +61,7 @@ def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float
 
 
 def make_norm(config: ModelConfig, dtype) -> Module:
-    """A norm over the width D, of the config's kind."""
+    """The norm over the width D that a config describes."""
     return NORMS[config.norm](config.d_model, dtype, config.norm_eps)
 
 

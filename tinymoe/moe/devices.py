@@ -16,10 +16,10 @@ from .routing import Routing
 class Traffic:
     """What the forward pass of one layer sends, and what it waits for.
 
-    rows (P, P) int: token states sent from device to device in the dispatch; the combine sends as many back. The
-        diagonal counts the tokens that stay on their device, which costs nothing.
+    rows (P, P) int: token states that the dispatch sends from device to device, and the combine back. Those on the
+        diagonal stay on their device, which costs nothing.
     load (P,) int: assignments that each device computes.
-    reach (N,) int: devices that each token goes to, its own device included if one of its experts lies there.
+    reach (N,) int: devices that each token goes to, its own included if one of its experts lies there.
     row_bytes: bytes of one state.
     """
 
@@ -35,7 +35,7 @@ class Traffic:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of dispatch and combine together, over all links."""
+        """Bytes of dispatch and combine, over all links."""
         return 2 * int(self.sent.sum())
 
     @property

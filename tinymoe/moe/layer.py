@@ -16,8 +16,7 @@ class MoELayer(Module):
     """x (B, T, D) -> (y (B, T, D), Routing).
 
     config: a ModelConfig. router: the name of this layer's router. rng draws the initial weights.
-    change_routing: a function (Routing, x (N, D) Tensor) -> Routing that is applied before the experts run, for
-        experiments on a trained model; None for no change.
+    change_routing: a function (Routing, x (N, D)) -> Routing applied before the experts run, for experiments; or None.
     """
 
     def __init__(self, config, router: str, rng: np.random.Generator, out_std: float, dtype):

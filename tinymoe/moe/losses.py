@@ -1,8 +1,7 @@
 """Auxiliary losses of a router: pure functions of one layer's Routing, each a scalar Tensor.
 
-`LOSSES` is the table that the model, the log and the probes read. Published codes scale the balance loss differently
-(by K, or by the number of layers). Here it is 1 at perfect balance whatever K is, one value for each layer, and the
-model takes the mean over layers.
+`LOSSES` is the table that the model, the log and the probes read. Published codes scale the balance loss by K or by the
+number of layers. Here it is 1 at perfect balance whatever K is, and the model takes the mean over layers.
 """
 
 from collections.abc import Callable
@@ -30,9 +29,8 @@ def equivalent_coefficient(coefficient: float, source: str, target: str, n_layer
     source, target: names in CONVENTIONS, else ValueError; n_layers: MoE layers. For "hf_mixtral", which pools the
     layers before the product, it is exact where all layers have the same load.
     """
-    for name in (source, target):
-        if name not in CONVENTIONS:
-            raise ValueError(f"unknown convention {name!r}: choose one of {', '.join(CONVENTIONS)}")
+    for unknown in {source, target} - CONVENTIONS.keys():
+        raise ValueError(f"unknown convention {unknown!r}: choose one of {', '.join(CONVENTIONS)}")
     if not (n_layers > 0 and top_k > 0):
         raise ValueError(f"n_layers {n_layers} and top_k {top_k} must be above 0")
     return coefficient * CONVENTIONS[source](n_layers, top_k) / CONVENTIONS[target](n_layers, top_k)
@@ -105,10 +103,7 @@ def importance_loss(routing: Routing) -> Tensor:
 
 
 def load_loss(routing: Routing) -> Tensor:
-    """CV^2 of the router's smooth load (Shazeer et al. 2017, eq. 11).
-
-    Raises ValueError for a routing without one: only noisy_top_k makes it, while training.
-    """
+    """CV^2 of the router's smooth load (Shazeer et al. 2017, eq. 11). ValueError for a routing without one."""
     if routing.soft_load is None:
         raise ValueError("load_loss needs Routing.soft_load, which only noisy_top_k gives, while training: "
                          "use load_balancing_loss with this router")
@@ -137,8 +132,8 @@ def _cv_squared(x):
 class LossContext:
     """What a loss may read besides the routing.
 
-    router: the layer's router. seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in
-    ModelConfig. token_nats() gives the cross-entropy of each token, (N,), outside the graph.
+    seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in ModelConfig. token_nats(): (N,), the
+    cross-entropy of each token, outside the graph.
     """
 
     router: object
@@ -152,8 +147,8 @@ class LossContext:
 class Loss:
     """One row of LOSSES.
 
-    of(routing, context) gives a scalar Tensor, or None where the loss does not apply to this routing. logged: whether
-    it is computed, and so logged, even with a coefficient of 0.
+    of(routing, context): a scalar Tensor, or None where the loss does not apply. logged: computed, and so logged, even
+    with a coefficient of 0.
     """
 
     meaning: str

@@ -110,10 +110,7 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
 
 
 def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, **fields) -> Routing:
-    """A Routing from a boolean matrix of assignments.
-
-    chosen (N, E) bool; gates (N, E) Tensor, read where chosen; further fields as in Routing.
-    """
+    """A Routing from assignments `chosen` (N, E) bool. gates (N, E) Tensor: read where chosen. fields: of Routing."""
     n_tokens, n_experts = chosen.shape
     expert, token = np.divmod(np.flatnonzero(np.ascontiguousarray(chosen.T)), n_tokens)  # nonzero, but faster
     offsets = np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=n_experts))])
@@ -132,8 +129,8 @@ def merge(routings: list[Routing]) -> Routing:
 
 def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.0) -> int:
     """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
-    exact = factor * n_tokens * per_token / n_experts
-    return min(n_tokens, max(1, math.ceil(round(exact, 9))))  # 1.1 * 10 is 11.000000000000002, but means 11
+    exact = round(factor * n_tokens * per_token / n_experts, 9)  # 1.1 * 10 is 11.000000000000002, but means 11
+    return min(n_tokens, max(1, math.ceil(exact)))
 
 
 def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = "order") -> Routing:
