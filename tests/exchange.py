@@ -1,4 +1,5 @@
-"""Expert parallelism for real: processes that hold a part of the experts and of the tokens each, to check `traffic` with.
+"""Expert parallelism for real: processes that hold a part of the experts and of the tokens each, to check `traffic`
+with.
 
 Device d of P holds experts d E/P to (d + 1) E/P and tokens d N/P to (d + 1) N/P. A layer sends each token once to every
 device that holds one of its experts (dispatch). Each device runs its experts, adds up what they give a token, weighted
@@ -74,7 +75,10 @@ def _swap(link, first, value):
 def _run(weights, activation, x, gates):
     """sum over this device's experts e of gates[:, e] FFN_e(x)"""
     n_experts, d_model, d_ff = weights[0].shape
-    bank, gates = ExpertBank(n_experts, d_model, d_ff, activation=activation, backend="numpy", dtype=x.dtype), Tensor(gates)
+    bank, gates = (
+        ExpertBank(n_experts, d_model, d_ff, activation=activation, backend="numpy", dtype=x.dtype),
+        Tensor(gates),
+    )
     bank.w1, bank.b1, bank.w2, bank.b2 = map(Tensor, weights)
     with no_grad():
         return bank(Tensor(x), from_mask(gates.data != 0, gates, gates, gates)).data

@@ -1,6 +1,8 @@
-"""Oracle for interop: small Mixtral, OLMoE and DeepSeek-V3 models under their published names, from the papers' equations.
+"""Oracle for interop: small Mixtral, OLMoE and DeepSeek-V3 models under their published names, from the papers'
+equations.
 
-Imports only numpy. `tensors` draws weights, `logits` computes the forward pass in float64, a token and an expert at a time.
+Imports only numpy. `tensors` draws weights, `logits` computes the forward pass in float64, a token and an expert at
+a time.
 """
 import numpy as np
 
@@ -43,8 +45,15 @@ def shapes(c):
         if kind == "deepseek_v3":
             r, nope, rope, v = (c[k] for k in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
             q = c["q_lora_rank"]
-            out |= {a + "q_a_proj.weight": (q, D), a + "q_a_layernorm.weight": (q,),
-                    a + "q_b_proj.weight": (H * (nope + rope), q)} if q else {a + "q_proj.weight": (H * (nope + rope), D)}
+            out |= (
+                {
+                    a + "q_a_proj.weight": (q, D),
+                    a + "q_a_layernorm.weight": (q,),
+                    a + "q_b_proj.weight": (H * (nope + rope), q),
+                }
+                if q
+                else {a + "q_proj.weight": (H * (nope + rope), D)}
+            )
             out |= {a + "kv_a_proj_with_mqa.weight": (r + rope, D), a + "kv_a_layernorm.weight": (r,),
                     a + "kv_b_proj.weight": (H * (nope + v), r), a + "o_proj.weight": (D, H * v)}
             if i < c["first_k_dense_replace"]:
@@ -92,7 +101,8 @@ def softmax(x):
 
 
 def turn(x, t, theta, neighbours):
-    """One vector at position t: its pairs (2i, 2i + 1), or (i, i + d/2), turn by t theta^(-2i/d) (Su et al. 2021, eq. 34)."""
+    """One vector at position t: its pairs (2i, 2i + 1), or (i, i + d/2), turn by t theta^(-2i/d) (Su et al. 2021,
+    eq. 34)."""
     d, y = len(x), np.empty_like(x)
     for i in range(d // 2):
         a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + d // 2)
@@ -110,18 +120,29 @@ def attend(q, k, v):
 
 def grouped_attention(c, w, x):
     """Mixtral and OLMoE; OLMoE normalises all queries and all keys of a token."""
-    T, H, G, d = len(x), c["num_attention_heads"], c["num_key_value_heads"], len(w["q_proj.weight"]) // c["num_attention_heads"]
+    T, H, G, d = (
+        len(x),
+        c["num_attention_heads"],
+        c["num_key_value_heads"],
+        len(w["q_proj.weight"]) // c["num_attention_heads"],
+    )
     q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
     if c["model_type"] == "olmoe":
         q, k = (norm(z, w[f"{name}_norm.weight"], c["rms_norm_eps"]) for z, name in ((q, "q"), (k, "k")))
-    q, k = (np.array([[turn(head, t, c["rope_theta"], False) for head in z[t].reshape(-1, d)] for t in range(T)]) for z in (q, k))
+    q, k = (
+        np.array([[turn(head, t, c["rope_theta"], False) for head in z[t].reshape(-1, d)] for t in range(T)])
+        for z in (q, k)
+    )
     k, v = (z.reshape(T, G, d).repeat(H // G, axis=1) for z in (k, v))
     return attend(q, k, v) @ w["o_proj.weight"].T
 
 
 def latent_attention(c, w, x):
     """DeepSeek-V3, eq. 1 to 11."""
-    T, H, r, nope, rope = len(x), *(c[k] for k in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"))
+    T, H, r, nope, rope = (
+        len(x),
+        *(c[k] for k in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")),
+    )
     pairs = c.get("rope_interleave", True)
     if c["q_lora_rank"]:
         q = norm(x @ w["q_a_proj.weight"].T, w["q_a_layernorm.weight"], 1e-6) @ w["q_b_proj.weight"].T

@@ -25,7 +25,9 @@ def by_hand(made, ids, length, seq_len=6):
 
 
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "sinkhorn", "hash"])
-@pytest.mark.parametrize("prompt", [bytes([3]), bytes([1, 2, 3, 4, 5, 6, 7, 8])], ids=["short", "longer than the window"])
+@pytest.mark.parametrize(
+    "prompt", [bytes([3]), bytes([1, 2, 3, 4, 5, 6, 7, 8])], ids=["short", "longer than the window"]
+)
 def test_greedy_takes_the_largest_logit_of_the_last_window(router, prompt):
     made = model(router)
     assert list(generate(made, prompt, 12, temperature=0)) == by_hand(made, list(prompt), 12)

@@ -14,14 +14,30 @@ from tinymoe.model import published as interop
 
 safetensors = pytest.importorskip("safetensors.numpy")
 IDS = np.arange(24).reshape(2, 12) * 5 % 13  # two sequences
-CASES = [(kind, changes) for kind, all_changes in {
-    "mixtral": [{}, dict(num_key_value_heads=1, num_experts_per_tok=1, rope_theta=5e3),
-                dict(num_experts_per_tok=4, head_dim=6, tie_word_embeddings=True, rms_norm_eps=1e-3, sliding_window=12)],
-    "olmoe": [{}, dict(norm_topk_prob=True, rope_theta=123.0), dict(num_key_value_heads=2, num_experts_per_tok=6, rms_norm_eps=.01)],
-    "deepseek_v3": [{}, dict(q_lora_rank=None, norm_topk_prob=False, rope_theta=77.0),
-                    dict(n_group=1, topk_group=1, num_experts_per_tok=1), dict(n_group=2, topk_group=1, rms_norm_eps=1e-4),
-                    dict(rope_interleave=False, norm_topk_prob=False, num_experts_per_tok=1, first_k_dense_replace=0),
-                    dict(first_k_dense_replace=3, v_head_dim=9)]}.items() for changes in all_changes]
+CASES = [
+    (kind, changes)
+    for kind, all_changes in {
+        "mixtral": [
+            {},
+            dict(num_key_value_heads=1, num_experts_per_tok=1, rope_theta=5e3),
+            dict(num_experts_per_tok=4, head_dim=6, tie_word_embeddings=True, rms_norm_eps=1e-3, sliding_window=12),
+        ],
+        "olmoe": [
+            {},
+            dict(norm_topk_prob=True, rope_theta=123.0),
+            dict(num_key_value_heads=2, num_experts_per_tok=6, rms_norm_eps=0.01),
+        ],
+        "deepseek_v3": [
+            {},
+            dict(q_lora_rank=None, norm_topk_prob=False, rope_theta=77.0),
+            dict(n_group=1, topk_group=1, num_experts_per_tok=1),
+            dict(n_group=2, topk_group=1, rms_norm_eps=1e-4),
+            dict(rope_interleave=False, norm_topk_prob=False, num_experts_per_tok=1, first_k_dense_replace=0),
+            dict(first_k_dense_replace=3, v_head_dim=9),
+        ],
+    }.items()
+    for changes in all_changes
+]
 EXPECTED = {  # logits[:, -1, :4] of published.tensors(config) at IDS, by transformers 5.23 and torch in float32
     "mixtral": [[-0.612210, 0.230485, 1.086692, 1.549395], [-0.124139, -0.786215, 0.459319, -0.397344]],
     "olmoe": [[-0.216276, -0.871258, 0.390392, 1.451659], [-0.478358, -0.479563, 0.300667, 0.174819]],
@@ -96,14 +112,15 @@ def test_several_files(tmp_path, index):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "F64"])
 def test_other_types_of_numbers(tmp_path, kind):
-    """Numbers that each type holds exactly give the logits of float32. The file is written by hand: bytes and a header."""
+    """Numbers that each type holds exactly give the logits of float32. The file is written by hand: bytes and a
+    header."""
     config, header, data = published.CONFIGS["deepseek_v3"], {}, b""
     exact = {name: (a.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float16).astype(np.float32)
              for name, a in published.tensors(config).items()}
     exact = {name: np.where(np.abs(a) < 1e-3, 0, a).astype(np.float32) for name, a in exact.items()}  # no subnormals
     for name, a in exact.items():
-        raw = {"F16": lambda: a.astype("<f2"), "F64": lambda: a.astype("<f8"),
-               "BF16": lambda: (a.view(np.uint32) >> 16).astype("<u2")}[kind]().tobytes()
+        forms = {"F16": a.astype("<f2"), "F64": a.astype("<f8"), "BF16": (a.view(np.uint32) >> 16).astype("<u2")}
+        raw = forms[kind].tobytes()
         header[name] = {"dtype": kind, "shape": a.shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     plain = logits(interop.load(write(tmp_path, config, exact)))
@@ -125,8 +142,15 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
     config = published.CONFIGS["deepseek_v3"]
     tensors = published.tensors(config)
     plain = logits(interop.load(write(tmp_path, config, tensors)))
-    more = {"model.layers.3.eh_proj.weight": np.ones((16, 32)), "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2)}
-    settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "torch_dtype": "float32", "unknown": None}
+    more = {
+        "model.layers.3.eh_proj.weight": np.ones((16, 32)),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2),
+    }
+    settings = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "torch_dtype": "float32",
+        "unknown": None,
+    }
     np.testing.assert_array_equal(logits(interop.load(write(tmp_path, config | settings, tensors | more))), plain)
     config = published.CONFIGS["mixtral"] | {"tie_word_embeddings": True}
     tensors = published.tensors(config) | {"lm_head.weight": published.tensors(config)["model.embed_tokens.weight"]}
@@ -136,21 +160,31 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
         interop.load(write(tmp_path, config, tensors))
 
 
-@pytest.mark.parametrize("kind, changes, message", [
-    ("mixtral", dict(model_type="llama"), "'llama' cannot be read.*mixtral"),
-    ("mixtral", dict(sliding_window=8), "sliding_window 8"), ("mixtral", dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-    ("mixtral", dict(quantization_config={"bits": 4}), "quantization_config"),
-    ("mixtral", dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
-    ("olmoe", dict(attention_bias=True), "attention_bias True"), ("olmoe", dict(clip_qkv=8.0), "clip_qkv 8.0"),
-    ("olmoe", dict(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
-    ("deepseek_v3", dict(rope_scaling={"type": "yarn", "factor": 40}), "yarn"),
-    ("deepseek_v3", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "yarn"),
-    ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
-    ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func 'softmax'"),
-    ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq 2"), ("deepseek_v3", dict(num_key_value_heads=1), "num_key_value_heads 1"),
-    ("deepseek_v3", dict(topk_group=5), "group_limit 5"), ("deepseek_v3", dict(qk_rope_head_dim=3), "rope_dim 3"),
-    ("deepseek_v3", dict(rms_norm_eps=0), "norm_eps 0"), ("mixtral", dict(hidden_size="16"), "hidden_size '16' must be a whole number"),
-    ("mixtral", dict(num_attention_heads=0), "num_attention_heads 0 must be"), ("olmoe", dict(rope_theta=-1.0), "rope_theta -1.0")])
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("mixtral", dict(model_type="llama"), "'llama' cannot be read.*mixtral"),
+        ("mixtral", dict(sliding_window=8), "sliding_window 8"),
+        ("mixtral", dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+        ("mixtral", dict(quantization_config={"bits": 4}), "quantization_config"),
+        ("mixtral", dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
+        ("olmoe", dict(attention_bias=True), "attention_bias True"),
+        ("olmoe", dict(clip_qkv=8.0), "clip_qkv 8.0"),
+        ("olmoe", dict(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
+        ("deepseek_v3", dict(rope_scaling={"type": "yarn", "factor": 40}), "yarn"),
+        ("deepseek_v3", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "yarn"),
+        ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
+        ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func 'softmax'"),
+        ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq 2"),
+        ("deepseek_v3", dict(num_key_value_heads=1), "num_key_value_heads 1"),
+        ("deepseek_v3", dict(topk_group=5), "group_limit 5"),
+        ("deepseek_v3", dict(qk_rope_head_dim=3), "rope_dim 3"),
+        ("deepseek_v3", dict(rms_norm_eps=0), "norm_eps 0"),
+        ("mixtral", dict(hidden_size="16"), "hidden_size '16' must be a whole number"),
+        ("mixtral", dict(num_attention_heads=0), "num_attention_heads 0 must be"),
+        ("olmoe", dict(rope_theta=-1.0), "rope_theta -1.0"),
+    ],
+)
 def test_configs_that_would_be_computed_wrongly_are_refused(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         interop.model_config(published.CONFIGS[kind] | changes)
@@ -164,12 +198,25 @@ def test_sizes_that_are_not_given_are_named(kind):
         interop.model_config(config)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("model.norm.weight"), r"model.norm.weight \(16,\) is missing"),
-    (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(3)}), "q_proj.bias is not part of this model"),
-    (lambda t: t.update({"lm_head.weight": np.ones((16, 13))}), r"lm_head.weight has shape \(16, 13\), not \(13, 16\)"),
-    (lambda t: t.update({"lm_head.weight": np.ones((13, 16), np.int8)}), "lm_head.weight is I8"),
-    (lambda t: [t.pop(name) for name in list(t) if "experts" in name], r"w1.weight \(10, 16\) is missing.*and 16 more")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), r"model.norm.weight \(16,\) is missing"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(3)}),
+            "q_proj.bias is not part of this model",
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": np.ones((16, 13))}),
+            r"lm_head.weight has shape \(16, 13\), not \(13, 16\)",
+        ),
+        (lambda t: t.update({"lm_head.weight": np.ones((13, 16), np.int8)}), "lm_head.weight is I8"),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "experts" in name],
+            r"w1.weight \(10, 16\) is missing.*and 16 more",
+        ),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
     config = published.CONFIGS["mixtral"]
     tensors = published.tensors(config)
@@ -178,12 +225,21 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, message):
         interop.load(write(tmp_path, config, tensors))
 
 
-@pytest.mark.parametrize("kind, changes, message", [
-    ("mixtral", dict(vocab_size=40_000_000), "asks for 1,280,.* parameters, but the file holds"),
-    ("mixtral", dict(num_local_experts=2_000_000_000), "asks for"), ("mixtral", dict(num_hidden_layers=10_000), "asks for"),
-    ("deepseek_v3", dict(intermediate_size=2_000_000_000), "asks for"),
-    ("olmoe", dict(num_hidden_layers=2_000_000_000), "num_hidden_layers 2000000000 must be a whole number from 1 to 10,000"),
-    ("deepseek_v3", dict(num_nextn_predict_layers=2_000_000_000, vocab_size=10**9), "asks for")])
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("mixtral", dict(vocab_size=40_000_000), "asks for 1,280,.* parameters, but the file holds"),
+        ("mixtral", dict(num_local_experts=2_000_000_000), "asks for"),
+        ("mixtral", dict(num_hidden_layers=10_000), "asks for"),
+        ("deepseek_v3", dict(intermediate_size=2_000_000_000), "asks for"),
+        (
+            "olmoe",
+            dict(num_hidden_layers=2_000_000_000),
+            "num_hidden_layers 2000000000 must be a whole number from 1 to 10,000",
+        ),
+        ("deepseek_v3", dict(num_nextn_predict_layers=2_000_000_000, vocab_size=10**9), "asks for"),
+    ],
+)
 def test_a_config_far_larger_than_its_tensors_is_refused_before_the_model_is_made(tmp_path, kind, changes, message):
     folder = write(tmp_path / "model", published.CONFIGS[kind] | changes, published.tensors(published.CONFIGS[kind]))
     tracemalloc.start()
@@ -217,7 +273,12 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     (tmp_path / "copy.safetensors").write_bytes(content)
     refused("in another file")
     index = tmp_path / "model.safetensors.index.json"
-    for names in ({"w": f"../{tmp_path.name}/model.safetensors"}, {"w": "gone.safetensors"}, {"w": "pytorch_model.bin"}, {}):
+    for names in (
+        {"w": f"../{tmp_path.name}/model.safetensors"},
+        {"w": "gone.safetensors"},
+        {"w": "pytorch_model.bin"},
+        {},
+    ):
         index.write_text(json.dumps({"weight_map": names}))
         refused("must name .safetensors files of its own folder")
     index.unlink()

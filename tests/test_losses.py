@@ -46,8 +46,8 @@ def test_balance_sees_the_demand_and_not_what_capacity_left():
     collapsed = routing([[1, 0, 0, 0]] * 8)
     limited = limit_capacity(collapsed, 1.0, 1)        # C = 2: the load is now (2, 0, 0, 0)
     assert losses.load_balancing_loss(limited).item() == 4
-    mixed = limit_capacity(routing([[1, 0]] * 3 + [[0, 1]]), 1.0, 1)                      # load (2, 1), demand (3, 1)
-    assert losses.load_balancing_loss(mixed).item() == pytest.approx(2 * (9 + 1) / 16)    # and not 2 (2/3 3/4 + 1/3 1/4)
+    mixed = limit_capacity(routing([[1, 0]] * 3 + [[0, 1]]), 1.0, 1)  # load (2, 1), demand (3, 1)
+    assert losses.load_balancing_loss(mixed).item() == pytest.approx(2 * (9 + 1) / 16)  # and not 2 (2/3 3/4 + 1/3 1/4)
 
 
 def test_the_share_of_tokens_carries_no_gradient():
@@ -66,8 +66,11 @@ def collapsed_on(*experts):
 
 
 def test_layers_are_never_pooled_before_the_product():
-    """Four layers, each collapsed on another pair: each costs 8 (2 * 1/2 * 1/2) = 4. Their pooled load is perfectly balanced, 1."""
-    config = ModelConfig(vocab_size=5, n_layers=4, d_model=4, n_heads=1, d_ff=4, seq_len=3, moe_layers=(0, 1, 2, 3), aux_coef=.1)
+    """Four layers, each collapsed on another pair: each costs 8 (2 * 1/2 * 1/2) = 4. Their pooled load is perfectly
+    balanced, 1."""
+    config = ModelConfig(
+        vocab_size=5, n_layers=4, d_model=4, n_heads=1, d_ff=4, seq_len=3, moe_layers=(0, 1, 2, 3), aux_coef=0.1
+    )
     output = ModelOutput(Tensor(np.zeros((1, 3, 5))), [collapsed_on(2 * i, 2 * i + 1) for i in range(4)])
     terms = Transformer(config).loss_terms(output, np.zeros((1, 3), int))
     assert terms.balance.item() == pytest.approx(4)
@@ -77,7 +80,8 @@ def test_layers_are_never_pooled_before_the_product():
 # -- within sequences, over devices ---------------------------------------------------------------
 
 def test_sequence_balance_by_hand():
-    """Two sequences of two tokens. The first has both on expert 0, P = (.8, .2): 2 * .8 = 1.6; the second is even, P = (.4, .6): 1."""
+    """Two sequences of two tokens. The first has both on expert 0, P = (.8, .2): 2 * .8 = 1.6; the second is even, P
+    = (.4, .6): 1."""
     r = routing([[1, 0], [1, 0], [1, 0], [0, 1]], [[.9, .1], [.7, .3], [.6, .4], [.2, .8]])
     assert losses.sequence_balance_loss(r, 2).item() == pytest.approx((1.6 + 1) / 2)
     assert losses.sequence_balance_loss(r, 4).item() == pytest.approx(losses.load_balancing_loss(r).item())
@@ -89,7 +93,8 @@ def test_each_sequence_may_collapse_though_the_batch_is_balanced():
 
 
 def test_device_balance_by_hand():
-    """Four experts on two devices, K = 2: five of six assignments lie on device 0; P over devices (.7, .3): 2 (5/6 .7 + 1/6 .3)."""
+    """Four experts on two devices, K = 2: five of six assignments lie on device 0; P over devices (.7, .3): 2 (5/6
+    .7 + 1/6 .3)."""
     r = routing([[.5, .5, 0, 0], [.5, .5, 0, 0], [0, .5, .5, 0]], [[.4, .3, .2, .1]] * 3)
     assert losses.device_balance_loss(r, 2).item() == pytest.approx(2 * (5 / 6 * .7 + 1 / 6 * .3))
     assert losses.device_balance_loss(r, 4).item() == pytest.approx(losses.load_balancing_loss(r).item())
@@ -99,7 +104,8 @@ def test_device_balance_by_hand():
 
 
 def test_communication_balance_counts_tokens_not_assignments():
-    """As above: all three tokens reach device 0, one reaches device 1 too; two devices allowed: 2/2 (1 * .7 + 1/3 * .3)."""
+    """As above: all three tokens reach device 0, one reaches device 1 too; two devices allowed: 2/2 (1 * .7 + 1/3 *
+    .3)."""
     r = routing([[.5, .5, 0, 0], [.5, .5, 0, 0], [0, .5, .5, 0]], [[.4, .3, .2, .1]] * 3)
     assert losses.communication_balance_loss(r, 2, 2).item() == pytest.approx(.7 + .1)
     even = routing([[1, 0, 0, 0], [0, 0, 0, 1]], [[.25] * 4] * 2)
@@ -185,7 +191,9 @@ def test_gradients(loss, name, k):
 def test_with_expert_choice_the_balance_loss_has_nothing_to_say():
     """f_e = 1/E whatever the router does, so the loss is the sum of P, which is 1."""
     x = Tensor(np.random.default_rng(0).standard_normal((8, 3)), requires_grad=True)
-    loss = losses.load_balancing_loss(routers.make("expert_choice", 3, 4, 1, dtype=np.float64)(x, routers.RouteContext()))
+    loss = losses.load_balancing_loss(
+        routers.make("expert_choice", 3, 4, 1, dtype=np.float64)(x, routers.RouteContext())
+    )
     loss.backward()
     assert loss.item() == pytest.approx(1) and np.abs(x.grad).max() < 1e-15
 
@@ -214,7 +222,8 @@ def test_descending_on_the_balance_loss_alone_balances():
 # -- policy -------------------------------------------------------------------------------------
 
 def test_policy_loss_by_hand():
-    """Costs (1, 2, 6), mean 3: each less the mean of the other two is (-3, -3/2, 9/2); every choice has probability 1/2."""
+    """Costs (1, 2, 6), mean 3: each less the mean of the other two is (-3, -3/2, 9/2); every choice has probability
+    1/2."""
     chosen = [[1, 0], [0, 1], [1, 0]]
     r = routing(chosen, logits=Tensor(np.zeros((3, 2)), True))
     loss = losses.policy_loss(r, np.array([1., 2., 6.]))

@@ -19,20 +19,39 @@ def top_1(choices, n_experts):
     return routing(np.eye(n_experts)[np.asarray(choices)])
 
 
-@pytest.mark.parametrize("load, cv, violation, entropy, dead", [
-    ([4, 4, 4, 4], 0, 0, 1, 0),
-    ([16, 0, 0, 0], math.sqrt(3), 3, 0, 3),            # sqrt(E - 1) and E - 1
-    ([3, 1, 2], math.sqrt(2 / 3) / 2, .5,              # variance (1 + 1 + 0) / 3, mean 2
-     (math.log(2) / 2 + math.log(6) / 6 + math.log(3) / 3) / math.log(3), 0),
-    ([1, 99, 100, 200], math.sqrt((99**2 + 1 + 0 + 100**2) / 4) / 100, 1,
-     (.0025 * math.log(400) + .2475 * math.log(400 / 99) + .25 * math.log(4) + .5 * math.log(2)) / math.log(4), 0),  # exactly 1%: alive
-    ([1, 199, 200, 400], None, None, None, 1),         # half a percent of the fair share: dead
-    ([7], 0, 0, 1, 0),
-    ([0, 0], 0, 0, 1, 2)])
+@pytest.mark.parametrize(
+    "load, cv, violation, entropy, dead",
+    [
+        ([4, 4, 4, 4], 0, 0, 1, 0),
+        ([16, 0, 0, 0], math.sqrt(3), 3, 0, 3),  # sqrt(E - 1) and E - 1
+        (
+            [3, 1, 2],
+            math.sqrt(2 / 3) / 2,
+            0.5,  # variance (1 + 1 + 0) / 3, mean 2
+            (math.log(2) / 2 + math.log(6) / 6 + math.log(3) / 3) / math.log(3),
+            0,
+        ),
+        (
+            [1, 99, 100, 200],
+            math.sqrt((99**2 + 1 + 0 + 100**2) / 4) / 100,
+            1,
+            (0.0025 * math.log(400) + 0.2475 * math.log(400 / 99) + 0.25 * math.log(4) + 0.5 * math.log(2))
+            / math.log(4),
+            0,
+        ),  # exactly 1%: alive
+        ([1, 199, 200, 400], None, None, None, 1),  # half a percent of the fair share: dead
+        ([7], 0, 0, 1, 0),
+        ([0, 0], 0, 0, 1, 2),
+    ],
+)
 def test_load_by_hand(load, cv, violation, entropy, dead):
     load = np.array(load)
-    for function, expected in ((metrics.load_cv, cv), (metrics.max_violation, violation), (metrics.load_entropy, entropy),
-                               (metrics.dead_experts, dead)):
+    for function, expected in (
+        (metrics.load_cv, cv),
+        (metrics.max_violation, violation),
+        (metrics.load_entropy, entropy),
+        (metrics.dead_experts, dead),
+    ):
         if expected is not None:
             assert function(load) == pytest.approx(expected)
             assert function(top_1(np.repeat(np.arange(len(load)), load), len(load))) == pytest.approx(expected)
@@ -43,7 +62,9 @@ def test_entropies_tell_confident_from_balanced():
     undecided = routing(np.eye(3), np.full((3, 3), 1 / 3))
     collapsed = routing([[1, 0, 0]] * 3)
     assert [metrics.router_entropy(r) for r in (confident, undecided, collapsed)] == pytest.approx([0, math.log(3), 0])
-    assert [metrics.marginal_entropy(r) for r in (confident, undecided, collapsed)] == pytest.approx([math.log(3), math.log(3), 0])
+    assert [metrics.marginal_entropy(r) for r in (confident, undecided, collapsed)] == pytest.approx(
+        [math.log(3), math.log(3), 0]
+    )
     # (.5, .5) has ln 2, (1, 0) has none; together (.75, .25)
     mixed = routing(np.eye(2), [[.5, .5], [1, 0]])
     assert metrics.router_entropy(mixed) == pytest.approx(math.log(2) / 2)
@@ -51,7 +72,9 @@ def test_entropies_tell_confident_from_balanced():
 
 
 def test_dropped_assignments_and_uncovered_tokens_are_two_numbers():
-    r = limit_capacity(routing([[.6, .4]] * 3), .5, 2)           # C = ceil(.5 * 3 * 2 / 2) = 2: token 2 loses both, nobody else any
+    r = limit_capacity(
+        routing([[0.6, 0.4]] * 3), 0.5, 2
+    )  # C = ceil(.5 * 3 * 2 / 2) = 2: token 2 loses both, nobody else any
     assert metrics.drop_rate(r) == pytest.approx(2 / 6) and metrics.token_coverage(r) == pytest.approx(2 / 3)
     r = limit_capacity(routing([[.6, .4], [.4, .6]]), .5, 2)     # C = 1: both lose their second choice
     assert metrics.drop_rate(r) == .5 and metrics.token_coverage(r) == 1
@@ -59,7 +82,7 @@ def test_dropped_assignments_and_uncovered_tokens_are_two_numbers():
 
 def test_saturation_by_hand():
     then = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], bool)
-    final = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)        # token 0 keeps both, 1 keeps one of two, 2 ends without
+    final = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)  # token 0 keeps both, 1 keeps one of two, 2 ends without
     assert metrics.saturation(then, final) == 3 / 4 and metrics.saturation(final, final) == 1
     assert metrics.saturation(final, then) == 3 / 6
     assert metrics.saturation(then, np.zeros((3, 3), bool)) == 0
@@ -73,12 +96,20 @@ def test_saturation_of_independent_choices_is_chance():
 def test_co_activation_by_hand():
     r = routing([[.5, .5, 0, 0], [.5, 0, .5, 0], [.5, .5, 0, 0], [0, 1, 0, 0]])
     # expert 0 has tokens 0 1 2, expert 1 has 0 2 3, expert 2 has 1, expert 3 none
-    np.testing.assert_allclose(metrics.co_activation(r), [[1, 2 / 3, 1 / 3, 0], [2 / 3, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(
+        metrics.co_activation(r), [[1, 2 / 3, 1 / 3, 0], [2 / 3, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
+    )
 
 
-@pytest.mark.parametrize("choices, seq_len, expected", [
-    ([0, 0, 1, 1], 4, 2 / 3), ([0, 0, 1, 1], 2, 1), ([0, 1, 1, 0], 2, 0),      # pairs never cross from one sequence to the next
-    ([1, 1, 1], 1, 0)])
+@pytest.mark.parametrize(
+    "choices, seq_len, expected",
+    [
+        ([0, 0, 1, 1], 4, 2 / 3),
+        ([0, 0, 1, 1], 2, 1),
+        ([0, 1, 1, 0], 2, 0),  # pairs never cross from one sequence to the next
+        ([1, 1, 1], 1, 0),
+    ],
+)
 def test_repetition(choices, seq_len, expected):
     assert metrics.repetition(top_1(choices, 2), seq_len) == pytest.approx(expected)
 
@@ -140,7 +171,8 @@ def test_shuffled_labels_leave_the_known_bias():
 
 
 def test_shuffling_windows_leaves_more_than_shuffling_tokens():
-    """Units that are alike inside (a window of one domain) must be shuffled whole: 20 windows of 50, not 1,000 tokens."""
+    """Units that are alike inside (a window of one domain) must be shuffled whole: 20 windows of 50, not 1,000
+    tokens."""
     rng = np.random.default_rng(0)
     by_window = np.eye(4, dtype=int)[rng.integers(4, size=20)] * 50
     by_token = np.repeat(by_window // 50, 50, axis=0)
@@ -153,7 +185,8 @@ def test_shuffling_windows_leaves_more_than_shuffling_tokens():
 # -- noise floors (CLAIMS) ----------------------------------------------------------------------
 
 def test_noise_floor_of_uniform_random_top_1():
-    """E = 8, N = 2048: the variance of a count is 256 * 7/8, so CV^2 is 7 / 2048 on average, CV about .058; drop share 2.3%."""
+    """E = 8, N = 2048: the variance of a count is 256 * 7/8, so CV^2 is 7 / 2048 on average, CV about .058; drop
+    share 2.3%."""
     rng = np.random.default_rng(0)
     routings = [top_1(rng.integers(8, size=2048), 8) for _ in range(200)]
     cv = np.sqrt(np.mean([metrics.load_cv(r) ** 2 for r in routings]))

@@ -39,7 +39,9 @@ def whole(preset, **options):
 def test_the_published_models(preset, total, active):
     counted = whole(preset)
     assert counted.total == total
-    assert params.count(params.architecture(PUBLISHED[preset])) == params.count(params.architecture(params.PRESETS[preset]))
+    assert params.count(params.architecture(PUBLISHED[preset])) == params.count(
+        params.architecture(params.PRESETS[preset])
+    )
     assert active is None or counted.active == pytest.approx(active, rel=.02)
 
 
@@ -48,18 +50,36 @@ def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
     assert parts["all"].active - parts["embedding"].active == pytest.approx(37e9, rel=.02)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(moe_layers=()), dict(top_k=1, n_shared=2, d_expert=3), dict(moe_layers=(0, 1)),
-                                     dict(router="noisy_top_k"), dict(activation="swiglu"), dict(router="sigmoid_bias"), dict(norm="rms", bias=False, tied=True),
-                                     dict(n_kv_heads=1, head_dim=6, qk_norm=True, post_norm=True), dict(positions="rotary"),
-                                     dict(attention="latent", q_rank=3, v_dim=5), dict(attention="latent", bias=False)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(moe_layers=()),
+        dict(top_k=1, n_shared=2, d_expert=3),
+        dict(moe_layers=(0, 1)),
+        dict(router="noisy_top_k"),
+        dict(activation="swiglu"),
+        dict(router="sigmoid_bias"),
+        dict(norm="rms", bias=False, tied=True),
+        dict(n_kv_heads=1, head_dim=6, qk_norm=True, post_norm=True),
+        dict(positions="rotary"),
+        dict(attention="latent", q_rank=3, v_dim=5),
+        dict(attention="latent", bias=False),
+    ],
+)
 def test_our_own_models(changes):
-    config = ModelConfig(**dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=4) | changes)
+    config = ModelConfig(
+        **dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=4)
+        | changes
+    )
     counted = params.count(params.architecture(config.to_dict()))[-1]
     assert {"total": counted.total, "active": round(counted.active)} == Transformer(config).count_parameters()
 
 
 def test_a_second_head_is_counted_apart_and_never_active():
-    config = ModelConfig(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=4, mtp_coef=.1)
+    config = ModelConfig(
+        vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=4, mtp_coef=0.1
+    )
     parts = {p.name: p for p in params.count(params.architecture(config.to_dict()))}
     model = Transformer(config)
     assert parts["all"].total == model.count_parameters()["total"] and parts["second head"].active == 0
@@ -69,7 +89,8 @@ def test_a_second_head_is_counted_apart_and_never_active():
 def test_work_by_hand():
     """One layer, D 2, one head, a dense layer of width 3 without gate, 5 tokens in the vocabulary; 7 positions.
 
-    Attention 4 matrices of 4 weights, feed-forward 12, head 10: 38 weights, 76 operations; scores and values 2 * 7 * 2 each.
+    Attention 4 matrices of 4 weights, feed-forward 12, head 10: 38 weights, 76 operations; scores and values 2 * 7 *
+    2 each.
     """
     a = ModelConfig(n_layers=1, d_model=2, vocab_size=5, n_heads=1, d_ff=3, moe_layers=(), seq_len=7)
     assert params.count(a)[-1].flops == 76 and params.count(a, context=7)[-1].flops == 76 + 56
@@ -84,12 +105,30 @@ def test_what_is_no_config_is_refused():
 
 @pytest.mark.parametrize("preset", params.PRESETS)
 def test_a_small_model_of_the_same_kind_is_a_setting(preset):
-    """Sizes shrunk, everything else as in the preset: it runs forwards and backwards, and its arrays are what was counted."""
+    """Sizes shrunk, everything else as in the preset: it runs forwards and backwards, and its arrays are what was
+    counted."""
     big = params.PRESETS[preset]
-    config = dataclasses.replace(big, vocab_size=11, n_layers=2, moe_layers=(1,), d_model=8, d_ff=6, n_heads=4, seq_len=5, n_experts=8,
-                                 d_expert=big.d_expert and 4, n_kv_heads=big.n_kv_heads and 2, head_dim=big.head_dim and 4,
-                                 q_rank=min(big.q_rank, 3), kv_rank=3, rope_dim=2, v_dim=big.v_dim and 2, top_k=2,
-                                 router_options=big.router_options | ({"n_groups": 4, "group_limit": 2} if "n_groups" in big.router_options else {}))
+    config = dataclasses.replace(
+        big,
+        vocab_size=11,
+        n_layers=2,
+        moe_layers=(1,),
+        d_model=8,
+        d_ff=6,
+        n_heads=4,
+        seq_len=5,
+        n_experts=8,
+        d_expert=big.d_expert and 4,
+        n_kv_heads=big.n_kv_heads and 2,
+        head_dim=big.head_dim and 4,
+        q_rank=min(big.q_rank, 3),
+        kv_rank=3,
+        rope_dim=2,
+        v_dim=big.v_dim and 2,
+        top_k=2,
+        router_options=big.router_options
+        | ({"n_groups": 4, "group_limit": 2} if "n_groups" in big.router_options else {}),
+    )
     model, ids = Transformer(config), np.arange(10).reshape(2, 5) % 11
     model.loss(ids, ids).total.backward()
     assert all(np.isfinite(p.grad).all() for p in model.parameters().values() if p.requires_grad and p.grad is not None)
@@ -97,18 +136,37 @@ def test_a_small_model_of_the_same_kind_is_a_setting(preset):
     assert {"total": counted.total, "active": round(counted.active)} == model.count_parameters()
 
 
-TINY_MIXTRAL = {"model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "vocab_size": 10, "intermediate_size": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
+TINY_MIXTRAL = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 10,
+    "intermediate_size": 6,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
-@pytest.mark.parametrize("changes, match", [
-    ({"num_attention_heads": 0}, "n_heads 0|division"), ({"hidden_size": -8}, "d_model -8"), ({"num_hidden_layers": 2.5}, "n_layers 2.5"),
-    ({"num_hidden_layers": True}, "n_layers True"), ({"vocab_size": float("nan")}, "vocab_size nan"), ({"vocab_size": 10**400}, "vocab_size"),
-    ({"num_local_experts": [4]}, "n_experts"), ({"num_experts_per_tok": 9}, "top_k 9 .*at most n_experts 4"),
-    ({"num_experts_per_tok": None}, "top_k None"),
-    ({"intermediate_size": 0}, "d_ff 0 must be"), ({"num_key_value_heads": 3}, "n_kv_heads 3 must be a divisor of n_heads 4"),
-    ({"first_k_dense_replace": 3}, "first_k_dense_replace 3 must be at most num_hidden_layers 2"),
-    ({"model_type": "llama", "attention_bias": True}, "attention_bias")])
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"num_attention_heads": 0}, "n_heads 0|division"),
+        ({"hidden_size": -8}, "d_model -8"),
+        ({"num_hidden_layers": 2.5}, "n_layers 2.5"),
+        ({"num_hidden_layers": True}, "n_layers True"),
+        ({"vocab_size": float("nan")}, "vocab_size nan"),
+        ({"vocab_size": 10**400}, "vocab_size"),
+        ({"num_local_experts": [4]}, "n_experts"),
+        ({"num_experts_per_tok": 9}, "top_k 9 .*at most n_experts 4"),
+        ({"num_experts_per_tok": None}, "top_k None"),
+        ({"intermediate_size": 0}, "d_ff 0 must be"),
+        ({"num_key_value_heads": 3}, "n_kv_heads 3 must be a divisor of n_heads 4"),
+        ({"first_k_dense_replace": 3}, "first_k_dense_replace 3 must be at most num_hidden_layers 2"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+    ],
+)
 def test_a_published_config_that_makes_no_sense_is_refused(changes, match):
     assert params.count(params.architecture(TINY_MIXTRAL))[-1].total > 0
     with pytest.raises((ValueError, ArithmeticError), match=match):
@@ -116,7 +174,17 @@ def test_a_published_config_that_makes_no_sense_is_refused(changes, match):
 
 
 def test_the_table_of_hash_routing_is_counted_and_not_made():
-    config = ModelConfig(vocab_size=31, n_layers=2, d_model=8, n_heads=2, d_ff=6, seq_len=5, moe_layers=(0, 1), n_experts=4, router="hash")
+    config = ModelConfig(
+        vocab_size=31,
+        n_layers=2,
+        d_model=8,
+        n_heads=2,
+        d_ff=6,
+        seq_len=5,
+        moe_layers=(0, 1),
+        n_experts=4,
+        router="hash",
+    )
     counted = {p.name: p for p in params.count(params.architecture(config))}
     assert counted["routers"].total == 2 * 31 * 4 and counted["routers"].flops == 0
     assert counted["all"].total == Transformer(config).count_parameters()["total"]

@@ -12,14 +12,14 @@ from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
 
-ALL = list(ROUTERS)
+ALL, EVALUATION = list(ROUTERS), RouteContext()
 
 
 def context(training=False, ids=None, seed=0, **fields):
     return RouteContext(ids, training, np.random.default_rng(seed), **fields)
 
 
-def route(logits, name, k=1, where=RouteContext(), bias=None, **options):
+def route(logits, name, k=1, where=EVALUATION, bias=None, **options):
     """The Routing of a router whose logits are exactly known: identity weights."""
     logits = np.array(logits, float)
     router = routers.make(name, logits.shape[1], logits.shape[1], k, dtype=np.float64, **options)
@@ -44,7 +44,9 @@ def test_sigmoid_gates_by_hand():
     np.testing.assert_allclose(r.probs.data, [[.5, .375, .125], [5 / 12, 4 / 12, 3 / 12]])
     np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 1).gate.data, [.8, .5])
     np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 1, renormalise=True).gate.data, [1, 1])
-    np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 2, renormalise=False).to_dense().data, [[.8, .6, 0], [.5, .4, 0]])
+    np.testing.assert_allclose(
+        route(logit(S), "sigmoid_bias", 2, renormalise=False).to_dense().data, [[0.8, 0.6, 0], [0.5, 0.4, 0]]
+    )
     np.testing.assert_allclose(route(logit(S), "sigmoid_bias", 2, gate_scale=2.5).gate.data.sum(), 5)
 
 
@@ -88,10 +90,17 @@ def test_a_masked_group_loses_even_to_negative_scores():
     assert r.mask().tolist() == [[True, True, False, False]]        # scores -.5 and -.6: above the mask, if below 0
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(n_groups=3, group_limit=1), "n_groups 3 .*n_experts 4"), (dict(n_groups=2), "go together"), (dict(n_groups=2, group_limit=3), "group_limit 3"),
-    (dict(n_groups=4, group_limit=1), "leaves 1 experts, fewer than top_k 2"), (dict(second_expert="none"), "'none'.*threshold"),
-    (dict(bias_rate=.1), "bias_rate is no option of top_k, which takes .*renormalise")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(n_groups=3, group_limit=1), "n_groups 3 .*n_experts 4"),
+        (dict(n_groups=2), "go together"),
+        (dict(n_groups=2, group_limit=3), "group_limit 3"),
+        (dict(n_groups=4, group_limit=1), "leaves 1 experts, fewer than top_k 2"),
+        (dict(second_expert="none"), "'none'.*threshold"),
+        (dict(bias_rate=0.1), "bias_rate is no option of top_k, which takes .*renormalise"),
+    ],
+)
 def test_impossible_options(options, message):
     with pytest.raises(ValueError, match=message):
         routers.make("top_k", 4, 4, 2, **options)
@@ -159,7 +168,8 @@ def test_random_is_fresh_while_training_and_the_same_at_each_evaluation():
 
 
 def test_random_has_no_favourites_in_the_validation_set():
-    """Domains take the same places in every batch: a draw that repeats there would look like knowledge of the domain."""
+    """Domains take the same places in every batch: a draw that repeats there would look like knowledge of the
+    domain."""
     ids, names = np.zeros((64, 32), int), ("a", "b", "c", "d")
     model = Transformer(small("random", seq_len=32))
     row = evaluate(model, Validation(ids, ids, np.arange(64) % 4, names, 8), [1.0])[0]["layers"][0]
@@ -188,7 +198,10 @@ def test_a_frozen_bias_stays():
 
 
 def test_a_frozen_router_is_top_k_that_never_learns():
-    x, frozen = Tensor(np.random.default_rng(0).standard_normal((6, 3)), True), routers.make("frozen", 3, 4, 2, dtype=np.float64)
+    x, frozen = (
+        Tensor(np.random.default_rng(0).standard_normal((6, 3)), True),
+        routers.make("frozen", 3, 4, 2, dtype=np.float64),
+    )
     learned = routers.make("top_k", 3, 4, 2, dtype=np.float64)
     np.testing.assert_array_equal(*(router(x, RouteContext()).to_dense().data for router in (frozen, learned)))
     (frozen(x, RouteContext()).gate * np.arange(12)).sum().backward()
@@ -206,13 +219,18 @@ def test_freezing_takes_the_gradient_from_what_is_named():
 # -- expert choice by a softmax over tokens -----------------------------------------------------
 
 def test_expert_choice_over_tokens_by_hand():
-    """Columns (2, 1, 1) / 4 and (1, 6, 1) / 8; C = 1: expert 0 takes token 0, expert 1 token 1. Over experts, token 2 is as good
-    for expert 0 (1/2) as it is for expert 1, and token 0 best (2/3)."""
+    """Columns (2, 1, 1) / 4 and (1, 6, 1) / 8; C = 1: expert 0 takes token 0, expert 1 token 1. Over experts, token
+    2 is as good for expert 0 (1/2) as it is for expert 1, and token 0 best (2/3)."""
     r = route(np.log([[2., 1], [1, 6], [1, 1]]), "expert_choice", 2 / 3, softmax_over="tokens")
     np.testing.assert_allclose(r.to_dense().data, [[3 * .5, 0], [0, 3 * .75], [0, 0]])
     np.testing.assert_allclose(r.probs.data, [[2 / 3, 1 / 3], [1 / 7, 6 / 7], [.5, .5]])
-    causal = route(np.log([[2., 1], [1, 6], [1, 1]]), "expert_choice", 2 / 3, RouteContext(np.zeros((1, 3), int), causal=True),
-                   softmax_over="tokens")
+    causal = route(
+        np.log([[2.0, 1], [1, 6], [1, 1]]),
+        "expert_choice",
+        2 / 3,
+        RouteContext(np.zeros((1, 3), int), causal=True),
+        softmax_over="tokens",
+    )
     np.testing.assert_allclose(causal.to_dense().data, [[1, 1], [0, 2 * 6 / 7], [0, 0]])       # of the sequence so far
     with pytest.raises(ValueError, match="softmax_over 'rows'"):
         routers.make("expert_choice", 2, 2, 1, softmax_over="rows")
@@ -273,7 +291,8 @@ def test_base_assignment_balances_while_training_only():
 # -- one decision for a sequence ----------------------------------------------------------------
 
 def test_sequence_routing_by_hand():
-    """Tokens (3, 0), (0, 1), (0, 4): prefix means (3, 0), (1.5, .5), (1, 5/3). The mean over all is the last of them."""
+    """Tokens (3, 0), (0, 1), (0, 4): prefix means (3, 0), (1.5, .5), (1, 5/3). The mean over all is the last of
+    them."""
     x, ids = [[3, 0], [0, 1], [0, 4]], np.zeros((1, 3), int)
     assert route(x, "sequence", 1, context(ids=ids)).mask()[:, 0].tolist() == [True, True, False]
     mean = route(x, "sequence", 1, context(ids=ids), sequence_pool="mean")
@@ -357,8 +376,21 @@ def test_shuffled_on_the_prefix_deals_out_earlier_choices_of_the_same_sequence()
 
 def small(name, **changes):
     k = 1 if ROUTERS[name].top_1_only else 2
-    return ModelConfig(**dict(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=6, moe_layers=(1,), n_experts=4,
-                              router=name, top_k=k) | changes)
+    return ModelConfig(
+        **dict(
+            vocab_size=11,
+            n_layers=2,
+            d_model=8,
+            n_heads=2,
+            d_ff=8,
+            seq_len=6,
+            moe_layers=(1,),
+            n_experts=4,
+            router=name,
+            top_k=k,
+        )
+        | changes
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -390,7 +422,9 @@ def test_a_router_is_as_causal_as_it_says(name, training):
     x = rng.standard_normal((8, 6, 5))
     later = x.copy()
     later[:, 3:] += 3 * rng.standard_normal((8, 3, 5))
-    before, after = (router(Tensor(z.reshape(48, 5)), context(training, ids)).mask().reshape(8, 6, e)[:, :3] for z in (x, later))
+    before, after = (
+        router(Tensor(z.reshape(48, 5)), context(training, ids)).mask().reshape(8, 6, e)[:, :3] for z in (x, later)
+    )
     promised = router.causal_training if training else router.causal
     assert (before == after).all() == promised
 
@@ -414,4 +448,6 @@ def test_every_router_says_what_it_is(name):
     config = small(name)
     parameters = Transformer(config).moe_parts()[0].router.parameters()
     length = {"D": config.d_model, "E": config.n_experts, "V": config.vocab_size}
-    assert {n: p.shape for n, p in parameters.items()} == {n: tuple(map(length.get, axes)) for n, axes in router.shapes.items()}
+    assert {n: p.shape for n, p in parameters.items()} == {
+        n: tuple(map(length.get, axes)) for n, axes in router.shapes.items()
+    }

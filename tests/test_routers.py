@@ -8,13 +8,14 @@ from tinymoe.autograd import functional as F
 from tinymoe.moe import routers
 from tinymoe.moe.routers import RouteContext
 
+EVALUATION = RouteContext()
 NAMES = ["top_k", "noisy_top_k", "expert_choice"]          # those of the study
 P = np.array([[.5, .3, .2],
               [.1, .6, .3],
               [.2, .2, .6]])
 
 
-def route(p, name="top_k", k=1, context=RouteContext(), **options):
+def route(p, name="top_k", k=1, context=EVALUATION, **options):
     """The Routing of a router whose probabilities are exactly known: identity weights, log p as the state."""
     p = np.array(p, float)
     router = routers.make(name, p.shape[1], p.shape[1], k, dtype=np.float64, **options)
@@ -76,11 +77,14 @@ def test_renormalising_is_the_softmax_over_the_selected():
 @pytest.mark.parametrize("name", NAMES)
 def test_one_token_and_one_expert(name):
     one_token, one_expert = route(P[:1], name, 1), route(np.ones((3, 1)), name, 1)
-    assert one_token.coverage.tolist() == ([3] if name == "expert_choice" else [1])   # C = ceil(1/3) = 1 for each expert
+    assert one_token.coverage.tolist() == ([3] if name == "expert_choice" else [1])  # C = ceil(1/3) = 1 for each expert
     assert one_expert.load.tolist() == [3] and one_expert.gate.data.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("name, k", [("top_k", 0), ("top_k", 4), ("top_k", 1.5), ("noisy_top_k", -1), ("expert_choice", 0), ("expert_choice", 4)])
+@pytest.mark.parametrize(
+    "name, k",
+    [("top_k", 0), ("top_k", 4), ("top_k", 1.5), ("noisy_top_k", -1), ("expert_choice", 0), ("expert_choice", 4)],
+)
 def test_impossible_top_k(name, k):
     with pytest.raises(ValueError, match=f"top_k {k} .*n_experts 3"):
         routers.make(name, 4, 3, k)
@@ -98,8 +102,17 @@ def margin(r):
     return min(np.diff(np.sort(r.probs.data, axis=axis), axis=axis).min() for axis in (0, 1))
 
 
-@pytest.mark.parametrize("name, k, options", [("top_k", 1, {}), ("top_k", 2, {}), ("top_k", 2, {"renormalise": False}),
-                                              ("noisy_top_k", 1, {}), ("noisy_top_k", 2, {}), ("expert_choice", 1.5, {})])
+@pytest.mark.parametrize(
+    "name, k, options",
+    [
+        ("top_k", 1, {}),
+        ("top_k", 2, {}),
+        ("top_k", 2, {"renormalise": False}),
+        ("noisy_top_k", 1, {}),
+        ("noisy_top_k", 2, {}),
+        ("expert_choice", 1.5, {}),
+    ],
+)
 def test_gradients_away_from_ties(name, k, options):
     router, x = trained(name, 3, 4, k, **options), Tensor(states(5, 3))
 
@@ -113,11 +126,24 @@ def test_gradients_away_from_ties(name, k, options):
     assert result, result
 
 
-@pytest.mark.parametrize("k, renormalise, learns", [(1, None, True), (1, True, False), (2, None, True), (2, False, True)])
+@pytest.mark.parametrize(
+    "k, renormalise, learns", [(1, None, True), (1, True, False), (2, None, True), (2, False, True)]
+)
 def test_the_language_model_loss_reaches_the_router(k, renormalise, learns):
     """A renormalised top-1 gate is the constant 1: its router would never learn from the text. Hence the default."""
-    config = ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=2, d_ff=8, seq_len=6, moe_layers=(0,), n_experts=4,
-                         top_k=k, router_options=dict(renormalise=renormalise), aux_coef=0)
+    config = ModelConfig(
+        vocab_size=11,
+        n_layers=1,
+        d_model=8,
+        n_heads=2,
+        d_ff=8,
+        seq_len=6,
+        moe_layers=(0,),
+        n_experts=4,
+        top_k=k,
+        router_options=dict(renormalise=renormalise),
+        aux_coef=0,
+    )
     model, ids = Transformer(config, dtype=np.float64), np.arange(12).reshape(2, 6) % 11
     model.loss(ids, (ids + 1) % 11).total.backward()
     gradient = model.parameters()["blocks.0.feed_forward.router.weight"].grad
@@ -129,7 +155,9 @@ def test_the_language_model_loss_reaches_the_router(k, renormalise, learns):
 def test_noisy_top_k_starts_indifferent():
     assert all((p.data == 0).all() for p in routers.make("noisy_top_k", 4, 3).parameters().values())
     x = Tensor(states(4000, 4))
-    r = routers.make("noisy_top_k", 4, 4, 1, dtype=np.float64)(x, RouteContext(training=True, rng=np.random.default_rng(0)))
+    r = routers.make("noisy_top_k", 4, 4, 1, dtype=np.float64)(
+        x, RouteContext(training=True, rng=np.random.default_rng(0))
+    )
     assert np.abs(r.load - 1000).max() < 140       # 5 standard deviations of sqrt(4000 * 1/4 * 3/4) = 27
     np.testing.assert_allclose(r.logits.data.std(), np.log(2) + .01, rtol=.03)      # sigma = softplus(0) + 0.01
 
@@ -196,7 +224,8 @@ def test_causal_expert_choice_decides_on_the_prefix(c):
 
 
 def test_expert_choice_leaks_the_future_unless_told_not_to():
-    """P(expert 0) of the tokens is .4, .6, or .4, .2 after a change: the first token loses or keeps its place (C = 1)."""
+    """P(expert 0) of the tokens is .4, .6, or .4, .2 after a change: the first token loses or keeps its place (C =
+    1)."""
     ids = np.zeros((1, 2), int)
     for context, first_kept in ((RouteContext(ids), [False, True]), (RouteContext(ids, causal=True), [True, True])):
         got = [route([[.4, .6], [p, 1 - p]], "expert_choice", 1, context).mask()[0, 0] for p in (.6, .2)]

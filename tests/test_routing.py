@@ -58,7 +58,9 @@ def test_to_dense_keeps_the_dtype():
     assert routing(Tensor(GATES.astype(np.float32))).to_dense().dtype == np.float32
 
 
-@pytest.mark.parametrize("name, k", [("top_k", 1), ("top_k", 3), ("noisy_top_k", 2), ("expert_choice", 2), ("expert_choice", .5)])
+@pytest.mark.parametrize(
+    "name, k", [("top_k", 1), ("top_k", 3), ("noisy_top_k", 2), ("expert_choice", 2), ("expert_choice", 0.5)]
+)
 @pytest.mark.parametrize("factor", [None, .5])
 def test_every_router_makes_a_sorted_routing_without_repeats(name, k, factor):
     rng = np.random.default_rng(0)
@@ -111,14 +113,24 @@ def test_capacity(n, e, k, factor, expected):
     assert capacity(n, e, k, factor) == expected
 
 
-@pytest.mark.parametrize("factor, policy, kept_by_0, kept_by_1, n_dropped", [
-    # C = factor * 3 * 2 / 3; expert 2 has token 1 alone and always keeps it
-    (0.5, "order", {1}, {0}, 3),            # C = 1: token 0 comes first but 0 is its second choice; tokens 1 and 2 go before it
-    (0.5, "gate", {2}, {0}, 3),             # .95 is the largest
-    (1.0, "order", {1, 2}, {0, 2}, 1),      # C = 2: both first choices
-    (1.0, "gate", {0, 2}, {0, 2}, 1),       # .95, .40 before .35
-    (1.5, "order", {0, 1, 2}, {0, 2}, 0),   # C = 3: the limit equals the largest load
-    (9.0, "gate", {0, 1, 2}, {0, 2}, 0)])
+@pytest.mark.parametrize(
+    "factor, policy, kept_by_0, kept_by_1, n_dropped",
+    [
+        # C = factor * 3 * 2 / 3; expert 2 has token 1 alone and always keeps it
+        (
+            0.5,
+            "order",
+            {1},
+            {0},
+            3,
+        ),  # C = 1: token 0 comes first but 0 is its second choice; tokens 1 and 2 go before it
+        (0.5, "gate", {2}, {0}, 3),  # .95 is the largest
+        (1.0, "order", {1, 2}, {0, 2}, 1),  # C = 2: both first choices
+        (1.0, "gate", {0, 2}, {0, 2}, 1),  # .95, .40 before .35
+        (1.5, "order", {0, 1, 2}, {0, 2}, 0),  # C = 3: the limit equals the largest load
+        (9.0, "gate", {0, 1, 2}, {0, 2}, 0),
+    ],
+)
 def test_who_is_dropped(factor, policy, kept_by_0, kept_by_1, n_dropped):
     r = limit_capacity(routing(GATES), factor, 2, policy)
     assert pairs(r) == {(t, 0) for t in kept_by_0} | {(t, 1) for t in kept_by_1} | {(1, 2)}

@@ -255,7 +255,7 @@ class Transformer(Module):
     def save(self, path: str | Path) -> None:
         """Write the weights and the config to an .npz file, atomically."""
         save_arrays(path, {name: p.data for name, p in self.parameters().items()},
-                    {"kind": "model", "config": self.config.to_dict()})
+                    {"kind": "model", "config": self.config.to_dict()}, follow=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Transformer":
