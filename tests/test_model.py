@@ -272,7 +272,7 @@ def test_a_config_allocates_nothing(name, little_memory):
         (dict(n_layers=10_000), "numbers"),
         (dict(n_layers=2_000_000_000), "n_layers 2000000000 must be .* to 10,000"),
         (dict(n_shared=10**9), "numbers"),
-        (dict(mtp_coef=0.1), "numbers"),
+        (dict(mtp_coef=0.1), "next_but_one.* is missing"),
         (dict(router="hash", vocab_size=10**9), "numbers"),
     ],
 )

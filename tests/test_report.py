@@ -350,5 +350,5 @@ def test_a_router_that_does_not_fix_k_is_reported_with_its_measured_experts(tmp_
     assert run.made_of == "top_k, K=4.00 measured, aux 0" and quantities.value(run, "experts_per_token") == 4
     full = RunRecord(run.run_id, run.config | {"model": ModelConfig(n_experts=4, top_k=1).to_dict()},
                      run.log, run.summary)
-    counted = {k: count(architecture(full.model, k))[-1].active for k in (1, 4)}
+    counted = {k: count(architecture(full.model), experts_per_token=k)[-1].active for k in (1, 4)}
     assert quantities.value(full, "active_parameters") == counted[4] / 1e6 > counted[1] / 1e6

@@ -168,10 +168,10 @@ class Transformer(Module):
         """The ExpertBank of each MoE layer, in order."""
         return [layer.experts for layer in self.moe_parts()]
 
-    def count_parameters(self, experts_per_token: float | None = None) -> dict[str, int]:
-        """{"total", "active"}: all parameters, and those that a token meets, with `experts_per_token` (None: top_k)."""
-        active = count(self.config, experts_per_token=experts_per_token)[-1].active
-        return {"total": sum(p.size for p in self.parameters().values()), "active": round(active)}
+    def count_parameters(self) -> dict[str, int]:
+        """{"total", "active"}: all parameters, and those that a token meets."""
+        total = sum(p.size for p in self.parameters().values())
+        return {"total": total, "active": round(count(self.config)[-1].active)}
 
     @property
     def causal(self) -> bool:

@@ -84,7 +84,8 @@ def counted(run, field):
     """
     try:
         measured = experts_per_token(run.final) if run.is_moe else None
-        return getattr(count(architecture(run.model, measured), context=run.model["seq_len"] / 2)[-1], field)
+        parts = count(architecture(run.model), context=run.model["seq_len"] / 2, experts_per_token=measured)
+        return getattr(parts[-1], field)
     except (KeyError, TypeError, ValueError):
         return math.nan
 
