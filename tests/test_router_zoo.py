@@ -8,7 +8,9 @@ from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers import nn
 from tinymoe.moe import metrics, routers
+from tinymoe.moe.losses import load_balancing_loss
 from tinymoe.moe.routers import ROUTERS, RouteContext
+from tinymoe.moe.routers.expert_choice import prefix_softmax
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
 
@@ -214,6 +216,38 @@ def test_freezing_takes_the_gradient_from_what_is_named():
     model.loss(ids, ids).total.backward()
     named = {name for name in model.parameters() if "router" in name or "attention" in name}
     assert named and {name for name, p in model.parameters().items() if p.grad is None} == named
+
+
+# -- scores that are very small or very large ------------------------------------------------------
+
+@pytest.mark.parametrize("top", [-50., -120.])
+def test_the_probabilities_of_sigmoid_scores_sum_to_1_however_small_they_are(top):
+    """Else the balance loss can be cheated: scores of -50 to -53 gave a sum of 0.029 and a loss of 0.051.
+
+    By hand: p = (0.6439, 0.2369, ...), and K = 2 gives f = (1/2, 1/2, 0, 0), so 4 * (0.6439 + 0.2369) / 2 = 1.7616.
+    """
+    router = routers.make("sigmoid_bias", 1, 4, 2)
+    router.weight.data = top - np.arange(4, dtype=np.float32)[None]
+    routing = router(Tensor(np.ones((6, 1), np.float32)), RouteContext())
+    np.testing.assert_allclose(routing.probs.data.sum(axis=1), 1, rtol=1e-6)
+    if top == -50:  # below, float32 cannot tell the scores apart, and their choice is a tie
+        assert load_balancing_loss(routing).item() == pytest.approx(1.7616, rel=1e-4)
+
+
+def test_a_later_token_does_not_reach_an_earlier_one_through_a_shift():
+    """Scores 0, 0, 0, 110 in float32: with the maximum of the sequence as shift the first token's gate was NaN."""
+    x, ids = np.array([[0.], [0.], [0.], [110.]], np.float32), np.zeros((1, 4), int)
+    router = routers.make("expert_choice", 1, 2, 1, softmax_over="tokens")
+    router.weight.data = np.ones((1, 2), np.float32)
+    first = [router(Tensor(x[:n]), RouteContext(ids[:, :n], causal=True)).to_dense().data[0] for n in (1, 3, 4)]
+    assert np.isfinite(first).all() and (first[0] == first[1]).all() and (first[0] == first[2]).all()
+
+
+def test_prefix_softmax_has_the_right_gradient():
+    z = np.random.default_rng(0).standard_normal((2, 5, 3)) * 3
+    assert gradcheck(prefix_softmax, z).ok
+    by_hand = [np.exp(z[:, t]) / np.exp(z[:, :t + 1]).mean(axis=1) for t in range(5)]
+    np.testing.assert_allclose(prefix_softmax(Tensor(z)).data, np.stack(by_hand, axis=1))
 
 
 # -- expert choice by a softmax over tokens -----------------------------------------------------

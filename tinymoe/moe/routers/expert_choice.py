@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 
 from ...autograd import functional as F
+from ...autograd.tensor import Tensor, primitive
 from ..routing import capacity, from_mask, largest
 from .base import LinearRouter
 
@@ -46,10 +47,7 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
             return F.softmax(logits, axis=0) * len(logits)
         length = context.need("ids", self).shape[1]
         sequences = logits.reshape(-1, length, logits.shape[1])  # (B, T, E)
-        e = (sequences - sequences.data.max(axis=1, keepdims=True)).exp()
-        so_far = np.tri(length, dtype=logits.dtype)
-        mean = (so_far / so_far.sum(axis=1, keepdims=True)) @ e
-        return (e / mean).reshape(logits.shape)
+        return prefix_softmax(sequences).reshape(logits.shape)
 
     def _prefix_choice(self, p, context):
         length, n_experts = context.need("ids", self).shape[1], p.shape[1]
@@ -59,3 +57,16 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
             for t in range(length):  # an earlier token wins a tie, as in the batch form
                 sequence[t] = (scores[:t] >= scores[t]).sum(axis=0) < room[t]
         return chosen.reshape(-1, n_experts)
+
+
+def prefix_softmax(x: Tensor) -> Tensor:
+    """out[:, t] = exp(x[:, t]) / (mean of exp(x[:, s]) over s <= t), for x (B, T, E); no later entry takes part."""
+    T, total = x.shape[1], np.logaddexp.accumulate(x.data, axis=1)
+    value = np.arange(1, T + 1, dtype=x.dtype)[:, None] * np.exp(x.data - total)
+
+    def vjp(g):
+        h, past = g * value, np.tri(T, dtype=bool)[:, :, None]
+        share = np.exp(np.where(past, x.data[:, None] - total[:, :, None], -np.inf))  # (B, t, s, E)
+        return h - (share * h[:, :, None]).sum(axis=1)
+
+    return primitive(value, (x, vjp))

@@ -175,7 +175,12 @@ class SigmoidBias(TopK, name="sigmoid_bias"):
         gates = s * chosen
         if self.renormalise:
             gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
-        return from_mask(chosen, gates * self.gate_scale, logits, s / (s.sum(axis=-1, keepdims=True) + TINY))
+        return from_mask(chosen, gates * self.gate_scale, logits, self._shares(s, logits))
+
+    def _shares(self, s, logits):
+        """s / (sum of all s), which sums to 1 even where every s is too small for that division."""
+        total = s.sum(axis=-1, keepdims=True)
+        return s / (total + TINY) if (total.data > 1e-9).all() else F.softmax(-F.softplus(-logits))
 
     def after_step(self, routing):
         if self.weight.requires_grad:  # a frozen router keeps its bias too
