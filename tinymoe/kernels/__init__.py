@@ -21,7 +21,7 @@ _active, _functions, _timer = None, {}, None
 
 
 class KernelsError(ValueError):
-    """The chosen kernels do not exist or are not installed."""
+    """The chosen kernels do not exist, are not installed, do not start, or find no room for their code."""
 
 
 def use(name: str) -> None:
@@ -33,7 +33,11 @@ def use(name: str) -> None:
         raise KernelsError("numba is not installed: run `pip install numba`, or set TINYMOE_KERNELS=numpy")
     modules = reference, blas
     if name == "numba":
-        from .compiled import MODULES as modules
+        try:
+            from .compiled import MODULES as modules
+        except Exception as error:  # what numba raises for a wrong setting or another NumPy
+            raise KernelsError(f"numba does not start: {' '.join(str(error).split()).rstrip('.')}: change that, or set "
+                               "TINYMOE_KERNELS=numpy") from error
     blas.hold()
     _functions = {f: next(vars(m)[f] for m in modules if f in vars(m)) for f in KERNELS + RUNTIME}
     _active = os.environ["TINYMOE_KERNELS"] = name

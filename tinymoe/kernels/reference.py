@@ -120,8 +120,8 @@ def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
     """p -= lr (m' / (sqrt(v') + eps) + weight_decay p), in place  (Loshchilov & Hutter 2019, algorithm 2)
     m and v: running means of the gradient g and of g^2; m' = m / (1 - b1^step), as they start at 0; step 1, 2, ..."""
     b1, b2 = betas
-    m += (1 - b1) * (g - m)
-    v += (1 - b2) * (g * g - v)
+    m[...] = b1 * m + (1 - b1) * g
+    v[...] = b2 * v + (1 - b2) * (g * g)
     p -= lr * (m / (1 - b1**step) / (np.sqrt(v / (1 - b2**step)) + eps) + weight_decay * p)
 
 

@@ -7,7 +7,8 @@ from numba import prange
 from numba.extending import overload
 
 from ..reference import GATED
-from .runtime import SLICE, blocks, contiguous, example, loop, pool
+from .compile import example, loop, pool
+from .runtime import SLICE, blocks, contiguous
 
 GELU, SILU, RELU, GEGLU, SWIGLU = range(5)
 KINDS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWIGLU}

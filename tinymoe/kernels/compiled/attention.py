@@ -3,7 +3,8 @@ import numpy as np
 from numba import prange
 
 from .activations import exp
-from .runtime import contiguous, example, loop, pool
+from .compile import example, loop, pool
+from .runtime import contiguous
 
 QUERIES = 64            # queries in a block: within a block, the masked half is computed too
 

@@ -1,26 +1,118 @@
-"""Compile all kernels once on this machine, and keep the code."""
+"""How kernels are compiled, and where the code is kept.
+
+The code is kept in the `__pycache__` of a checkout, else in ~/.cache/tinymoe (or that of XDG_CACHE_HOME);
+NUMBA_CACHE_DIR names another place. numba unpickles what lies there, so the folder must be the user's own. It is made
+with mode 0700. Without a writable folder every process compiles again.
+"""
+import contextlib
+import hashlib
 import os
-import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 
-from . import attention, runtime
+from .. import KernelsError
+
+ROOT = Path(__file__).parents[3]                            # tinymoe is imported from here
+
+
+def _cache_folder():
+    """The folder, or None. Its name has a hash of all that the code depends on; numba compares less."""
+    here = Path(__file__).parent
+    hashed = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py"))))
+    cpu = cpu_target.target_context.codegen().magic_tuple()             # NUMBA_CPU_NAME counts
+    hashed.update(repr((sys.implementation.cache_tag, numba.__version__, cpu)).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))    # "~" stays without a home
+    places = [cache / "tinymoe"] if cache.is_absolute() else []
+    if numba.config.CACHE_DIR:
+        places = [Path(numba.config.CACHE_DIR)]
+    elif (ROOT / "pyproject.toml").exists():                            # in an installed package, pip would leave it
+        places.insert(0, here / "__pycache__")
+    for place in places:
+        folder = place / f"numba-{hashed.hexdigest()[:12]}"
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+    return None
+
+
+CACHE = _cache_folder()
+
+
+class _Cache(FunctionCache):
+    """numba's cache of one function. Damaged files are thrown away; a file that cannot be written names its folder."""
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:                                   # unpickling a damaged file raises nearly anything
+            _start_again()
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            raise KernelsError(f"cannot keep compiled kernels in {CACHE}: {error.strerror or error}: make room there, "
+                               "or set NUMBA_CACHE_DIR to another folder") from None
+
+
+def _start_again():
+    """Throw away all code that is kept, and compile again for each dtype that was complete."""
+    print(f"The compiled kernels in {CACHE} are damaged: they are compiled again.", file=sys.stderr)
+    complete = [dtype for dtype in ("float32", "float64") if is_compiled(dtype)]
+    for path in [*CACHE.rglob("*.nb?"), *map(_mark, complete)]:         # numba's index and code
+        path.unlink(missing_ok=True)
+    for dtype in complete:
+        _compile_apart(dtype)
+
+
+def _compiled(**options):
+    """A decorator: numba's njit with these options, which keeps the code in our folder."""
+    def decorate(function):
+        kernel = numba.njit(error_model="numpy", **options)(function)
+        if CACHE and not numba.config.DISABLE_JIT:
+            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
+            kernel._cache = _Cache(function)
+            numba.config.CACHE_DIR = before
+        return kernel
+    return decorate
+
+
+# 'reassoc' lets sums vectorise. 'nnan' and 'ninf' are left out, because a NaN must stay a NaN.
+loop = _compiled(fastmath={"contract", "nsz", "reassoc"})
+# Only explicit prange loops become parallel: the search for others takes time to compile and finds nothing.
+pool = _compiled(parallel={"prange": True} | dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False))
+
+EXAMPLES = {}           # kernel -> a function that calls it once on small arrays, made by ones(*shape)
+
+
+def example(call):
+    """A decorator of kernels: `compile_all` runs call(ones), and so compiles the kernel."""
+    def keep(kernel):
+        EXAMPLES[kernel] = call
+        return kernel
+    return keep
 
 
 def _mark(dtype):
-    """The file which says that all kernels are kept for a dtype on this machine; None where nothing can be kept."""
-    if runtime.CACHE and not numba.config.DISABLE_JIT:
-        return Path(runtime.CACHE) / f"{np.dtype(dtype).name}-{numba.__version__}-{platform.node()}"
+    """The file which says that all kernels are kept for a dtype."""
+    return CACHE / np.dtype(dtype).name
 
 
 def is_compiled(dtype) -> bool:
     """Whether `compile_all` has nothing to compile for this dtype."""
-    return bool((mark := _mark(dtype)) and mark.exists())
+    return bool(CACHE) and not numba.config.DISABLE_JIT and _mark(dtype).exists()
 
 
 def compile_all(dtype) -> float:
@@ -28,24 +120,36 @@ def compile_all(dtype) -> float:
 
     Two other processes compile, and this one reads what they keep, so that all runs have the same bits: a process that
     compiles can differ in the last bit from one that reads, because numba optimises a function again in each caller.
-    Where nothing can be kept, this process compiles.
+    Where nothing can be kept, this process compiles. Raises KernelsError where the disk is full.
     """
-    started, mark = time.perf_counter(), _mark(dtype)
-    if mark and not mark.exists():
-        path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
-        code = ("from tinymoe import kernels; kernels.use('numba'); from tinymoe.kernels.compiled import compile; "
-                "compile.call_examples({!r}, of_attention={})").format
-        halves = [subprocess.Popen([sys.executable, "-c", code(np.dtype(dtype).name, half)],
-                                   env=os.environ | {"PYTHONPATH": path}) for half in (True, False)]
-        if [half.wait() for half in halves] == [0, 0]:
-            mark.touch()
-    call_examples(dtype, of_attention=True)
-    call_examples(dtype, of_attention=False)
+    started = time.perf_counter()
+    if CACHE and not numba.config.DISABLE_JIT and not is_compiled(dtype):
+        _compile_apart(dtype)
+    _call_examples(dtype, of_attention=True)
+    _call_examples(dtype, of_attention=False)
     return time.perf_counter() - started
 
 
-def call_examples(dtype, of_attention: bool) -> None:
+def _compile_apart(dtype):
+    """Compile in two processes. In a session of their own Ctrl-C does not reach them: they exit with this process."""
+    code = "import sys; sys.path[:] = sys.argv[3:]; from tinymoe.kernels.compiled import compile; compile._half()"
+    path = [*filter(None, sys.path), str(ROOT)]             # not the current folder, which `python -c` puts first
+    with contextlib.ExitStack() as stack:
+        halves = [stack.enter_context(subprocess.Popen(
+            [sys.executable, "-c", code, np.dtype(dtype).name, half, *path],
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)) for half in ("attention", "rest")]
+        if [half.wait() for half in halves] == [0, 0]:      # else this process meets the error too, and says it
+            _mark(dtype).touch()
+
+
+def _half():
+    """The body of such a process. Its stdin ends when its parent ends, however that happens."""
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    _call_examples(sys.argv[1], of_attention=sys.argv[2] == "attention")
+
+
+def _call_examples(dtype, of_attention):
     """Call each kernel once: those of attention, which take a third of the time to compile, or all others."""
-    for kernel, call in runtime.EXAMPLES.items():
-        if (kernel.__module__ == attention.__name__) == of_attention:
+    for kernel, call in EXAMPLES.items():
+        if ("attention" in kernel.__name__) == of_attention:
             call(lambda *shape: np.ones(shape, dtype))

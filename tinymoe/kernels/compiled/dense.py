@@ -2,7 +2,8 @@
 import numpy as np
 from numba import prange
 
-from .runtime import PIECE, SLICE, blocks, contiguous, example, loop, pool
+from .compile import example, loop, pool
+from .runtime import PIECE, SLICE, blocks, contiguous
 
 SEGMENT = 256           # rows of one matrix product, and of one partial weight gradient
 

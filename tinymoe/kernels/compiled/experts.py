@@ -5,7 +5,8 @@ from numba import prange
 from ..reference import GATED
 from .activations import KINDS, activate, activate_backward
 from .dense import add_bias, add_partials, column_sums, segment_rows
-from .runtime import PIECE, blocks, contiguous, example, get_threads, loop, pool
+from .compile import example, loop, pool
+from .runtime import PIECE, blocks, contiguous, get_threads
 from .updates import scatter_add
 
 # The plan cuts each expert's assignments into pieces, here of at most 4 rows and for 2 threads:

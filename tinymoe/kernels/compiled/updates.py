@@ -2,7 +2,8 @@
 import numpy as np
 from numba import prange
 
-from .runtime import SLICE, blocks, contiguous, example, loop, pool
+from .compile import example, loop, pool
+from .runtime import SLICE, blocks, contiguous
 
 COLUMNS = 32            # columns of one thread in a scatter-add: two cache lines of float32
 ONE_THREAD = 4 * SLICE  # up to so many elements, waking other threads costs more than it saves
@@ -38,7 +39,8 @@ def _adamw_slice(parameter, gradient, m, v, decay, beta1, beta2, rate, root, eps
     for i in range(parameter.size):
         g = gradient[i]
         m[i] = beta1 * m[i] + (one - beta1) * g
-        v[i] = beta2 * v[i] + (one - beta2) * g * g
+        running = beta2 * v[i] + (one - beta2) * g * g
+        v[i] = g * g if g * g == np.inf else running        # reassociated, `running` would be inf - inf
         parameter[i] = decay * parameter[i] - rate * m[i] / (np.sqrt(v[i]) * root + eps)
 
 
