@@ -6,6 +6,7 @@ from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers.attention import CausalSelfAttention
 from tinymoe.layers.latent_attention import LatentAttention
+from tinymoe.moe.routers import ROUTERS
 
 B, T, D = 2, 5, 8
 
@@ -198,3 +199,18 @@ def test_the_second_head_is_asked_for_the_token_after_the_next():
     np.testing.assert_array_equal(seen[1], targets[:, 1:].reshape(-1))
     assert terms.total.item() == pytest.approx(terms.cross_entropy.item() + .01 * terms.balance.item() +
                                                terms.multi_token.item())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.filterwarnings("error")
+def test_a_model_of_an_empty_batch_gives_an_empty_result(router, both_kernels):
+    m = model(router=router, top_k=1, moe_layers=(1,), attention="latent")
+    ids = np.zeros((0, 4), int)
+    assert m.forward(ids, training=True, rng=np.random.default_rng(0)).logits.shape == (0, 4, 7)
+    with pytest.raises(ValueError, match="targets must be at least one integer"):
+        m.loss(ids, ids)
+
+
+def test_attention_without_a_width_is_refused():
+    with pytest.raises(ValueError, match="d > 0"):
+        CausalSelfAttention(0, 2, np.random.default_rng(0))(Tensor(np.zeros((1, 4, 0), np.float32)))

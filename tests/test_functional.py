@@ -341,3 +341,36 @@ def test_what_is_accepted_has_a_gradient(function, argument):
 def test_lookups_refuse_what_they_cannot_differentiate(wrong, error):
     with pytest.raises(error, match="not|integers"):
         wrong()
+
+
+# -- nothing to compute ----------------------------------------------------------------------------
+
+EMPTY = {  # name -> (call, shapes of its inputs, shape of the result, or the words of the refusal)
+    "no rows through a layer": (F.linear, [(0, 4, 2), (2, 3), (3,)], (0, 4, 3)),
+    "no features in": (F.linear, [(3, 0), (0, 2), (2,)], (3, 2)),
+    "no features out": (F.linear, [(3, 2), (2, 0), (0,)], (3, 0)),
+    "no rows to normalise": (F.layer_norm, [(0, 4, 3), (3,), (3,)], (0, 4, 3)),
+    "nothing to normalise": (F.layer_norm, [(3, 0), (0,), (0,)], "layer_norm: .* nothing to normalise"),
+    "no mean square": (F.rms_norm, [(3, 0), (0,)], "rms_norm: .* nothing to normalise"),
+    "no sequences": (F.causal_attention, [(0, 4, 2, 3)] * 3, (0, 4, 2, 3)),
+    "no time steps": (F.causal_attention, [(1, 0, 2, 3)] * 3, (1, 0, 2, 3)),
+    "no values": (F.causal_attention, [(1, 4, 2, 3), (1, 4, 2, 3), (1, 4, 2, 0)], (1, 4, 2, 0)),
+    "no entries of a head": (F.causal_attention, [(1, 4, 2, 0), (1, 4, 2, 0), (1, 4, 2, 3)], "d > 0"),
+    "no width of a table": (lambda table: F.embedding(table, [[1, 2]]), [(5, 0)], (1, 2, 0)),
+    "no ids": (lambda table: F.embedding(table, np.zeros((0, 4), int)), [(5, 2)], (0, 4, 2)),
+    "no width of a gate": (lambda x: F.activation(x, "swiglu"), [(3, 0)], (3, 0)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.filterwarnings("error")
+def test_what_is_empty_has_an_empty_result_and_gradient_or_is_refused(name, both_kernels):
+    call, shapes, expected = EMPTY[name]
+    inputs = [Tensor(np.ones(shape), requires_grad=True) for shape in shapes]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            call(*inputs)
+    else:
+        y = call(*inputs)
+        y.sum().backward()
+        assert y.shape == expected and all(x.grad.shape == x.shape for x in inputs)

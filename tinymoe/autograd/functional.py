@@ -4,6 +4,7 @@ Each makes one node of the graph, with its VJP beside it. Those that take most o
 kernels/reference.py for its equations.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +16,8 @@ from .tensor import Axis, Tensor, primitive, record
 
 
 def _rows(x):
-    """(..., D) as rows (N, D)."""
-    return x.reshape(-1, x.shape[-1])
+    """(..., D) as rows (N, D). NumPy cannot work out N from D = 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _check_dtypes(name, *tensors):
@@ -27,6 +28,8 @@ def _check_dtypes(name, *tensors):
 
 
 def _check_widths(name, x, *vectors):
+    if x.shape[-1:] in ((), (0,)):
+        raise ValueError(f"{name}: x has shape {x.shape}, so there is nothing to normalise along its last axis")
     for v in vectors:
         if v.shape != x.shape[-1:]:
             raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
@@ -200,8 +203,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (grouped queries, Ainslie et al. 2023). Raises ValueError for shapes that do not fit together.
     """
     (B, T, H, d), (G, _) = q.shape, v.shape[2:]
-    if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or G == 0 or H % G:
-        raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), G dividing H, "
+    if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or d == 0 or G == 0 or H % G:
+        raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0, G dividing H, "
                          f"not {q.shape}, {k.shape}, {v.shape}")
     _check_dtypes("causal_attention", q, k, v)
     value, saved = kernels.causal_attention(q.data, k.data, v.data)

@@ -70,7 +70,7 @@ def causal_attention(q, k, v):
     T, H, d = q.shape[1:]
     q, k, v = (x.repeat(H // x.shape[2], axis=2).swapaxes(1, 2) for x in (q, k, v))     # a matrix (T,d) for each head
     scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) * d**-0.5, -np.inf)
-    p = np.exp(scores - scores.max(axis=3, keepdims=True))
+    p = np.exp(scores - scores.max(axis=3, keepdims=True, initial=-np.inf))
     p /= p.sum(axis=3, keepdims=True)
     return (p @ v).swapaxes(1, 2), p
 
@@ -82,7 +82,7 @@ def causal_attention_backward(dy, q, k, v, p):
     dp = dy @ v.swapaxes(2, 3)
     ds = p * (dp - (p * dp).sum(axis=3, keepdims=True)) * d**-0.5
     dk, dv = ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dy
-    dk, dv = (x.swapaxes(1, 2).reshape(B, T, G, H // G, -1).sum(axis=3) for x in (dk, dv))
+    dk, dv = (x.swapaxes(1, 2).reshape(B, T, G, H // G, x.shape[3]).sum(axis=3) for x in (dk, dv))
     return (ds @ k).swapaxes(1, 2), dk, dv
 
 

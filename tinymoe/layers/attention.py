@@ -28,6 +28,7 @@ class CausalSelfAttention(Module):
         n_kv_heads = n_kv_heads or n_heads
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}: change one of them")
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim, self.rotary, self.rope_theta = head_dim or d_model // n_heads, rotary, rope_theta
         q_width, kv_width = n_heads * self.head_dim, n_kv_heads * self.head_dim
         self.query = Linear(d_model, q_width, rng, bias, dtype=dtype)
@@ -41,7 +42,8 @@ class CausalSelfAttention(Module):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = (z.reshape(*x.shape[:2], -1, self.head_dim) for z in (q, k, v))  # (B, T, heads, head_dim)
+        q = q.reshape(*x.shape[:2], self.n_heads, self.head_dim)
+        k, v = (z.reshape(*x.shape[:2], self.n_kv_heads, self.head_dim) for z in (k, v))
         if self.rotary:
             q, k = F.rotary(q, self.rope_theta), F.rotary(k, self.rope_theta)
-        return self.out(F.causal_attention(q, k, v).reshape(*x.shape[:2], -1))
+        return self.out(F.causal_attention(q, k, v).reshape(*x.shape[:2], self.n_heads * self.head_dim))

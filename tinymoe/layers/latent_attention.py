@@ -21,7 +21,7 @@ class LatentAttention(Module):
                  dtype: DTypeLike = np.float32, head_dim: int | None = None, q_rank: int = 0, kv_rank: int = 64,
                  rope_dim: int = 16, v_dim: int | None = None, rope_theta: float = 10_000.0, norm_eps: float = 1e-5):
         self.n_heads, self.head_dim, self.rope_dim = n_heads, head_dim or d_model // n_heads, rope_dim
-        self.kv_rank, self.rope_theta, v_dim = kv_rank, rope_theta, v_dim or self.head_dim
+        self.kv_rank, self.rope_theta, self.v_dim = kv_rank, rope_theta, v_dim or self.head_dim
 
         def linear(n_in, n_out, std=INIT_STD):
             return Linear(n_in, n_out, rng, bias=False, std=std, dtype=dtype)
@@ -31,16 +31,16 @@ class LatentAttention(Module):
         self.query = linear(q_rank or d_model, n_heads * (self.head_dim + rope_dim))
         self.latent = linear(d_model, kv_rank + rope_dim)
         self.latent_norm = RMSNorm(kv_rank, dtype, norm_eps)
-        self.key_value = linear(kv_rank, n_heads * (self.head_dim + v_dim))
-        self.out = linear(n_heads * v_dim, d_model, out_std)
+        self.key_value = linear(kv_rank, n_heads * (self.head_dim + self.v_dim))
+        self.out = linear(n_heads * self.v_dim, d_model, out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads, d = (*x.shape[:2], self.n_heads, -1), self.head_dim
+        (B, T, _), H, d = x.shape, self.n_heads, self.head_dim
         q = x if self.query_down is None else self.query_norm(self.query_down(x))
-        q = self.query(q).reshape(heads)  # (B, T, H, d + rope_dim)
+        q = self.query(q).reshape(B, T, H, d + self.rope_dim)
         latent = self.latent(x)  # (B, T, kv_rank + rope_dim)
-        kv = self.key_value(self.latent_norm(latent[..., :self.kv_rank])).reshape(heads)  # (B, T, H, d + v_dim)
+        kv = self.key_value(self.latent_norm(latent[..., :self.kv_rank])).reshape(B, T, H, d + self.v_dim)
         shared = F.rotary(latent[..., None, self.kv_rank:], self.rope_theta)  # (B, T, 1, rope_dim)
         q = F.concatenate([q[..., :d], F.rotary(q[..., d:], self.rope_theta)], axis=3)
-        k = F.concatenate([kv[..., :d], F.concatenate([shared] * self.n_heads, axis=2)], axis=3)
-        return self.out(F.causal_attention(q, k, kv[..., d:]).reshape(*x.shape[:2], -1))
+        k = F.concatenate([kv[..., :d], F.concatenate([shared] * H, axis=2)], axis=3)
+        return self.out(F.causal_attention(q, k, kv[..., d:]).reshape(B, T, H * self.v_dim))

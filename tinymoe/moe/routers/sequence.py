@@ -31,7 +31,7 @@ class Sequence(TopK, name="sequence"):
         if self.sequence_scope == "global" and "sequence" in context.shared:
             return context.shared["sequence"]
         ids = context.need("ids", self)
-        states = self._jittered(x, context).reshape(*ids.shape, -1)  # (B, T, D)
+        states = self._jittered(x, context).reshape(*ids.shape, x.shape[1])  # (B, T, D)
         if self.sequence_pool == "prefix" or context.causal:
             pooled = prefix_mean(states)
         else:
