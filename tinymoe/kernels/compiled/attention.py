@@ -10,33 +10,10 @@ QUERIES = 64            # queries in a block: within a block, the masked half is
 
 
 @loop
-def _read_head(x, h, start, out):
-    """out (n,d) = rows start to start + n of head h of x (T,H,d)"""
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = x[start + i, h, j]
-
-
-@loop
-def _write_head(rows, h, start, out):
+def _add(rows, out):
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
-            out[start + i, h, j] = rows[i, j]
-
-
-@loop
-def _space(n, m, like):
-    return np.empty((n, m), like.dtype)
-
-
-@loop
-def _add_product(weights, rows, out):
-    """out += weights rows, in the first rows of out"""
-    product = _space(weights.shape[0], rows.shape[1], rows)
-    np.dot(weights, rows, product)
-    for i in range(product.shape[0]):
-        for j in range(product.shape[1]):
-            out[i, j] += product[i, j]
+            out[i, j] += rows[i, j]
 
 
 @loop
@@ -80,47 +57,31 @@ def _softmax_backward(probs, scale, d):
 
 
 @loop
-def _attend(q, k, v, scale, out, saved, h):
-    """Head h of q (T,H,d) with k (T,d) and v (T,dv): each block of queries reads the keys up to its end."""
+def _attend(q, k, v, scale, out, saved):
+    """One head of q (T,d) with k (T,d) and v (T,dv): each block of queries reads the keys up to its end."""
     T, done = len(k), 0
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
-        n = stop - start
-        q_block, out_block, weights = _space(n, q.shape[2], q), _space(n, v.shape[1], q), _block(saved, n, stop, done)
-        _read_head(q, h, start, q_block)
-        np.dot(k[:stop], q_block.T, weights)
+        weights = _block(saved, stop - start, stop, done)
+        np.dot(k[:stop], q[start:stop].T, weights)
         _softmax(weights, scale, start)
-        np.dot(weights.T, v[:stop], out_block)
-        _write_head(out_block, h, start, out)
+        out[start:stop] = np.dot(weights.T, v[:stop])
         done += weights.size
 
 
 @loop
-def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv, h):
-    """Head h adds to dk (T,d) and dv (T,dv), because the heads of a group share them."""
+def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv):
+    """One head adds to dk (T,d) and dv (T,dv), because the heads of a group share them."""
     T, done = len(k), 0
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
-        n = stop - start
-        q_block, dout_block, weights = _space(n, q.shape[2], q), _space(n, v.shape[1], q), _block(saved, n, stop, done)
-        d = _space(stop, n, q)
-        _read_head(q, h, start, q_block)
-        _read_head(dout, h, start, dout_block)
-        np.dot(v[:stop], dout_block.T, d)
+        weights = _block(saved, stop - start, stop, done)
+        d = np.dot(v[:stop], dout[start:stop].T)
         _softmax_backward(weights, scale, d)
-        _add_product(weights, dout_block, dv)
-        _add_product(d, q_block, dk)
-        np.dot(d.T, k[:stop], q_block)
-        _write_head(q_block, h, start, dq)
+        _add(np.dot(weights, dout[start:stop]), dv)
+        _add(np.dot(d, q[start:stop]), dk)
+        dq[start:stop] = np.dot(d.T, k[:stop])
         done += weights.size
-
-
-@loop
-def _panel(x, g):
-    """Group g of x (T,G,d) as a contiguous (T,d)"""
-    panel = _space(x.shape[0], x.shape[2], x)
-    _read_head(x, g, 0, panel)
-    return panel
 
 
 @pool
@@ -128,9 +89,9 @@ def _attention(q, k, v, scale, out, saved):
     G, heads = k.shape[2], q.shape[2] // k.shape[2]
     for task in prange(q.shape[0] * G):
         b, g = task // G, task % G
-        k_panel, v_panel = _panel(k[b], g), _panel(v[b], g)
+        k_head, v_head = k[b, :, g].copy(), v[b, :, g].copy()                # contiguous, for np.dot
         for h in range(g * heads, (g + 1) * heads):
-            _attend(q[b], k_panel, v_panel, scale, out[b], saved[b, h], h)
+            _attend(q[b, :, h].copy(), k_head, v_head, scale, out[b, :, h], saved[b, h])
 
 
 @pool
@@ -138,12 +99,12 @@ def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
     G, heads = k.shape[2], q.shape[2] // k.shape[2]
     for task in prange(q.shape[0] * G):
         b, g = task // G, task % G
-        k_panel, v_panel = _panel(k[b], g), _panel(v[b], g)
-        dk_panel, dv_panel = np.zeros_like(k_panel), np.zeros_like(v_panel)
+        k_head, v_head = k[b, :, g].copy(), v[b, :, g].copy()
+        dk_head, dv_head = np.zeros_like(k_head), np.zeros_like(v_head)
         for h in range(g * heads, (g + 1) * heads):
-            _attend_backward(dout[b], q[b], k_panel, v_panel, saved[b, h], scale, dq[b], dk_panel, dv_panel, h)
-        _write_head(dk_panel, g, 0, dk[b])
-        _write_head(dv_panel, g, 0, dv[b])
+            _attend_backward(dout[b, :, h].copy(), q[b, :, h].copy(), k_head, v_head, saved[b, h], scale, dq[b, :, h],
+                             dk_head, dv_head)
+        dk[b, :, g], dv[b, :, g] = dk_head, dv_head
 
 
 @example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))
