@@ -6,12 +6,12 @@ import numpy as np
 from numba import prange
 from numba.extending import overload
 
-from ..reference import GATED
+from ..reference import ACTIVATIONS, GATED
 from .compile import example, loop, pool
 from .runtime import SLICE, blocks, contiguous
 
 GELU, SILU, RELU, GEGLU, SWIGLU = range(5)
-KINDS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWIGLU}
+KINDS = {name: kind for kind, name in enumerate(ACTIVATIONS)}
 
 
 def exp(x):
@@ -131,7 +131,6 @@ def _activation_backward(x, dx, kind):
 
 @example(lambda ones: activation(ones(2, 2), "gelu"))
 def activation(x, name):
-    """y = f(x), any shape; gated: y = f(a) b (...,F), where a and b are the halves of x (...,2F)"""
     if name in GATED:
         a, b = np.split(x, 2, axis=-1)
         return activation(a, GATED[name]) * b
@@ -143,7 +142,6 @@ def activation(x, name):
 
 @example(lambda ones: activation_backward(ones(2, 2), ones(2, 2), "gelu"))
 def activation_backward(dy, x, name):
-    """dx = dy f'(x); gated: da = dy b f'(a) and db = dy f(a), side by side"""
     if name in GATED:
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([activation_backward(dy * b, a, GATED[name]), dy * activation(a, GATED[name])], axis=-1)

@@ -6,7 +6,9 @@ from .activations import exp
 from .compile import example, loop, pool
 from .runtime import contiguous
 
-QUERIES = 64            # queries in a block: within a block, the masked half is computed too
+# Queries in a block. Within a block the masked half is computed too, and later values are multiplied by 0: a NaN in v
+# can reach earlier rows of its block.
+QUERIES = 64
 
 
 @loop
@@ -109,11 +111,6 @@ def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
 
 @example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))
 def causal_attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v over the positions up to the query's own (Vaswani et al. 2017). Head h of q (B,T,H,d)
-    reads group h // (H/G) of k (B,T,G,d), v (B,T,G,dv) (Ainslie et al. 2023) -> (B,T,H,dv), the softmax block by block
-
-    Within a block of queries, later values are multiplied by 0. So a NaN in v can reach earlier rows of its block.
-    """
     q, k, v = map(contiguous, (q, k, v))
     B, T, H, d = q.shape
     out = np.empty((B, T, H, v.shape[3]), q.dtype)
@@ -124,7 +121,6 @@ def causal_attention(q, k, v):
 
 @example(lambda ones: causal_attention_backward(*[ones(1, 2, 1, 2)] * 4, ones(1, 1, 4)))
 def causal_attention_backward(dy, q, k, v, p):
-    """-> dq, dk, dv; p is the second result of causal_attention"""
     dy, q, k, v, p = map(contiguous, (dy, q, k, v, p))
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     _attention_backward(dy, q, k, v, p, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)

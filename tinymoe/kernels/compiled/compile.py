@@ -19,7 +19,7 @@ import numpy as np
 from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
-from .. import KernelsError
+from .. import KernelsError, reference
 
 ROOT = Path(__file__).parents[3]                            # tinymoe is imported from here
 
@@ -98,9 +98,9 @@ EXAMPLES = {}           # kernel -> a function that calls it once on small array
 
 
 def example(call):
-    """A decorator of kernels: `compile_all` runs call(ones), and so compiles the kernel."""
+    """A decorator of kernels, which say what they do in reference.py: `compile_all` compiles one by call(ones)."""
     def keep(kernel):
-        EXAMPLES[kernel] = call
+        kernel.__doc__, EXAMPLES[kernel] = getattr(reference, kernel.__name__).__doc__, call
         return kernel
     return keep
 

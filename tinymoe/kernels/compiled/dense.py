@@ -73,8 +73,7 @@ def add_partials(dw, db, dw_slots, db_slots, first, empty):
 
 @example(lambda ones: linear(ones(SEGMENT + 1, 2), ones(2, 2), ones(2)))
 def linear(x, w, b):
-    """x (N,I) @ w (I,O) + b (O,) or None -> (N,O)"""
-    x, w, b = contiguous(x), contiguous(w), np.empty(0, x.dtype) if b is None else contiguous(b)
+    x, w, b = map(contiguous, (x, w, np.empty(0, x.dtype) if b is None else b))
     y = np.empty((len(x), w.shape[1]), x.dtype)
     _linear(x, w, b, y)
     return y
@@ -82,7 +81,6 @@ def linear(x, w, b):
 
 @example(lambda ones: linear_backward(ones(SEGMENT + 1, 2), ones(SEGMENT + 1, 2), ones(2, 2)))     # with a partial sum
 def linear_backward(dy, x, w):
-    """-> dx (N,I), dw (I,O), db (O,)"""
     dy, x, w = map(contiguous, (dy, x, w))
     n_slots = max(1, blocks(len(x), segment_rows(len(x)))) - 1
     dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
@@ -147,7 +145,6 @@ def _layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
 
 @example(lambda ones: layer_norm(ones(2, 2), ones(2), ones(2), 1e-5))
 def layer_norm(x, weight, bias, eps):
-    """y = z weight + bias, with z the rows of x (N,D) at mean 0 and variance 1 (Ba et al. 2016) -> y, mean, rstd"""
     x, weight, bias = map(contiguous, (x, weight, bias))
     y, mean, rstd = np.empty_like(x), np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     _layer_norm(x, weight, bias, x.dtype.type(eps), y, mean, rstd)
@@ -156,7 +153,6 @@ def layer_norm(x, weight, bias, eps):
 
 @example(lambda ones: layer_norm_backward(ones(2, 2), ones(2, 2), ones(2), ones(2), ones(2)))
 def layer_norm_backward(dy, x, weight, mean, rstd):
-    """-> dx (N,D), dweight (D,), dbias (D,)"""
     dy, x, weight, mean, rstd = map(contiguous, (dy, x, weight, mean, rstd))
     dx, partial = np.empty_like(x), np.zeros((2, blocks(len(x), PIECE), x.shape[1]), x.dtype)
     _layer_norm_backward(dy, x, weight, mean, rstd, dx, partial[0], partial[1])

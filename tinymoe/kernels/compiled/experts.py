@@ -51,13 +51,6 @@ def _plan(offsets, limit, n_threads):
     return pieces[:P], first_slot, first_piece
 
 
-@loop
-def _gather(x, token, out):
-    for i in range(token.size):
-        for j in range(out.shape[1]):
-            out[i, j] = x[token[i], j]
-
-
 @pool
 def _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, kind, rows, before, out):
     """A piece: rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2"""
@@ -66,7 +59,7 @@ def _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, kind, rows, 
         for p in range(first_piece[thread], first_piece[thread + 1]):
             e, start, stop, _ = pieces[p]
             part, n = slice(start, stop), stop - start
-            _gather(x, token[part], rows[part])
+            rows[part] = x[token[part]]
             np.dot(rows[part], w1[e], before[part])
             add_bias(before[part], b1[e])
             for i in range(n):
@@ -129,15 +122,9 @@ def _routed(ones):
 
 @example(lambda ones: experts_forward(*_routed(ones)))
 def experts_forward(x, token, offsets, gate, weights, name):
-    """y[n] = sum over the assignments a of token n of gate[a] (f(x[n] w1[e] + b1[e]) w2[e] + b2[e])
-
-    x (N,D); token (A,) sorted by expert, then token; expert e has assignments offsets[e]:offsets[e+1]; gate (A,);
-    weights: w1 (E,D,F), b1 (E,F), w2 (E,F,D), b2 (E,D), w1 and b1 2F wide for a gated f -> y (N,D), saved arrays
-    """
     x, gate, w1, b1, w2, b2 = map(contiguous, (x, gate, *weights))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
-    rows, before = np.empty((len(token), x.shape[1]), x.dtype), np.empty((len(token), w1.shape[2]), x.dtype)
-    out = np.empty_like(rows)
+    rows, before, out = (np.empty((len(token), n), x.dtype) for n in (x.shape[1], w1.shape[2], x.shape[1]))
     pieces, _, first_piece = _plan(offsets, PIECE, get_threads())
     _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, KINDS[name], rows, before, out)
     y = np.zeros_like(x)
@@ -147,7 +134,6 @@ def experts_forward(x, token, offsets, gate, weights, name):
 
 @example(lambda ones: experts_backward(ones(2, 2), *_routed(ones), (ones(2, 2), ones(2, 2), ones(2, 2))))
 def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
-    """-> dx, dgate, dw1, db1, dw2, db2: zero for an expert without assignments"""
     (w1, b1, w2, b2), (rows, before, out) = weights, saved
     dy, gate, w1, w2 = map(contiguous, (dy, gate, w1, w2))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)

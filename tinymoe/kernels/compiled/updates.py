@@ -26,7 +26,6 @@ def scatter_add(out, index, scale, rows):
 
 @example(lambda ones: add_rows(2, [0, 0], ones(2, 2)))
 def add_rows(n, index, rows):
-    """y[index[i]] += rows[i], from zero: rows (M,D), index (M,) with repeats -> y (n,D), the gradient of a lookup"""
     index, rows = np.array(index, np.int64), contiguous(rows)
     y = np.zeros((n, rows.shape[1]), rows.dtype)
     scatter_add(y, index, np.ones(len(index), rows.dtype), rows)
@@ -54,8 +53,7 @@ def _adamw(parameter, gradient, m, v, decay, beta1, beta2, rate, root, eps):
 @example(lambda ones: [adamw(*(ones(size) for _ in range(4)), lr=1, betas=(0.9, 0.9), eps=1, weight_decay=0, step=1)
                        for size in (ONE_THREAD, ONE_THREAD + 1)])
 def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
-    """Step 1, 2, ... of AdamW, in place, on contiguous p, m and v  (Loshchilov & Hutter 2019, algorithm 2)"""
-    flat = [z.reshape(-1) for z in (p, contiguous(g), m, v)]
+    flat = [z.reshape(-1) for z in (p, contiguous(g), m, v)]              # views: p, m and v must be contiguous
     b1, b2 = betas
     rate, root = lr / (1 - b1**step), (1 - b2**step)**-0.5                # m and v start at zero: corrected here
     scalars = map(p.dtype.type, (1 - lr * weight_decay, b1, b2, rate, root, eps))
@@ -79,7 +77,6 @@ def _sum_of_squares(x, partial):
 
 @example(lambda ones: [sum_of_squares(ones(size)) for size in (ONE_THREAD, ONE_THREAD + 1)])
 def sum_of_squares(x):
-    """The sum of x^2 over all entries, in float64: over slices of fixed size, whose sums are then added."""
     x = contiguous(x).reshape(-1)
     if x.size <= ONE_THREAD:
         return _square_slice(x)
