@@ -1,9 +1,8 @@
 """Every kernel twice: in NumPy to be read (reference.py), and in numba to be fast (compiled/). This file chooses.
 
-`kernels.use("numpy")` or "numba" chooses, or TINYMOE_KERNELS in the environment. Without a choice it is numba where
-that is installed, else NumPy. The two agree to rounding, not to the bit. A kernel is looked up at each call.
-A kernel is a public function of reference.py, and one of the same name and arguments in compiled/. No other list has
-its name. Kernels take and return arrays. They check nothing: their callers do.
+`kernels.use("numpy")` or "numba" chooses, or TINYMOE_KERNELS in the environment; else it is numba where that is
+installed. The two agree to rounding, not to the bit. A kernel is a public function of reference.py, and one of the same
+name and arguments in compiled/. It is looked up at each call. Kernels check nothing: their callers do.
 """
 import contextlib
 import functools
@@ -61,7 +60,7 @@ def __getattr__(name):
 def timed(work=lambda name, *arguments, **options: 0):
     """Yield a dict, kernel name -> [calls, seconds, sum of work(name, *arguments, **options)], of the calls inside."""
     global _timer
-    before, spent = _timer, {}
+    spent = {}
 
     def call(name, *arguments, **options):
         start = time.perf_counter()
@@ -74,4 +73,4 @@ def timed(work=lambda name, *arguments, **options: 0):
     try:
         yield spent
     finally:
-        _timer = before
+        _timer = None

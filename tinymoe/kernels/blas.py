@@ -1,7 +1,7 @@
-"""Threads of BLAS, the library behind matrix products, and what the NumPy kernels have in place of a compiler.
+"""Threads of BLAS, which multiplies matrices, and what the NumPy kernels have in place of a compiler.
 
-Both kinds of kernels hold BLAS at one thread. With numba, matrix products run inside numba's threads, and more threads
-would compete with them for the cores. With NumPy, the number of threads would change the last bits of a result.
+Both kinds of kernels hold BLAS at one thread. numba multiplies inside its own threads, which more threads of BLAS would
+compete with. With NumPy, the number of threads would change the last bits of a result.
 """
 import os
 
@@ -14,20 +14,15 @@ KEEP_THREADS = os.environ.get("TINYMOE_KEEP_THREADS", "0") != "0"
 def hold() -> None:
     """One thread for BLAS, here and in processes that this one starts, unless TINYMOE_KEEP_THREADS=1."""
     if not KEEP_THREADS:
-        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-            os.environ[name] = "1"
+        for name in ("OPENBLAS", "MKL", "BLIS"):
+            os.environ[f"{name}_NUM_THREADS"] = "1"
+        os.environ["VECLIB_MAXIMUM_THREADS"] = "1"
         threadpoolctl.threadpool_limits(1, user_api="blas")
-
-
-def libraries() -> list[dict]:
-    """Each BLAS that is loaded: name, version, threads."""
-    return [{"name": found["internal_api"], "version": found["version"], "threads": found["num_threads"]}
-            for found in threadpoolctl.threadpool_info() if found["user_api"] == "blas"]
 
 
 def get_threads() -> int:
     """How many threads a matrix product uses now."""
-    return max((found["threads"] for found in libraries()), default=1)
+    return thread_info()["threads"]
 
 
 def set_threads(n: int) -> None:
@@ -40,14 +35,16 @@ def set_threads(n: int) -> None:
 
 def thread_info() -> dict:
     """What a timing depends on: threads, each BLAS; numba and its threading layer are None."""
-    return {"threads": get_threads(), "threading_layer": None, "blas": libraries(), "numba": None}
+    blas = [{"name": found["internal_api"], "version": found["version"], "threads": found["num_threads"]}
+            for found in threadpoolctl.threadpool_info() if found["user_api"] == "blas"]
+    return {"threads": max((found["threads"] for found in blas), default=1), "threading_layer": None, "blas": blas,
+            "numba": None}
 
 
 def compile_all(dtype) -> float:
-    """0.0, the seconds it takes to compile nothing."""
+    """Seconds: there is nothing to compile."""
     return 0.0
 
 
 def is_compiled(dtype) -> bool:
-    """True: there is nothing to compile."""
     return True

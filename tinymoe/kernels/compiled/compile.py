@@ -1,10 +1,11 @@
 """How kernels are compiled, and where the code is kept.
 
-The code is kept in the `__pycache__` of a checkout, else in ~/.cache/tinymoe (or that of XDG_CACHE_HOME);
-NUMBA_CACHE_DIR names another place. numba unpickles what lies there, so the folder must be the user's own. It is made
-with mode 0700. Without a writable folder every process compiles again.
+It is kept in the `__pycache__` of a checkout, else in ~/.cache/tinymoe; XDG_CACHE_HOME and NUMBA_CACHE_DIR name other
+places. numba unpickles what lies there, so the folder must be the user's own: it is made with mode 0700. Without a
+writable folder every process compiles again.
 """
 import contextlib
+import functools
 import hashlib
 import os
 import subprocess
@@ -46,6 +47,7 @@ def _cache_folder():
 
 
 CACHE = _cache_folder()
+KEPT = bool(CACHE) and not numba.config.DISABLE_JIT
 
 
 class _Cache(FunctionCache):
@@ -76,25 +78,23 @@ def _start_again():
         _compile_apart(dtype)
 
 
-def _compiled(**options):
-    """A decorator: numba's njit with these options, which keeps the code in our folder."""
-    def decorate(function):
-        kernel = numba.njit(error_model="numpy", **options)(function)
-        if CACHE and not numba.config.DISABLE_JIT:
-            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
-            kernel._cache = _Cache(function)
-            numba.config.CACHE_DIR = before
-        return kernel
-    return decorate
+def _compiled(function, **options):
+    kernel = numba.njit(error_model="numpy", **options)(function)
+    if KEPT:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
+        kernel._cache = _Cache(function)
+        numba.config.CACHE_DIR = before
+    return kernel
 
 
-# 'reassoc' lets sums vectorise. 'nnan' and 'ninf' are left out, because a NaN must stay a NaN.
-loop = _compiled(fastmath={"contract", "nsz", "reassoc"})
+# Decorators. 'reassoc' lets sums vectorise. 'nnan' and 'ninf' are left out, because a NaN must stay a NaN.
+loop = functools.partial(_compiled, fastmath={"contract", "nsz", "reassoc"})
 # Only explicit prange loops become parallel: the search for others takes time to compile and finds nothing.
-pool = _compiled(parallel={"prange": True} | dict.fromkeys(
+pool = functools.partial(_compiled, parallel={"prange": True} | dict.fromkeys(
     ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False))
 
 EXAMPLES = {}           # kernel -> a function that calls it once on small arrays, made by ones(*shape)
+HALVES = "attention", "rest"                                # of the kernels; attention takes a third of the time
 
 
 def example(call):
@@ -106,13 +106,12 @@ def example(call):
 
 
 def _mark(dtype):
-    """The file which says that all kernels are kept for a dtype."""
     return CACHE / np.dtype(dtype).name
 
 
 def is_compiled(dtype) -> bool:
-    """Whether `compile_all` has nothing to compile for this dtype."""
-    return bool(CACHE) and not numba.config.DISABLE_JIT and _mark(dtype).exists()
+    """Whether `compile_all` has nothing to compile for this dtype: it leaves a mark when all is kept."""
+    return KEPT and _mark(dtype).exists()
 
 
 def compile_all(dtype) -> float:
@@ -123,10 +122,10 @@ def compile_all(dtype) -> float:
     Where nothing can be kept, this process compiles. Raises KernelsError where the disk is full.
     """
     started = time.perf_counter()
-    if CACHE and not numba.config.DISABLE_JIT and not is_compiled(dtype):
+    if KEPT and not is_compiled(dtype):
         _compile_apart(dtype)
-    _call_examples(dtype, of_attention=True)
-    _call_examples(dtype, of_attention=False)
+    for half in HALVES:
+        _call_examples(dtype, half)
     return time.perf_counter() - started
 
 
@@ -137,7 +136,7 @@ def _compile_apart(dtype):
     with contextlib.ExitStack() as stack:
         halves = [stack.enter_context(subprocess.Popen(
             [sys.executable, "-c", code, np.dtype(dtype).name, half, *path],
-            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)) for half in ("attention", "rest")]
+            stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)) for half in HALVES]
         if [half.wait() for half in halves] == [0, 0]:      # else this process meets the error too, and says it
             _mark(dtype).touch()
 
@@ -145,11 +144,10 @@ def _compile_apart(dtype):
 def _half():
     """The body of such a process. Its stdin ends when its parent ends, however that happens."""
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    _call_examples(sys.argv[1], of_attention=sys.argv[2] == "attention")
+    _call_examples(*sys.argv[1:3])
 
 
-def _call_examples(dtype, of_attention):
-    """Call each kernel once: those of attention, which take a third of the time to compile, or all others."""
+def _call_examples(dtype, half):
     for kernel, call in EXAMPLES.items():
-        if ("attention" in kernel.__name__) == of_attention:
+        if ("attention" in kernel.__name__) == (half == "attention"):
             call(lambda *shape: np.ones(shape, dtype))

@@ -56,19 +56,19 @@ def _add_slots(total, slots, lo, hi, empty):
 
 
 @pool
-def _add_partials(dw, db, dw_slots, db_slots, first, empty):
+def _add_partials(total, slots, first, empty):
     """A job is a slice of one expert's weights, so that threads share the work where one expert has all slots."""
-    jobs = blocks(dw.shape[1], SLICE)
+    jobs = blocks(total.shape[1], SLICE)
     for job in prange(empty.size * jobs):
         e, lo = job // jobs, job % jobs * SLICE
-        _add_slots(dw[e], dw_slots[first[e]:first[e + 1]], lo, min(lo + SLICE, dw.shape[1]), empty[e])
-        if lo == 0:
-            _add_slots(db[e], db_slots[first[e]:first[e + 1]], 0, db.shape[1], empty[e])
+        _add_slots(total[e], slots[first[e]:first[e + 1]], lo, min(lo + SLICE, total.shape[1]), empty[e])
 
 
-def add_partials(dw, db, dw_slots, db_slots, first, empty):
-    """dw[e] += dw_slots[first[e]:first[e+1]] and db (E,O) likewise; both start at 0 where `empty` (E,)"""
-    _add_partials(dw.reshape(len(dw), -1), db, dw_slots.reshape(len(dw_slots), dw[0].size), db_slots, first, empty)
+def add_partials(totals, slots, first, empty):
+    """total[e] += the sum of slots[first[e]:first[e+1]] for each total (E,...); it starts at 0 where `empty` (E,)"""
+    for total, partial in zip(totals, slots):
+        size = total[0].size
+        _add_partials(total.reshape(len(total), size), partial.reshape(len(partial), size), first, empty)
 
 
 @example(lambda ones: linear(ones(SEGMENT + 1, 2), ones(2, 2), ones(2)))
@@ -84,10 +84,10 @@ def linear_backward(dy, x, w):
     dy, x, w = map(contiguous, (dy, x, w))
     n_slots = max(1, blocks(len(x), segment_rows(len(x)))) - 1
     dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
-    dw_slots, db_slots = np.empty((n_slots, *dw.shape), x.dtype), np.empty((n_slots, *db.shape), x.dtype)
-    _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots)
+    slots = [np.empty((n_slots, *total.shape), x.dtype) for total in (dw, db)]
+    _linear_backward(dy, x, w, dx, dw, db, *slots)
     if n_slots:
-        add_partials(dw[None], db[None], dw_slots, db_slots, np.array([0, n_slots]), np.array([False]))
+        add_partials((dw[None], db[None]), slots, np.array([0, n_slots]), np.array([False]))
     return dx, dw, db
 
 

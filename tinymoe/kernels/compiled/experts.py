@@ -145,8 +145,7 @@ def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
     _experts_backward(dy, token, gate, pieces, limit, first_piece, w1, w2, KINDS[name], name in GATED,
                       rows, before, out, d_rows, dgate, dw, partial)
     if first_slot[-1] or empty.any():
-        add_partials(*dw[:2], *partial[:2], first_slot, empty)
-        add_partials(*dw[2:], *partial[2:], first_slot, empty)
+        add_partials(dw, partial, first_slot, empty)
     dx = np.zeros_like(dy)
     scatter_add(dx, token, np.ones_like(gate), d_rows)
     return dx, dgate, *dw

@@ -12,17 +12,11 @@ PIECE = 192             # rows in a piece: their hidden activations fit in the s
 SLICE = 1 << 13         # elements in a piece of an elementwise pass
 
 
-def _keep_freed_memory():
-    """Ask glibc to keep the memory of freed arrays: the next step needs it again, and fresh pages are slow."""
-    trim_threshold, mmap_threshold = -1, -3                 # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):            # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 1 << 30)
-
-
 if not blas.KEEP_THREADS:
-    _keep_freed_memory()
+    # Ask glibc to keep the memory of freed arrays: the next step needs it again, and fresh pages are slow.
+    with contextlib.suppress(AttributeError, OSError, TypeError):            # another C library
+        for option in (-1, -3):                             # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 # set_threads(n): ValueError for n below 1, or above the number that numba was started with.
 set_threads, get_threads = numba.set_num_threads, numba.get_num_threads
@@ -31,8 +25,8 @@ get_threads()           # starts the threads, so that settings that numba refuse
 
 def thread_info() -> dict:
     """What a timing depends on: threads, threading layer, each BLAS, numba."""
-    return {"threads": get_threads(), "threading_layer": numba.threading_layer(), "blas": blas.libraries(),
-            "numba": numba.__version__}
+    return blas.thread_info() | {"threads": get_threads(), "threading_layer": numba.threading_layer(),
+                                 "numba": numba.__version__}
 
 
 def contiguous(x):
