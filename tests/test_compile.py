@@ -21,7 +21,8 @@ def start(code, root=ROOT, cwd=ROOT, **environment):
     """A process that runs the code with tinymoe from `root`, last in its path, and without the current folder."""
     code = f"import sys; sys.path[0] = sys.prefix; sys.path.append({str(root)!r}); {code}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "XDG_", "TINYMOE_"))}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=kept | {"TINYMOE_KERNELS": "numba"} | environment,
+    environment = kept | {"TINYMOE_KERNELS": "numba"} | environment
+    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 

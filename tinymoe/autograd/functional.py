@@ -1,7 +1,6 @@
 """Functions of Tensors: activations, the softmax family, losses, normalisation, lookups.
 
-Each makes one node of the graph, with its VJP beside it. Those that take most of a training step call a kernel: see
-kernels/reference.py for its equations.
+Each makes one node of the graph, with its VJP beside it. Those that take most of a step call a kernel (reference.py).
 """
 
 import math
@@ -34,8 +33,6 @@ def _check_widths(name, x, *vectors):
         if v.shape != x.shape[-1:]:
             raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
 
-
-# -- activations --------------------------------------------------------------------------------
 
 def activation(x: Tensor, name: str) -> Tensor:
     """An activation by name: "gelu", "silu", "relu", or a gated one.
@@ -77,8 +74,6 @@ def normal_cdf(x: Tensor) -> Tensor:
     density = np.exp(-0.5 * x.data ** 2) / np.sqrt(2 * np.pi).astype(x.dtype)
     return primitive(ndtr(x.data).astype(density.dtype), (x, lambda g: g * density))
 
-
-# -- softmax family -----------------------------------------------------------------------------
 
 def _softmax(x, axis):
     e = np.exp(x - x.max(axis=axis, keepdims=True))
@@ -140,13 +135,8 @@ def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:
     return primitive(-log_probs[rows, targets].mean(), (logits, vjp))
 
 
-# -- layers' arithmetic -------------------------------------------------------------------------
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight + bias for x (..., I), weight (I, O), bias (O,) or None -> (..., O).
-
-    Raises ValueError for shapes that do not fit together.
-    """
+    """x @ weight + bias for x (..., I), weight (I, O), bias (O,) or None -> (..., O). ValueError for other shapes."""
     if weight.ndim != 2 or x.shape[-1:] != weight.shape[:1]:
         raise ValueError(f"linear takes x (..., I) and a weight (I, O), not {x.shape} and {weight.shape}")
     if bias is not None and bias.shape != weight.shape[1:]:
@@ -204,19 +194,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     (B, T, H, d), (G, _) = q.shape, v.shape[2:]
     if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or d == 0 or G == 0 or H % G:
-        raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0, G dividing H, "
-                         f"not {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0 and "
+                         f"G dividing H, not {q.shape}, {k.shape}, {v.shape}")
     _check_dtypes("causal_attention", q, k, v)
     value, saved = kernels.causal_attention(q.data, k.data, v.data)
     return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
 
 
 def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape.
+    """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape. ValueError for others.
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
     depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
-    Raises ValueError for another number of axes or an odd d.
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
@@ -230,8 +219,6 @@ def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
 
     return primitive(turn(x.data, sin), (x, lambda g: turn(g, -sin)))
 
-
-# -- lookups and joins --------------------------------------------------------------------------
 
 def embedding(table: Tensor, ids: ArrayLike) -> Tensor:
     """Rows of a table (V, D) at integer ids of any shape -> (*ids.shape, D).

@@ -34,8 +34,8 @@ def gradcheck(function: Callable[..., Tensor], *inputs: Tensor | ArrayLike, eps:
               rtol: float = 1e-5) -> GradcheckResult:
     """Compare the gradients of function(*inputs) with central differences in float64.
 
-    function: takes the inputs as Tensors and returns a Tensor of any shape. It may read other Tensors too. To check
-        the gradient of such a Tensor (a model's parameter, say), list it among the inputs.
+    function: takes the inputs as Tensors and returns a Tensor of any shape. To check the gradient of another Tensor
+        that it reads (a model's parameter, say), list it among the inputs.
     inputs: Tensors or arrays. Those with requires_grad are checked, or every floating one if none has it. Floating
         data become float64 during the check. Afterwards data and gradients are as before.
     eps: the step, relative to entries larger than 1. rtol: the largest relative error that passes.
@@ -109,11 +109,9 @@ def _difference(values, tensor, direction, eps):
         change = above - values()
     finally:
         tensor.data = original
-    moved = np.abs(above[change != 0]).sum()
-    if not moved:  # the step changed nothing: it was below one unit in the last place
-        moved = np.abs(above).max(initial=0)
-    rounding = ROUNDING * np.finfo(np.float64).eps * moved
-    return change.sum() / (2 * eps), rounding / eps
+    # a step that changes nothing was below one unit in the last place
+    moved = np.abs(above[change != 0]).sum() or np.abs(above).max(initial=0)
+    return change.sum() / (2 * eps), ROUNDING * np.finfo(np.float64).eps * moved / eps
 
 
 def _relative_error(analytic, numeric, floor):

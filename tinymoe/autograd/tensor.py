@@ -4,13 +4,8 @@ A Tensor is an array that remembers how it was computed: its parents, and a vect
 is the function that turns the gradient of the result into the gradients of the parents. `backward` visits the
 tensors from the newest to the oldest, so each gradient is complete before it is passed on.
 
-Every operation is written once, with its VJPs beside it:
-
-    def exp(self):
-        value = np.exp(self.data)
-        return primitive(value, (self, lambda g: g * value))
-
-Gradient arrays are shared without a copy. So a VJP must not change the array it was given.
+Every operation is written once, with its VJPs beside it; see `Tensor.exp`. Gradient arrays are shared without a copy.
+So a VJP must not change the array it was given.
 """
 
 from __future__ import annotations
@@ -65,11 +60,8 @@ class Tensor:
             raise TypeError(f"a Tensor holds real numbers, not dtype {self.data.dtype}")
         if requires_grad and self.data.dtype.kind != "f":
             raise TypeError(f"dtype {self.data.dtype} has no gradient: convert with .astype(np.float32) first")
-        self.grad = None
-        self.requires_grad = requires_grad
-        self._retains_grad = False
-        self._parents = ()
-        self._vjp = None
+        self.grad, self.requires_grad, self._retains_grad = None, requires_grad, False
+        self._parents, self._vjp = (), None
         self._time = next(_clock)  # a result is newer than its parents
 
     shape = property(lambda self: self.data.shape)
@@ -113,8 +105,6 @@ class Tensor:
         """The same values without the graph."""
         return Tensor(self.data)
 
-    # -- the backward pass ---------------------------------------------------------------------
-
     def backward(self, gradient: ArrayLike | Tensor | None = None, retain_graph: bool = True) -> None:
         """Add d(self)/d(leaf), weighted by `gradient`, to `.grad` of every leaf that self depends on.
 
@@ -125,8 +115,7 @@ class Tensor:
         optimiser changed a leaf since.
         """
         if not self.requires_grad:
-            raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or it was made under "
-                               "no_grad()")
+            raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or no_grad() was on")
         gradients = _Gradients()
         gradients.add(self, _seed(self, gradient))
         nodes = _oldest_first(self)
@@ -156,8 +145,6 @@ class Tensor:
         """Say that `.data` of this leaf was changed: graphs that used the old values then refuse `backward`."""
         self._time = next(_clock)
 
-    # -- elementwise arithmetic ----------------------------------------------------------------
-
     def __add__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
         return primitive(_broadcast(np.add, self, other), (self, lambda g: g), (other, lambda g: g))
@@ -181,16 +168,9 @@ class Tensor:
         other = self._operand(other)
         x, y = self.data, other.data
         value = _broadcast(np.power, self, other)
-
-        def vjp_base(g):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return g * np.where(y == 0, 0, y * np.power(x, y - 1))
-
-        def vjp_exponent(g):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return g * np.where(x == 0, 0, value * np.log(x))
-
-        return primitive(value, (self, vjp_base), (other, vjp_exponent))
+        quiet = np.errstate(divide="ignore", invalid="ignore")
+        return primitive(value, (self, quiet(lambda g: g * np.where(y == 0, 0, y * np.power(x, y - 1)))),
+                         (other, quiet(lambda g: g * np.where(x == 0, 0, value * np.log(x)))))
 
     def __neg__(self) -> Tensor:
         return primitive(-self.data, (self, lambda g: -g))
@@ -212,8 +192,6 @@ class Tensor:
     def tanh(self) -> Tensor:
         value = np.tanh(self.data)
         return primitive(value, (self, lambda g: g * (1 - value * value)))
-
-    # -- matrix product ------------------------------------------------------------------------
 
     def __matmul__(self, other: ArrayLike | Tensor) -> Tensor:
         """Matrix product with NumPy's rules: batch dimensions broadcast, vectors are rows or columns."""
@@ -237,8 +215,6 @@ class Tensor:
 
         return primitive(_broadcast(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
 
-    # -- reductions ----------------------------------------------------------------------------
-
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over one axis, several (a tuple) or all (None)."""
         value = self.data.sum(axis=axis, keepdims=keepdims)
@@ -259,8 +235,6 @@ class Tensor:
             return ties / ties.sum(axis=axis, keepdims=True) * _keep(g, axis, keepdims, self.ndim)
 
         return primitive(value if keepdims else value.squeeze(axis), (self, vjp))
-
-    # -- shape and indexing --------------------------------------------------------------------
 
     def reshape(self, *shape: int) -> Tensor:
         """The same entries in another shape, given as numbers or as one tuple."""

@@ -11,9 +11,8 @@ from .nn import INIT_STD, Linear, Module, RMSNorm
 class CausalSelfAttention(Module):
     """x (B, T, D) -> (B, T, D). Position t sees positions 0 to t (Vaswani et al. 2017).
 
-    n_kv_heads: heads that keys and values have. Each serves n_heads / n_kv_heads query heads (grouped-query
-        attention, Ainslie et al. 2023). None: n_heads.
-    head_dim: None for d_model / n_heads. out_std: standard deviation of the initial output weights.
+    n_kv_heads: heads of keys and values (None: n_heads). Each serves n_heads / n_kv_heads query heads (grouped-query
+        attention, Ainslie et al. 2023). head_dim: None for d_model / n_heads. out_std: of the initial output weights.
     rotary: rotate queries and keys by their position; rope_theta is the base of the angles.
     qk_norm: first RMS-normalise all queries, and all keys, of a token (OLMoE, Muennighoff et al. 2024).
     Raises ValueError if n_heads does not divide d_model, or n_kv_heads does not divide n_heads.

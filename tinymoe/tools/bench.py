@@ -7,6 +7,7 @@ profile of a step is a mean over steps.
 
 import dataclasses
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +29,12 @@ LADDER = tuple(dict(n_tokens=n, d_model=d, n_experts=e, top_k=k) for n, d, e, k 
 
 
 def ladder(sizes=LADDER, repeats=5):
-    """Yield the rows of ExpertBank.benchmark for each size. The Python loop takes part at the first size only.
-
-    "numba" takes part where its kernels are chosen.
-    """
+    """Yield the rows of ExpertBank.benchmark for each size: the Python loop for the first alone, numba where chosen."""
+    backends = [name for name in BACKENDS if name != "numba" or kernels.active() == "numba"]
     for size in sizes:
-        left_out = {"loop" if size != sizes[0] else "", "numba" if kernels.active() != "numba" else ""}
-        backends = tuple(b for b in BACKENDS if b not in left_out)
         yield from ExpertBank.benchmark(**size, backends=backends, repeats=repeats)
+        backends = [name for name in backends if name != "loop"]
 
-
-# -- the training step --------------------------------------------------------------------------
 
 def training_step(config, batch_size=8, seed=0):
     """A function that takes one training step of a fresh model on random bytes."""
@@ -126,8 +122,6 @@ def sgemm_gflops(n=1024, repeats=10):
         return 2 * n ** 3 / _medians({"": lambda: a @ a}, repeats)[""] / 1e6
 
 
-# -- how the time grows -------------------------------------------------------------------------
-
 def _medians(functions, repeats, prepare=lambda name: None):
     """dict name -> milliseconds: the median over rounds that call each function. prepare(name) is not timed."""
     times = {name: [] for name in functions}
@@ -167,9 +161,8 @@ def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), share
     step on batches of so many tokens, multiples of seq_len. shares: one expert layer in which expert 0 has that share
     of the tokens. Functions that take turns push each other's data out of the caches.
     """
-    length = ModelConfig().seq_len
     scans = {"experts": (experts, lambda e: training_step(ModelConfig(n_experts=e))),
-             "tokens": (tokens, lambda n: training_step(ModelConfig(), n // length)),
+             "tokens": (tokens, lambda n: training_step(DEFAULT, n // DEFAULT.seq_len)),
              "imbalance": (shares, skewed_layer)}
     rows = []
     for against, (values, make) in scans.items():
@@ -178,8 +171,6 @@ def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), share
                  for value in values]
     return rows
 
-
-# -- writing it up ------------------------------------------------------------------------------
 
 def _figure(path, height, panels, draw):
     """Call draw(figure, axes) in the style of the study's figures, and save. matplotlib is first imported here."""
@@ -196,11 +187,8 @@ def _figure(path, height, panels, draw):
 def draw_ladder(rows, path):
     """A bar for each size and backend: forward + backward in milliseconds, logarithmic."""
     from ..study.palette import COLOURS
-
-    def size_of(row):
-        return row["n_tokens"], row["d_model"], row["n_experts"], row["top_k"]
-
     rows = [row for row in rows if row["pass"] == "forward + backward"]
+    size_of = itemgetter("n_tokens", "d_model", "n_experts", "top_k")
     sizes = list(dict.fromkeys(map(size_of, rows)))
 
     def draw(fig, axes):
@@ -235,10 +223,9 @@ def draw_profile(rows, path):
 
 
 def draw_scaling(rows, path):
-    """Three panels: time against experts, tokens and imbalance.
+    """Three panels: time against experts, tokens and imbalance. Dashed: in proportion to the matrix products.
 
-    Dashed: the first time, in proportion to the matrix products. The work of the optimizer grows with the experts
-    instead, and does not grow with the tokens.
+    The work of the optimizer grows with the experts instead, and does not grow with the tokens.
     """
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}

@@ -1,10 +1,11 @@
-"""The gradient check of everything, as a table: what `python cli.py gradcheck` runs, with the kernels in use.
+"""The gradient check of everything in float64, as a table: `python cli.py gradcheck` runs it on the kernels in use.
 
-To add a case, add one line: a function of Tensors to OPERATIONS, a layer to LAYERS. Every router and every loss has a
-case without that; a line in ROUTER_OPTIONS checks a router with other options, one in LOSS_ROUTERS a loss with another
-router than top_k. A kernel is checked by the operation that calls it. Everything runs in float64.
+One line adds a case: a function of Tensors in OPERATIONS, a layer in LAYERS, other options of a router in
+ROUTER_OPTIONS, another router than top_k for a loss in LOSS_ROUTERS. Every router and loss has a case without that, and
+a kernel is checked by the operation that calls it.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -80,18 +81,14 @@ def _normal(*shape, seed=0):
     return _rng(seed).standard_normal(shape)
 
 
-# -- operations: name -> (function, its inputs) ---------------------------------------------------
-
 A, B, POSITIVE = _normal(3, 4), _normal(2, 3, 4, seed=1), 0.5 + np.abs(_normal(3, 4, seed=2))
 IDS = np.array([2, 0, 2, 1])
 
-OPERATIONS = {
-    "add": (lambda a, b: a + b, A, B),
-    "subtract": (lambda a, b: a - b, A, B),
-    "multiply": (lambda a, b: a * b, A, B),
+OPERATIONS = {  # name -> (function, its inputs)
+    **{f.__name__: (f, A, B) for f in (operator.add, operator.sub, operator.mul)},
     "divide": (lambda a, b: b / a, POSITIVE, B),
-    "power": (lambda a, b: a ** b, POSITIVE, B),
-    "negate": (lambda a: -a, A),
+    "power": (operator.pow, POSITIVE, B),
+    "negate": (operator.neg, A),
     **{f.__name__: (f, POSITIVE) for f in (Tensor.exp, Tensor.log, Tensor.sqrt, Tensor.tanh)},
     "matmul": (lambda a, b: a @ b, _normal(2, 1, 3, 4), _normal(5, 4, 2, seed=1)),
     "matmul with vectors": (lambda a, b: (a @ b) * (b @ b), A, _normal(4, seed=1)),
@@ -119,9 +116,7 @@ OPERATIONS = {
 }
 
 
-# -- layers: name -> (function that makes one, its inputs) ----------------------------------------
-
-LAYERS = {
+LAYERS = {  # name -> (function that makes one, its inputs)
     "Linear": (lambda: Linear(4, 5, _rng(), dtype=float), B),
     "LayerNorm": (lambda: LayerNorm(4, dtype=float), B),
     "RMSNorm": (lambda: RMSNorm(4, dtype=float), B),
@@ -146,13 +141,11 @@ def _module(make, *inputs, call=lambda module, *x: module(*x), spread=0.1):
     return run
 
 
-# -- routers and losses: (router, label) -> what differs from the default ---------------------------
-
 N, D, E = 12, 6, 4  # two sequences of six tokens
 SEQUENCES = np.arange(N).reshape(2, -1)
 X, GATES = Tensor(_normal(N, D, seed=20)), Tensor(_normal(N, E))
 
-ROUTER_OPTIONS = {
+ROUTER_OPTIONS = {  # (router, label) -> what differs from the default
     ("top_k", "K = 1"): dict(top_k=1),
     ("top_k", "not renormalised"): dict(renormalise=False),
     ("top_k", "K = E"): dict(top_k=E),
@@ -197,9 +190,7 @@ def _router(name, function=_all_outputs, top_k=None, training=True, causal=False
     return run
 
 
-# -- experts: name -> mask (N, E) of a hard case for dispatch ---------------------------------------
-
-ASSIGNMENTS = {
+ASSIGNMENTS = {  # name -> mask (N, E) of a hard case for dispatch
     "balanced": np.arange(N)[:, None] % E == np.arange(E),
     "one expert holds all": np.tile(np.arange(E) == 2, (N, 1)),
     "uneven, tokens without expert": _normal(N, E, seed=5) > 0.3,
@@ -216,11 +207,9 @@ def _experts(backend, mask):
                    call=lambda bank, x, gates: bank(x, _routing(mask, gates)), spread=1.0)
 
 
-# -- whole models: name -> what differs from SMALL ------------------------------------------------
-
 SMALL = dict(vocab_size=7, n_layers=2, d_model=D, n_heads=2, d_ff=5, seq_len=6, moe_layers=(1,), n_experts=E,
              losses=dict(z=0.01))
-MODELS = {
+MODELS = {  # name -> what differs from SMALL
     "dense": dict(moe_layers=()),
     "top_k, K = 1": dict(top_k=1),
     "top_k, K = 2": dict(),
@@ -241,8 +230,6 @@ def _model(**options):
                    call=lambda model: model.loss(ids[:, :-1], ids[:, 1:], training=True, rng=_rng(1)).total)
 
 
-# -- exactly zero: name -> (function, inputs on which its output must not depend at all) ------------
-
 CROWDED = ASSIGNMENTS["one expert holds all"]  # expert 2; with room for 3 tokens, 9 of 12 are dropped
 
 
@@ -257,7 +244,7 @@ def _first_expert(*parameters):
     return _replaced(bank, **{name: F.concatenate([p, whole[1:]]) for p, (name, whole) in zip(parameters, names)})
 
 
-ZEROS = {
+ZEROS = {  # name -> (function, inputs on which its output must not depend at all)
     "router weights, K = 1 renormalised": (  # the gate is then the constant 1; this is not the default
         lambda weight: _replaced(routers.make("top_k", D, E, top_k=1, dtype=float, renormalise=True), weight=weight)(
             X, RouteContext()).gate, _normal(D, E)),

@@ -4,8 +4,8 @@ from numba import prange
 
 from ..reference import GATED
 from .activations import KINDS, activate, activate_backward
-from .dense import add_bias, add_partials, column_sums, segment_rows
 from .compile import example, loop, pool
+from .dense import add_bias, add_partials, column_sums, segment_rows
 from .runtime import PIECE, blocks, contiguous, get_threads
 from .updates import scatter_add
 
