@@ -202,7 +202,7 @@ def test_counterfactual_routes_by_hand():
 
 
 def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trainer):
-    bank, valid = trainer.model.expert_banks()[0], measures.windows(trainer, 2)
+    bank, valid = trainer.model.expert_banks()[0], trainer.validation(2)
     for p in bank.parameters().values():
         p.data = np.repeat(p.data[:1] + 0.5, len(p.data), axis=0)
     nats = losses_and_routings(trainer.model, valid, causal=False)[0]

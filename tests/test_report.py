@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -213,6 +215,88 @@ def test_every_figure_is_written_whole(tmp_path):
     assert all(f"(figures/{path.name})" in findings(tmp_path) for path in paths)
 
 
+# -- damaged and hostile rows --
+
+def shape(x):
+    """Names and types of a JSON value; the names of versions are values."""
+    if isinstance(x, dict):
+        return {name: None if name == "versions" else shape(each) for name, each in x.items()}
+    return [shape(each) for each in x] if isinstance(x, list) else float if isinstance(x, int) else type(x)
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "config.json", "log.jsonl", "summary.json"])
+def test_flipped_bits_of_rows_change_nothing_or_are_refused_in_one_line(tmp_path, name):
+    """A flip that leaves other names or types never changes the findings; one that leaves another value may."""
+    write_study(tmp_path, n_seeds=2, losses={one: LOSSES[one] for one in "AE"})
+    path = tmp_path / "runs/E-seed1" / name
+    if name == "runs.jsonl":
+        path, _ = compact(tmp_path)
+        shutil.rmtree(tmp_path / "runs")
+    raw, before, rng, refused = path.read_bytes(), findings(tmp_path), np.random.default_rng(0), 0
+    for at, bit in zip(rng.integers(0, len(raw), 150), rng.integers(0, 8, 150)):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1:])
+        try:
+            after = findings(tmp_path)
+            report.write_summary_csv(tmp_path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and re.search(r"-seed\d|runs.jsonl: line", str(error)), (at, bit)
+        else:
+            same = [shape(json.loads(line)) for text in (raw, path.read_bytes())
+                    for line in (text.splitlines() if name.endswith("l") else [text])]
+            half = len(same) // 2
+            assert after == before or same[:half] == same[half:], (at, bit)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("name, place, value", [
+    ("config", ["training"], 5), ("config", ["training", "batch_size"], "8"), ("config", ["domains"], None),
+    ("config", ["domains"], [1]), ("config", ["corpus", "prose"], []), ("config", ["seed"], "0"),
+    ("config", ["corpus", "prose", "entropy_rate"], "high"), ("config", ["model", "router"], None),
+    ("config", ["model", "aux_coef"], "0"), ("config", ["parameters"], None), ("config", ["versions"], "3.11"),
+    ("summary", ["seconds"], "a"), ("summary", ["measured"], [1]), ("summary", ["measured"], {"noise_share": "a"}),
+    ("summary", ["final", "layers"], None), ("summary", ["final", "layers"], [1]), ("summary", ["final", "layers"], []),
+    ("summary", ["final", "layers", 0, "load"], "25"), ("summary", ["final", "layers", 0, "load"], [25, 25]),
+    ("summary", ["final", "layers", 0, "load_cv"], "0"), ("summary", ["final", "layers", 0, "domain_load"], [25]),
+    ("summary", ["final", "causal_perplexity"], [1]), ("summary", ["final", "validation_tokens"], None)])
+def test_a_value_of_another_type_is_refused_by_the_name_of_the_run(tmp_path, name, place, value):
+    path = write_run(tmp_path, "A", 0, 2.0) / f"{name}.json"
+    whole = part = json.loads(path.read_text())
+    for step in place[:-1]:
+        part = part[step]
+    part[place[-1]] = value
+    path.write_text(json.dumps(whole))
+    refused = CliRunner().invoke(cli.main, ["study", "--plot-only", "--out", str(tmp_path)])
+    assert refused.exit_code == 1 and "A-seed0 is a finished run with damaged files" in refused.output
+    assert refused.output.count("\n") == 1
+
+
+def test_runs_that_measured_other_numbers_are_refused(tmp_path):
+    for seed in (0, 1):
+        path = write_run(tmp_path, "A", seed, 2.0) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"measured": {f"drop_cost{'x' * seed}": 0.5}}))
+    with pytest.raises(ValueError, match="A-seed0 and A-seed1 differ in their measured"):
+        findings(tmp_path)
+
+
+def test_text_of_rows_is_escaped_in_the_findings(tmp_path):
+    bad = "a|b <img src=x> `c` **d** [e](f) $g$\n\n# h \x1b[31m"
+    write_study(tmp_path, n_seeds=1, losses={"A": (2.0,), "B": (1.5,), "D": (1.7,)})
+    for name in "AB":
+        folder = tmp_path / f"runs/{name}-seed0"
+        change(folder, "model", router=bad, **{bad: name})
+        change(folder, None, domains=[bad, "verse"])
+    change(tmp_path / "runs/A-seed0", "versions", **{bad: bad})
+    (tmp_path / "runs/D-seed0/summary.json").rename(tmp_path / "runs/D-seed0/failure.json")
+    (tmp_path / "runs/D-seed0/failure.json").write_text(json.dumps({"reason": bad}))
+    (tmp_path / "runs" / bad.replace("/", "")).mkdir()
+    text = findings(tmp_path)
+    assert draw_all(tmp_path)  # dollar signs are no formula
+    for markup in ("<img", "**d**", "`c`", "](f)", "$g", "\n# h", "\x1b"):
+        assert markup not in text
+    assert len({line.count("|") for line in text.split("## Settings")[1].split("\n\n")[1].splitlines()}) == 1
+
+
 # -- compact results --
 
 def test_compact_results_are_read_as_the_folders_are(tmp_path):
@@ -260,7 +344,7 @@ def test_the_command_makes_compact_results_or_says_why_not(tmp_path):
 
 def change(path, part, **fields):
     config = json.loads((path / "config.json").read_text())
-    config[part] = config[part] | fields if part else fields
+    config |= {part: config[part] | fields} if part else fields
     (path / "config.json").write_text(json.dumps(config))
 
 

@@ -26,11 +26,10 @@ SCALES = {"quick": Scale(SMALL, 60, 2), "default": Scale(SMALL, 500, 3), "full":
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing that is compared: an id, and in words what it is.
+    """One thing that is compared: an id, what it is in words, and the fields of ModelConfig and TrainConfig it changes.
 
-    model: fields of ModelConfig that it changes. width: of an expert, in units of d_ff. training: fields of
-    TrainConfig. length: of the run, in units of the scale's steps. start: id of the setting whose trained model it
-    starts from.
+    width: of an expert, in units of d_ff. length: of the run, in units of the scale's steps. start: id of the setting
+    whose trained model it starts from.
     """
 
     id: str
@@ -54,11 +53,10 @@ RELATIONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operat
 
 @dataclass(frozen=True)
 class Effect(Contrast):
-    """What a claim needs: a Contrast that is beyond a bound.
+    """What a claim needs: a Contrast whose relation (one of RELATIONS) to a bound holds.
 
-    relation: of the number to the bound, one of RELATIONS. every_run: judge every run instead of the interval over
-    seeds. Use it for a number that cannot pass its bound, such as a share, and for a change that is either rounding or
-    not: there an interval would doubt what every run shows.
+    every_run: judge every run instead of the interval over seeds. Use it where an interval would doubt what every run
+    shows: a number that cannot pass its bound, such as a share, or a change that is either rounding or not.
     """
 
     relation: str
@@ -69,10 +67,8 @@ class Effect(Contrast):
     def ends(self, numbers: np.ndarray) -> tuple[float, float]:
         """(low, high) of the interval over seeds, or of the runs; infinite where nothing is decided: one seed, nan."""
         interval = t_interval(numbers)
-        low, high = (interval.low, interval.high)
-        if self.every_run and len(numbers):
-            low, high = min(numbers), max(numbers)
-        return (low, high) if np.isfinite([low, high]).all() else (-np.inf, np.inf)
+        ends = (min(numbers), max(numbers)) if self.every_run and len(numbers) else (interval.low, interval.high)
+        return ends if np.isfinite(ends).all() else (-np.inf, np.inf)
 
     def word(self, numbers: np.ndarray) -> str:
         """"held" where both ends are beyond the bound, "did not hold" where neither is, else "undecided"."""
@@ -82,12 +78,9 @@ class Effect(Contrast):
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim: what it says, who says so, and the Effects that it needs; all of them must hold.
+    """A published claim: what it says, who says so, and the Effects that it needs; all of them must hold."""
 
-    number: its place in the list of ten that FINDINGS.md gathers, None for one that is not in it.
-    """
-
-    number: int | None
+    number: int | None  # its place among the ten that FINDINGS.md gathers, if it is one of them
     text: str
     published: str
     effects: tuple
@@ -106,41 +99,33 @@ class Dispute:
 class Experiment:
     """A question and how it is answered.
 
-    metrics: the columns of its table, names of quantities.py (or of what `measure` returns).
-    planned: the Contrasts that are tested, fixed before any result is looked at.
-    say: Results -> the sentences of its finding, made from numbers. None: a verdict for each planned metric.
-    figures: {name: function of Results -> Figure}, see figures.py.
-    caution: what it cannot show.
-    model, training: fields of ModelConfig and TrainConfig for all settings. scales: {"quick", "default", ...: Scale}.
-    text: the corpus, None for the default. measure: measure(trainer) -> {name: number}, asked of every trained model.
     adjustable: settings may be missing, and --set may change them, as in `cli.py study`. Then figures and findings are
-        made of what there is, and labels are read from the runs.
+    made of what there is, and labels are read from the runs.
     """
 
     name: str
     question: str
     settings: tuple
-    metrics: tuple
-    planned: tuple
-    figures: dict
-    say: Callable | None = None
-    caution: str = ""
+    metrics: tuple  # the columns of its table: names of quantities.py, or of what `measure` returns
+    planned: tuple  # the Contrasts that are tested, fixed before any result is looked at
+    figures: dict  # {name: function of Results -> Figure}, see figures.py
+    say: Callable | None = None  # Results -> sentences of the finding; None: a verdict for each planned metric
+    caution: str = ""  # what it cannot show
     claims: tuple = ()
     disputes: tuple = ()
-    model: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)  # fields of ModelConfig, and of TrainConfig, for all settings
     training: dict = field(default_factory=lambda: {"n_evaluations": 10, "eval_windows": 16})
     scales: dict = field(default_factory=lambda: SCALES)
-    text: str | None = None
-    measure: Callable | None = None
+    text: str | None = None  # the corpus, None for the default
+    measure: Callable | None = None  # measure(trainer) -> {name: number}, asked of every trained model
     adjustable: bool = False
 
     def __post_init__(self):
-        pairs = [pair for one in self.disputes for pair in one.pairs]
-        needed = [one.settings for one in (*self.planned, *(e for claim in self.claims for e in claim.effects))]
-        started = [(s.start,) for s in self.settings if s.start]
+        contrasts = (*self.planned, *(effect for claim in self.claims for effect in claim.effects))
+        needed = [*(one.settings for one in contrasts), *(pair for one in self.disputes for pair in one.pairs),
+                  [s.start for s in self.settings if s.start]]
         known = {s.id for s in self.settings}
-        unknown = {name for names in (*pairs, *needed, *started) for name in names} - known
-        if unknown:
+        if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
         if len(known) < len(self.settings):
             raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
@@ -157,7 +142,7 @@ class Experiment:
                 for seed in range(seeds) for name in only or settings]
 
     def _run(self, setting, seed, scale, model, training):
-        fields = merged(scale.model, self.model, setting.model, model)
+        fields = _merged(scale.model, self.model, setting.model, model)
         if setting.width != 1:
             fields = {"d_expert": round(setting.width * ModelConfig(**fields).d_ff)} | fields
         config = ModelConfig(**fields)
@@ -168,8 +153,8 @@ class Experiment:
                        training=TrainConfig(**plan), start=setting.start, measure=self.measure)
 
 
-def merged(*parts: dict) -> dict:
-    """One dict of several; later values win, and where both are dicts (router_options, losses) they are merged too."""
+def _merged(*parts):
+    """One dict of several: later values win, and dicts in them (router_options, losses) are merged too."""
     whole = {}
     for part in parts:
         for name, new in part.items():

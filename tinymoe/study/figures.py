@@ -29,6 +29,7 @@ STYLE = {
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5, "axes.axisbelow": True,
     "lines.linewidth": 1.2, "lines.markersize": 3.5, "savefig.dpi": 200,
+    "text.parse_math": False,  # a name with dollar signs is no formula
 }
 DOUBLE = 7.0  # width of two columns, in inches
 SHARE = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # colours of a share, stretched where the small shares are
@@ -48,8 +49,7 @@ def default_style():
 def draw_all(results: Results) -> list[Path]:
     """Draw the figures of an experiment into its folder's `figures`; returns the paths written.
 
-    There are none while a setting is missing without which the experiment says nothing. A figure about experts is left
-    out where no setting has any. Each file is written whole or not at all, with the same bytes for the same figure.
+    There are none while the Results are not ready. A figure about experts is left out where no setting has any.
     """
     paths = []
     with default_style():
@@ -62,13 +62,11 @@ def draw_all(results: Results) -> list[Path]:
 
 
 def save(fig: Figure, path):
-    """Write a figure as PNG."""
+    """Write a figure as PNG: the same bytes for the same figure."""
     image = io.BytesIO()
     fig.savefig(image, format="png", metadata={"Software": None})
     write_whole(path, image.getvalue())
 
-
-# -- shared parts -------------------------------------------------------------------------------
 
 def style_of(results: Results, name: str) -> dict:
     """Colour and marker of a setting by its place in the experiment; a colour that comes again has another marker."""
@@ -86,6 +84,15 @@ def panel_grid(n_rows, n_columns, height, **options):
     return fig, fig.subplots(n_rows, n_columns, squeeze=False, **options)
 
 
+def layer_grid(results, n_rows, height, sharey):
+    """(Figure, panels (n_rows, MoE layers)), the layers named above the first row."""
+    layers = max((runs[0].final["layers"] for runs in results.groups.values()), key=len)
+    fig, grid = panel_grid(n_rows, len(layers), 1.0 + height * n_rows, sharex=True, sharey=sharey)
+    for axes, layer in zip(grid[0], layers):
+        axes.set_title(f"layer {layer['layer']}")
+    return fig, grid
+
+
 def add_legend(fig, results, names=None, *extra):
     """One legend below the panels, where it can cover no data; `extra` are handles after those of the settings."""
     handles = [Line2D([], [], label=results.label(name), **style_of(results, name)) for name in names or results.groups]
@@ -98,39 +105,32 @@ def less_reference(reference, metric):
     return base, title(metric) + (f"\nless that of {base}" if base else "")
 
 
-def series(results, name, metric, reference=None, layer=None):
-    """(steps, values (seeds, steps)) of a setting's log, less the reference's of the same seed if there is one.
-
-    Steps that all runs logged with a number. layer: index of one MoE layer, None for the mean.
-    """
-    def logs(setting):
-        return {run.seed: {row["step"]: in_row(row, metric, layer) for row in run.log}
-                for run in results.groups[setting]}
-
-    values, other = logs(name), logs(reference) if reference else None
-    seeds = [seed for seed in values if other is None or seed in other]
-    parts = [values[seed] for seed in seeds] + ([other[seed] for seed in seeds] if other else [])
-    steps = [n for n in sorted(set.intersection(*map(set, parts))) if all(np.isfinite(one[n]) for one in parts)]
-    return steps, np.array([[values[seed][n] - (other[seed][n] if other else 0) for n in steps] for seed in seeds])
-
-
-def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, **options):
-    """Mean over seeds as a line with markers and the range of the seeds as a band, from a step on."""
-    steps, values = series(results, name, metric, reference, layer)
-    first = sum(step < start for step in steps)
-    steps, values, style = steps[first:], values[:, first:], style_of(results, name)
-    every = max(1, len(steps) // 8)
-    offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
-    axes.plot(steps, values.mean(axis=0), markevery=(offset, every), **style | options)
-    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, lw=0)
-
-
 def half_widths(intervals):
     """For error bars; 0 where there is one seed."""
     return np.nan_to_num([one.half for one in intervals])
 
 
-# -- over the steps -----------------------------------------------------------------------------
+def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, **options):
+    """The log of a setting, less the reference's of the same seed if there is one, from a step on.
+
+    The mean over seeds is a line with markers, the range of the seeds a band. Steps count that all runs logged with a
+    number. layer: index of one MoE layer, None for the mean.
+    """
+    logs = {run.run_id: {row["step"]: row for row in run.log}
+            for setting in (name, reference) if setting for run in results.groups[setting]}
+
+    def at(step):
+        return Contrast(metric, name, minus=reference).of(lambda _, setting: {
+            run.seed: in_row(logs[run.run_id][step], metric, layer) for run in results.groups[setting]})
+
+    common = sorted(step for step in set.intersection(*map(set, logs.values())) if step >= start)
+    found = {step: values for step in common if np.isfinite(values := at(step)).all()}
+    steps, values, style = list(found), np.array(list(found.values())), style_of(results, name)
+    every = max(1, len(steps) // 8)
+    offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
+    axes.plot(steps, values.mean(axis=1), markevery=(offset, every), **style | options)
+    axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.15, lw=0)
+
 
 def over_steps(reference, *metrics, names=None, enlarged=False):
     """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's.
@@ -180,8 +180,6 @@ def by_layer(*metrics):
     return draw
 
 
-# -- at the end ---------------------------------------------------------------------------------
-
 def at_the_end(*metrics, names=None, experts_only=False):
     """A panel for each metric: the settings from top to bottom, mean and interval, every seed a small mark.
 
@@ -229,6 +227,15 @@ def one_against_other(x, y):
     return draw
 
 
+def log_lines(axes, lines, ticks, x_label, y_label):
+    """Lines through intervals over a logarithmic axis; lines: [(x values, Intervals, options of the line)]."""
+    for x, found, options in lines:
+        axes.errorbar(x, [one.mean for one in found], yerr=half_widths(found), elinewidth=0.8, **options)
+    axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+
+
 def lines_by(names_of, x_of, x_label, *metrics, reference=None):
     """A panel for each metric, lines through settings: names_of = {line: setting ids}, x_of(setting id) -> x.
 
@@ -239,33 +246,19 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None):
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})
         for axes, metric in zip(axes_of, metrics):
             base, label = less_reference(reference, metric)
-            for place, (line, names) in enumerate(names_of.items()):
-                found = [t_interval(Contrast(metric, name, minus=base).of(results.numbers)) for name in names]
-                axes.errorbar([x_of(name) for name in names], [one.mean for one in found], label=line,
-                              yerr=half_widths(found), elinewidth=0.8, **style_at(place))
-            axes.set(xlabel=x_label, ylabel=label, xscale="log")
-            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            axes.minorticks_off()
+            lines = [(list(map(x_of, names)),
+                      [t_interval(Contrast(metric, name, minus=base).of(results.numbers)) for name in names],
+                      {"label": line} | style_at(place)) for place, (line, names) in enumerate(names_of.items())]
+            log_lines(axes, lines, ticks, x_label, label)
         fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
         return fig
     return draw
 
 
-# -- shares as colours --------------------------------------------------------------------------
-
-def layer_grid(results, n_rows, height, sharey):
-    """(Figure, panels (n_rows, MoE layers)), the layers named above the first row."""
-    layers = max((runs[0].final["layers"] for runs in results.groups.values()), key=len)
-    fig, grid = panel_grid(n_rows, len(layers), 1.0 + height * n_rows, sharex=True, sharey=sharey)
-    for axes, layer in zip(grid[0], layers):
-        axes.set_title(f"layer {layer['layer']}")
-    return fig, grid
-
-
 def heatmaps(results, share_of, bar_label, axis_label):
     """Shares as colours, for the first run of each setting with experts (down) and its MoE layers (across).
 
-    share_of(run, index of the layer) -> (x of the columns, share (rows, columns), names of some rows, title).
+    share_of(run, index of the layer) -> (x of the columns, counts whose rows become shares, names of some rows, title).
     """
     names = results.with_experts
     if not names:
@@ -296,9 +289,9 @@ def _row_shares(counts):
 def expert_load(results):
     """Share of the assignments that each expert receives, over steps: bright is crowded, black is dead."""
     def share_of(run, place):
-        share = _row_shares([row["layers"][place]["load"] for row in run.log])  # (steps, E)
-        last = share.shape[1] - 1
-        return ([row["step"] for row in run.log], share.T, {0: "expert 0", last: f"expert {last}"},
+        share = _row_shares([row["layers"][place]["load"] for row in run.log]).T  # (E, steps)
+        last = len(share) - 1
+        return ([row["step"] for row in run.log], share, {0: "expert 0", last: f"expert {last}"},
                 f"layer {run.final['layers'][place]['layer']}")
 
     return heatmaps(results, share_of, "share of the assignments", "training step")

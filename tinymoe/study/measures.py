@@ -7,7 +7,7 @@ import numpy as np
 from ..autograd.tensor import Tensor, no_grad
 from ..moe import devices, metrics
 from ..moe.routing import from_mask, merge
-from ..training.evaluation import Validation, losses_and_routings
+from ..training.evaluation import losses_and_routings
 from . import probes
 
 WINDOWS = 16  # of each domain
@@ -18,21 +18,12 @@ CLASS_BYTES = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123
                "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")  # the rest is "other"
 
 
-def windows(trainer, n: int = WINDOWS) -> Validation:
-    """A Validation of n windows of each domain."""
-    corpus, length = trainer.corpus, trainer.plan.model.seq_len
-    ids, targets, domain = corpus.validation(n, length)
-    return Validation(ids, targets, domain, corpus.names, trainer.plan.training.batch_size)
-
-
-# -- neighbours and later bytes -----------------------------------------------------------------
-
 def influence(trainer) -> dict[str, float]:
     """How the other windows of a batch (mates), and later bytes of the same window, change a window's output.
 
     The largest change of a logit and the share of bytes routed differently: means over the windows of one batch.
     """
-    model, ids = trainer.model, windows(trainer, 4).ids[:trainer.plan.training.batch_size]
+    model, ids = trainer.model, trainer.validation(4).ids[:trainer.plan.training.batch_size]
     half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
@@ -44,24 +35,20 @@ def influence(trainer) -> dict[str, float]:
     return dict(zip(names, np.mean(found, axis=0).tolist()))
 
 
-# -- devices ------------------------------------------------------------------------------------
-
 def traffic(trainer) -> dict[str, float]:
     """The traffic of one layer's forward pass for each number of devices that divides the experts: means over layers
     and batches, of what quantities.py describes."""
-    valid, config, found = windows(trainer), trainer.plan.model, {}
-    routings = [r for layer in losses_and_routings(trainer.model, valid, causal=False)[1] for r in layer]
+    config, found = trainer.plan.model, {}
+    _, by_layer = losses_and_routings(trainer.model, trainer.validation(WINDOWS), causal=False)
     flops = 4 * config.d_model * config.expert_width
     for n in (n for n in DEVICES if config.n_experts % n == 0):
-        parts = [devices.traffic(r, n, config.d_model) for r in routings]
+        parts = [devices.traffic(routing, n, config.d_model) for routings in by_layer for routing in routings]
         numbers = {"sent": [t.total_bytes / len(t.reach) for t in parts], "slowest": [t.slowest for t in parts],
                    "link": [t.largest_link / len(t.reach) for t in parts], "reach": [t.reach.mean() for t in parts],
                    "path": [1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts]}
         found |= {f"{name}_{n}": float(np.mean(values)) for name, values in numbers.items()}
     return found
 
-
-# -- the gradient that teaches a router ---------------------------------------------------------
 
 def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
     """How noisy the routers' gradient on one batch is: its variance over batches, its squared mean, and the share of
@@ -88,19 +75,16 @@ def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
             "noise_share": float(variance / (variance + signal)) if variance else 0.0}
 
 
-# -- what experts know --------------------------------------------------------------------------
-
 def specialisation(trainer) -> dict:
     """What experts know of a byte's class, its position and its domain, how far their functions differ, and what
     changed routes cost: means over layers, and the tables of the last layer."""
-    valid, model = windows(trainer), trainer.model
+    valid, model = trainer.validation(WINDOWS), trainer.model
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
     found = {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
-    found |= beyond_the_byte(trainer) | bigram_classifier(trainer.corpus, valid)
     divergences = [function_divergence(part, model, valid) for part in model.moe_parts()]
-    found["function_divergence"] = float(np.mean(divergences))
-    return found | counterfactuals(model, valid, nats)
+    return (found | beyond_the_byte(trainer) | bigram_classifier(trainer.corpus, valid)
+            | {"function_divergence": float(np.mean(divergences))} | counterfactuals(model, valid, nats))
 
 
 def byte_class(ids):
@@ -122,7 +106,7 @@ def information(routing, valid):
 
 def beyond_the_byte(trainer) -> dict[str, float | None]:
     """`domain_given_byte` of a model on the final validation windows, the mean over its layers; None if it is dense."""
-    valid = windows(trainer, trainer.plan.training.final_windows)
+    valid = trainer.validation(trainer.plan.training.final_windows)
     _, by_layer = losses_and_routings(trainer.model, valid, causal=False)
     layers = [domain_given_byte(merge(routings), valid) for routings in by_layer]
     return {"domain_given_byte": float(np.mean(layers)) if layers else None}
@@ -152,25 +136,19 @@ def _excess(counts, labels, rng):
 
 
 def bigram_classifier(corpus, valid):
-    """How much two neighbouring bytes tell of the domain.
-
-    A table of byte pairs, counted in the training text, gives the likeliest domain of each byte. Returns its
-    information with the true domain minus null, and its accuracy.
-    """
+    """How well a table of byte pairs, counted in the training text, predicts the domain of each validation byte: its
+    information minus null, and its accuracy."""
     counts = np.stack([np.bincount(np.concatenate([_pairs(d.tokens[a:b].astype(int)) for a, b in d.train]),
                                    minlength=65536) + 1.0 for d in corpus.domains])
     guess = (counts / counts.sum(axis=1, keepdims=True)).argmax(axis=0)[_pairs(valid.ids)]  # (W, T - 1)
     by_window = np.stack([(guess == d).sum(axis=1) for d in range(len(counts))], axis=1)
-    truth = np.repeat(valid.domain[:, None], guess.shape[1], axis=1)
     return {"bigram_information_excess": _excess(by_window, valid.domain, np.random.default_rng(0)),
-            "bigram_accuracy": float((guess == truth).mean())}
+            "bigram_accuracy": float((guess == valid.domain[:, None]).mean())}
 
 
 def _pairs(ids):
     return ids[..., :-1] * 256 + ids[..., 1:]
 
-
-# -- counterfactual routes ----------------------------------------------------------------------
 
 @contextmanager
 def rerouted(layer, change):
@@ -182,50 +160,46 @@ def rerouted(layer, change):
         layer.change_routing = None
 
 
-def changed(routing, mask, gates):
-    """A Routing of other places (N, E) bool with gates (N, E) array, and the same scores."""
-    return from_mask(mask, Tensor(gates.astype(routing.gate.dtype)), routing.logits, routing.probs)
+def _change(of):
+    """A change of routings: of((N, E) array) gives their new choices, and their new gates."""
+    def change(routing, _):
+        mask, gates = of(routing.mask()), of(routing.to_dense().data)
+        return from_mask(mask.astype(bool), Tensor(gates.astype(routing.gate.dtype)), routing.logits, routing.probs)
+    return change
 
 
 def force(e):
     """A change: every token goes to expert e alone, with the sum of its gates."""
-    def change(routing, _):
-        only = np.broadcast_to(np.arange(routing.n_experts) == e, routing.mask().shape)
-        return changed(routing, only, np.where(only, routing.to_dense().data.sum(axis=1, keepdims=True), 0))
-    return change
+    return _change(lambda x: np.where(np.arange(x.shape[1]) == e, x.sum(axis=1, keepdims=True), 0))
 
 
 def drop(e):
     """A change: no token goes to expert e."""
-    def change(routing, _):
-        kept = routing.mask() & (np.arange(routing.n_experts) != e)
-        return changed(routing, kept, np.where(kept, routing.to_dense().data, 0))
-    return change
+    return _change(lambda x: np.where(np.arange(x.shape[1]) == e, 0, x))
 
 
 def swap(e):
     """A change: the tokens of expert e go to the next expert, and the other way about."""
-    def change(routing, _):
-        order = np.arange(routing.n_experts)
+    def of(x):
+        order = np.arange(x.shape[1])
         other = (e + 1) % len(order)
         order[[e, other]] = other, e
-        return changed(routing, routing.mask()[:, order], routing.to_dense().data[:, order])
-    return change
+        return x[:, order]
+    return _change(of)
 
 
 def counterfactuals(model, valid, nats):
     """By how much each change raises the loss, in nats a byte: means over experts and layers, the spread of one
     expert's cost over the domains, and for the last layer a table (E, domains)."""
     found, domains = {}, [valid.domain == d for d in range(len(valid.names))]
+
+    def costs(layer, change):
+        with rerouted(layer, change):
+            rise = losses_and_routings(model, valid, causal=False)[0] - nats
+        return [float(rise[d].mean(dtype=float)) for d in domains]
+
     for name, change in (("drop", drop), ("swap", swap), ("force", force)):
-        tables = []
-        for layer in model.moe_parts():
-            rows = []
-            for e in range(model.config.n_experts):
-                with rerouted(layer, change(e)):
-                    rise = losses_and_routings(model, valid, causal=False)[0] - nats
-                rows.append([float(rise[d].mean(dtype=float)) for d in domains])
-            tables.append(rows)
+        tables = [[costs(layer, change(e)) for e in range(model.config.n_experts)] for layer in model.moe_parts()]
         found[f"{name}_cost"] = float(np.mean(tables))
         found[f"{name}_spread"] = float(np.std(tables, axis=2).mean())
         found[f"{name}_table"] = tables[-1]
@@ -238,8 +212,8 @@ def function_divergence(layer, model, valid):
 
     def keep_outputs(routing, x):
         for e in range(routing.n_experts):
-            only = np.broadcast_to(np.arange(routing.n_experts) == e, routing.probs.shape)
-            outputs.append(layer.experts(x, changed(routing, only, only)).data.astype(float))
+            alone = _change(lambda gates, e=e: np.broadcast_to(np.arange(gates.shape[1]) == e, gates.shape))
+            outputs.append(layer.experts(x, alone(routing, x)).data.astype(float))
         return routing
 
     with rerouted(layer, keep_outputs), no_grad():

@@ -1,7 +1,7 @@
-"""Tests of what a router does to a model, as `python cli.py probe ROUTER` runs them.
+"""Tests of what a router does to a model, as `python cli.py probe ROUTER` runs them on a briefly trained model.
 
-A small model is trained for a few steps on real text. Then: does a later token, or another sequence of the batch,
-change the output for an earlier one? Which terms of the loss give the router a gradient? Has routing collapsed?
+Does a later token, or another sequence of the batch, change the output for an earlier one? Which terms of the loss
+give the router a gradient? Has routing collapsed?
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,14 @@ from ..training.trainer import RunPlan, Trainer
 
 @dataclass(frozen=True)
 class Influence:
-    """How much a change of the input changes tokens that should not depend on it.
+    """How much a change of the input changes tokens that should not depend on it."""
 
-    tokens: share of these tokens whose experts change in any layer. logits: the largest change of their logits; below
-    1e-4 it is rounding.
-    """
-
-    tokens: float
-    logits: float
+    tokens: float  # share of these tokens whose experts change in any layer
+    logits: float  # the largest change of their logits; below 1e-4 it is rounding
 
 
 def compared(model, ids, other_ids, keep, **options):
-    """The Influence of other_ids instead of ids on the tokens that keep(array (B, T, ...)) -> (M, ...) selects."""
+    """The Influence of other_ids instead of ids on the tokens that keep(array (B, T, ...)) -> (..., X) selects."""
     def outcome(ids):
         with no_grad():
             output = model.forward(ids, rng=np.random.default_rng(0), **options)
@@ -41,30 +37,26 @@ def compared(model, ids, other_ids, keep, **options):
     return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
 
 
-def causality(model, ids: np.ndarray, causal: bool = False, training: bool = False, seed: int = 0) -> Influence:
+def causality(model, ids: np.ndarray, causal: bool = False, training: bool = False) -> Influence:
     """The Influence of the second half of each sequence on its first half: none, where routing is causal.
 
     ids (B, T); their second halves become random tokens. training: route as a training step does, with the same noise
     both times. Attention is causal, so any change comes through the routers.
     """
-    half = ids.shape[1] // 2
-    other = ids.copy()
-    other[:, half:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[:, half:].shape)
-    return compared(model, ids, other, _kept(lambda x: x[:, :half]), causal=causal, training=training)
+    half, other = ids.shape[1] // 2, ids.copy()
+    other[:, half:] = np.random.default_rng(0).integers(0, model.config.vocab_size, ids[:, half:].shape)
+    return compared(model, ids, other, lambda x: x[:, :half], causal=causal, training=training)
 
 
-def _kept(part):
-    return lambda x: part(x).reshape(-1, x.shape[-1])
-
-
-def batch_independence(model, ids: np.ndarray, seed: int = 0) -> dict[str, Influence]:
+def batch_independence(model, ids: np.ndarray) -> dict[str, Influence]:
     """The Influence of the other sequences on the first sequence of ids (B, T): dict of Influences.
 
     "alone": they are left out. "other neighbours": random tokens replace them.
     """
-    first, other = _kept(lambda x: x[:1]), ids.copy()
-    other[1:] = np.random.default_rng(seed).integers(0, model.config.vocab_size, ids[1:].shape)
-    return {"alone": compared(model, ids, ids[:1], first), "other neighbours": compared(model, ids, other, first)}
+    other = ids.copy()
+    other[1:] = np.random.default_rng(0).integers(0, model.config.vocab_size, ids[1:].shape)
+    return {name: compared(model, ids, those, lambda x: x[0])
+            for name, those in (("alone", ids[:1]), ("other neighbours", other))}
 
 
 def flattery(model, ids: np.ndarray, targets: np.ndarray) -> float:
@@ -74,27 +66,30 @@ def flattery(model, ids: np.ndarray, targets: np.ndarray) -> float:
     return float(causal - leaky)
 
 
-def gradient_path(model, ids: np.ndarray, targets: np.ndarray, seed: int = 0) -> dict[str, tuple]:
+def gradient_path(model, ids: np.ndarray, targets: np.ndarray) -> dict[str, tuple]:
     """The gradient that each term of the loss gives to all routers' weights: dict term -> (coefficient, norm).
 
     The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
     router learns nothing from the term.
     """
-    terms = model.loss(ids, targets, training=True, rng=np.random.default_rng(seed))
-    coefficients = {"cross_entropy": 1.0, **model.config.coefficients(), "multi_token": model.config.mtp_coef}
+    terms = model.loss(ids, targets, training=True, rng=np.random.default_rng(0))
+    coefficients = {**model.config.coefficients(), "multi_token": model.config.mtp_coef}
     weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
     norms = {}
     for name, term in {"cross_entropy": terms.cross_entropy, **terms.terms}.items():
-        coefficient = coefficients.get(name) or 1.0  # a penalty has no coefficient of its own
-        for p in model.parameters().values():
-            p.grad = None
+        coefficient = coefficients.get(name) or 1.0  # neither the cross-entropy nor a penalty has one of its own
+        _clear_gradients(model)
         if term.requires_grad:
             (coefficient * term).backward()
         squares = sum((p.grad.astype(float) ** 2).sum() for p in weights if p.grad is not None)
         norms[name] = coefficient, float(np.sqrt(squares))
+    _clear_gradients(model)
+    return norms
+
+
+def _clear_gradients(model):
     for p in model.parameters().values():
         p.grad = None
-    return norms
 
 
 def assignment_shortfall(model, ids):
@@ -117,9 +112,9 @@ def alarms(model, ids: np.ndarray, targets: np.ndarray) -> list[str]:
             for warning in metrics.alarms(i, routing.load, routing.n_tokens, part.router)]
 
 
-def trained(config, corpus, steps, training, seed=0):
+def trained(config, corpus, steps, training):
     """A model after so many training steps, and validation ids and targets (8, T) of all domains."""
-    trainer = Trainer(Transformer(config, seed), RunPlan("probe", "probe", seed, config, training), corpus)
+    trainer = Trainer(Transformer(config), RunPlan("probe", "probe", 0, config, training), corpus)
     for _ in range(steps):
         trainer.advance()
     ids, targets, _ = corpus.validation(2, config.seq_len)

@@ -1,4 +1,4 @@
-"""The table of quantities: every number that tables, figures and summary.csv show of a run is defined here, once.
+"""The table of quantities: every number that tables and figures show of a run is defined here, once.
 
 To add a metric, add one Quantity to the list. Without `of`, it is the field `name` of a log row, of the row's MoE
 layers, or of what an experiment measured at the end of the run. With `of`, it is computed from what is stored.
@@ -42,18 +42,6 @@ class Quantity:
         return f"**{self.title[0].upper()}{self.title[1:]}.**"
 
 
-def _share_of_maximum(entropy):
-    return lambda layer: layer[entropy] / math.log(max(2, len(layer["load"])))
-
-
-def _excess(name):
-    return lambda layer: layer[name] - layer[f"{name}_null"]
-
-
-def _worst(name):
-    return lambda run: max(in_row(row, name) for row in run.log if row["step"])
-
-
 def above_entropy(run):
     """Causal loss above the entropy rate of the text, in nats a byte; nan where that rate is unknown."""
     rates = [part.get("entropy_rate") for part in run.config["corpus"].values()]
@@ -67,8 +55,7 @@ def padding(run):
         return math.nan
     n = run.config["training"]["batch_size"] * model["seq_len"]
     places = model["n_experts"] * capacity(n, model["n_experts"], model["top_k"], model["capacity_factor"]) / n
-    taken = np.mean([sum(layer["load"]) for layer in final["layers"]])
-    return 1 - taken / (places * final["validation_tokens"])
+    return 1 - experts_per_token(final) / places
 
 
 def experts_per_token(row):
@@ -78,16 +65,28 @@ def experts_per_token(row):
 
 
 def counted(run, field):
-    """A field of the whole model's counting.Part, for the measured experts of a byte and attention over half a window.
+    """A field of the whole model's counting.Part in millions, for measured experts and attention over half a window.
 
     nan where the model is of another version.
     """
     try:
         measured = experts_per_token(run.final) if run.is_moe else None
         parts = count(architecture(run.model), context=run.model["seq_len"] / 2, experts_per_token=measured)
-        return getattr(parts[-1], field)
+        return getattr(parts[-1], field) / 1e6
     except (KeyError, TypeError, ValueError):
         return math.nan
+
+
+def _share_of_ln_e(entropy):
+    return lambda layer: layer[entropy] / math.log(max(2, len(layer["load"])))
+
+
+def _excess(name):
+    return lambda layer: layer[name] - layer[f"{name}_null"]
+
+
+def _worst(name):
+    return lambda run: max(in_row(row, name) for row in run.log if row["step"])
 
 
 QUANTITIES = {quantity.name: quantity for quantity in (
@@ -109,7 +108,6 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("worst_cv", "largest load CV while training", of=_worst("load_cv"), per="run"),
     Quantity("max_violation", "MaxVio, validation set"),
     Quantity("max_violation_batch", "MaxVio, mean over batches"),
-    Quantity("load_entropy", "load entropy", "share of ln E"),
     Quantity("dead_experts", "dead experts in a layer"),
     Quantity("worst_dead", "most dead experts in a layer while training", of=_worst("dead_experts"), per="run"),
     Quantity("drop_rate", "share of assignments dropped"),
@@ -118,24 +116,16 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("token_coverage", "coverage", digits=4),
     Quantity("lost_all", "share of bytes without any expert", of=lambda layer: 1 - layer["token_coverage"]),
     Quantity("router_entropy", "router entropy", "nats"),
-    Quantity("marginal_entropy", "entropy of the mean probabilities", "nats"),
-    Quantity("router_entropy_share", "entropy for a byte", "share of ln E", of=_share_of_maximum("router_entropy")),
-    Quantity("marginal_entropy_share", "entropy of the mean", "share of ln E",
-             of=_share_of_maximum("marginal_entropy")),
+    Quantity("router_entropy_share", "entropy for a byte", "share of ln E", of=_share_of_ln_e("router_entropy")),
+    Quantity("marginal_entropy_share", "entropy of the mean", "share of ln E", of=_share_of_ln_e("marginal_entropy")),
     # what experts know
-    Quantity("mutual_information", "domain information with its null", "nats"),
-    Quantity("mutual_information_null", "null of the domain information", "nats"),
     Quantity("mi_excess", "domain information", "nats", of=_excess("mutual_information")),
-    Quantity("byte_information", "byte information with its null", "nats"),
-    Quantity("byte_information_null", "null of the byte information", "nats"),
     Quantity("byte_excess", "byte information", "nats", of=_excess("byte_information")),
     Quantity("byte_over_domain", "byte information - domain information", "nats",
              of=lambda layer: _excess("byte_information")(layer) - _excess("mutual_information")(layer)),
     Quantity("domain_given_byte", "domain information beyond the byte", "nats"),
     Quantity("class_information_excess", "byte class information", "nats"),
     Quantity("position_information_excess", "position information", "nats"),
-    Quantity("bigram_information_excess", "domain information of a table of byte pairs", "nats"),
-    Quantity("bigram_accuracy", "accuracy of a table of byte pairs"),
     Quantity("repetition", "repetition"),
     Quantity("weight_divergence", "weight divergence"),
     Quantity("function_divergence", "function divergence"),
@@ -151,9 +141,8 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("later_logits", "largest change of a logit by later bytes"),
     # what it takes
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
-    Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active") / 1e6,
-             per="run"),
-    Quantity("megaflops", "work for a byte", "MFLOP", of=lambda run: counted(run, "flops") / 1e6, per="run"),
+    Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active"), per="run"),
+    Quantity("megaflops", "work for a byte", "MFLOP", of=lambda run: counted(run, "flops"), per="run"),
     Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
     *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in (1, 2, 4, 8, 16) for name, label in (
         ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
@@ -177,15 +166,15 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     Raises ValueError for a name that is neither in the table nor in the row.
     """
     one = quantity(name)
-    if one.of and one.per == "row":
+    if one.per == "row":
         return float(one.of(row))
-    if name in row:
-        return math.nan if row[name] is None else float(row[name])
-    layers = row["layers"] if layer is None else row["layers"][layer:layer + 1]
-    numbers = [one.of(each) if one.of else each.get(name) for each in layers]
-    if name not in QUANTITIES and (not numbers or None in numbers):
-        raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
-    return math.nan if not numbers or None in numbers else float(np.mean(numbers))
+    layers = row.get("layers", []) if layer is None else row["layers"][layer:layer + 1]
+    numbers = [row[name]] if name in row else [one.of(each) if one.of else each.get(name) for each in layers]
+    if numbers and None not in numbers:
+        return float(np.mean(numbers))
+    if name in QUANTITIES or name in row:
+        return math.nan
+    raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
 
 
 def value(run, name: str) -> float:
@@ -196,7 +185,4 @@ def value(run, name: str) -> float:
     one = quantity(name)
     if one.per == "run":
         return float(one.of(run))
-    for row in (run.measured, run.final, run.log[-1]):
-        if name in row:
-            return math.nan if row[name] is None else float(row[name])
-    return in_row(run.final, name)
+    return in_row(next((row for row in (run.measured, run.final, run.log[-1]) if name in row), run.final), name)

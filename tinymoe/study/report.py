@@ -7,18 +7,19 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import printable, write_whole
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, title, value
 from .results import COMPACT, Results, RunRecord, load_runs
 from .statistics import enough_digits, t_interval
 
-GLOSSARY = """- A *router* chooses K of E *experts* for each byte. The *gate* is the weight with which the output of \
-a chosen expert is added. A route is one byte's choice of experts.
+GLOSSARY = """- A *router* chooses K of E *experts* for each byte: its route. The *gate* is the weight with which a \
+chosen expert's output is added.
 - *Loss* is the mean cross-entropy of the validation text in nats per byte; lower is better. *Perplexity* is \
 exp(loss).
 - *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
@@ -38,20 +39,23 @@ differences, and *suggestive* when it excludes 0 only before the correction. Oth
 not mean that the two are equal."""
 METHODS = """Information is the plug-in estimate of mutual information with the expert minus its mean under shuffled \
 labels; domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine over \
-pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers. \
-They are measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
-its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
-which is the same for all settings. Intervals cover the seed, not the choice of text. Curves over steps use fewer \
-validation windows than the tables, and their bands show the range of the seeds. An interval may exceed a bound that \
-its number cannot, such as a coverage of 1."""
+pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers, \
+measured with the routing of training, without router noise. For expert choice this routes a whole batch, so its load \
+and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, which is \
+the same for all settings. Intervals cover the seed, not the choice of text. They assume normal scatter, which few \
+seeds cannot check, and may exceed a bound that a number cannot, such as a coverage of 1. Curves over steps use fewer \
+validation windows than the tables; their bands show the range of the seeds."""
 VERDICTS = """A claim *held* where every condition holds across its 95% interval, paired by seed. It *did not hold* \
-where one condition fails across its interval. Otherwise it is *undecided*. Some numbers cannot pass their bound \
-(dead experts, coverage), and some changes are either rounding or not: these are judged in every run instead. Claims \
-are not corrected for their number."""
+where one condition fails across its interval. Otherwise it is *undecided*. Numbers that cannot pass their bound (dead \
+experts, coverage) and changes that are either rounding or not are judged in every run instead. Claims are not \
+corrected for their number."""
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
-# -- parts of a document ------------------------------------------------------------------------
+def escaped(text) -> str:
+    """A text that comes from a file, on one line, for Markdown: it adds no markup, no HTML and no cell to a table."""
+    return re.sub(r"[&<>|*~`$\\]|(?<=\])\(", lambda found: f"&#{ord(found[0])};", printable(text))
+
 
 def table(header, rows):
     """A Markdown table."""
@@ -63,11 +67,14 @@ def bullets(lines):
     return "\n".join(f"- {line}" for line in lines)
 
 
-def run_ids(runs):
-    """Run ids, with the seeds of a setting in braces: `A-seed{0,1,2}`."""
-    seeds = {run.config_id: [] for run in runs}
-    for run in runs:
-        seeds[run.config_id].append(str(run.seed))
+def bold(sentences):
+    """Sentences in bold, each a paragraph."""
+    return "\n\n".join(f"**{sentence}**" for sentence in sentences)
+
+
+def run_ids(results):
+    """The ids of all runs, with the seeds of a setting in braces: `A-seed{0,1,2}`."""
+    seeds = {name: [str(run.seed) for run in runs] for name, runs in results.groups.items()}
     return ", ".join(f"`{name}-seed{n[0] if len(n) == 1 else '{' + ','.join(n) + '}'}`" for name, n in seeds.items())
 
 
@@ -79,9 +86,9 @@ def about(results):
                       if name in run.model)
     return (f"{len(results.groups)} settings with seeds {', '.join(map(str, seeds))}. "
             f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
-            f"{run.model['seq_len']} bytes. Unless a setting says otherwise: {sizes}. "
-            f"Text: {', '.join(run.config['domains'])}. Words such as *causal*, *load* and *suggestive* are explained "
-            "[below](#words-used-here).")
+            f"{run.model['seq_len']} bytes. Unless a setting says otherwise: {escaped(sizes)}. "
+            f"Text: {escaped(', '.join(run.config['domains']))}. Words such as *causal*, *load* and *suggestive* are "
+            "explained [below](#words-used-here).")
 
 
 def warnings(results: Results) -> list[str]:
@@ -110,15 +117,16 @@ def differing_settings(results):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
-                said.append(f"{field} differs between settings ({those}): compare with care.")
+                said.append(escaped(f"{field} differs between settings ({those}): compare with care."))
         for name, config in configs.items():
-            said += [f"{name} was changed: its {field} is {found}, not {wanted}."
+            said += [escaped(f"{name} was changed: its {field} is {found}, not {wanted}.")
                      for field, wanted in getattr(settings[name], part).items()
                      if (found := config[part].get(field)) != (list(wanted) if isinstance(wanted, tuple) else wanted)]
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
         if len(found) > 1:
-            said.append(f"The runs do not share the same {key} ({'; '.join(f'{r}: {x}' for x, r in found.items())}).")
+            those = "; ".join(f"{run}: {shown}" for shown, run in found.items())
+            said.append(escaped(f"The runs do not share the same {key} ({those})."))
     return said
 
 
@@ -128,8 +136,8 @@ def left_out(results):
         why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
         what = {"failed": f"failed ({why})", "incomplete": "is incomplete",
                 "complete": "is no setting of this experiment"}
-        if run.state != "complete" or run.config_id not in {s.id for s in results.experiment.settings}:
-            yield f"`{run.run_id}` {what[run.state]} and is in no number."
+        if run not in results.runs:
+            yield f"`{escaped(run.run_id)}` {escaped(what[run.state])} and is in no number."
 
 
 def finding(results: Results) -> list[str]:
@@ -139,7 +147,7 @@ def finding(results: Results) -> list[str]:
         return ["No finding: a setting has no finished run, or no seed is common to all."]
     if e.say:
         return e.say(results)
-    return [results.range_and_verdicts(metric) for metric in dict.fromkeys(one.metric for one in e.planned)]
+    return list(map(results.range_and_verdicts, dict.fromkeys(one.metric for one in e.planned)))
 
 
 def settings_table(results):
@@ -149,15 +157,9 @@ def settings_table(results):
     columns = {title(metric): [results.cell(metric, name, leaky=leaky) for name in results.groups]
                for metric in e.metrics}
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-    what = {s.id: s.what for s in e.settings}
-    rows = [[results.label(name), what[name], *cells] for name, *cells in zip(results.groups, *columns.values())]
-    return table(["setting", "what", *columns], rows)
-
-
-def planned_table(results):
-    """The planned differences with their intervals and verdicts, as Markdown."""
-    rows = [[title(one.metric), str(one.contrast), *one.cells] for one in results.tests]
-    return table(["quantity", "difference", "mean", "95% interval", "verdict"], rows) if rows else "Nothing to compare."
+    rows = [[escaped(results.label(s.id)), s.what] for s in e.settings if s.id in results.groups]
+    return table(["setting", "what", *columns],
+                 [[*row, *cells] for row, *cells in zip(rows, *columns.values())])
 
 
 def claim_rows(results: Results) -> list[list[str]]:
@@ -197,7 +199,6 @@ def limits(results: Results) -> list[str]:
             f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
             f"{tested} of {len(results.tests)} planned differences were tested. If nothing differed, about "
             f"{0.05 * tested:.1f} intervals would exclude 0 by chance, so a suggestive difference may be luck.",
-            "A t-interval assumes normal scatter, which few seeds cannot check.",
             f"One text, one size, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
         said.append("The domain `tables` of the default text can partly be memorised: about half of its validation "
@@ -211,8 +212,6 @@ def _slope(log):
     return 100 * float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
 
 
-# -- documents ----------------------------------------------------------------------------------
-
 def write_findings(experiment: Experiment, folder) -> Path:
     """Write folder/FINDINGS.md of one experiment from its runs, showing the figures that are there; returns its path.
 
@@ -223,22 +222,19 @@ def write_findings(experiment: Experiment, folder) -> Path:
               if Path(folder, "figures", f"{name}.png").exists()]
     claims, run = claim_rows(results), results.runs[0]
     versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
+    planned = [[title(one.contrast.metric), str(one.contrast), *one.cells] for one in results.tests]
     parts = [f"# {experiment.name}: {experiment.question}", about(results), bold(warnings(results)),
              "## Findings", bullets(finding(results)), f"Caution. {experiment.caution}" if experiment.caution else "",
              "## Settings", settings_table(results), "\n\n".join(images) or "No figures yet: `--plot-only` draws them.",
-             *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []),
-             "## Planned differences", planned_table(results),
+             *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []), "## Planned differences",
+             table(["quantity", "difference", "mean", "95% interval", "verdict"], planned) if planned
+             else "Nothing to compare.",
              "## What these runs cannot show", bullets(limits(results)),
              "## Words used here", GLOSSARY, "## Methods", METHODS,
              f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
-             f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results.runs)}. Versions: {versions}."]
+             f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Versions: {escaped(versions)}."]
     write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
-
-
-def bold(sentences):
-    """Sentences in bold, each a line of its own."""
-    return "\n\n".join(f"**{sentence}**" for sentence in sentences)
 
 
 def write_summary_csv(study_dir) -> Path:
@@ -260,14 +256,14 @@ def write_summary_csv(study_dir) -> Path:
 
 
 def all_numbers(run: RunRecord) -> dict[str, float]:
-    """{name: number} of every quantity that a finished run has, and of the terms of its training loss."""
+    """{name: number} of every quantity that a finished run has, and of the fields of its rows that have no entry."""
     if run.state != "complete":
         return {}
-    terms = [name for name, number in run.log[-1].items() if isinstance(number, float) and name not in QUANTITIES]
-    return {name: number for name in (*QUANTITIES, *terms) if math.isfinite(number := value(run, name))}
+    rows = (run.log[-1], run.measured, *run.final["layers"])
+    fields = [name for row in rows for name, number in row.items() if isinstance(number, float)]
+    names = dict.fromkeys((*QUANTITIES, *fields))
+    return {name: number for name in names if math.isfinite(number := value(run, name))}
 
-
-# -- the document that gathers all --------------------------------------------------------------
 
 ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
 has a document of its own with its tables, figures and planned differences."""
@@ -275,10 +271,10 @@ OPEN = """Published results disagree on these questions. An interval says what a
 more. A negative difference is in favour of the first setting."""
 CANNOT = """All experiments but `rate` train at one learning rate, which need not be the best of any setting. Compare \
 their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
-that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. A \
-t-interval assumes normal scatter, which few seeds cannot check. Holm's correction holds within an experiment. \
-Nothing corrects over all experiments together, and ten claims are ten chances to be wrong. The same runs (top-1 or \
-top-2 with coefficient 0.01) are the reference of several experiments, so these are not independent evidence."""
+that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. \
+Holm's correction holds within an experiment; nothing corrects over all of them, and ten claims are ten chances to be \
+wrong. The same runs (top-1 or top-2 with coefficient 0.01) are the reference of several experiments, so these are not \
+independent evidence."""
 
 
 def gather(published, study: Experiment, experiments) -> Path:
@@ -326,11 +322,11 @@ def linked(rows_of, found):
 def section(results, place):
     """One experiment in the gathered document."""
     e = results.experiment
-    compared = "; ".join(f"`{results.label(s.id)}` {s.what}" for s in e.settings if s.id in results.groups)
+    compared = "; ".join(f"`{escaped(results.label(s.id))}` {s.what}" for s in e.settings if s.id in results.groups)
     return "\n\n".join(filter(None, [
         f"### {e.question} (`{e.name}`)", f"Compared: {compared}.", bold(warnings(results)), bullets(finding(results)),
         f"{e.caution} Tables, figures and {len(results.tests)} planned differences: [{place}]({place}/FINDINGS.md). "
-        f"Runs: {run_ids(results.runs)}."]))
+        f"Runs: {run_ids(results)}."]))
 
 
 def scale(found):

@@ -1,22 +1,34 @@
 """Result rows: the runs that a study left on disk, read back, and what an experiment makes of them."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from ..files import read_json, read_rows, write_rows
+from ..files import printable, read_json, read_rows, write_rows
 from ..training.run_folder import with_defaults
 from .experiment import Claim, Experiment
-from .quantities import experts_per_token, quantity, value
+from .quantities import LOSS, QUANTITIES, experts_per_token, quantity, value
 from .statistics import Comparison, Contrast, Interval, enough_digits, holm, t_interval
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
-PARTS = ("config", "log", "summary", "failure")  # of a line of it
-CONFIG_KEYS = {"run_id", "config_id", "seed", "model", "training", "corpus", "domains", "parameters", "versions",
-               "threads"}  # what is read of a config.json
+# What tables and figures read of a run, see `_fits`. None stands for a field that is not there.
+NUMBER, OPTIONAL = (int, float), (int, float, type(None))
+PARTS = {"config": dict, "log": [dict], "summary": (dict, type(None)), "failure": (dict, type(None))}
+CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "versions": dict, "domains": [str],
+          "model": {"router": (str, list), "top_k": NUMBER, "aux_coef": NUMBER, "seq_len": int},
+          "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
+          "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
+LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "token_coverage": NUMBER, "dead_experts": int,
+         "load_entropy": NUMBER, "router_entropy": NUMBER, "marginal_entropy": NUMBER,
+         "mutual_information": NUMBER, "mutual_information_null": NUMBER,
+         "byte_information": NUMBER, "byte_information_null": NUMBER}
+ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
+SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "final": ROW, "measured": (dict, type(None))}
+STATES = ("collapsed", "starved", "in use")  # of an MoE layer
 
 
 @dataclass(frozen=True)
@@ -36,15 +48,13 @@ class RunRecord:
     measured = property(lambda self: self.summary.get("measured", {}))  # what an experiment asked of the trained model
     is_moe = property(lambda self: bool(self.final["layers"]))
 
+    # whether routing on the prefix alone gives another loss, in any row
+    leaky = property(lambda self: any(row["val_cross_entropy"] != row[LOSS] for row in [*self.log, self.final]))
+
     @property
     def state(self) -> str:
         """"complete", "failed" (its loss was not finite) or "incomplete" (stopped, or still running)."""
         return "complete" if self.summary else "failed" if self.failure else "incomplete"
-
-    @property
-    def leaky(self) -> bool:
-        """Whether routing on the prefix alone gives another loss, in any row."""
-        return any(row["val_cross_entropy"] != row["causal_cross_entropy"] for row in [*self.log, self.final])
 
     @property
     def made_of(self) -> str:
@@ -52,13 +62,11 @@ class RunRecord:
         if not self.is_moe:
             return "dense"
         router, top_k, k = self.model["router"], self.model["top_k"], experts_per_token(self.final)
-        router = router if isinstance(router, str) else "+".join(router)
+        router = router if isinstance(router, str) else "+".join(map(str, router))
         limited = self.model.get("capacity_factor") is not None
         shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
         return f"{router}, K={shown}, aux {self.model['aux_coef']:g}"
 
-
-# -- reading and writing ------------------------------------------------------------------------
 
 def load_runs(study_dir) -> list[RunRecord]:
     """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
@@ -82,55 +90,74 @@ def compact(study_dir) -> tuple[Path, int]:
     if not runs:
         raise ValueError(f"{study_dir}: no finished run to write: train some first")
     path = Path(study_dir, COMPACT)
-    write_rows(path, [{key: getattr(run, key) for key in PARTS} for run in runs])
+    write_rows(path, [{part: getattr(run, part) for part in PARTS} for run in runs])
     return path, len(runs)
 
 
 def _folder_runs(folder):
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        parts = (_json_or_none(place / f"{name}.json") for name in ("config", "summary", "failure"))
-        yield _record(place, *parts, read_rows(place / "log.jsonl"), (place / "summary.json").exists())
+        config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
+        yield _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
+
+
+def _json(path):
+    """The JSON object in a file: None where there is no file, {} where it is damaged."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
 
 
 def _compact_runs(path):
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            config, log, summary, failure = (json.loads(line)[key] for key in PARTS)
-            if not all(isinstance(part, dict) for part in (config, *log, summary or {}, failure or {})):
-                raise TypeError
-            place = path.parent / "runs" / config["run_id"]
-        except (ValueError, KeyError, TypeError):
+            parts = json.loads(line)
+            if not _fits(parts, PARTS):
+                raise ValueError
+            yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
+        except (ValueError, KeyError, RecursionError):
             raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None
-        yield _record(place, config, summary, failure, log, summary is not None)
 
 
-def _record(place, config, summary, failure, rows, finished):
+def _record(place, config, log, summary, failure):
     """The RunRecord of what was read; `place` is its folder, or would be."""
-    log = {row["step"]: row for row in rows if isinstance(row.get("step"), int)}  # a step written twice: the later row
-    if finished and not _is_whole(place.name, config, summary, log):
-        raise ValueError(f"{place} is a finished run with damaged files: move it away, or fetch it again")
-    if not (config or {}).keys() >= CONFIG_KEYS:
+    rows = {row["step"]: row for row in log if isinstance(row.get("step"), int)}  # a step written twice: the later row
+    log = [rows[step] for step in sorted(rows)]
+    if summary is not None and not _is_whole(place.name, config, log, summary):
+        raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, or fetch it again")
+    if not _fits(config, CONFIG):
         config = {"config_id": place.name, "seed": -1, "model": {}}
     config = config | {"model": with_defaults(config["model"])}
-    return RunRecord(place.name, config, [log[step] for step in sorted(log)], summary, failure)
+    return RunRecord(place.name, config, log, summary, failure)
 
 
-def _is_whole(name, config, summary, log):
-    """Whether the parts of a finished run are all there, and of one run."""
-    if not (config or {}).keys() >= CONFIG_KEYS or not (summary or {}).keys() >= {"run_id", "steps", "final"}:
+def _is_whole(name, config, log, summary):
+    """Whether the parts of a finished run are all there, are of one run, and have the names and types that are read."""
+    if not (_fits(config, CONFIG) and _fits(log, [ROW]) and _fits(summary, SUMMARY)) or not log:
         return False
-    return config["run_id"] == summary["run_id"] == name and max(log, default=None) == summary["steps"]
+
+    def layers(row):
+        return [(layer["layer"], len(layer["load"]), layer.keys()) for layer in row["layers"]]
+
+    final = summary["final"]
+    alike = all(row.keys() >= final.keys() and layers(row) == layers(final) for row in log)
+    parts = (final, *log, *(layer for row in (final, *log) for layer in row["layers"]), summary.get("measured") or {})
+    numbers = all(isinstance(part.get(metric), OPTIONAL) for part in parts for metric in QUANTITIES)
+    return config["run_id"] == summary["run_id"] == name and log[-1]["step"] == summary["steps"] and alike and numbers
 
 
-def _json_or_none(path):
-    """The JSON object in a file; None where there is none."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, ValueError):
-        return None
+def _fits(found, shape) -> bool:
+    """Whether a JSON value has a shape: a type or several, [shape of each item], or {name: shape}, ... for any name."""
+    if isinstance(shape, list):
+        return isinstance(found, list) and all(_fits(each, shape[0]) for each in found)
+    if isinstance(shape, dict):
+        return isinstance(found, dict) and all(
+            _fits(each, of) for name, of in shape.items()
+            for each in (found.values() if name is ... else [found.get(name)]))
+    return isinstance(found, shape) and not isinstance(found, bool)
 
-
-# -- an experiment's results --------------------------------------------------------------------
 
 class Results:
     """The finished runs of an experiment under `folder`, by setting, and its planned comparisons.
@@ -143,30 +170,21 @@ class Results:
         found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "complete"]
                  for s in experiment.settings}
         self.groups = {name: runs for name, runs in found.items() if runs}
-        if not self.groups:
+        self.runs = [run for runs in self.groups.values() for run in runs]
+        if not self.runs:
             raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: train some first")
         for runs in self.groups.values():
-            for part in ("model", "training", "start"):
-                _require_equal(runs, part)
-        _require_equal(self.runs, "corpus")
+            _require_equal(runs, "model", "training", "start")
+        _require_equal(self.runs, "corpus", "measured")
         self.tests = holm([Comparison(contrast, t_interval(contrast.of(self.numbers)))
                            for contrast in experiment.planned if self.has(contrast)])
 
     @cached_property
-    def runs(self) -> list[RunRecord]:
-        """The finished runs of all settings."""
-        return [run for runs in self.groups.values() for run in runs]
-
-    @cached_property
-    def complete(self) -> bool:
-        """Whether every setting has a run and all have a seed in common: figures, sentences and claims need that."""
-        seeds = [{run.seed for run in runs} for runs in self.groups.values()]
-        return len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
-
-    @property
     def ready(self) -> bool:
-        """Whether figures and sentences can be made."""
-        return self.complete or self.experiment.adjustable
+        """Whether figures and sentences can be made: every setting has a run, and all have a seed in common."""
+        seeds = [{run.seed for run in runs} for runs in self.groups.values()]
+        complete = len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
+        return complete or self.experiment.adjustable
 
     def has(self, contrast: Contrast) -> bool:
         """Whether there are runs of all settings of a Contrast, with experts if it asks for the smallest of several."""
@@ -198,8 +216,6 @@ class Results:
         """Setting ids by the mean of a metric, smallest first."""
         return sorted(names or self.groups, key=lambda name: self.mean(metric, name))
 
-    # -- as text --
-
     def label(self, name: str) -> str:
         """The name of a setting in figures; where --set may change settings, with what its runs really were."""
         return f"{name} {self.groups[name][0].made_of}" if self.experiment.adjustable else name
@@ -219,53 +235,43 @@ class Results:
 
     def means(self, metric: str, *names: str) -> str:
         """"`a` 1.234, `b` 1.250": the means of settings, all if none is named."""
-        shown = {name: self.cell(metric, name, half=False, leaky=False) for name in names or self.groups}
-        return ", ".join(f"`{name}` {cell}" for name, cell in shown.items())
+        cells = ((name, self.cell(metric, name, half=False, leaky=False)) for name in names or self.groups)
+        return ", ".join(f"`{name}` {cell}" for name, cell in cells)
 
     def listed(self, metric: str, *names: str) -> str:
         """A paragraph with the means of settings."""
         return f"{quantity(metric).heading} {self.means(metric, *names)}."
 
     def range_and_verdicts(self, metric: str, among=None) -> str:
-        """A paragraph about a planned metric: lowest and highest mean, and its verdicts, among these settings."""
+        """A paragraph about a planned metric among these settings: lowest and highest mean, and its verdicts.
+
+        Each clear or suggestive difference has a sentence; those that are undecided or not tested are counted.
+        """
         names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
         ends = self.means(metric, *dict.fromkeys((names[0], names[-1]))) if names else "no number"
-        return f"{quantity(metric).heading} Lowest and highest: {ends}. {self.verdicts(metric, among)}"
-
-    def verdicts(self, metric: str, among=None) -> str:
-        """A sentence for each clear or suggestive difference, and one about all that are undecided or not tested."""
         tests = self.tests_of(metric, among)
-        words = [one.word for one in tests]
-        said = [f"{one.contrast} is {one.numbers[0]} ({one.word})." for one in tests
+        counts = Counter(one.word for one in tests)
+        said = [f"{one.contrast} is {one.cells[0]} ({one.word})." for one in tests
                 if one.word in ("clear", "suggestive")]
-        undecided, untested = words.count("undecided"), words.count("not tested")
-        if undecided == len(tests) > 0:
-            said.append("No difference could be shown.")
-        elif undecided:
-            said.append(f"{undecided} other{'s are' if undecided > 1 else ' is'} undecided.")
-        if untested:
+        if undecided := counts["undecided"]:
+            said.append("No difference could be shown." if undecided == len(tests) else
+                        f"{undecided} other{'s are' if undecided > 1 else ' is'} undecided.")
+        if untested := counts["not tested"]:
             said.append(f"{untested} not tested: too few common seeds.")
-        return " ".join(said) or "Nothing to compare."
+        verdicts = " ".join(said) or "Nothing to compare."
+        return f"{quantity(metric).heading} Lowest and highest: {ends}. {verdicts}"
 
     def tests_of(self, metric: str, among=None) -> list[Comparison]:
         """The Comparisons of a metric without a factor, among these settings alone if some are named."""
-        return [one for one in self.tests if one.metric == metric and one.contrast.times == 1
+        return [one for one in self.tests if one.contrast.metric == metric and one.contrast.times == 1
                 and (among is None or set(one.contrast.settings) <= set(among))]
-
-    # -- layers and claims --
-
-    def layer_states(self, name: str) -> dict[str, int]:
-        """{state: how many layers, over the runs of a setting, ended in it}; report.py defines the states."""
-        counts = {"collapsed": 0, "starved": 0, "in use": 0}
-        for layer in (layer for run in self.groups[name] for layer in run.final["layers"]):
-            collapsed = len(layer["load"]) ** layer["load_entropy"] < len(layer["load"]) / 2
-            counts["collapsed" if collapsed else "starved" if layer["dead_experts"] else "in use"] += 1
-        return {state: n for state, n in counts.items() if n}
 
     def layers_at_the_end(self, names) -> str:
         """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""
-        states = {name: self.layer_states(name) for name in names}
-        said = [f"`{name}` " + ", ".join(f"{n} {state}" for state, n in of.items()) for name, of in states.items()]
+        states = {name: Counter(_state(layer) for run in self.groups[name] for layer in run.final["layers"])
+                  for name in names}
+        said = [f"`{name}` " + ", ".join(f"{of[state]} {state}" for state in STATES if state in of)
+                for name, of in states.items()]
         alive = next((f"`{name}`" for name in names if set(states[name]) == {"in use"}), "none")
         return (f"**Layers at the end of all runs.** {'; '.join(said)}. The first setting with every layer in use: "
                 f"{alive}.")
@@ -277,13 +283,23 @@ class Results:
         return next(word for word in ("did not hold", "undecided", "held") if word in words), found
 
 
-def _require_equal(runs, part):
-    """ValueError where runs that are averaged or compared differ in a part of their config.json."""
-    for run in runs[1:]:
-        one, other = (found if isinstance(found := each.config.get(part), dict) else {part: found}
-                      for each in (runs[0], run))
-        different = [f"{name}: {one.get(name)}, {other.get(name)}" for name in {**one, **other}
-                     if one.get(name) != other.get(name)]
-        if different:
-            raise ValueError(f"{runs[0].run_id} and {run.run_id} differ in their {part} ({'; '.join(different)}), so "
-                             "they are not averaged or compared: move one away")
+def _state(layer):
+    """One of STATES, which report.py defines."""
+    n_experts = len(layer["load"])
+    if n_experts ** layer["load_entropy"] < n_experts / 2:
+        return "collapsed"
+    return "starved" if layer["dead_experts"] else "in use"
+
+
+def _require_equal(runs, *parts):
+    """ValueError where runs that are averaged or compared differ in a part of config.json, or in what is measured."""
+    configs = [run.config | {"measured": dict.fromkeys(run.measured, "yes")} for run in runs]
+    for part in parts:
+        first, *others = (found if isinstance(found := config.get(part), dict) else {part: found} for config in configs)
+        for run, other in zip(runs[1:], others):
+            different = [f"{name}: {first.get(name)}, {other.get(name)}" for name in first | other
+                         if first.get(name) != other.get(name)]
+            if different:
+                raise ValueError(printable(f"{runs[0].run_id} and {run.run_id} differ in their {part} "
+                                           f"({'; '.join(different)}), so they are not averaged or compared: move one "
+                                           "away"))

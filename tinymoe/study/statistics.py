@@ -10,7 +10,7 @@ from scipy.stats import t as student_t
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of n values and half the width of its confidence interval; half is nan where n is 1."""
+    """Mean of n values and half the width of its 95% interval; half is nan where n is 1."""
 
     mean: float
     half: float
@@ -21,7 +21,7 @@ class Interval:
     high = property(lambda self: self.mean + self.half)
 
 
-def t_interval(values, level: float = 0.95) -> Interval:
+def t_interval(values) -> Interval:
     """Student's t interval of a mean, n - 1 degrees of freedom. One value has no interval, and no value a mean."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
@@ -31,7 +31,7 @@ def t_interval(values, level: float = 0.95) -> Interval:
     if np.ptp(values) == 0.0:  # rounding can raise the standard deviation of equal values above 0
         return Interval(mean, 0.0, n, float(mean == 0.0))
     error = float(values.std(ddof=1)) / math.sqrt(n)
-    half = float(student_t.ppf(0.5 + level / 2, n - 1)) * error
+    half = float(student_t.ppf(0.975, n - 1)) * error
     return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
 
 
@@ -57,8 +57,7 @@ class Contrast:
 
     def of(self, numbers: Callable) -> np.ndarray:
         """(seeds,) array over the common seeds, of numbers(metric, setting) -> {seed: value}."""
-        parts = [numbers(self.metric, self.setting)]
-        parts += [numbers(self.metric, other) for other in (self.minus, self.over) if other]
+        parts = [numbers(self.metric, name) for name in (self.setting, self.minus, self.over) if name]
         seeds = [seed for seed in parts[0] if all(seed in part for part in parts)]
         first, *other = (np.array([part[seed] for seed in seeds], float) for part in parts)
         if self.minus:
@@ -66,7 +65,6 @@ class Contrast:
         return first / other[0] if self.over else first
 
     def __str__(self) -> str:
-        """`a` - `b`"""
         first = f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`"
         if self.minus:
             return f"{first} - {'' if self.times == 1 else f'{self.times:g} · '}`{self.minus}`"
@@ -81,8 +79,6 @@ class Comparison:
     interval: Interval
     survives: bool = False
 
-    metric = property(lambda self: self.contrast.metric)
-
     @property
     def word(self) -> str:
         """"clear", "suggestive" or "undecided", see the glossary of report.py; "not tested" without two seeds."""
@@ -93,30 +89,21 @@ class Comparison:
         return "clear" if self.survives else "suggestive"
 
     @property
-    def numbers(self) -> tuple[str, str, str]:
-        """(mean, low, high) as text with signs, and so many digits that no end of the interval looks like 0."""
+    def cells(self) -> list[str]:
+        """[mean, interval, verdict] as text; with so many digits that no end of the interval looks like 0."""
         numbers, size = (self.interval.mean, self.interval.low, self.interval.high), abs(self.interval.mean)
         digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
-        return tuple(f"{x:+,.{digits}f}" for x in numbers)
-
-    @property
-    def cells(self) -> list[str]:
-        """[mean, interval, verdict] as text for a table."""
-        mean, low, high = self.numbers
+        mean, low, high = (f"{x:+,.{digits}f}" for x in numbers)
         return ["–" if math.isnan(self.interval.mean) else mean,
                 "–" if self.word == "not tested" else f"[{low}, {high}]",
                 self.word if self.interval.n else "no common seed"]
 
 
-def holm(comparisons: list[Comparison], level: float = 0.05) -> list[Comparison]:
-    """The same comparisons, each marked whether it survives Holm's (1979) step-down correction for their number."""
-    tested = sorted((one for one in comparisons if one.word != "not tested"), key=lambda one: one.interval.p)
-    surviving = set()
-    for rank, one in enumerate(tested):
-        if one.interval.p > level / (len(tested) - rank):
-            break
-        surviving.add(id(one))
-    return [replace(one, survives=id(one) in surviving) for one in comparisons]
+def holm(comparisons: list[Comparison]) -> list[Comparison]:
+    """The same comparisons, each marked whether it survives Holm's (1979) step-down correction at the level 0.05."""
+    tested = sorted(one.interval.p for one in comparisons if one.word != "not tested")
+    failing = next((p for rank, p in enumerate(tested) if p > 0.05 / (len(tested) - rank)), math.inf)
+    return [replace(one, survives=one.interval.p < failing) for one in comparisons]
 
 
 def enough_digits(numbers, digits: int, bound: float = 0.0) -> int:
