@@ -204,7 +204,8 @@ class Watch:
 
 def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
     clock, runs = Watch(), [tiny("A", steps=100), tiny("B", steps=100)]
-    with cli.Progress(runs, clock) as progress:
+    progress = cli.Progress(runs, clock)
+    with progress.bar:
         progress.note(Event("resumed", "B-seed0", 60))
         for step in range(1, 31):  # a step of each run in two seconds
             clock.now += 2
