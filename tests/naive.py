@@ -196,4 +196,5 @@ def cross_entropy(logits, targets):
 
 
 def rms_norm(x, weight, eps):
-    return np.array([[z / math.sqrt(sum(u * u for u in row) / len(row) + eps) * w for z, w in zip(row, weight)] for row in x])
+    return np.array([[z / math.sqrt(sum(u * u for u in row) / len(row) + eps) * w for z, w in zip(row, weight)]
+                     for row in x])

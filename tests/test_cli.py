@@ -238,7 +238,7 @@ def test_an_output_of_eight_bits_gets_question_marks(args, run):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("args",
                          [["--help"], ["routers"], ["route", "{run}", "a"], ["params", "grok-1"],
-                          ["study", "--plot-only"]])
+                          pytest.param(["study", "--plot-only"], marks=pytest.mark.slow)])
 def test_an_output_that_is_full_ends_in_one_line(args, run, finished, tmp_path):
     if args[0] == "study":
         shutil.copytree(finished, tmp_path / "study")

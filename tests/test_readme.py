@@ -79,7 +79,8 @@ def test_the_gathered_findings_and_those_of_each_experiment_follow_from_their_ro
     for name in done:
         again = report.write_findings(EXPERIMENTS[name], tmp_path / "again/experiments" / name).read_text()
         assert again == (published / "experiments" / name / "FINDINGS.md").read_text(), name
-    assert report.gather(tmp_path / "again", STUDY, EXPERIMENTS.values()).read_text() == (published / "FINDINGS.md").read_text()
+    assert report.gather(tmp_path / "again", STUDY,
+                         EXPERIMENTS.values()).read_text() == (published / "FINDINGS.md").read_text()
 
 
 def test_its_verdicts_on_the_claims_are_those_of_the_findings():
