@@ -72,7 +72,7 @@ def test_transposed_and_read_only_parameters_are_updated():
     np.testing.assert_allclose(q.data, frozen - 0.1 * np.sign(q.grad), rtol=1e-5)
 
 
-# ---- clipping ---------------------------------------------------------------------------------------------------------------------
+# -- clipping --
 
 @pytest.mark.parametrize("max_norm, scale", [(13, 1), (13.1, 1), (6.5, 0.5), (1.0, 1 / 13)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -108,7 +108,7 @@ def test_clipping_leaves_the_gradients_of_other_leaves_alone():
     assert q.grad.tolist() == [10, 10]
 
 
-# ---- schedule ---------------------------------------------------------------------------------------------------------------------
+# -- schedule --
 
 @pytest.mark.parametrize("step, steps, rate", [
     (1, 100, 0.2), (4, 100, 0.8), (5, 100, 1.0),           # warm-up over 5 of 100 steps
