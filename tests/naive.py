@@ -1,12 +1,15 @@
-"""Oracles for the kernels: plain loops that follow the equations one element at a time, in float64. Imports only numpy."""
+"""Oracles for the kernels: plain loops that follow the equations one element at a time, in float64.
+
+They import only NumPy.
+"""
 import math
 
 import numpy as np
 
-# ---- dense layers and activations -------------------------------------------------------------------------------------------------
+# -- dense layers and activations --
 
 def linear(x, w, b):
-    N, I = x.shape
+    N, I = x.shape  # noqa: E741
     return np.array([[sum(x[n, i] * w[i, o] for i in range(I)) + (0.0 if b is None else b[o])
                       for o in range(w.shape[1])] for n in range(N)]).reshape(N, w.shape[1])
 
@@ -71,7 +74,7 @@ def layer_norm(x, weight, bias, eps):
     return y
 
 
-# ---- attention --------------------------------------------------------------------------------------------------------------------
+# -- attention --
 
 def causal_attention(q, k, v):
     B, T, H, d = q.shape
@@ -103,7 +106,7 @@ def causal_attention_backward(dout, q, k, v):
     return dq, dk, dv
 
 
-# ---- experts ----------------------------------------------------------------------------------------------------------------------
+# -- experts --
 
 def assignments(token, offsets):
     """(assignment, token, expert) for each assignment"""
@@ -134,7 +137,7 @@ def experts_backward(dy, x, token, offsets, gate, w1, b1, w2, b2, name):
     return dx, dgate, dw1, db1, dw2, db2
 
 
-# ---- optimiser, scatter, gradients ------------------------------------------------------------------------------------------------
+# -- optimiser, scatter, gradients --
 
 def adamw(parameter, gradient, m, v, lr, beta1, beta2, eps, weight_decay, step):
     """-> new parameter, m, v"""
@@ -162,10 +165,10 @@ def central_difference(function, x, dy, eps=1e-5):
     return gradient
 
 
-# ---- routing ----------------------------------------------------------------------------------------------------------------------
+# -- routing --
 
 def noisy_load(clean, noisy, sigma, k):
-    """(E,) Shazeer et al. 2017, eq. 8 to 10: how many tokens each expert can expect if its own noise alone were drawn again."""
+    """(E,) Shazeer et al. 2017, eq. 8 to 10: the tokens that each expert can expect if its noise were drawn again."""
     load = np.zeros(clean.shape[1])
     for n, i in np.ndindex(clean.shape):
         threshold = sorted(np.delete(noisy[n], i))[-k]          # the k-th largest of the others
@@ -174,7 +177,10 @@ def noisy_load(clean, noisy, sigma, k):
 
 
 def prefix_choice(p, k):
-    """p (T, E) of one sequence -> (T, E) bool: token t is among the best ceil(n k / E) of the first n = t + 1; the earlier wins a tie."""
+    """p (T, E) of one sequence -> (T, E) bool: token t is among the best ceil(n k / E) of the first n = t + 1.
+
+    The earlier token wins a tie.
+    """
     T, E = p.shape
     chosen = np.zeros((T, E), bool)
     for t, e in np.ndindex(T, E):
@@ -183,7 +189,7 @@ def prefix_choice(p, k):
     return chosen
 
 
-# ---- functions of Tensors -----------------------------------------------------------------------------------------------------------
+# -- functions of Tensors --
 
 def softmax(row):
     """One row of exact exponentials, shifted so that the largest is 1."""
@@ -196,4 +202,5 @@ def cross_entropy(logits, targets):
 
 
 def rms_norm(x, weight, eps):
-    return np.array([[z / math.sqrt(sum(u * u for u in row) / len(row) + eps) * w for z, w in zip(row, weight)] for row in x])
+    return np.array([[z / math.sqrt(sum(u * u for u in row) / len(row) + eps) * w for z, w in zip(row, weight)]
+                     for row in x])

@@ -124,8 +124,8 @@ OPTIONS = {
     "angles and epsilons": dict(attention="latent", q_rank=2, kv_rank=3, rope_dim=4, rope_theta=9., norm_eps=.1,
                                 latent_eps=.2),
     "two tokens ahead": dict(mtp_coef=.3),
-    "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True,
-                                                       tied=True, post_norm=True, mtp_coef=.3, n_shared=1)}
+    "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True, tied=True, post_norm=True,
+                mtp_coef=.3, n_shared=1)}
 
 
 def model(**changes):
@@ -135,7 +135,8 @@ def model(**changes):
     return m
 
 
-@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("changes", [pytest.param(changes, id=name, marks=[] if name in ("latent", "all") else
+                                                  pytest.mark.slow) for name, changes in OPTIONS.items()])
 def test_gradients_of_the_whole(changes):
     m = model(**changes)
     result = gradcheck(lambda *_: m.loss(IDS, (IDS + 1) % 7).total, *m.parameters().values())

@@ -54,6 +54,7 @@ def test_a_skewed_layer_has_the_imbalance_that_was_asked_for(share, monkeypatch)
     assert seen[0].load[0] == round(40 * share) and (seen[0].coverage == 2).all()
 
 
+@pytest.mark.slow
 def test_scaling_is_relative_to_the_first_of_each_scan(tmp_path):
     rows = bench.scaling(experts=(2, 4), tokens=(128, 256), shares=(0.25, 1.0), repeats=1)
     assert [(row["against"], row["value"]) for row in rows] == [

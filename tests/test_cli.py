@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -204,7 +205,8 @@ class Watch:
 
 def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
     clock, runs = Watch(), [tiny("A", steps=100), tiny("B", steps=100)]
-    with cli.Progress(runs, clock) as progress:
+    progress = cli.Progress(runs, clock)
+    with progress.bar:
         progress.note(Event("resumed", "B-seed0", 60))
         for step in range(1, 31):  # a step of each run in two seconds
             clock.now += 2
@@ -237,7 +239,7 @@ def test_an_output_of_eight_bits_gets_question_marks(args, run):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("args",
                          [["--help"], ["routers"], ["route", "{run}", "a"], ["params", "grok-1"],
-                          ["study", "--plot-only"]])
+                          pytest.param(["study", "--plot-only"], marks=pytest.mark.slow)])
 def test_an_output_that_is_full_ends_in_one_line(args, run, finished, tmp_path):
     if args[0] == "study":
         shutil.copytree(finished, tmp_path / "study")
@@ -253,6 +255,19 @@ def test_text_of_a_file_reaches_the_terminal_escaped(run, tmp_path):
     files.save_arrays(tmp_path / "run/checkpoint.npz", {}, {"kind": "\x1b[2Jgone"})
     code, output = invoke("route", tmp_path / "run", "a")
     assert code == 1 and "\x1b" not in output and r"holds a \x1b[2Jgone" in output
+
+
+def test_text_of_rows_reaches_the_terminal_escaped(monkeypatch, capsys):
+    monkeypatch.setattr(report, "warnings", lambda results: ["`\x1b[2Jrun` failed."])
+    monkeypatch.setattr(report, "finding", lambda results: ["**a\nb**"])
+    cli._print_finding(SimpleNamespace(experiment=SimpleNamespace(question="Why?")))
+    assert capsys.readouterr().out == "\nWhy?\n- `\\x1b[2Jrun` failed.\n- a b\n"
+
+
+def test_a_failed_run_is_named_escaped(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("tinymoe.study.runner.run_study", lambda *args: {"D-seed0": "\x1b[2J is\nno text"})
+    code, output = study(text, tmp_path, "--config", "D")
+    assert code == 1 and r"Error: D-seed0 failed: \x1b[2J is no text" in output
 
 
 # -- mistakes --
@@ -295,6 +310,13 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--set moe_layers=[7]": (2, "moe_layers .*7"),
     "--set n_experts=many": (2, "n_experts 'many'"),
     "--set router=nope": (2, "'nope'"),
+    "--set router=[1]": (2, r"router \[1\] must be a name"),
+    "--set router={{}}": (2, r"router \{\} must be a name"),
+    '--set router=["top_k","hash"]': (2, "one name for each of the 1 MoE layers"),
+    "--set expert_backend=[]": (2, r"expert_backend \[\] must be one of"),
+    "--set q_rank=1.5": (2, "q_rank 1.5 must be a whole number"),
+    "--set q_rank=many": (2, "q_rank 'many' must be a whole number"),
+    "--set top_k=" + 5000 * "9": (2, r"top_k '999.*\.\.\."),
     "--set learning_rate=fast": (2, "learning_rate 'fast'"),
     "--set warmup=long": (2, "warmup 'long'"),
     "--set max_norm=NaN": (2, "max_norm nan"),
@@ -434,6 +456,24 @@ def test_params_refuses_what_is_no_config(tmp_path, text, message):
     assert code == 1 and output.startswith("Error: ") and message in output
 
 
+@pytest.mark.parametrize("args", [["params", "{long}"], ["route", "{long}", "a"], ["view", "{long}"],
+                                  ["generate", "{long}", "--prompt", "a"], ["findings", "{long}"],
+                                  ["compact", "{long}"], ["view", "{run}", "--text", "{long}"],
+                                  ["view", "{run}", "--out", "{long}"], ["probe", "{long}"],
+                                  ["routers", "--import", "{long}"], ["study", "--plot-only", "--out", "{long}"]])
+@pytest.mark.parametrize("long", ["a/" * 3000, "a" * 300])
+def test_a_path_that_is_too_long_is_one_line(args, long, run):
+    code, output = invoke(*(arg.format(long=long, run=run) for arg in args))
+    assert code == 1 and len(output.splitlines()) == 1 and output.startswith("Error: "), output[:500]
+    assert "cannot write the output" not in output
+
+
+def test_a_context_of_many_digits_is_wrong_usage():
+    for digits in (80, 5000):
+        code, output = invoke("params", "mixtral-8x7b", "--context", "9" * digits)
+        assert code == 2 and output.splitlines()[-1].startswith("Error: Invalid value for '--context'")
+
+
 def test_params_counts_a_preset_and_the_config_of_a_run(tmp_path):
     assert "671,026,419,200" in invoke("params", "deepseek-v3")[1]
     (tmp_path / "config.json").write_text(json.dumps({"model": ModelConfig().to_dict()}))
@@ -446,6 +486,48 @@ def test_params_counts_a_preset_and_the_config_of_a_run(tmp_path):
 @pytest.fixture(scope="module")
 def run(finished):
     return finished / "runs" / "B-seed0"
+
+
+@pytest.fixture(scope="module")
+def mixed(text, tmp_path_factory):
+    """A run whose two MoE layers have different routers."""
+    out = tmp_path_factory.mktemp("mixed")
+    code, output = study(text, out, "--config", "D", "--plot", moe_layers="[0,1]",
+                         router='["hash","expert_choice"]')
+    assert code == 0, output
+    return out / "runs" / "D-seed0"
+
+
+def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
+    code, output = invoke("route", mixed, "one two three four", "--entropy")
+    assert code == 0 and "layer 0, 4 experts" in output and "layer 1, 4 experts" in output
+    assert "Otherwise: expert_choice chooses over the whole batch" in output.splitlines()[-1]
+    code, output = invoke("route", mixed, "one one one", "--layer", 0)
+    expert = output.splitlines()[2][8:]
+    assert code == 0 and expert[:3] == expert[4:7] == expert[8:]  # hash: the same byte, the same expert
+    assert invoke("generate", mixed, "--prompt", "one", "--length", 3)[0] == 0
+    assert invoke("view", mixed, "--out", tmp_path / "saved.html")[0] == 0
+    shutil.copytree(mixed, tmp_path / "run", ignore=shutil.ignore_patterns("routings"))
+    (tmp_path / "words.txt").write_text(WORDS)
+    assert invoke("view", tmp_path / "run", "--text", tmp_path / "words.txt")[0] == 0
+    for page in (tmp_path / "saved.html", tmp_path / "run" / "view.html"):
+        data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
+        assert data["router"] == "hash, expert_choice" and data["layers"] == [0, 1] and not data["limited"]
+        assert "expert_choice chooses over the whole batch" in data["note"]
+    code, output = invoke("study", "--plot-only", "--out", mixed.parent.parent)
+    findings = (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8")
+    assert code == 0 and re.search(r"\| D .*hash.*expert_choice", findings)
+
+
+def test_probe_takes_a_router_for_each_layer():
+    small = [x for name in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2") for x in ("--set", name)]
+    code, output = invoke("probe", "top_k", "--steps", 1, *small, "--set", 'router=["reinforce","expert_choice"]',
+                          "--set", "top_k=1")
+    assert code == 0 and output.startswith("reinforce, expert_choice after 1 steps"), output
+    code, output = invoke("probe", "top_k", "--steps", 1, *small, "--set", 'router=["top_k","base_assignment"]')
+    assert code == 0 and output.startswith("top_k, base_assignment after 1 steps"), output  # the second needs K = 1
+    code, output = invoke("probe", "top_k", "--set", 'router=["top_k"]')
+    assert code == 1 and "one name for each of the 2 MoE layers" in output
 
 
 def test_route_shows_each_byte_above_its_expert(run, finished, monkeypatch):

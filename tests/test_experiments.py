@@ -43,7 +43,11 @@ def finish(experiment, corpora, out, n_seeds=2):
         train(run, corpora[experiment.text], out / "runs" / run.run_id)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+QUICKEST = "collapse expert-choice shared fine-grained dense frozen batch".split()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICKEST else pytest.mark.slow)
+                                  for name in EXPERIMENTS])
 def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "WINDOWS", 2)
     experiment = EXPERIMENTS[name]

@@ -131,11 +131,14 @@ def functions_of(*owners):
             if inspect.isfunction(f) and f.__module__ == getattr(owner, "__module__", owner.__name__)}
 
 
+MODELS = [name for name in checks.cases() if name.startswith("whole: Transformer")]
+
+
 @pytest.fixture(scope="module", params=["numpy", pytest.param("numba", marks=pytest.mark.slow)])
 def table(request):
     """(the results of the table, the code of every function that ran for it, the kernels that ran), on both kernels.
 
-    Whole models are left out of the second, because watching them takes long.
+    Without whole models, which take long. The kernels stay chosen while tests use it.
     """
     if request.param == "numba":
         pytest.importorskip("numba")
@@ -144,14 +147,14 @@ def table(request):
     kernels.compile_all("float64")
     with kernels.timed() as spent:
         for name, check in checks.cases().items():
-            watch = None if name.startswith("whole: Transformer") else lambda frame, *_: ran.add(frame.f_code)
-            sys.setprofile(watch)
-            try:
-                results[name] = check()
-            finally:
-                sys.setprofile(None)
+            if name not in MODELS:
+                sys.setprofile(lambda frame, *_: ran.add(frame.f_code))
+                try:
+                    results[name] = check()
+                finally:
+                    sys.setprofile(None)
+    yield results, ran, set(spent)
     kernels.use(before)
-    return results, ran, set(spent)
 
 
 def test_every_function_router_loss_and_kernel_has_a_case(table):
@@ -169,9 +172,16 @@ def test_every_function_router_loss_and_kernel_has_a_case(table):
     assert [name for name in missing if name.split(".")[-1] not in without_gradient] == []
 
 
-@pytest.mark.parametrize("name", checks.cases())
+@pytest.mark.parametrize("name", [name for name in checks.cases() if name not in MODELS])
 def test_the_case_passes(name, table):
     assert table[0][name].ok, table[0][name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_case_of_a_whole_model_passes(name, table):
+    result = checks.cases()[name]()
+    assert result.ok, result
 
 
 def test_the_table_finds_a_wrong_gradient_and_a_choice_that_flips(monkeypatch):

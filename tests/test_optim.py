@@ -18,7 +18,8 @@ def leaf(values, dtype=np.float64):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (np.float32, 2e-6)])
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3}], ids=["defaults", "no decay", "other"])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3}],
+                         ids=["defaults", "no decay", "other"])
 def test_adamw(options, dtype, tolerance):
     shapes = {"w": (40, 1000), "b": (3,), "s": ()}  # both kernels, and a number
     parameters = {name: leaf(normal(*shape), dtype) for name, shape in shapes.items()}
@@ -30,7 +31,8 @@ def test_adamw(options, dtype, tolerance):
         for name, p in parameters.items():
             p.grad = normal(*p.shape, seed=step).astype(dtype)
             decay = 0.0 if name == "b" else settings["weight_decay"]
-            expected[name] = naive.adamw(expected[name][0], p.grad.astype(np.float64), *expected[name][1:], optimiser.lr,
+            expected[name] = naive.adamw(expected[name][0], p.grad.astype(np.float64), *expected[name][1:],
+                                         optimiser.lr,
                                          *settings["betas"], settings["eps"], decay, step)
         optimiser.step()
     for name, p in parameters.items():
@@ -70,7 +72,7 @@ def test_transposed_and_read_only_parameters_are_updated():
     np.testing.assert_allclose(q.data, frozen - 0.1 * np.sign(q.grad), rtol=1e-5)
 
 
-# ---- clipping ---------------------------------------------------------------------------------------------------------------------
+# -- clipping --
 
 @pytest.mark.parametrize("max_norm, scale", [(13, 1), (13.1, 1), (6.5, 0.5), (1.0, 1 / 13)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -106,11 +108,12 @@ def test_clipping_leaves_the_gradients_of_other_leaves_alone():
     assert q.grad.tolist() == [10, 10]
 
 
-# ---- schedule ---------------------------------------------------------------------------------------------------------------------
+# -- schedule --
 
 @pytest.mark.parametrize("step, steps, rate", [
     (1, 100, 0.2), (4, 100, 0.8), (5, 100, 1.0),           # warm-up over 5 of 100 steps
-    (100, 100, 0.1), (4, 7, 0.55), (3, 7, 0.775),          # one step up, then a cosine over 6 steps: half and a third of the way
+    # one step up, then a cosine over 6 steps: half and a third of the way
+    (100, 100, 0.1), (4, 7, 0.55), (3, 7, 0.775),
     (1, 1, 1.0), (1, 2, 1.0), (2, 2, 0.1), (1, 20, 1.0)])
 def test_learning_rate(step, steps, rate):
     assert optim.learning_rate(step, steps, 2.0) == pytest.approx(2.0 * rate)
@@ -126,7 +129,8 @@ def test_learning_rate_options_and_shape():
 
 
 def test_no_decay_names():
-    shapes = {"token_embedding.weight": (5, 2), "blocks.0.norm1.weight": (2,), "blocks.0.attention.query.weight": (2, 2), "head.bias": (5,),
+    shapes = {"token_embedding.weight": (5, 2), "blocks.0.norm1.weight": (2,),
+              "blocks.0.attention.query.weight": (2, 2), "head.bias": (5,),
               "blocks.1.moe.router.noise": (2, 3), "blocks.1.moe.bank.w1": (3, 2, 4), "blocks.1.moe.bank.b1": (3, 4)}
     kept = optim.no_decay_names({name: leaf(np.zeros(shape)) for name, shape in shapes.items()})
     assert kept == {"token_embedding.weight", "blocks.0.norm1.weight", "head.bias", "blocks.1.moe.bank.b1"}

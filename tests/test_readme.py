@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import cli
 import tinymoe as tm
@@ -48,16 +49,35 @@ def test_the_router_in_a_file_is_known_to_the_commands(tmp_path):
     assert "above_mean" in listed
 
 
-def test_the_file_map_names_every_file_with_its_length():
-    said = {name: int(lines) for name, lines in re.findall(r"^\| `tinymoe/([\w./]+)` \| (\d+) \|", README, re.M)}
-    counted = {str(p.relative_to(ROOT / "tinymoe")): p.read_text().count("\n")
-               for p in (ROOT / "tinymoe").rglob("*.py")}
-    folders = {}
-    for name, lines in counted.items():
-        place = name.split("/")[0] + "/" if "/" in name else name
-        folders[place] = folders.get(place, 0) + lines
-    assert said.keys() == folders.keys()
-    assert all(abs(said[name] - lines) <= 0.1 * lines + 3 for name, lines in folders.items()), folders
+def lines_of(name):
+    """How many lines of Python a file or a folder of tinymoe has; cli.py lies beside it."""
+    path = ROOT / name if name == "cli.py" else ROOT / "tinymoe" / name
+    files = [path] if path.is_file() else path.rglob("*.py")
+    return sum(file.read_text(encoding="utf-8").count("\n") for file in files)
+
+
+def table(part):
+    """{file or folder: lines} of the rows in a part of the README."""
+    rows = re.findall(r"^\| `([\w./]+)` \| ([\d,]+) \|", part, re.M)
+    return {name: int(lines.replace(",", "")) for name, lines in rows}
+
+
+CORE, AROUND = README[:README.find("Around the core")], README[README.find("Around the core"):]
+
+
+@pytest.mark.parametrize("part", [CORE, AROUND], ids=["core", "folders"])
+def test_its_tables_of_files_name_lines_that_are_true(part):
+    wrong = {name: lines_of(name) for name, lines in table(part).items() if abs(lines - lines_of(name)) > 3}
+    assert table(part) and wrong == {}
+
+
+def test_the_core_and_the_package_are_as_long_as_it_says_and_no_longer():
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "tinymoe").iterdir()}
+    assert set(table(AROUND)) >= there - {"__pycache__/", "__init__.py"}
+    for names, most, said in ((table(CORE), 2600, re.search(r"it has ([\d,]+) lines", CORE)),
+                              ([""], 8000, re.search(r"\(([\d,]+) lines in all\)", AROUND))):
+        total = sum(map(lines_of, names))
+        assert said and abs(int(said[1].replace(",", "")) - total) <= 3 * len(names) and total <= most
 
 
 def test_its_numbers_stand_in_the_published_findings():
@@ -79,7 +99,8 @@ def test_the_gathered_findings_and_those_of_each_experiment_follow_from_their_ro
     for name in done:
         again = report.write_findings(EXPERIMENTS[name], tmp_path / "again/experiments" / name).read_text()
         assert again == (published / "experiments" / name / "FINDINGS.md").read_text(), name
-    assert report.gather(tmp_path / "again", STUDY, EXPERIMENTS.values()).read_text() == (published / "FINDINGS.md").read_text()
+    gathered = report.gather(tmp_path / "again", STUDY, EXPERIMENTS.values()).read_text()
+    assert gathered == (published / "FINDINGS.md").read_text()
 
 
 def test_its_verdicts_on_the_claims_are_those_of_the_findings():
@@ -89,6 +110,9 @@ def test_its_verdicts_on_the_claims_are_those_of_the_findings():
                                             re.M))
 
 
-def test_every_command_it_names_exists():
-    named = set(re.findall(r"`python cli\.py (\w+)", README))
-    assert named and named <= set(cli.main.commands)
+def test_every_command_that_it_names_exists_with_its_options():
+    named = re.findall(r"python cli\.py (\w+)([^`\n|]*)", README)
+    assert named
+    for command, rest in named:
+        known = {name for option in cli.main.commands[command].params for name in option.opts}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", rest)) <= known, (command, rest)

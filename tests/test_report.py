@@ -385,6 +385,7 @@ def test_runs_of_no_setting_are_named_and_in_no_number(tmp_path):
 
 # -- figures --
 
+@pytest.mark.slow
 def test_the_users_matplotlibrc_does_not_reach_the_figures(tmp_path):
     write_study(tmp_path, n_seeds=1)
     drawn = {path.name: path.read_bytes() for path in draw_all(tmp_path)}

@@ -167,6 +167,7 @@ def command(text, out):
 
 
 @linux
+@pytest.mark.slow
 def test_a_study_killed_outright_takes_its_workers_along_and_goes_on_with_the_same_bits(text, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(command(text, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -188,6 +189,7 @@ def test_a_study_killed_outright_takes_its_workers_along_and_goes_on_with_the_sa
 
 
 @linux
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["importing", "training"])
 def test_ctrl_c_ends_with_one_line_and_130(text, tmp_path, moment):
     process = subprocess.Popen(command(text, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -221,6 +223,7 @@ def first_worker(known):
 
 
 @linux
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0, 0.2, 1.0], ids=["at once", "while it imports", "later"])
 def test_a_worker_that_dies_while_it_starts_fails_one_run_and_the_others_finish(text, tmp_path, delay):
     def kill():
@@ -264,6 +267,7 @@ def test_workers_know_the_users_routers(text, tmp_path):
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_program_without_a_main_guard_ends_with_one_line(text, tmp_path):
     (tmp_path / "program.py").write_text(f"""
 import sys

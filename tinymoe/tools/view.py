@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from ..autograd.tensor import no_grad
-from ..files import CheckpointError, load_arrays
+from ..files import CheckpointError, load_arrays, read_json
 from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
@@ -43,28 +43,26 @@ def note(config):
     return " ".join(said)
 
 
-# -- in the terminal ----------------------------------------------------------------------------
-
 def prefix_routings(model, text):
     """One Routing of the N bytes of text (bytes) for each MoE layer, routed on the prefix alone.
 
-    A text longer than seq_len goes through the model in windows; the model sees one window at a time.
+    The model sees one window of seq_len bytes at a time.
     """
-    length, by_window = model.config.seq_len, []
+    by_window, ids = [], np.frombuffer(text, np.uint8).astype(np.int64)[None]
     with no_grad():
-        for start in range(0, len(text), length):
-            ids = np.frombuffer(text[start:start + length], np.uint8).astype(np.int64)[None]
-            by_window.append(model.forward(ids, rng=np.random.default_rng([0, start]), causal=True).routings)
+        for start in range(0, len(text), model.config.seq_len):
+            window = ids[:, start:start + model.config.seq_len]
+            by_window.append(model.forward(window, rng=np.random.default_rng([0, start]), causal=True).routings)
     return [merge(routings) for routings in zip(*by_window)]
 
 
 def lines(text, routing, colour, width, gate=False, entropy=False):
     """Yield the lines of one layer: the text, and below each byte the number of its first expert, read downwards.
 
-    colour: colour the bytes as well. gate: add bars for the gate of the first choice. entropy: add bars for the entropy
-    of the router's probabilities, as a share of ln E.
+    gate: add bars for the gate of the first choice. entropy: add bars for the entropy of the router's probabilities, as
+    a share of ln E.
     """
-    n_experts, gates, p = routing.n_experts, routing.to_dense().data, routing.probs.data
+    n_experts, gates = routing.n_experts, routing.to_dense().data
     first = np.where(routing.coverage > 0, np.where(routing.mask(), gates, -np.inf).argmax(axis=1), -1)
     digits = len(str(n_experts - 1))
     numbers = [f"{e:{digits}}" if e >= 0 else "-".rjust(digits) for e in first]
@@ -72,7 +70,7 @@ def lines(text, routing, colour, width, gate=False, entropy=False):
     if gate:
         rows.append(("gate", [_bar(g) if e >= 0 else " " for g, e in zip(gates.max(axis=1), first)]))
     if entropy:
-        rows.append(("entropy", [_bar(h / max(math.log(n_experts), 1e-9)) for h in metrics.entropy(p)]))
+        rows.append(("entropy", [_bar(h / max(math.log(n_experts), 1e-9)) for h in metrics.entropy(routing.probs.data)]))
     cells = [_coloured(symbol(byte), e) if colour and e >= 0 else symbol(byte) for byte, e in zip(text, first)]
     step = max(8, width - 8)
     for start in range(0, len(text), step):
@@ -91,14 +89,11 @@ def _coloured(character, expert):
     return click.style(character, fg="black" if light else "bright_white", bg=(red, green, blue))
 
 
-# -- as a page ----------------------------------------------------------------------------------
-
 def page(folder, text=None):
     """The HTML page of a run folder, as text.
 
-    It shows the routings that were saved while training. If there are none, or if a file `text` is given, it shows what
-    the last checkpoint does, in the second case to the first bytes of the file.
-    Raises files.CheckpointError, CorpusError or OSError if there is nothing to show.
+    It shows the routings that were saved while training. If there are none, or for the first bytes of a file `text`, it
+    shows what the last checkpoint does. Raises CheckpointError, CorpusError or OSError if there is nothing to show.
     """
     paths = [] if text is not None else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
     steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
@@ -122,9 +117,9 @@ def belongs_to_a_run(path):
 def _now(folder, text):
     """(arrays, header) of what the last checkpoint does, in the form of a file of saved routings."""
     model = load_model(folder)
-    length, names = model.config.seq_len, ["text"]
+    length = model.config.seq_len
     if text is not None:
-        ids = _windows(text, length)
+        names, ids = ["text"], _windows(text, length)
         domain = np.zeros(len(ids), int)
     else:
         corpus = _trained_on(folder, length)
@@ -138,18 +133,17 @@ def _now(folder, text):
 
 
 def _trained_on(folder, length):
-    """The Corpus that a run was trained on: the default or the synthetic one. Raises CorpusError for any other.
+    """The Corpus that a run was trained on: the default one (also where config.json does not say) or the synthetic."""
+    def hashes(described):
+        return {name: text["sha256"] for name, text in described.items()}
 
-    It is the default one where config.json does not say.
-    """
     try:
-        described = json.loads(Path(folder, "config.json").read_bytes())["corpus"]
-        hashes = {name: text["sha256"] for name, text in described.items()}
+        wanted = hashes(read_json(Path(folder, "config.json"))["corpus"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        hashes = None
+        wanted = None
     for text in (None, SYNTHETIC):
         corpus = load_corpus(text, length)
-        if hashes in (None, {name: one["sha256"] for name, one in corpus.describe().items()}):
+        if wanted in (None, hashes(corpus.describe())):
             return corpus
     raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
 
