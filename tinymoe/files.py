@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tinymoe")  # what a name that `write_whole` gives in between looks like
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tinymoe")  # what a name that `write_atomically` gives in between looks like
 MAX_INFLATED = 1 << 30  # bytes that the compressed arrays of one file may become in memory
 NPY = re.compile(rb"\x93NUMPY(?:\x01\0..|[\x02\x03]\0....)"  # magic, version, length of the header (numpy.lib.format)
                  rb"\{'descr': '([<>|][biufcU]\d{1,9})', 'fortran_order': (True|False), "
@@ -36,7 +36,7 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
 
 
-def write_whole(path, content, follow=False):
+def write_atomically(path, content, follow=False):
     """Write str or bytes to a file atomically: readers see old or new content, never a part. Makes its folder.
 
     follow: for a path that a user names. The target of a link is written, and so is a device or pipe. Otherwise a link
@@ -65,7 +65,7 @@ def write_whole(path, content, follow=False):
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files that a killed `write_whole` left in a folder, and nothing else."""
+    """Delete the temporary files that a killed `write_atomically` left in a folder, and nothing else."""
     for path in Path(folder).glob(".*"):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def remove_leftovers(folder):
 
 def write_json(path, value):
     """Write a value as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path):
@@ -105,14 +105,14 @@ def read_rows(path):
 
 def write_rows(path, rows):
     """Write objects as .jsonl, one a line."""
-    write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def save_arrays(path, arrays, header, compress=False, follow=False):
-    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file. follow: as in `write_whole`."""
+    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file. follow: as in `write_atomically`."""
     buffer = io.BytesIO()
     (np.savez_compressed if compress else np.savez)(buffer, **arrays, __header__=np.array(json.dumps(header)))
-    write_whole(path, buffer.getvalue(), follow)
+    write_atomically(path, buffer.getvalue(), follow)
 
 
 def load_arrays(path, kind):
