@@ -5,9 +5,11 @@ import io
 import json
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -276,6 +278,43 @@ def test_only_leftovers_of_this_program_are_removed(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 5
     files.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
+    """Not what another process writes now: this test's parent stands for one."""
+    def temporary(pid, age=0):
+        path = tmp_path / f".a.txt.{pid:08x}.tinymoe"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    running = temporary(os.getppid())
+    gone = [temporary(os.getpid()), temporary(1, age=61)]
+    if sys.platform.startswith("linux"):
+        gone.append(temporary(2**31))  # no process can have this number
+    files.write_atomically(tmp_path / "b.txt", "text")
+    assert running.exists() and not any(path.exists() for path in gone)
+
+
+def test_a_write_that_is_killed_leaves_nothing_after_the_next(tmp_path):
+    code = (f"import os, signal; from tinymoe import files; files.os.replace = lambda *names: os.kill(os.getpid(), 9); "
+            f"files.write_atomically({str(tmp_path / 'FINDINGS.md')!r}, 'text')")
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert len(list(tmp_path.iterdir())) == 1
+    if not sys.platform.startswith("linux"):
+        os.utime(next(tmp_path.iterdir()), (0, 0))
+    files.write_atomically(tmp_path / "FINDINGS.md", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["FINDINGS.md"]
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
+    def vanish(*names):
+        shutil.rmtree(tmp_path / "out")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "replace", vanish)
+    with pytest.raises(OSError, match="its folder vanished"):
+        files.write_atomically(tmp_path / "out" / "a.txt", "text")
 
 
 def test_the_new_file_is_complete_before_it_takes_the_place(tmp_path, monkeypatch):

@@ -63,6 +63,9 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
                 _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
         if side_by_side:
             _side_by_side([(plan, folders[plan.run_id], fresh) for plan in todo], read, jobs, note)
+    for run_id, folder in folders.items():
+        if run_id not in failures and not folder.exists():
+            note(Event("failed", run_id, message=f"{folder} vanished: run the same command again"))
     return failures
 
 

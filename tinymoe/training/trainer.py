@@ -157,10 +157,9 @@ class Trainer:
 
     def _means_since_row(self):
         """Means of the training numbers since the last row, by name; None for a term that has no finite value."""
-        steps, self.since_row = self.since_row, []
+        steps, self.since_row = self.since_row or [{}], []
         names = list(dict.fromkeys([*TRAINING_NUMBERS, *(name for numbers in steps for name in numbers)]))
-        means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0) if steps \
-            else np.full(len(names), math.nan)
+        means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0)
         # a term that is not finite has a coefficient of 0: otherwise the run would have stopped
         return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means.tolist())}
 
@@ -198,6 +197,8 @@ class Trainer:
         load_arrays_into(self.arrays(), arrays)
         self.step, self.seconds, self.rows = operator.index(state["step"]), float(state["seconds"]), rows
         self.optimizer.steps = {name: operator.index(state["optimizer_steps"][name]) for name in self.parameters}
+        if not all(0 <= n <= self.step for n in self.optimizer.steps.values()):
+            raise ValueError("its optimizer took other steps")
         for name, generator in self.generators.items():
             generator.bit_generator.state = state["generators"][name]
 
@@ -242,11 +243,12 @@ def _train_to_the_end(trainer, folder, on_event):
             report("step", loss)
         final, _ = trainer.evaluate(trainer.validation(plan.training.final_windows))
     except NonFiniteLoss as error:
-        folder.fail({"run_id": plan.run_id, "step": error.step, "layer": error.layer, "reason": error.reason})
+        folder.end("failure.json", {"run_id": plan.run_id, "step": error.step, "layer": error.layer,
+                                    "reason": error.reason})
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
                "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final}}
     if plan.measure:
         summary["measured"] = plan.measure(trainer)
-    folder.finish(summary)
+    folder.end("summary.json", summary)
     return summary
