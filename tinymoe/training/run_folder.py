@@ -36,7 +36,7 @@ AGAIN = "move this run's folder away and run the same command again"
 
 
 class RunError(Exception):
-    """A run that cannot start, for example because its folder is in use or holds a run with other settings."""
+    """A run that cannot go on, for example because its folder is in use or holds a run with other settings."""
 
 
 class RunFolder:
@@ -66,8 +66,8 @@ class RunFolder:
         Raises RunError if another process holds it, or if there is no lock to be had.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        inside = (self.path / name for name in (".lock", ROUTINGS, *FILES))
-        for path in (self.path, *inside, *self.path.glob(f"{ROUTINGS}/*")):
+        inside = [self.path / name for name in (".", ".lock", ROUTINGS, *FILES)]
+        for path in [*inside, *self.path.glob(f"{ROUTINGS}/*")]:
             if path.is_symlink():
                 raise RunError(f"{path} is a link, but a run writes only inside its own folder: remove the link")
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -90,7 +90,7 @@ class RunFolder:
         raise RunError(f"{self.path} is being written by another process: wait for it, or choose another --out")
 
     def create(self, config: dict, fresh: bool):
-        """Write config.json, or check that it describes the same run; remove what an interrupted run left half written.
+        """Write config.json, or check that it describes the same run; remove what belongs to no checkpoint.
 
         fresh: first remove the files of the run that is there. Raises RunError if the folder holds another run.
         """
@@ -127,7 +127,7 @@ class RunFolder:
                 raise ValueError("its log.jsonl is incomplete")
             json.dumps([rows, state], allow_nan=False)  # ValueError for what could not be written again
             trainer.restore(arrays, state, rows)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise CheckpointError(f"{path} cannot be resumed, {error}: {AGAIN}") from None
         return True
 
@@ -137,8 +137,8 @@ class RunFolder:
         state = trainer.state()
         files.write_rows(self.path / "log.jsonl", trainer.rows)
         if routings:
-            header = {"kind": "routings", "names": trainer.corpus.names} | {
-                name: state[name] for name in ("run_id", "model", "step")}
+            header = {"kind": "routings", "names": trainer.corpus.names,
+                      **{name: state[name] for name in ("run_id", "model", "step")}}
             files.save_arrays(self.path / ROUTINGS / f"{trainer.step:06}.npz", routings, header, compress=True)
         files.save_arrays(self.path / "checkpoint.npz", trainer.arrays(), state)
 
@@ -165,12 +165,12 @@ class RunFolder:
                            "--out, or start again with --fresh")
 
 
-def describe(plan, corpus, imports=()) -> dict:
-    """Everything that defines the run, ready for JSON. imports: what `load_imports` returned."""
+def describe(plan, corpus) -> dict:
+    """Everything that defines the run, ready for JSON. Executes the files that plan.imports names."""
     return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
             "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
-            "corpus": corpus.describe(), "domains": corpus.names,
-            "kernels": kernels.active(), "imports": list(imports)}
+            "corpus": corpus.describe(), "domains": corpus.names, "kernels": kernels.active(),
+            "imports": load_imports(tuple(plan.imports))}
 
 
 def _identity(config):
@@ -236,7 +236,7 @@ def load_recorded_imports(folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path) -> Transformer:
-    """The model of a run's last checkpoint. Raises files.CheckpointError if there is none."""
+    """The model of a run's last checkpoint, after `load_recorded_imports`. Raises CheckpointError if there is none."""
     path = Path(folder, "checkpoint.npz")
     if Path(folder, "log.jsonl").exists() and not path.exists():
         raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
@@ -255,8 +255,8 @@ def load_model(folder: str | Path) -> Transformer:
 def first_model(plan, runs: Path) -> Transformer:
     """The model that a run starts with: new, or the finished run that plan.start names, upcycled if it was dense.
 
-    runs: the folder that holds the runs of the study. Raises RunError if the other run is not finished, ValueError if
-    its model cannot be upcycled to this one.
+    runs: the folder of the study's runs. Raises RunError if the other run is not finished, ValueError if its model
+    cannot be upcycled.
     """
     if plan.start is None:
         return Transformer(plan.model, seed=plan.seed)
