@@ -530,13 +530,13 @@ def view(run, text, out, imports):
     It shows text by layer and expert and needs no network. Without saved routings, and with --text, it shows what the
     last checkpoint does.
     """
-    from tinymoe.files import write_whole
+    from tinymoe.files import write_atomically
     from tinymoe.tools import view as v
     out = out or run / "view.html"
     if v.belongs_to_a_run(out):
         raise click.UsageError(f"--out {out} is a file of a run: choose a name that ends in .html")
     page = v.page(run, text)
-    write_whole(out, page, follow=True)
+    write_atomically(out, page, follow=True)
     click.echo(f"{out} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser")
 
 

@@ -176,9 +176,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
 
 
 def test_ctrl_c_while_figures_are_drawn_is_orderly_too(finished, monkeypatch):
-    monkeypatch.setattr(files, "write_whole", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(files, "write_atomically", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     for module in (plots, report):
-        monkeypatch.setattr(module, "write_whole", files.write_whole)
+        monkeypatch.setattr(module, "write_atomically", files.write_atomically)
     code, output = invoke("study", "--plot-only", "--out", finished)
     assert code == 130 and output.strip().startswith("Interrupted")
 

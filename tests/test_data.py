@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from tinymoe.training import data
 from tinymoe.training.data import EXPECTED_SHA256, CorpusError, load_corpus, split_spans
 
 
@@ -48,7 +49,7 @@ def texts(folder, **files):
 
 def test_default_domains_have_the_documented_sizes_and_hashes(corpus):
     assert corpus.names == ["narrative", "poetry", "python", "tables"] == list(EXPECTED_SHA256)
-    assert [domain.n_bytes for domain in corpus.domains] == [999_877, 439_957, 999_997, 999_990]
+    assert [len(domain.tokens) for domain in corpus.domains] == [999_877, 439_957, 999_997, 999_990]
     for domain in corpus.domains:
         assert domain.sha256 == EXPECTED_SHA256[domain.name]
         assert domain.matches is True
@@ -57,7 +58,7 @@ def test_default_domains_have_the_documented_sizes_and_hashes(corpus):
 
 def test_default_split_is_a_tenth_in_blocks_spread_over_each_domain(corpus):
     for domain in corpus.domains:
-        share = np.diff(domain.valid).sum() / domain.n_bytes
+        share = np.diff(domain.valid).sum() / len(domain.tokens)
         assert 0.09 < share < 0.11
         assert np.all(np.diff(domain.valid) == 4096)
         assert np.ptp(np.diff(domain.valid[:, 0])) <= 1  # equal distances
@@ -278,6 +279,17 @@ def test_too_short_a_file(tmp_path):
     (tmp_path / "note.txt").write_bytes(b"x" * 516)
     corpus = load_corpus(tmp_path / "note.txt")
     assert len(corpus.validation(9, 128)[0]) == 2
+
+
+def test_a_text_larger_than_the_limit_is_not_read(tmp_path, monkeypatch):
+    for i in range(3):
+        with open(tmp_path / f"large{i}.txt", "wb") as f:
+            f.truncate(100 * 10**9)  # a sparse file: it takes no place on the disk
+    fails("300,000,000,000 bytes, more than 4,000,000,000", "--text", text=tmp_path)
+    fails("large0.txt", "100,000,000,000 bytes", "--text", text=tmp_path / "large0.txt")
+    (tmp_path / "small").write_bytes(b"x" * 999)
+    monkeypatch.setattr(data.Path, "read_bytes", lambda path: (_ for _ in ()).throw(MemoryError))
+    fails("the memory is too small", "small", "--text", text=tmp_path / "small")
 
 
 def test_unreadable_file(tmp_path):

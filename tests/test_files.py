@@ -5,9 +5,11 @@ import io
 import json
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -202,10 +204,10 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path):
 
 # -- writing ------------------------------------------------------------------------------------
 
-def test_write_whole_makes_folders_and_replaces(tmp_path):
+def test_write_atomically_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "new" / "folder" / "a.txt"
     for content in ("first", b"\x00second", "dritter \u00fc"):
-        files.write_whole(path, content)
+        files.write_atomically(path, content)
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
@@ -215,14 +217,14 @@ def test_write_whole_makes_folders_and_replaces(tmp_path):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(module, where, error, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    files.write_whole(path, "old")
+    files.write_atomically(path, "old")
 
     def interrupt(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(module, where, interrupt)
     with pytest.raises(type(error)):
-        files.write_whole(path, "new")
+        files.write_atomically(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
@@ -232,7 +234,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(module, where, er
 def test_the_umask_decides_who_may_read_a_file(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
-        files.write_whole(tmp_path / "a.txt", "text")
+        files.write_atomically(tmp_path / "a.txt", "text")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
@@ -243,9 +245,9 @@ def test_a_link_is_followed_where_a_user_names_it_and_replaced_elsewhere(tmp_pat
     outside.write_text("old")
     link.parent.mkdir()
     link.symlink_to(outside)
-    files.write_whole(link, "through", follow=True)
+    files.write_atomically(link, "through", follow=True)
     assert outside.read_text() == "through" and link.is_symlink()
-    files.write_whole(link, "beside")
+    files.write_atomically(link, "beside")
     assert outside.read_text() == "through" and link.read_text() == "beside" and not link.is_symlink()
 
 
@@ -254,10 +256,10 @@ def test_a_pipe_or_device_is_written_to_where_a_user_names_it_and_refused_elsewh
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(OSError, match="device or a pipe"):
-        files.write_whole(pipe, "content")
+        files.write_atomically(pipe, "content")
     reader = subprocess.Popen([sys.executable, "-c", f"print(open({str(pipe)!r}).read())"], stdout=subprocess.PIPE,
                               text=True)
-    files.write_whole(pipe, "content", follow=True)
+    files.write_atomically(pipe, "content", follow=True)
     assert reader.communicate(timeout=30)[0] == "content\n" and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
@@ -268,7 +270,7 @@ def test_only_leftovers_of_this_program_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", kill)
     monkeypatch.setattr(files.Path, "unlink", kill)
     with pytest.raises(SystemExit):
-        files.write_whole(tmp_path / "log.jsonl", "rows")
+        files.write_atomically(tmp_path / "log.jsonl", "rows")
     monkeypatch.undo()
     mine = [".notes.txt", ".keep.d", ".lock", "a.1234abcd.tinymoe"]
     for name in mine:
@@ -276,6 +278,43 @@ def test_only_leftovers_of_this_program_are_removed(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 5
     files.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
+    """Not what another process writes now: this test's parent stands for one."""
+    def temporary(pid, age=0):
+        path = tmp_path / f".a.txt.{pid:08x}.tinymoe"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+        return path
+
+    running = temporary(os.getppid())
+    gone = [temporary(os.getpid()), temporary(1, age=61)]
+    if sys.platform.startswith("linux"):
+        gone.append(temporary(2**31))  # no process can have this number
+    files.write_atomically(tmp_path / "b.txt", "text")
+    assert running.exists() and not any(path.exists() for path in gone)
+
+
+def test_a_write_that_is_killed_leaves_nothing_after_the_next(tmp_path):
+    code = (f"import os, signal; from tinymoe import files; files.os.replace = lambda *names: os.kill(os.getpid(), 9); "
+            f"files.write_atomically({str(tmp_path / 'FINDINGS.md')!r}, 'text')")
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert len(list(tmp_path.iterdir())) == 1
+    if not sys.platform.startswith("linux"):
+        os.utime(next(tmp_path.iterdir()), (0, 0))
+    files.write_atomically(tmp_path / "FINDINGS.md", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["FINDINGS.md"]
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path, monkeypatch):
+    def vanish(*names):
+        shutil.rmtree(tmp_path / "out")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "replace", vanish)
+    with pytest.raises(OSError, match="its folder vanished"):
+        files.write_atomically(tmp_path / "out" / "a.txt", "text")
 
 
 def test_the_new_file_is_complete_before_it_takes_the_place(tmp_path, monkeypatch):
@@ -287,7 +326,7 @@ def test_the_new_file_is_complete_before_it_takes_the_place(tmp_path, monkeypatc
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", spy)
-    files.write_whole(path, "content")
+    files.write_atomically(path, "content")
     assert seen == [(True, b"content")]
 
 

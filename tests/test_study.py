@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, tiny
+from tinymoe import files
 from tinymoe.experiments import STUDY
 from tinymoe.study import runner as study
 from tinymoe.training import run_folder
@@ -282,6 +284,34 @@ run_study([replace(tiny(), seed=seed) for seed in range(3)], {str(tmp_path / 'ou
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert 'if __name__ == "__main__":' in line and "jobs=1" in line
+
+
+def test_a_damaged_header_is_one_line_with_two_jobs_too(text, tmp_path):
+    """And the advice helps: without the folder the same command trains the run."""
+    all_runs = [replace(tiny(), seed=seed) for seed in range(2)]
+    assert study.run_study(all_runs, tmp_path, text) == {}
+    for run, change in zip(all_runs, ({"n_rows": 1.5}, {"generators": {}})):
+        folder = tmp_path / "runs" / run.run_id
+        (folder / "summary.json").unlink()
+        arrays, header = files.load_arrays(folder / "checkpoint.npz", "checkpoint")
+        files.save_arrays(folder / "checkpoint.npz", arrays, header | change)
+    failures = study.run_study(all_runs, tmp_path, text, jobs=2)
+    assert len(failures) == 2
+    assert all("move this run's folder away" in message and "\n" not in message for message in failures.values())
+    for run in all_runs:
+        shutil.rmtree(tmp_path / "runs" / run.run_id)
+    assert study.run_study(all_runs, tmp_path, text, jobs=2) == {}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_study_whose_folder_vanishes_says_so(text, tmp_path, jobs):
+    def vanish(event):
+        if event.kind == "done":
+            shutil.rmtree(tmp_path / "out")
+    all_runs = [tiny(), replace(tiny(steps=400), seed=1)]
+    failures = study.run_study(all_runs, tmp_path / "out", text, jobs=jobs, on_event=vanish)
+    assert set(failures) == {"F-seed0", "F-seed1"} if jobs == 2 else "F-seed0" in failures
+    assert all("vanished" in message for message in failures.values())
 
 
 # -- what a study refuses --

@@ -1,7 +1,11 @@
 """One run: interrupted anywhere, it is resumed and ends with the same bits. What it cannot use it refuses and keeps."""
 
+import contextlib
+import hashlib
+import itertools
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +20,7 @@ from tinymoe.training.data import load_corpus
 
 MODEL = dict(d_model=16, n_heads=2, d_ff=32, n_layers=2, moe_layers=[1], seq_len=16, n_experts=4)
 TRAINING = dict(steps=6, batch_size=4, n_evaluations=3, eval_windows=2, final_windows=2)  # looks after steps 2, 4 and 6
+NAMES = list(tm.Transformer(tm.ModelConfig(**MODEL, router="noisy_top_k")).parameters())
 WORDS = " ".join(f"{a}{b}" for a in "blue red green".split() for b in range(200))
 
 
@@ -80,6 +85,7 @@ def stopped(corpus, tmp_path):
 def test_evaluations_are_spread_and_end_with_the_last_step():
     assert t.TrainConfig(steps=10, n_evaluations=3).evaluation_steps() == {3, 7, 10}
     assert t.TrainConfig(steps=2, n_evaluations=20).evaluation_steps() == {1, 2}
+    assert t.TrainConfig(steps=2, n_evaluations=2 * 10**9).evaluation_steps() == {1, 2}
 
 
 def test_a_run_learns_a_text_without_surprise(tmp_path):
@@ -343,8 +349,10 @@ def test_a_log_that_is_gone(corpus, stopped, finished):
 
 @pytest.mark.parametrize("key, value", [
     ("n_rows", 1.5), ("n_rows", "3"), ("n_rows", 0), ("step", "a"), ("step", 1.5), ("step", None), ("seconds", "a"),
-    ("generators", {}), ("generators", {"data": 1, "noise": 2}), ("optimizer_steps", {}), ("optimizer_steps", 7),
-    ("model", 3), ("run_id", [1])], ids=str)
+    ("seconds", float("nan")), ("seconds", None), ("generators", {}), ("generators", {"data": 1, "noise": 2}),
+    ("optimizer_steps", {}), ("optimizer_steps", 7), ("optimizer_steps", dict.fromkeys(NAMES, 10**400)),
+    ("optimizer_steps", dict.fromkeys(NAMES, -1)),
+    ("model", 3), ("run_id", [1])], ids=lambda value: str(value)[:40])
 def test_a_checkpoint_whose_header_is_damaged(corpus, stopped, key, value):
     arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
     files.save_arrays(stopped / "checkpoint.npz", arrays, header | {key: value})
@@ -352,10 +360,95 @@ def test_a_checkpoint_whose_header_is_damaged(corpus, stopped, key, value):
 
 
 @pytest.mark.parametrize("content", [
-    '{"corpus": 1}', '{"corpus": {"words": 1}}', '{"training": 3}', '{"imports": [1]}', '{"model": [1]}'])
+    '{"corpus": 1}', '{"corpus": {"words": 1}}', '{"training": 3}', '{"imports": [1]}', '{"imports": [{"path": "a"}]}',
+    '{"model": [1]}'])
 def test_a_config_of_the_wrong_types(corpus, stopped, content):
     (stopped / "config.json").write_text(content)
     refuses(run_folder.RunError, "config.json is not the JSON|other settings", tiny(), corpus, stopped)
+
+
+@pytest.mark.parametrize("content", ['{"step": 4, "loss": NaN}', '{"step": 4, "loss": 1e999}', '{"step": "4"}', "{}"])
+def test_a_row_that_no_run_writes(corpus, stopped, content):
+    rows = (stopped / "log.jsonl").read_text().splitlines()
+    (stopped / "log.jsonl").write_text("\n".join([*rows[:-1], content]))
+    refuses(files.CheckpointError, "checkpoint.npz .*: move this run's folder away", tiny(), corpus, stopped)
+
+
+def flipped(content, seed=0):
+    """The content with one random bit of one byte flipped, for each of its bytes."""
+    for place, bit in enumerate(np.random.default_rng(seed).integers(0, 8, len(content))):
+        yield content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:]
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """(plan, corpus, folder) of a finished run with a checkpoint of a few kilobytes. Its text has eight letters."""
+    folder = tmp_path_factory.mktemp("smallest")
+    (folder / "text").write_bytes(np.random.default_rng(0).integers(0, 8, 200).astype(np.uint8).tobytes())
+    model = dict(vocab_size=8, d_model=2, n_heads=1, d_ff=2, n_layers=1, moe_layers=[0], seq_len=4, n_experts=2,
+                 norm="rms", bias=False, tied=True, positions="rotary")
+    corpus = load_corpus(folder / "text", seq_len=4)
+    plan = replace(tiny("D", steps=2, n_evaluations=1), model=tm.ModelConfig(**model))
+    t.train(plan, corpus, folder / "run")
+    return plan, corpus, folder / "run"
+
+
+def weights_of(folder):
+    return {name: p.data.tobytes() for name, p in run_folder.load_model(folder).parameters().items()}
+
+
+@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_checkpoint_with_a_flipped_bit_has_the_right_weights_or_is_refused(smallest, tmp_path, every):
+    content, right, refused = (smallest[2] / "checkpoint.npz").read_bytes(), weights_of(smallest[2]), 0
+    for damaged in itertools.islice(flipped(content), 0, None, every):
+        (tmp_path / "checkpoint.npz").write_bytes(damaged)
+        refused += 1
+        with one_line():
+            assert weights_of(tmp_path) == right
+            refused -= 1
+    assert refused > len(content) / every / 2
+
+
+def test_a_header_with_a_flipped_bit_has_the_right_weights_or_is_refused(smallest, tmp_path):
+    """As if the checksum did not see it: the rest of the checkpoint is written around the damaged header."""
+    folder = smallest[2]
+    arrays, header = files.load_arrays(folder / "checkpoint.npz", "checkpoint")
+    right = weights_of(folder)
+    for number, damaged in enumerate(flipped(json.dumps(header).encode())):
+        np.savez(tmp_path / "checkpoint.npz", **arrays, __header__=np.array(damaged.decode(errors="replace")))
+        with one_line():
+            assert weights_of(tmp_path) == right
+        if number % 7 == 0:  # a run takes some milliseconds
+            train_with(smallest, tmp_path / "run", "checkpoint.npz", (tmp_path / "checkpoint.npz").read_bytes())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "summary.json"])
+def test_rows_with_a_flipped_bit_are_used_or_refused(smallest, tmp_path, name, finished):
+    content = (smallest[2] / name).read_bytes()
+    for damaged in itertools.islice(flipped(content), 0, None, 7):
+        train_with(smallest, tmp_path / "run", name, damaged, finished)
+
+
+def train_with(smallest, run, name, damaged, finished=False):
+    """Train in a copy of the run with a damaged file: it goes on, or says in one line what is wrong."""
+    plan, corpus, folder = smallest
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(folder, run)
+    if not finished:
+        (run / "summary.json").unlink()
+    (run / name).write_bytes(damaged)
+    with one_line():
+        assert t.train(plan, corpus, run)["status"] == "complete"
+
+
+@contextlib.contextmanager
+def one_line():
+    """What is inside works, or raises one of the two errors with one line."""
+    try:
+        yield
+    except (run_folder.RunError, files.CheckpointError) as error:
+        assert len(files.printable(error).splitlines()) == 1
 
 
 # -- what a run leaves alone --
@@ -373,6 +466,16 @@ def test_files_of_the_user_are_kept_and_leftovers_of_a_crash_removed(corpus, sto
     t.train(tiny(), corpus, stopped, fresh=fresh)
     assert all((stopped / name).read_text() == "mine" for name in kept)
     assert not any((stopped / name).exists() for name in gone)
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_folder_that_vanishes_is_not_made_again(corpus, tmp_path, step):
+    def vanish(event):
+        if event.step == step:
+            shutil.rmtree(tmp_path / "run")
+    with pytest.raises(run_folder.RunError, match="run vanished while the run was training: run the same command"):
+        t.train(tiny(), corpus, tmp_path / "run", vanish)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_lock_file_is_not_emptied(corpus, tmp_path):
@@ -461,6 +564,40 @@ def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
     run_folder.load_imports.cache_clear()
     with pytest.raises(run_folder.RunError, match="cannot import .*own.py"):
         t.train(plan, corpus, tmp_path / "run")
+
+
+@pytest.mark.parametrize("path", ["{run}/evil.py", "evil.py", "{run}/routings/../evil.py", "{link}/evil.py"])
+def test_a_run_folder_brings_no_code_along(corpus, stopped, tmp_path_factory, path, monkeypatch):
+    """As one of a stranger would, with the hash that fits. A relative path would depend on the current folder."""
+    link = tmp_path_factory.mktemp("elsewhere") / "link"
+    link.symlink_to(stopped)
+    code = f"open({str(stopped / 'executed')!r}, 'w')"
+    (stopped / "evil.py").write_text(code)
+    monkeypatch.chdir(stopped)
+    recorded = {"path": path.format(run=stopped, link=link), "sha256": hashlib.sha256(code.encode()).hexdigest()}
+    config = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps(config | {"imports": [recorded]}))
+    for load in (run_folder.load_model, run_folder.load_recorded_imports):
+        with pytest.raises(files.CheckpointError, match="not an absolute path outside the run's folder"):
+            load(stopped)
+    assert not (stopped / "executed").exists()
+
+
+@pytest.mark.parametrize("imports", [3, [3], [{}], [{"path": 3, "sha256": ""}], [{"path": "/a\0", "sha256": ""}],
+                                     [{"path": "/nowhere.py", "sha256": ""}], {"path": "a"}], ids=str)
+def test_recorded_imports_of_the_wrong_types(stopped, imports):
+    (stopped / "config.json").write_text(json.dumps({"imports": imports}))
+    with pytest.raises(files.CheckpointError, match="config.json names files to import that cannot be used"):
+        run_folder.load_model(stopped)
+
+
+@pytest.mark.parametrize("key, value", [("n_layers", 2**31 - 1), ("vocab_size", 4 * 10**7), ("n_experts", 2**30)])
+def test_a_header_of_a_huge_model_takes_no_memory(stopped, key, value):
+    arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
+    header["model"][key] = value
+    files.save_arrays(stopped / "checkpoint.npz", arrays, header)
+    with pytest.raises(files.CheckpointError, match="too few weights"):
+        run_folder.load_model(stopped)
 
 
 def test_more_than_256_domains_keep_their_numbers(tmp_path):

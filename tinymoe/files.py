@@ -1,23 +1,23 @@
 """Files: atomic writes, arrays without pickle, JSON rows. Everything the project writes goes through here.
 
-A file is written under a temporary name in its folder, forced to disk, and renamed: a crash leaves the old file intact.
 Arrays are stored as .npz. They are read with a parser of their own that checks sizes and checksums before it builds an
 array; pickled content is never loaded.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import re
-import secrets
+import time
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tinymoe")  # what a name that `write_whole` gives in between looks like
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})\.tinymoe")  # a file that is being written, and the process that writes it
 MAX_INFLATED = 1 << 30  # bytes that the compressed arrays of one file may become in memory
 NPY = re.compile(rb"\x93NUMPY(?:\x01\0..|[\x02\x03]\0....)"  # magic, version, length of the header (numpy.lib.format)
                  rb"\{'descr': '([<>|][biufcU]\d{1,9})', 'fortran_order': (True|False), "
@@ -36,8 +36,8 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
 
 
-def write_whole(path, content, follow=False):
-    """Write str or bytes to a file atomically: readers see old or new content, never a part. Makes its folder.
+def write_atomically(path, content, follow=False):
+    """Write str or bytes to a file: readers see old or new content, never a part. Makes its folder.
 
     follow: for a path that a user names. The target of a link is written, and so is a device or pipe. Otherwise a link
         is replaced by a file, so that nothing outside the folder changes.
@@ -45,12 +45,13 @@ def write_whole(path, content, follow=False):
     """
     path = Path(os.path.realpath(path) if follow else path)
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not (path.is_file() or path.is_dir()) and not path.is_symlink():
+    if path.exists() and not (path.is_file() or path.is_dir() or path.is_symlink()):
         if not follow:
             raise FileExistsError(f"{path} is a device or a pipe: remove it, or choose another folder")
         return path.write_bytes(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tinymoe")
+    remove_leftovers(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid():08x}.tinymoe")
     try:
         with open(temporary, "xb") as f:  # its permissions are what the umask leaves
             f.write(data)
@@ -60,59 +61,61 @@ def write_whole(path, content, follow=False):
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a full disk names no file
-            raise OSError(error.errno, f"{error.strerror}: make room, or choose another folder", str(path)) from None
+            advice = "make room, or choose another folder" if path.parent.exists() else "its folder vanished"
+            raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from None
         raise
 
 
 def remove_leftovers(folder):
-    """Delete the temporary files that a killed `write_whole` left in a folder, and nothing else."""
-    for path in Path(folder).glob(".*"):
-        if TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    """Delete the temporary files of killed writes in a folder: those a minute old, or whose process is gone."""
+    for path in Path(folder).glob(".*.tinymoe"):
+        if name := TEMPORARY.fullmatch(path.name):
+            writer = int(name[1], 16)
+            gone = writer == os.getpid() or Path("/proc/self").exists() and not Path(f"/proc/{writer}").exists()
+            with contextlib.suppress(OSError):  # it is removed by now, or another user's
+                if path.is_file() and (gone or time.time() - path.stat().st_mtime > 60):
+                    path.unlink()
 
 
 def write_json(path, value):
     """Write a value as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path):
     """The JSON object in a file, a dict. Raises OSError if it cannot be read, ValueError if it is something else."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        return _json_object(Path(path).read_bytes())
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
+        raise ValueError(f"{path} is not a JSON object") from None
+
+
+def write_rows(path, rows):
+    """Write objects as .jsonl, one a line."""
+    write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def read_rows(path):
     """The JSON objects of a .jsonl file, one a line; stops at a truncated line, and at one that is no object."""
     rows = []
-    if not Path(path).exists():
-        return rows
-    for line in Path(path).read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        for line in Path(path).read_text(errors="replace").splitlines():
+            rows.append(_json_object(line))
     return rows
 
 
-def write_rows(path, rows):
-    """Write objects as .jsonl, one a line."""
-    write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def _json_object(text):
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
-def save_arrays(path, arrays, header, compress=False, follow=False):
-    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file. follow: as in `write_whole`."""
+def save_arrays(path, arrays, header, compress=False):
+    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file."""
     buffer = io.BytesIO()
     (np.savez_compressed if compress else np.savez)(buffer, **arrays, __header__=np.array(json.dumps(header)))
-    write_whole(path, buffer.getvalue(), follow)
+    write_atomically(path, buffer.getvalue())
 
 
 def load_arrays(path, kind):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ..files import write_whole
+from ..files import write_atomically
 from .palette import COLOURS, MARKERS
 from .quantities import in_row, title
 from .results import Results
@@ -65,7 +65,7 @@ def save(fig: Figure, path):
     """Write a figure as PNG: the same bytes for the same figure."""
     image = io.BytesIO()
     fig.savefig(image, format="png", metadata={"Software": None})
-    write_whole(path, image.getvalue())
+    write_atomically(path, image.getvalue())
 
 
 def style_of(results: Results, name: str) -> dict:

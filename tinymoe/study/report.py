@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import printable, write_whole
+from ..files import printable, write_atomically
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, title, value
 from .results import COMPACT, Results, RunRecord, load_runs
@@ -233,7 +233,7 @@ def write_findings(experiment: Experiment, folder) -> Path:
              "## Words used here", GLOSSARY, "## Methods", METHODS,
              f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
              f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Versions: {escaped(versions)}."]
-    write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
+    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 
@@ -251,7 +251,7 @@ def write_summary_csv(study_dir) -> Path:
         writer.writerow([run.run_id, run.config_id, run.seed, run.state, *map(run.model.get, settings),
                          (run.summary or {}).get("steps"), sizes.get("total"), sizes.get("active"),
                          *(f"{of[name]:.6g}" if name in of else "" for name in names)])
-    write_whole(path, out.getvalue())
+    write_atomically(path, out.getvalue())
     return path
 
 
@@ -300,7 +300,7 @@ def gather(published, study: Experiment, experiments) -> Path:
              *(section(results, f"experiments/{results.experiment.name}") for results in found),
              "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS]
     path = Path(published, "FINDINGS.md")
-    write_whole(path, "\n\n".join(filter(None, parts)) + "\n")
+    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 

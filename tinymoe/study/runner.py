@@ -1,7 +1,6 @@
-"""The runner: trains many runs, one after the other or side by side in worker processes.
+"""The runner: trains many runs, one after the other or side by side in worker processes of one thread each.
 
-Runs share nothing, so they are what to do in parallel: each trains on one thread. A run has the same bits on any number
-of threads, so the way that runs are spread over processes changes no result.
+A run has the same bits on any number of threads, so the way that runs are spread over processes changes no result.
 """
 
 import contextlib
@@ -63,6 +62,9 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
                 _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
         if side_by_side:
             _side_by_side([(plan, folders[plan.run_id], fresh) for plan in todo], read, jobs, note)
+    for run_id, folder in folders.items():
+        if run_id not in failures and not folder.exists():
+            note(Event("failed", run_id, message=f"{folder} vanished: run the same command again"))
     return failures
 
 
@@ -88,7 +90,7 @@ def _attempt(plan, corpus, folder, fresh, send):
 def _side_by_side(tasks, read, jobs, note):
     """Train each task (plan, folder, fresh) in one of `jobs` workers. They are killed when this function ends.
 
-    read: what a worker calls to read the corpus. Sending it to each would block on a worker that dies while it starts.
+    read: what a worker calls to read the corpus. Sending the corpus would block on a worker that dies while it starts.
     """
     kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
     waiting, workers = tasks[::-1], []
@@ -172,7 +174,7 @@ def _environment_of_a_worker():
 
 
 def _work(pipe, read):
-    """The body of a worker: it reads the corpus itself, and trains the runs that it is given."""
+    """What a worker does: it reads the corpus, and trains the runs that it is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     corpus, sent = functools.cache(read), 0.0
@@ -184,7 +186,7 @@ def _work(pipe, read):
             with contextlib.suppress(OSError):  # the parent is gone: this process exits in a moment
                 pipe.send(event)
 
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # likewise
         while True:
             plan, folder, fresh = pipe.recv()
             _attempt(plan, corpus, folder, fresh, send)

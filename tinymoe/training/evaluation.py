@@ -10,6 +10,8 @@ from ..autograd.tensor import no_grad
 from ..moe import metrics
 from ..moe.routing import merge
 
+MEASURED = ("load_cv", "max_violation", "load_entropy", "dead_experts", "router_entropy", "marginal_entropy",
+            "drop_rate", "token_coverage")  # metrics of a row that need the routing alone
 RECORDED = 2  # windows of each domain whose routings are saved at every evaluation
 
 
@@ -29,24 +31,22 @@ def losses_and_routings(model, valid: Validation, causal: bool):
 
     causal: decide each route on the prefix alone.
     """
-    nats, by_layer = [], [[] for _ in model.config.moe_layers]
+    nats, by_batch = [], []
     with no_grad():
         for first in range(0, len(valid.ids), valid.batch_size):
             batch = slice(first, first + valid.batch_size)
             output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, first]), causal=causal)
             log_probs = F.log_softmax(output.logits)
             nats.append(-F.gather(log_probs, valid.targets[batch][..., None]).data[..., 0])
-            for routings, routing in zip(by_layer, output.routings):
-                routings.append(routing)
-    return np.concatenate(nats), by_layer
+            by_batch.append(output.routings)
+    return np.concatenate(nats), list(map(list, zip(*by_batch)))
 
 
 def evaluate(model, valid: Validation, initial_divergence):
-    """(row, routings): the validation part of a row in log.jsonl, and the routings that it describes.
+    """(row, routings): the validation part of a row in log.jsonl, ready for JSON, and the routings that it describes.
 
-    row: a dict ready for JSON. val_*: routed as in training. causal_*: routed on the prefix alone, which is the number
-    to quote for a language model; both are equal if every layer is causal.
-    routings: as from losses_and_routings. initial_divergence: weight divergence of each MoE layer before training.
+    val_*: routed as in training. causal_*: routed on the prefix alone, which is the number to quote for a language
+    model; both are equal if every layer is causal. initial_divergence: of the weights, for each MoE layer.
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     causal_nats = nats if model.causal else losses_and_routings(model, valid, causal=True)[0]
@@ -64,21 +64,17 @@ def snapshot(ids, domain, by_layer) -> dict:
     by_layer: for each layer a list of Routings whose first N tokens are those of the windows.
     Returns ids (W, T) uint8; domain (W,) int32; probs, gates (L, N, E) float16; chosen (L, N, E) bool.
     """
-    routings = [merge(parts) for parts in by_layer]
-
-    def stacked(array_of, dtype):
-        return np.stack([array_of(routing)[:ids.size] for routing in routings]).astype(dtype)
-
+    routings, n = [merge(parts) for parts in by_layer], ids.size
     return {"ids": ids.astype(np.uint8), "domain": domain.astype(np.int32),
-            "probs": stacked(lambda r: r.probs.data, np.float16), "chosen": stacked(lambda r: r.mask(), bool),
-            "gates": stacked(lambda r: r.to_dense().data, np.float16)}
+            "probs": np.stack([r.probs.data[:n] for r in routings]).astype(np.float16),
+            "chosen": np.stack([r.mask()[:n] for r in routings]),
+            "gates": np.stack([r.to_dense().data[:n] for r in routings]).astype(np.float16)}
 
 
 def first_windows(valid: Validation, by_layer) -> dict:
     """The `snapshot` of the first RECORDED windows of each domain; {} for a dense model."""
     n = min(RECORDED * len(valid.names), len(valid.ids))
-    n_batches = math.ceil(n / valid.batch_size)
-    first = [routings[:n_batches] for routings in by_layer]
+    first = [routings[:math.ceil(n / valid.batch_size)] for routings in by_layer]
     return snapshot(valid.ids[:n], valid.domain[:n], first) if first else {}
 
 
@@ -92,14 +88,8 @@ def _loss_numbers(prefix, nats, valid):
 def layer_numbers(routings, valid: Validation) -> dict:
     """The routing metrics of one MoE layer, from its Routings of the validation batches."""
     routing = merge(routings)
-
-    def measured(*names):
-        return {name: getattr(metrics, name)(routing) for name in names}
-
-    return {"load": routing.load.tolist(), **measured("load_cv", "max_violation"),
+    return {"load": routing.load.tolist(), **{name: getattr(metrics, name)(routing) for name in MEASURED},
             "max_violation_batch": float(np.mean([metrics.max_violation(r) for r in routings])),
-            **measured("load_entropy", "dead_experts", "router_entropy", "marginal_entropy", "drop_rate",
-                       "token_coverage"),
             "repetition": metrics.repetition(routing, valid.ids.shape[1]), **_information(routing, valid)}
 
 

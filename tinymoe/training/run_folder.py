@@ -1,14 +1,15 @@
 """The folder of one run: its files, its lock, and how an interrupted run is resumed.
 
-config.json is written first; log.jsonl, routings/STEP.npz and checkpoint.npz follow at every evaluation. summary.json
-comes last: its presence says that the run is finished. failure.json says why a run stopped. Training after a checkpoint
-depends on the checkpoint alone, so a resumed run ends with the same bits as one that was never interrupted.
+config.json comes first; log.jsonl, routings/STEP.npz and checkpoint.npz follow at every evaluation; summary.json comes
+last and says that the run is finished, or failure.json says why it stopped. Training after a checkpoint depends on the
+checkpoint alone, so a resumed run ends with the same bits as one that was never interrupted.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -30,12 +31,12 @@ from ..model.transformer import Transformer
 from ..moe import routers
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
-ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file per evaluation
+ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file for each evaluation
 AGAIN = "move this run's folder away and run the same command again"
 
 
 class RunError(Exception):
-    """A run that cannot start, for example because its folder is in use or holds a run with other settings."""
+    """A run that cannot go on, for example because its folder is in use or holds a run with other settings."""
 
 
 class RunFolder:
@@ -65,8 +66,8 @@ class RunFolder:
         Raises RunError if another process holds it, or if there is no lock to be had.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        inside = (self.path / name for name in (".lock", ROUTINGS, *FILES))
-        for path in (self.path, *inside, *self.path.glob(f"{ROUTINGS}/*")):
+        inside = [self.path / name for name in (".", ".lock", ROUTINGS, *FILES)]
+        for path in [*inside, *self.path.glob(f"{ROUTINGS}/*")]:
             if path.is_symlink():
                 raise RunError(f"{path} is a link, but a run writes only inside its own folder: remove the link")
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -89,7 +90,7 @@ class RunFolder:
         raise RunError(f"{self.path} is being written by another process: wait for it, or choose another --out")
 
     def create(self, config: dict, fresh: bool):
-        """Write config.json, or check that it describes the same run; remove what an interrupted run left half written.
+        """Write config.json, or check that it describes the same run; remove what belongs to no checkpoint.
 
         fresh: first remove the files of the run that is there. Raises RunError if the folder holds another run.
         """
@@ -101,11 +102,10 @@ class RunFolder:
             files.write_json(self.path / "config.json", config)
         (self.path / "failure.json").unlink(missing_ok=True)
         routings = self.path / ROUTINGS
-        files.remove_leftovers(self.path)
         files.remove_leftovers(routings)
         if not (self.path / "checkpoint.npz").exists():  # the saved routings are of an earlier run
-            for path in routings.glob("*"):
-                if re.fullmatch(r"\d{6,}\.npz", path.name):
+            for path in routings.glob("*.npz"):
+                if re.fullmatch(r"\d{6,}", path.stem):
                     path.unlink()
             with contextlib.suppress(OSError):  # it does not exist, or holds files of the user
                 routings.rmdir()
@@ -125,35 +125,38 @@ class RunFolder:
             rows = rows[:state["n_rows"]]
             if not rows or rows[-1]["step"] != state["step"]:
                 raise ValueError("its log.jsonl is incomplete")
+            json.dumps([rows, state], allow_nan=False)  # ValueError for what could not be written again
             trainer.restore(arrays, state, rows)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise CheckpointError(f"{path} cannot be resumed, {error}: {AGAIN}") from None
         return True
 
     def save(self, trainer, routings: dict):
         """Write the trainer's log, the routings that it recorded (none for a dense model), and the checkpoint."""
+        self._require_there()
         state = trainer.state()
         files.write_rows(self.path / "log.jsonl", trainer.rows)
         if routings:
-            header = {"kind": "routings", "names": trainer.corpus.names} | {
-                name: state[name] for name in ("run_id", "model", "step")}
+            header = {"kind": "routings", "names": trainer.corpus.names,
+                      **{name: state[name] for name in ("run_id", "model", "step")}}
             files.save_arrays(self.path / ROUTINGS / f"{trainer.step:06}.npz", routings, header, compress=True)
         files.save_arrays(self.path / "checkpoint.npz", trainer.arrays(), state)
 
-    def finish(self, summary: dict):
-        """Write the summary, which marks the run as finished."""
-        files.write_json(self.path / "summary.json", summary)
+    def end(self, name: str, value: dict):
+        """Write summary.json, which marks the run as finished, or failure.json, which says why it stopped."""
+        self._require_there()
+        files.write_json(self.path / name, value)
 
-    def fail(self, reason: dict):
-        """Record why the run stopped."""
-        files.write_json(self.path / "failure.json", reason)
+    def _require_there(self):
+        if not (self.path / "config.json").exists():  # writing would make the folder again, with a part of the files
+            raise RunError(f"{self.path} vanished while the run was training: run the same command again")
 
     def _require_same(self, config):
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
         path, wanted = self.path / "config.json", _identity(config)
         try:
             found = _identity(files.read_json(path))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
         different = [f"{name} is {found.get(name)}, not {wanted.get(name)}"
                      for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
@@ -162,12 +165,12 @@ class RunFolder:
                            "--out, or start again with --fresh")
 
 
-def describe(plan, corpus, imports=()) -> dict:
-    """Everything that defines the run, ready for JSON. imports: what `load_imports` returned."""
+def describe(plan, corpus) -> dict:
+    """Everything that defines the run, ready for JSON. Executes the files that plan.imports names."""
     return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
             "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
-            "corpus": corpus.describe(), "domains": corpus.names,
-            "kernels": kernels.active(), "imports": list(imports)}
+            "corpus": corpus.describe(), "domains": corpus.names, "kernels": kernels.active(),
+            "imports": load_imports(tuple(plan.imports))}
 
 
 def _identity(config):
@@ -201,9 +204,6 @@ def machine() -> dict:
             "thread_info": kernels.thread_info(), "versions": versions}
 
 
-# -- the model of a run --
-
-
 @functools.cache
 def load_imports(paths: tuple) -> list[dict]:
     """Execute the user's files that define routers, once in this process.
@@ -216,38 +216,47 @@ def load_imports(paths: tuple) -> list[dict]:
         raise RunError(str(error)) from None
 
 
-def _load_recorded_imports(folder):
-    """Execute the files that the run's config.json names; ValueError if one has changed since."""
-    path = Path(folder, "config.json")
-    recorded = files.read_json(path).get("imports", []) if path.exists() else []
-    for file in recorded:
-        if hashlib.sha256(Path(file["path"]).read_bytes()).hexdigest() != file["sha256"]:
-            raise ValueError(f"{file['path']} has changed since this run")
-    load_imports(tuple(file["path"] for file in recorded))
+def load_recorded_imports(folder: str | Path) -> None:
+    """Execute the files that the config.json of a run names, so that its routers are known.
+
+    Only files with an absolute path outside the run's folder are executed, and only if their hash is the recorded one:
+    a run folder of somebody else brings no code along. Raises CheckpointError for any other file.
+    """
+    place, inside = Path(folder, "config.json"), Path(folder).resolve()
+    try:
+        recorded = files.read_json(place).get("imports", []) if place.exists() else []
+        for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
+            if not path.is_absolute() or path.resolve().is_relative_to(inside):
+                raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"{path} has changed since this run")
+        load_imports(tuple(file["path"] for file in recorded))
+    except (RunError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put them back") from None
 
 
 def load_model(folder: str | Path) -> Transformer:
-    """The model of a run's last checkpoint. Raises files.CheckpointError if there is none."""
+    """The model of a run's last checkpoint, after `load_recorded_imports`. Raises CheckpointError if there is none."""
     path = Path(folder, "checkpoint.npz")
     if Path(folder, "log.jsonl").exists() and not path.exists():
         raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
     arrays, header = files.load_arrays(path, "checkpoint")
+    load_recorded_imports(folder)
+    weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
     try:
-        _load_recorded_imports(folder)
-        weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
         for name, array in weights.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not finite")
         return Transformer.from_arrays(header["model"], weights)
-    except (RunError, OSError, KeyError, ValueError, TypeError, MemoryError) as error:
+    except (KeyError, ValueError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
 
 
 def first_model(plan, runs: Path) -> Transformer:
     """The model that a run starts with: new, or the finished run that plan.start names, upcycled if it was dense.
 
-    runs: the folder that holds the runs of the study. Raises RunError if the other run is not finished, ValueError if
-    its model cannot be upcycled to this one.
+    runs: the folder of the study's runs. Raises RunError if the other run is not finished, ValueError if its model
+    cannot be upcycled.
     """
     if plan.start is None:
         return Transformer(plan.model, seed=plan.seed)

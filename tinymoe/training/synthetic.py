@@ -1,8 +1,7 @@
 """Markov text with known entropy and labelled sources: the lowest possible loss is known exactly.
 
-Each source is a Markov chain over the same 64 letters. It places them on a circle in its own order, and steps along the
-circle by one of its own four strides, with probabilities 1/2, 1/4, 1/8 and 1/8. In every source all letters are equally
-frequent, so one letter alone carries no information about its source; two letters in a row do.
+A source places 64 letters on a circle in its own order, and steps along it by one of its own four strides. In every
+source all letters are equally frequent, so one letter alone carries no information about its source; two in a row do.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-", np.uint8)
-CHANCES = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+CHANCES = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8])  # of the four strides
 N_SOURCES, N_BYTES = 4, 400_000
 
 
@@ -34,9 +33,9 @@ class Source:
         return LETTERS[self.order[walk % len(LETTERS)]].tobytes()
 
 
-def sources(seed=0) -> list[Source]:
-    """The Sources of a seed."""
-    rng, n = np.random.default_rng(seed), len(LETTERS)
+def sources() -> list[Source]:
+    """The four sources, always the same."""
+    rng, n = np.random.default_rng(0), len(LETTERS)
     return [Source(rng.permutation(n), rng.choice(np.arange(1, n), len(CHANCES), replace=False))
             for _ in range(N_SOURCES)]
 
@@ -44,8 +43,7 @@ def sources(seed=0) -> list[Source]:
 def entropy_rate(chain) -> float:
     """Entropy of a Markov chain, nats per letter: -sum_i pi_i sum_j P_ij ln P_ij with pi P = pi (Shannon 1948).
 
-    chain: P (L, L), irreducible. A model that must first infer which of S sources it reads pays at most ln S nats more
-    in total.
+    chain: P (L, L), irreducible. A model that must first infer which of S sources it reads pays at most ln S in total.
     """
     values, vectors = np.linalg.eig(chain.T)
     stationary = np.real(vectors[:, np.argmin(abs(values - 1))])
@@ -53,16 +51,14 @@ def entropy_rate(chain) -> float:
     return float(stationary @ surprise / stationary.sum())
 
 
-def blind_rate(seed=0) -> float:
-    """The lowest loss, in nats per letter, of a model that sees one letter only and so cannot infer the source.
-
-    It is the entropy rate of the mean chain, because all sources and all letters are equally likely.
-    """
-    return entropy_rate(np.mean([source.transitions() for source in sources(seed)], axis=0))
+def blind_rate() -> float:
+    """The lowest loss, in nats per letter, of a model that sees one letter only and so cannot infer the source."""
+    # all sources and all letters are equally likely
+    return entropy_rate(np.mean([source.transitions() for source in sources()], axis=0))
 
 
-def domains(seed=0):
+def domains():
     """Yield (name, bytes, entropy rate) of each source."""
-    rng = np.random.default_rng([seed, 1])
-    for s, source in enumerate(sources(seed)):
+    rng = np.random.default_rng([0, 1])
+    for s, source in enumerate(sources()):
         yield f"source {s}", source.sample(rng), entropy_rate(source.transitions())

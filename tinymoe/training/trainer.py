@@ -16,7 +16,7 @@ from ..moe import metrics
 from ..moe.settings import NOT_NEGATIVE, POSITIVE, SHARE, WHOLE, check_fields, setting
 from .evaluation import Validation, evaluate, first_windows
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
-from .run_folder import RunError, RunFolder, describe, first_model, load_imports, machine
+from .run_folder import RunError, RunFolder, describe, first_model, machine
 
 TRAINING_NUMBERS = ("train_loss", "cross_entropy", "balance", "z", "gradient_norm")  # in every row; null if unknown
 
@@ -31,7 +31,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a run trains and how often it is evaluated. Raises ValueError for values that are not possible."""
+    """How a run trains and how often it is evaluated. Raises ValueError for impossible values."""
 
     steps: int = setting(2000, "training steps", WHOLE)
     batch_size: int = setting(8, "windows of seq_len bytes in a batch", WHOLE)
@@ -110,10 +110,6 @@ class Trainer:
         self.since_row = []  # the numbers of each step since the last row of the log, by name
         self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
 
-    def take_batch(self):
-        """(ids, targets), (B, T) each: the next training windows."""
-        return self.corpus.batch(self.generators["data"], self.plan.training.batch_size, self.plan.model.seq_len)
-
     @np.errstate(all="ignore")  # numbers that are not finite are found below, and raised as NonFiniteLoss
     def learn(self, ids, targets) -> float:
         """Take one step of the optimizer; returns the cross-entropy before it. Raises NonFiniteLoss."""
@@ -140,16 +136,18 @@ class Trainer:
         return loss
 
     def advance(self) -> float:
-        """One step: take a batch and learn from it."""
-        return self.learn(*self.take_batch())
+        """One step: draw a batch and learn from it."""
+        c = self.plan
+        return self.learn(*self.corpus.batch(self.generators["data"], c.training.batch_size, c.model.seq_len))
 
     def look(self, folder: RunFolder):
         """Evaluate the model, add a row to the log, and save the state."""
         valid = self.validation(self.plan.training.eval_windows)
         row, routings = self.evaluate(valid)
-        warnings = [warning for part, numbers in zip(self.model.moe_parts(), row["layers"]) for warning in
-                    metrics.alarms(numbers["layer"], numbers["load"], row["validation_tokens"],
-                                   part.router if self.step else None)]
+        warnings = []
+        for part, numbers in zip(self.model.moe_parts(), row["layers"]):
+            warnings += metrics.alarms(numbers["layer"], numbers["load"], row["validation_tokens"],
+                                       part.router if self.step else None)
         self.rows.append({"step": self.step, "seconds": round(self.seconds, 3),
                           "learning_rate": self.optimizer.lr if self.step else None,
                           **self._means_since_row(), **row, "warnings": warnings})
@@ -157,10 +155,9 @@ class Trainer:
 
     def _means_since_row(self):
         """Means of the training numbers since the last row, by name; None for a term that has no finite value."""
-        steps, self.since_row = self.since_row, []
+        steps, self.since_row = self.since_row or [{}], []
         names = list(dict.fromkeys([*TRAINING_NUMBERS, *(name for numbers in steps for name in numbers)]))
-        means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0) if steps \
-            else np.full(len(names), math.nan)
+        means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0)
         # a term that is not finite has a coefficient of 0: otherwise the run would have stopped
         return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means.tolist())}
 
@@ -182,8 +179,8 @@ class Trainer:
 
     def arrays(self) -> dict:
         """Every array of the state, by name: weights p/..., and the moments m/... and v/... of the optimizer."""
-        weights = {name: p.data for name, p in self.parameters.items()}
-        parts = {"p": weights, "m": self.optimizer.m, "v": self.optimizer.v}
+        parts = {"p": {name: p.data for name, p in self.parameters.items()}, "m": self.optimizer.m,
+                 "v": self.optimizer.v}
         return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
     def state(self) -> dict:
@@ -198,6 +195,8 @@ class Trainer:
         load_arrays_into(self.arrays(), arrays)
         self.step, self.seconds, self.rows = operator.index(state["step"]), float(state["seconds"]), rows
         self.optimizer.steps = {name: operator.index(state["optimizer_steps"][name]) for name in self.parameters}
+        if not all(0 <= n <= self.step for n in self.optimizer.steps.values()):
+            raise ValueError("its optimizer took other steps")
         for name, generator in self.generators.items():
             generator.bit_generator.state = state["generators"][name]
 
@@ -210,7 +209,7 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
     failure.json records.
     """
     folder = RunFolder(folder)
-    config = describe(plan, corpus, load_imports(tuple(plan.imports)))
+    config = describe(plan, corpus)
     if folder.finished() and not fresh:  # without the lock, so that a read-only folder will do
         return folder.summary(config)
     with folder.locked():
@@ -235,18 +234,18 @@ def _train_to_the_end(trainer, folder, on_event):
         elif trainer.step:
             report("resumed")
         while trainer.step < plan.training.steps:
-            ids, targets = trainer.take_batch()
-            loss = trainer.learn(ids, targets)
+            loss = trainer.advance()
             if trainer.step in evaluation_steps:
                 trainer.look(folder)
             report("step", loss)
         final, _ = trainer.evaluate(trainer.validation(plan.training.final_windows))
     except NonFiniteLoss as error:
-        folder.fail({"run_id": plan.run_id, "step": error.step, "layer": error.layer, "reason": error.reason})
+        folder.end("failure.json", {"run_id": plan.run_id, "step": error.step, "layer": error.layer,
+                                    "reason": error.reason})
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
                "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final}}
     if plan.measure:
         summary["measured"] = plan.measure(trainer)
-    folder.finish(summary)
+    folder.end("summary.json", summary)
     return summary
