@@ -44,7 +44,8 @@ def test_the_configs_are_those_of_the_study():
         ("A", "top_k", 1, 0.0), ("B", "top_k", 1, 0.01), ("C", "top_k", 1, 0.1),
         ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01)]
     full, quick = (STUDY.runs(STUDY.scales[name], 1)[0].training for name in ("default", "quick"))
-    assert full == train.TrainConfig() and full.steps == 2000 and full.batch_size == 8 and quick == replace(full, steps=200)
+    assert full == train.TrainConfig() and full.steps == 2000 and full.batch_size == 8
+    assert quick == replace(full, steps=200)
 
 
 def test_runs_go_seed_by_seed_and_overrides_win_over_the_table():

@@ -111,11 +111,11 @@ def _json_object(text):
     return value
 
 
-def save_arrays(path, arrays, header, compress=False):
-    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file."""
+def save_arrays(path, arrays, header, compress=False, follow=False):
+    """Write a dict of arrays and a header (a dict that JSON takes) as one .npz file; follow: as in write_atomically."""
     buffer = io.BytesIO()
     (np.savez_compressed if compress else np.savez)(buffer, **arrays, __header__=np.array(json.dumps(header)))
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), follow)
 
 
 def load_arrays(path, kind):

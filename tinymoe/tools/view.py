@@ -70,7 +70,8 @@ def lines(text, routing, colour, width, gate=False, entropy=False):
     if gate:
         rows.append(("gate", [_bar(g) if e >= 0 else " " for g, e in zip(gates.max(axis=1), first)]))
     if entropy:
-        rows.append(("entropy", [_bar(h / max(math.log(n_experts), 1e-9)) for h in metrics.entropy(routing.probs.data)]))
+        highest = max(math.log(n_experts), 1e-9)
+        rows.append(("entropy", [_bar(h / highest) for h in metrics.entropy(routing.probs.data)]))
     cells = [_coloured(symbol(byte), e) if colour and e >= 0 else symbol(byte) for byte, e in zip(text, first)]
     step = max(8, width - 8)
     for start in range(0, len(text), step):
