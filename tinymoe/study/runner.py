@@ -55,7 +55,7 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
         on_event(event)
 
     for stage in ([plan for plan in all_runs if not plan.start], [plan for plan in all_runs if plan.start]):
-        todo = [plan for plan in stage if fresh or not RunFolder(folders[plan.run_id]).finished()]
+        todo = [plan for plan in stage if fresh or RunFolder(folders[plan.run_id]).summary() is None]
         side_by_side = min(jobs, len(todo)) > 1
         for plan in stage:
             if not side_by_side or plan not in todo:  # a finished run is only checked

@@ -45,19 +45,14 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def finished(self) -> bool:
-        """Whether the run is finished, and its summary and its log are complete."""
+    def summary(self) -> dict | None:
+        """The summary of a finished run whose files are complete; None for any other."""
         try:
             summary, rows = files.read_json(self.path / "summary.json"), files.read_rows(self.path / "log.jsonl")
             complete = summary["status"] == "complete" and rows[-1]["step"] == summary["steps"]
-            return complete and (self.path / "config.json").exists()
+            return summary if complete and (self.path / "config.json").exists() else None
         except (OSError, ValueError, LookupError, TypeError):
-            return False
-
-    def summary(self, config: dict) -> dict:
-        """The summary of a finished run. Raises RunError if it is not the run that `config` describes."""
-        self._require_same(config)
-        return files.read_json(self.path / "summary.json")
+            return None
 
     @contextlib.contextmanager
     def locked(self):
@@ -97,7 +92,7 @@ class RunFolder:
         for name in FILES if fresh else ():  # summary.json first: after a crash no run looks finished
             (self.path / name).unlink(missing_ok=True)
         if (self.path / "config.json").exists():
-            self._require_same(config)
+            self.require_same(config)
         else:
             files.write_json(self.path / "config.json", config)
         (self.path / "failure.json").unlink(missing_ok=True)
@@ -151,7 +146,7 @@ class RunFolder:
         if not (self.path / "config.json").exists():  # writing would make the folder again, with a part of the files
             raise RunError(f"{self.path} vanished while the run was training: run the same command again")
 
-    def _require_same(self, config):
+    def require_same(self, config: dict):
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
         path, wanted = self.path / "config.json", _identity(config)
         try:

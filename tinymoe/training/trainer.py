@@ -210,8 +210,9 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
     """
     folder = RunFolder(folder)
     config = describe(plan, corpus)
-    if folder.finished() and not fresh:  # without the lock, so that a read-only folder will do
-        return folder.summary(config)
+    if not fresh and (summary := folder.summary()):  # without the lock, so that a read-only folder will do
+        folder.require_same(config)
+        return summary
     with folder.locked():
         try:  # build the model first: running out of memory must not delete files
             trainer = Trainer(first_model(plan, folder.path.parent), plan, corpus)
@@ -240,8 +241,7 @@ def _train_to_the_end(trainer, folder, on_event):
             report("step", loss)
         final, _ = trainer.evaluate(trainer.validation(plan.training.final_windows))
     except NonFiniteLoss as error:
-        folder.end("failure.json", {"run_id": plan.run_id, "step": error.step, "layer": error.layer,
-                                    "reason": error.reason})
+        folder.end("failure.json", {"run_id": plan.run_id, **vars(error)})
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
                "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final}}
