@@ -153,7 +153,7 @@ def _settings(overrides):
     import dataclasses
 
     from tinymoe.model.config import ModelConfig
-    from tinymoe.training.trainer import TrainConfig
+    from tinymoe.training.plan import TrainConfig
     model, training = {}, {}
     known = {field.name: part for cls, part in ((ModelConfig, model), (TrainConfig, training))
              for field in dataclasses.fields(cls)}
@@ -392,7 +392,7 @@ def options(imports):
     from tinymoe.model.config import ModelConfig
     from tinymoe.moe.losses import LOSSES
     from tinymoe.moe.routers import ROUTERS
-    from tinymoe.training.trainer import TrainConfig
+    from tinymoe.training.plan import TrainConfig
     takers = {}  # one line for each option, with the routers that take it
     for name, router in ROUTERS.items():
         for option, parameter in router.options().items():
@@ -449,7 +449,7 @@ def probe(router, steps, imports, overrides):
     from tinymoe.moe.routers import ROUTERS
     from tinymoe.study import probes
     from tinymoe.training.data import load_corpus
-    from tinymoe.training.trainer import TrainConfig
+    from tinymoe.training.plan import TrainConfig
     model, training = _settings(overrides)
     with _refusing(ValueError, TypeError, MemoryError):
         model = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64,

@@ -26,7 +26,7 @@ from tinymoe.study import figures as plots
 from tinymoe.study import report
 from tinymoe.study.runner import Event
 from tinymoe.training import trainer as train
-from tinymoe.training.trainer import TrainConfig
+from tinymoe.training.plan import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "

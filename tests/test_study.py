@@ -18,8 +18,7 @@ from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, ti
 from tinymoe import files
 from tinymoe.experiments import STUDY
 from tinymoe.study import runner as study
-from tinymoe.training import run_folder
-from tinymoe.training import trainer as train
+from tinymoe.training import plan, run_folder
 from tinymoe.training.data import CorpusError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +43,7 @@ def test_the_configs_are_those_of_the_study():
         ("A", "top_k", 1, 0.0), ("B", "top_k", 1, 0.01), ("C", "top_k", 1, 0.1),
         ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01)]
     full, quick = (STUDY.runs(STUDY.scales[name], 1)[0].training for name in ("default", "quick"))
-    assert full == train.TrainConfig() and full.steps == 2000 and full.batch_size == 8
+    assert full == plan.TrainConfig() and full.steps == 2000 and full.batch_size == 8
     assert quick == replace(full, steps=200)
 
 

@@ -15,7 +15,7 @@ import tinymoe as tm
 from tinymoe import files, kernels
 from tinymoe.experiments import STUDY, Scale
 from tinymoe.tools import view
-from tinymoe.training import run_folder
+from tinymoe.training import plan, run_folder
 from tinymoe.training import trainer as t
 from tinymoe.training.data import load_corpus
 
@@ -84,9 +84,9 @@ def stopped(corpus, tmp_path):
 
 
 def test_evaluations_are_spread_and_end_with_the_last_step():
-    assert t.TrainConfig(steps=10, n_evaluations=3).evaluation_steps() == {3, 7, 10}
-    assert t.TrainConfig(steps=2, n_evaluations=20).evaluation_steps() == {1, 2}
-    assert t.TrainConfig(steps=2, n_evaluations=2 * 10**9).evaluation_steps() == {1, 2}
+    assert plan.TrainConfig(steps=10, n_evaluations=3).evaluation_steps() == {3, 7, 10}
+    assert plan.TrainConfig(steps=2, n_evaluations=20).evaluation_steps() == {1, 2}
+    assert plan.TrainConfig(steps=2, n_evaluations=2 * 10**9).evaluation_steps() == {1, 2}
 
 
 def test_a_run_learns_a_text_without_surprise(tmp_path):
@@ -714,4 +714,4 @@ def test_a_model_of_a_damaged_checkpoint(corpus, stopped, damage):
 def test_training_settings_that_make_no_run(bad):
     (name, value), = bad.items()
     with pytest.raises(ValueError, match=f"{name} .*{value}"):
-        t.TrainConfig(**bad)
+        plan.TrainConfig(**bad)

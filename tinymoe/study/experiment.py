@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import numpy as np
 
 from ..model.config import ModelConfig
-from ..training.trainer import RunPlan, TrainConfig
+from ..training.plan import RunPlan, TrainConfig
 from .statistics import Contrast, t_interval
 
 

@@ -14,7 +14,8 @@ from ..moe import metrics
 from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
 from ..training.evaluation import Validation, losses_and_routings
-from ..training.trainer import RunPlan, Trainer
+from ..training.plan import RunPlan
+from ..training.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ import numpy as np
 from .. import kernels
 from ..files import CheckpointError
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.plan import Event
 from ..training.run_folder import RunError, RunFolder
-from ..training.trainer import Event, NonFiniteLoss, train
+from ..training.trainer import NonFiniteLoss, train
 
 # errors that end one run and leave the others alone
 RUN_ERRORS = (NonFiniteLoss, RunError, CheckpointError, CorpusError, OSError, MemoryError)

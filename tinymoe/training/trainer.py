@@ -4,18 +4,15 @@ import json
 import math
 import operator
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from .. import kernels
 from ..files import load_arrays_into
-from ..model.config import ModelConfig
 from ..moe import metrics
-from ..moe.settings import NOT_NEGATIVE, POSITIVE, SHARE, WHOLE, check_fields, setting
 from .evaluation import Validation, evaluate, first_windows
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
+from .plan import Event, RunPlan
 from .run_folder import RunError, RunFolder, describe, first_model, machine
 
 TRAINING_NUMBERS = ("train_loss", "cross_entropy", "balance", "z", "gradient_norm")  # in every row; null if unknown
@@ -27,70 +24,6 @@ class NonFiniteLoss(Exception):
     def __init__(self, step, layer, reason):
         super().__init__(f"{reason} at step {step}, beginning in {layer}; lower the learning rate")
         self.step, self.layer, self.reason = step, layer, reason
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a run trains and how often it is evaluated. Raises ValueError for impossible values."""
-
-    steps: int = setting(2000, "training steps", WHOLE)
-    batch_size: int = setting(8, "windows of seq_len bytes in a batch", WHOLE)
-    learning_rate: float = setting(1e-3, "the largest rate, after the warm-up", POSITIVE)
-    warmup: float = setting(0.05, "share of the steps in which the rate rises", SHARE)
-    weight_decay: float = setting(0.1, "of weight matrices only", NOT_NEGATIVE)
-    max_norm: float = setting(1.0, "the gradient is scaled down to this norm", POSITIVE)
-    n_evaluations: int = setting(20, "evaluations after the one before training", WHOLE)
-    eval_windows: int = setting(8, "windows of each domain at each evaluation", WHOLE)
-    final_windows: int = setting(64, "windows of each domain at the end", WHOLE)
-
-    def __post_init__(self):
-        check_fields(self)
-
-    def evaluation_steps(self) -> set[int]:
-        """The steps after which the model is evaluated and saved. The last step is one of them."""
-        n = min(self.n_evaluations, self.steps)
-        return {round(self.steps * (i + 1) / n) for i in range(n)}
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What to train: a model, how, and with which seed.
-
-    start: the config id of another run of the study with this seed, whose trained weights this run starts with; a
-        mixture is upcycled from a dense model.
-    measure: measure(trainer) -> dict ready for JSON, called at the end and kept in the summary.
-    imports: paths of the user's files that define routers; they are executed before the model is made.
-    """
-
-    config_id: str
-    purpose: str
-    seed: int
-    model: ModelConfig
-    training: TrainConfig
-    start: str | None = None
-    measure: Callable | None = None
-    imports: tuple = ()
-
-    @property
-    def run_id(self) -> str:
-        return f"{self.config_id}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress of one run.
-
-    kind: "resumed" (from `step`), "step" (`loss`: its cross-entropy), "done", or "failed" (`message`: why).
-    steps: how many the run has; seconds: of training so far, those before an interruption included.
-    """
-
-    kind: str
-    run_id: str
-    step: int = 0
-    loss: float = 0.0
-    message: str = ""
-    steps: int = 0
-    seconds: float = 0.0
 
 
 class Trainer:

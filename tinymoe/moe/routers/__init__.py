@@ -14,12 +14,14 @@ import importlib
 import pkgutil
 
 from ..routing import largest
-from .base import ROUTERS, LinearRouter, RouteContext, Router, find, load_file, make
-from .token_choice import NoisyTopK, Reinforce, SigmoidBias, TopK
+from .base import ROUTERS, LinearRouter, RouteContext, Router, find, make
+from .top_k import TopK
+from .token_choice import NoisyTopK, Reinforce, SigmoidBias
 from .baselines import Frozen, Hash, Random, Shuffled
 from .expert_choice import ExpertChoice
 from .assignment import BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall, sinkhorn_plan
 from .sequence import Sequence
+from .user_files import load_file
 
 for _file in pkgutil.iter_modules(__path__):  # files of this folder that are not named above
     importlib.import_module(f"{__name__}.{_file.name}")

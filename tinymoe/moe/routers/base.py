@@ -1,11 +1,8 @@
 """What all routers share: the context they may read, and the base class with their table."""
 
-import hashlib
-import importlib.util
 import inspect
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,20 +167,3 @@ def find(name: str) -> type[Router]:
         raise ValueError(f"unknown router {name!r}: choose one of {', '.join(ROUTERS)}; if a file of yours defines it, "
                          "name that file with --import FILE.py")
     return ROUTERS[name]
-
-
-def load_file(path: str | Path) -> str:
-    """Run a Python file of the user's, so that the routers and losses it defines are known; returns its sha256.
-
-    Raises ValueError where the file cannot be read or run.
-    """
-    path = Path(path)
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
-        if spec is None:
-            raise ImportError("its name must end in .py")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
-        raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct it") from None
-    return digest

@@ -5,7 +5,7 @@ import numpy as np
 from ...autograd.tensor import Tensor
 from ..routing import from_mask, largest
 from .base import Router
-from .token_choice import TopK
+from .top_k import TopK
 
 
 class Frozen(TopK, name="frozen"):

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from ...autograd.tensor import primitive
-from .token_choice import TopK
+from .top_k import TopK
 
 
 class Sequence(TopK, name="sequence"):

@@ -1,0 +1,22 @@
+"""Configs of version 0.1, which had the options of the router and the coefficients of losses as fields."""
+
+from typing import Any
+
+FORMER_OPTIONS = """renormalise router_std jitter n_groups group_limit second_expert second_threshold bias_rate
+    gate_scale sinkhorn_iterations sequence_pool sequence_scope softmax_over""".split()
+FORMER_LOSSES = "z importance load sequence device communication policy".split()
+
+
+def current(values: dict[str, Any]) -> dict[str, Any]:
+    """The dict of a config as this version writes it: version 0.1 had router options and coefficients as fields."""
+    values = dict(values)
+    options = {name: values.pop(name) for name in FORMER_OPTIONS if name in values}
+    losses = {name: values.pop(f"{name}_coef") for name in FORMER_LOSSES if f"{name}_coef" in values}
+    if losses.get("policy") == 1.0:  # it was there for every router, and is the default where it applies
+        del losses["policy"]
+    options = {name: value for name, value in options.items() if value is not None}
+    losses = {name: value for name, value in losses.items() if value != 0 or name == "policy"}
+    for key, found in (("router_options", options), ("losses", losses)):
+        if found:
+            values[key] = found | (values.get(key) or {})
+    return values

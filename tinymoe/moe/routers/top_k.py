@@ -1,0 +1,100 @@
+"""Each token chooses its K experts of largest probability."""
+
+from typing import Literal
+
+import numpy as np
+
+from ...autograd import functional as F
+from ..routing import from_mask, largest
+from .base import LinearRouter
+
+
+class TopK(LinearRouter, name="top_k"):
+    """Each token takes its K experts of largest probability (Switch, Fedus et al. 2021; Mixtral, Jiang et al. 2024).
+
+    A gate is the probability of its expert. For K = 1 it stays as it is (Switch eq. 2). For K > 1 the gates of a token
+    are divided by their sum (Mixtral), which equals a softmax over the chosen logits alone.
+
+    renormalise: whether a token's gates are divided by their sum; None for K > 1 only. Grok-1 sets False. With K = 1,
+        True makes every gate a constant, and the router learns nothing from the language-model loss.
+    jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
+    n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups. A
+        group is as good as its best expert (DeepSeek-V2, section 2.2.2).
+    second_expert: for K = 2, which second experts are kept while training: "all"; "threshold", those whose gate is
+        above second_threshold; "random", each with probability gate / second_threshold (GShard, Lepikhin et al.
+        2020, algorithm 1).
+    second_threshold: for second_expert; GShard has 0.5.
+    Raises ValueError for training with noise but without an rng.
+    """
+
+    paper = "Fedus 2021; Jiang 2024"
+    renormalise: bool | None = None
+    jitter: float = 0.0
+    n_groups: int = 1
+    group_limit: int | None = None
+    second_expert: Literal["all", "random", "threshold"] = "all"
+    second_threshold: float = 0.5
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        if self.renormalise is None:
+            self.renormalise = top_k > 1
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        n_groups, limit, second, jitter = (options.get(name, getattr(cls, name)) for name in (
+            "n_groups", "group_limit", "second_expert", "jitter"))
+        if (n_groups > 1) != (limit is not None):
+            raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
+        if n_experts % n_groups or limit and limit > n_groups:
+            raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {limit} be from "
+                             "1 to n_groups")
+        if limit and top_k > limit * (n_experts // n_groups):
+            raise ValueError(f"group_limit {limit} leaves {limit * (n_experts // n_groups)} experts, fewer than top_k "
+                             f"{top_k}")
+        if second != "all" and top_k != 2:
+            raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
+        if jitter >= 1:
+            raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
+
+    def forward(self, x, context):
+        return self._choose(self.scores(self._jittered(x, context)), context)
+
+    def _jittered(self, x, context):
+        if not (self.jitter and context.training):
+            return x
+        noise = context.need("rng", self).uniform(1 - self.jitter, 1 + self.jitter, x.shape)
+        return x * noise.astype(x.dtype)
+
+    def _choose(self, logits, context, soft_load=None):
+        probs = F.softmax(logits)
+        chosen = self._select(self._in_best_groups(logits.data, n_best=1), context)
+        gates = probs * chosen
+        if self.renormalise:
+            gates = gates / gates.sum(axis=-1, keepdims=True)
+        if context.training and self.second_expert != "all":
+            chosen = chosen & self._keeps_second(gates.data, context)
+        return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
+
+    def _in_best_groups(self, scores, n_best):
+        """Scores (N, E), with -inf outside each token's best groups (not 0: a biased score may be below 0).
+
+        The value of a group is the sum of its n_best largest scores.
+        """
+        if self.group_limit is None:
+            return scores
+        grouped = scores.reshape(len(scores), self.n_groups, -1)
+        value = np.sort(grouped, axis=-1)[..., -n_best:].sum(axis=-1)  # (N, groups)
+        best = largest(value, self.group_limit)
+        return np.where(np.repeat(best, grouped.shape[-1], axis=-1), scores, -np.inf)
+
+    def _select(self, scores, context):
+        return largest(scores, self.top_k)
+
+    def _keeps_second(self, gates, context):
+        """(N, E) bool: first choices, and the second choices that second_expert keeps."""
+        limit = np.full(len(gates), self.second_threshold, float)
+        if self.second_expert == "random":
+            limit *= context.need("rng", self).random(len(gates))
+        return largest(gates, 1) | (gates > limit[:, None])
