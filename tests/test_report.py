@@ -279,6 +279,7 @@ def test_runs_that_measured_other_numbers_are_refused(tmp_path):
         findings(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_text_of_rows_is_escaped_in_the_findings(tmp_path):
     bad = "a|b <img src=x> `c` **d** [e](f) $g$\n\n# h \x1b[31m"
     write_study(tmp_path, n_seeds=1, losses={"A": (2.0,), "B": (1.5,), "D": (1.7,)})

@@ -22,10 +22,9 @@ CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "version
           "model": {"router": (str, list), "top_k": NUMBER, "aux_coef": NUMBER, "seq_len": int},
           "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
           "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
-LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "token_coverage": NUMBER, "dead_experts": int,
-         "load_entropy": NUMBER, "router_entropy": NUMBER, "marginal_entropy": NUMBER,
-         "mutual_information": NUMBER, "mutual_information_null": NUMBER,
-         "byte_information": NUMBER, "byte_information_null": NUMBER}
+LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": int} | dict.fromkeys((
+    "token_coverage", "load_entropy", "router_entropy", "marginal_entropy", "mutual_information",
+    "mutual_information_null", "byte_information", "byte_information_null"), NUMBER)
 ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
 SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "final": ROW, "measured": (dict, type(None))}
 STATES = ("collapsed", "starved", "in use")  # of an MoE layer
@@ -51,10 +50,8 @@ class RunRecord:
     # whether routing on the prefix alone gives another loss, in any row
     leaky = property(lambda self: any(row["val_cross_entropy"] != row[LOSS] for row in [*self.log, self.final]))
 
-    @property
-    def state(self) -> str:
-        """"complete", "failed" (its loss was not finite) or "incomplete" (stopped, or still running)."""
-        return "complete" if self.summary else "failed" if self.failure else "incomplete"
+    # failed: the loss was not finite; incomplete: stopped, or still running
+    state = property(lambda self: "complete" if self.summary else "failed" if self.failure else "incomplete")
 
     @property
     def made_of(self) -> str:
@@ -103,9 +100,7 @@ def _folder_runs(folder):
 def _json(path):
     """The JSON object in a file: None where there is no file, {} where it is damaged."""
     try:
-        return read_json(path)
-    except FileNotFoundError:
-        return None
+        return read_json(path) if path.exists() else None
     except ValueError:
         return {}
 
@@ -233,22 +228,14 @@ class Results:
             shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
         return shown
 
-    def means(self, metric: str, *names: str) -> str:
-        """"`a` 1.234, `b` 1.250": the means of settings, all if none is named."""
-        cells = ((name, self.cell(metric, name, half=False, leaky=False)) for name in names or self.groups)
-        return ", ".join(f"`{name}` {cell}" for name, cell in cells)
-
-    def listed(self, metric: str, *names: str) -> str:
-        """A paragraph with the means of settings."""
-        return f"{quantity(metric).heading} {self.means(metric, *names)}."
-
     def range_and_verdicts(self, metric: str, among=None) -> str:
         """A paragraph about a planned metric among these settings: lowest and highest mean, and its verdicts.
 
         Each clear or suggestive difference has a sentence; those that are undecided or not tested are counted.
         """
         names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
-        ends = self.means(metric, *dict.fromkeys((names[0], names[-1]))) if names else "no number"
+        ends = ", ".join(f"`{name}` {self.cell(metric, name, half=False, leaky=False)}"
+                         for name in dict.fromkeys((*names[:1], *names[-1:]))) or "no number"
         tests = self.tests_of(metric, among)
         counts = Counter(one.word for one in tests)
         said = [f"{one.contrast} is {one.cells[0]} ({one.word})." for one in tests
