@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,7 @@ class RunRecord:
     seed = property(lambda self: self.config["seed"])
     model = property(lambda self: self.config["model"])
     final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
-    measured = property(lambda self: self.summary.get("measured", {}))  # what an experiment asked of the trained model
+    measured = property(lambda self: self.summary.get("measured") or {})  # what an experiment asked of the model
     is_moe = property(lambda self: bool(self.final["layers"]))
 
     # whether routing on the prefix alone gives another loss, in any row
@@ -79,9 +78,9 @@ def load_runs(study_dir) -> list[RunRecord]:
 
 
 def compact(study_dir) -> tuple[Path, int]:
-    """Write study_dir/runs.jsonl: one line for each finished or failed run, with its config, log, summary and failure.
+    """Write study_dir/runs.jsonl, one line for each finished or failed run: (path, number of runs). The folders stay.
 
-    Returns (path, number of runs). The folders in `runs` stay. Raises ValueError where no run is finished.
+    Raises ValueError where no run is finished.
     """
     runs = [run for run in load_runs(study_dir) if run.state != "incomplete"]
     if not runs:
@@ -165,6 +164,7 @@ class Results:
         found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "complete"]
                  for s in experiment.settings}
         self.groups = {name: runs for name, runs in found.items() if runs}
+        self.with_experts = [name for name, runs in self.groups.items() if runs[0].is_moe]
         self.runs = [run for runs in self.groups.values() for run in runs]
         if not self.runs:
             raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: train some first")
@@ -174,7 +174,7 @@ class Results:
         self.tests = holm([Comparison(contrast, t_interval(contrast.of(self.numbers)))
                            for contrast in experiment.planned if self.has(contrast)])
 
-    @cached_property
+    @property
     def ready(self) -> bool:
         """Whether figures and sentences can be made: every setting has a run, and all have a seed in common."""
         seeds = [{run.seed for run in runs} for runs in self.groups.values()]
@@ -187,11 +187,6 @@ class Results:
             return any(name in self.with_experts for name in contrast.setting)
         return all(name in self.groups for name in contrast.settings)
 
-    @property
-    def with_experts(self) -> list[str]:
-        """Ids of the settings whose models have experts."""
-        return [name for name, runs in self.groups.items() if runs[0].is_moe]
-
     def numbers(self, metric: str, setting: str | tuple) -> dict[int, float]:
         """{seed: number} of a setting, or the smallest of several settings with experts."""
         if not isinstance(setting, tuple):
@@ -200,11 +195,9 @@ class Results:
         return {seed: min(part[seed] for part in parts if seed in part) for seed in sorted(set().union(*parts))}
 
     def interval(self, metric: str, setting: str) -> Interval:
-        """Interval over the seeds of a setting."""
         return t_interval(list(self.numbers(metric, setting).values()))
 
     def mean(self, metric: str, setting: str) -> float:
-        """Mean over the seeds of a setting."""
         return self.interval(metric, setting).mean
 
     def ranked(self, metric: str, names=None) -> list[str]:
