@@ -92,7 +92,7 @@ def test_a_metric_that_nobody_measured_is_named(corpora, tmp_path):
     run = next(iter(toy_runs(EXPERIMENTS["frozen"])))
     train(run, corpora[None], tmp_path / "runs" / run.run_id)
     with pytest.raises(ValueError, match="no quantity entropy_of_nothing"):
-        lab.Results(EXPERIMENTS["frozen"], tmp_path).means("entropy_of_nothing")
+        lab.Results(EXPERIMENTS["frozen"], tmp_path).mean("entropy_of_nothing", run.config_id)
 
 
 # -- verdicts --

@@ -254,7 +254,8 @@ def test_flipped_bits_of_rows_change_nothing_or_are_refused_in_one_line(tmp_path
     ("config", ["domains"], [1]), ("config", ["corpus", "prose"], []), ("config", ["seed"], "0"),
     ("config", ["corpus", "prose", "entropy_rate"], "high"), ("config", ["model", "router"], None),
     ("config", ["model", "aux_coef"], "0"), ("config", ["parameters"], None), ("config", ["versions"], "3.11"),
-    ("summary", ["seconds"], "a"), ("summary", ["measured"], [1]), ("summary", ["measured"], {"noise_share": "a"}),
+    ("config", ["versions"], None), ("summary", ["seconds"], "a"), ("summary", ["measured"], [1]),
+    ("summary", ["measured"], {"noise_share": "a"}),
     ("summary", ["final", "layers"], None), ("summary", ["final", "layers"], [1]), ("summary", ["final", "layers"], []),
     ("summary", ["final", "layers", 0, "load"], "25"), ("summary", ["final", "layers", 0, "load"], [25, 25]),
     ("summary", ["final", "layers", 0, "load_cv"], "0"), ("summary", ["final", "layers", 0, "domain_load"], [25]),
@@ -279,6 +280,14 @@ def test_runs_that_measured_other_numbers_are_refused(tmp_path):
         findings(tmp_path)
 
 
+def test_nothing_measured_may_be_written_as_null(tmp_path):
+    path = write_run(tmp_path, "A", 0, 2.0) / "summary.json"
+    before = findings(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"measured": None}))
+    assert findings(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_text_of_rows_is_escaped_in_the_findings(tmp_path):
     bad = "a|b <img src=x> `c` **d** [e](f) $g$\n\n# h \x1b[31m"
     write_study(tmp_path, n_seeds=1, losses={"A": (2.0,), "B": (1.5,), "D": (1.7,)})

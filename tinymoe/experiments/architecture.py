@@ -1,9 +1,11 @@
 """Experiments on what a mixture is made of: shared and small experts, dense layers, sizes, and where it starts."""
 
-from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, planned
+from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, against, planned
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
 
+SECONDS = "Seconds are of one thread while another run used the machine."
+BOUNDS = "Load CV and information have other bounds with another number of experts."
 SHARED_OR_NOT = (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16"))
 shared = Experiment(
     name="shared", question="Does a shared expert help?",
@@ -15,9 +17,8 @@ shared = Experiment(
     metrics=(LOSS, "parameters", "megaflops", "load_cv", "mi_excess"),
     planned=planned((LOSS, "mi_excess"), SHARED_OR_NOT),
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
-    caution="Active and total parameters are equal. Published results disagree: DeepSeekMoE is for a shared expert, "
-            "OLMoE against. The gates differ too: one routed expert has a raw gate, several have gates that sum to 1, "
-            "and the shared expert has none. Load CV and information have other bounds with another number of experts.",
+    caution="Active and total parameters are equal. The gates differ: one routed expert has a raw gate, several have "
+            f"gates that sum to 1, and the shared expert has none. {BOUNDS}",
     disputes=(Dispute("Does a shared expert help?", "yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)",
                       SHARED_OR_NOT),))
 
@@ -27,11 +28,10 @@ fine_grained = Experiment(
               Setting("4-of-16", "half as wide", model={"n_experts": 16, "top_k": 4}, width=0.5),
               Setting("8-of-32", "a quarter as wide", model={"n_experts": 32, "top_k": 8}, width=0.25)),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "mi_excess"),
-    planned=planned((LOSS, "mi_excess"), (("4-of-16", "2-of-8"), ("8-of-32", "2-of-8"))),
+    planned=planned((LOSS, "mi_excess"), against("2-of-8", ("4-of-16", "8-of-32"))),
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
     caution="Active and total parameters are equal but for routers and biases (1%). DeepSeekMoE and OLMoE report a "
-            "gain at other scales. Load CV and information have other bounds with another number of experts. Seconds "
-            "are of one thread while another run used the machine.")
+            f"gain at other scales. {BOUNDS} {SECONDS}")
 
 ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}  # a dense layer
 dense = Experiment(
@@ -43,37 +43,29 @@ dense = Experiment(
     planned=planned(("cross_entropy", LOSS), (("mixture", "dense-active"), ("mixture", "dense-total"))),
     figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS),
              "loss_against_work": one_against_other("megaflops", LOSS)},
-    caution="A dense layer is a mixture of one expert. Two other things differ: the balance loss (0.01 for the "
-            "mixture, 0 here), and the scale, because two gates that sum to 1 average two experts where one layer "
-            "twice as wide adds them. The training loss is the mean over the last tenth of the steps. Seconds are of "
-            "one thread while another run used the machine; steps, not seconds, are equal. The larger dense model may "
-            "need more steps or another learning rate.",
+    caution="A dense layer is a mixture of one expert. Two other things differ: only the mixture has a balance loss "
+            "(0.01), and its two gates that sum to 1 average two experts where one layer twice as wide adds them. The "
+            "training loss is the mean over the last tenth of the steps. Steps, not seconds, are equal; the larger "
+            f"dense model may need more of them or another learning rate. {SECONDS}",
     claims=(Claim(9, "A mixture beats a dense model of equal active parameters on training loss, and one of equal "
                      "total parameters is better still", "Shazeer 2017; Clark 2022",
                   (Effect("cross_entropy", "mixture", "<", 0, minus="dense-active"),
                    Effect("cross_entropy", "dense-total", "<", 0, minus="mixture"))),))
 
-SURFACE = {k: [f"E{e}-K{k}" for e in (2, 4, 8, 16, 32) if e >= k] for k in (1, 2, 4)}
-MORE_EXPERTS = tuple((f"E32-K{k}", f"E4-K{k}") for k in SURFACE)
-MORE_ACTIVE = tuple((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16))
-
-
-def n_experts(name):
-    """8 of E8-K2."""
-    return int(name.split("-")[0][1:])
-
-
+SURFACE = {f"E{e}-K{k}": (e, k) for k in (1, 2, 4) for e in (2, 4, 8, 16, 32) if e >= k}
 surface = Experiment(
     name="surface", question="How do the number of experts and of active experts trade?",
-    settings=tuple(Setting(name, f"top-{k} of {n_experts(name)}", model={"n_experts": n_experts(name), "top_k": k})
-                   for k, names in SURFACE.items() for name in names),
+    settings=tuple(Setting(name, f"top-{k} of {e}", model={"n_experts": e, "top_k": k})
+                   for name, (e, k) in SURFACE.items()),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "dead_experts"),
-    planned=planned((LOSS,), MORE_EXPERTS + MORE_ACTIVE),
-    figures={"by_experts": lines_by({f"K = {k}": names for k, names in SURFACE.items()}, n_experts, "experts",
-                                    LOSS, "parameters", "seconds")},
+    planned=planned((LOSS,), (*((f"E32-K{k}", f"E4-K{k}") for k in (1, 2, 4)),
+                              *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
+    figures={"by_experts": lines_by({f"K = {k}": [name for name in SURFACE if SURFACE[name][1] == k]
+                                     for k in (1, 2, 4)},
+                                    lambda name: SURFACE[name][0], "experts", LOSS, "parameters", "seconds")},
     caution="An expert has the same width in all settings, so more experts are more parameters and a larger K more "
             "active ones. K = 1 has raw gates, a larger K has gates that sum to 1, and one learning rate need not suit "
-            "all. Where K = E nothing is chosen. Seconds are of one thread while another run used the machine.")
+            f"all. Where K = E nothing is chosen. {SECONDS}")
 
 upcycle = Experiment(
     name="upcycle", question="Start from a dense model?",
@@ -86,9 +78,7 @@ upcycle = Experiment(
     planned=planned((LOSS,), (("upcycled", "dense-on"), ("upcycled", "scratch"), ("upcycled", "scratch-long"))),
     figures={"over_steps": over_steps("dense-on", LOSS, names=["dense-on", "upcycled"]),
              "at_the_end": at_the_end(LOSS)},
-    caution="`dense-on` and `upcycled` have had the steps of `dense`, from which they start, and as many of their own. "
-            "`scratch-long` has had as many as both together, `dense` and `scratch` half of them. In the mixtures two "
-            "experts, each as wide as the dense layer, serve a byte: they have more parameters and more operations "
-            "than the dense model. The learning rate warms up and falls again in the further steps. Training from "
-            "scratch should catch up later (Komatsuzaki et al. 2022), but not at this scale. The weight divergence of "
-            "copies is absolute.")
+    caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start; in these the "
+            "learning rate warms up and falls again. In a mixture two experts, each as wide as the dense layer, serve "
+            "a byte: more parameters and more operations. Training from scratch should catch up later (Komatsuzaki et "
+            "al. 2022), but not at this scale. The weight divergence of copies is absolute.")

@@ -4,9 +4,7 @@ from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, agai
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
 
-COEFFICIENTS = [f"aux-{c:g}" for c in (0, 0.001, 0.01, 0.1, 0.3)]
-
-
+COEFFICIENTS = ["aux-0", "aux-0.001", "aux-0.01", "aux-0.1", "aux-0.3"]
 collapse = Experiment(
     name="collapse", question="Does routing collapse without balancing, and what cures it?",
     model={"router": "top_k", "top_k": 1},
@@ -14,12 +12,10 @@ collapse = Experiment(
                    for name in COEFFICIENTS),
     metrics=(LOSS, "load_cv", "worst_cv", "dead_experts", "worst_dead", "mi_excess"),
     planned=planned(("load_cv", LOSS), against("aux-0", COEFFICIENTS[1:])),
-    say=lambda r: [r.layers_at_the_end(COEFFICIENTS), r.listed("dead_experts"), r.listed("worst_dead"),
-                   r.range_and_verdicts("load_cv"), r.range_and_verdicts(LOSS)],
+    say=lambda r: [r.layers_at_the_end(COEFFICIENTS), *map(r.range_and_verdicts, ("load_cv", LOSS))],
     figures={"over_steps": over_steps("aux-0", "load_cv", "dead_experts", LOSS),
              "at_the_end": at_the_end("load_cv", "dead_experts", LOSS)},
-    caution="With more steps, a higher learning rate or more experts, routing may collapse where it did not here, or "
-            "not collapse where it did.",
+    caution="More steps, a higher learning rate or more experts may give another answer.",
     claims=(Claim(2, "Without a balance loss experts collapse: the load CV is over 3 times that at 0.01, an expert is "
                      "dead at 0 and none at 0.1", "Shazeer 2017, table 6: CV 3.0 without, 0.05 with",
                   (Effect("load_cv", "aux-0", ">", 3, over="aux-0.01"),
@@ -48,10 +44,9 @@ balance = Experiment(
         ("bias-0.01", "sigmoid"))),
     figures={"balance_against_loss": one_against_other("max_violation_batch", LOSS),
              "over_steps": over_steps("none", "max_violation_batch", LOSS)},
-    caution="Methods differ in their scores too (softmax, sigmoid, noise), so a difference belongs to the whole "
-            "setting. Sinkhorn and the assignment balance only while training and are measured as top-1. Cheap means a "
-            "low loss. The seconds were taken while other work used the machine; they show little but the time of an "
-            "exact assignment.",
+    caution="Cheap means a low loss. Methods differ in their scores too (softmax, sigmoid, noise), so a difference "
+            "belongs to the whole setting. Sinkhorn and the assignment balance only while training and are measured as "
+            "top-1. Other work used the machine: of the seconds trust only that an exact assignment is slow.",
     claims=(Claim(6, "The loss-free bias, at either rate, has less than half the MaxVio of a small balance loss "
                      "(0.001), at no cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3: rate 0.001",
                   tuple(effect for name in ("bias-0.001", "bias-0.01") for effect in (
@@ -69,16 +64,13 @@ capacity = Experiment(
     metrics=("val_cross_entropy", LOSS, "drop_rate", "lost_all", "padding", "load_cv"),
     planned=planned(("val_cross_entropy", LOSS), (
         *against("none", BY_ORDER), ("0.75-order", "1.25-order"), ("0.5-gate", "0.5-order"), ("1-gate", "1-order"))),
-    say=lambda r: [r.listed("drop_rate", *BY_ORDER), r.listed("drop_rate", *BY_GATE), r.listed("padding", *BY_ORDER),
-                   r.range_and_verdicts("val_cross_entropy"), r.range_and_verdicts(LOSS)],
     figures={"by_factor": lines_by({"order": BY_ORDER, "gate": BY_GATE}, lambda name: float(name.split("-")[0]),
                                    "capacity factor", "drop_rate", "padding", "val_cross_entropy", LOSS,
                                    reference="none")},
-    caution="The loss routed as in training has the limit; the causal loss is of the same weights without it, where "
-            "every byte is served. The limit holds within a batch of 8 windows; larger batches are more even. With one "
-            "expert for a byte, a dropped byte has no expert. Where the smallest gates are dropped first, a later byte "
-            "can take the place of an earlier one. That loss is leaky, so only the causal loss compares the two "
-            "policies.",
+    caution="The loss routed as in training has the limit; the causal loss is of the same weights without it. With one "
+            "expert for a byte, a dropped byte has none. The limit holds within a batch of 8 windows; larger batches "
+            "are more even. Where the smallest gates are dropped, a later byte can take the place of an earlier one: "
+            "that loss is leaky, so only the causal loss compares the two policies.",
     claims=(Claim(5, "Drops fall with the capacity factor (0.75 > 1 > 1.25 >= 2) and are at least 25% at 0.75 for "
                      "top-1; loss at 0.75 is above that at 1.25", "GShard, Switch",
                   (Effect("drop_rate", "0.75-order", ">", 0, minus="1-order"),
@@ -87,6 +79,7 @@ capacity = Experiment(
                    Effect("drop_rate", "0.75-order", ">=", 0.25),
                    Effect("val_cross_entropy", "0.75-order", ">", 0, minus="1.25-order"))),))
 
+BY_K = (("c-1", "top-1"), ("c-2", "top-2"))
 expert_choice = Experiment(
     name="expert-choice", question="What does guaranteed balance cost?",
     settings=(*(Setting(f"c-{c:g}", f"expert choice, K = {c:g} on average",
@@ -94,19 +87,16 @@ expert_choice = Experiment(
               Setting("top-1", "top-1, balance loss 0.01", model={"top_k": 1}),
               Setting("top-2", "top-2, balance loss 0.01")),
     metrics=(LOSS, "causal_perplexity", "val_cross_entropy", "val_perplexity", "leak", "token_coverage", "load_cv"),
-    planned=planned((LOSS, "val_cross_entropy"), (
-        ("c-1", "top-1"), ("c-2", "top-2"), ("c-0.5", "c-1"), ("c-1", "c-2"))),
-    say=lambda r: [r.listed("token_coverage"), r.listed("load_cv"),
-                   r.range_and_verdicts(LOSS), r.range_and_verdicts("val_cross_entropy")],
+    planned=planned((LOSS, "val_cross_entropy"), (*BY_K, ("c-0.5", "c-1"), ("c-1", "c-2"))),
     figures={"at_the_end": at_the_end(LOSS, "leak", "token_coverage"),
              "over_steps": over_steps("top-2", LOSS, "val_cross_entropy")},
-    caution="The causal rule routes each byte by its prefix. The model was not trained with it, and it guarantees no "
+    caution="The causal rule routes each byte by its prefix: the model was not trained with it, and it guarantees no "
             "balance. The rule of training guarantees balance and leaks. Their difference is the leak and the change "
-            "of rule together. Neither loss is the price of balance alone.",
+            "of rule together, so neither loss is the price of balance alone.",
     claims=(Claim(1, "Expert choice has, by its construction, load CV 0 (below 0.01) and leaves bytes uncovered: "
                      "coverage(c = 1) < coverage(c = 2) < 1", "Zhou 2022",
                   (Effect("load_cv", "c-1", "<", 0.01), Effect("load_cv", "c-2", "<", 0.01),
                    Effect("token_coverage", "c-2", ">", 0, minus="c-1"),
                    Effect("token_coverage", "c-2", "<", 1, every_run=True))),),
     disputes=(Dispute("Is expert choice better than token choice?", "yes: Zhou 2022; no: OLMoE (Muennighoff 2024)",
-                      (("c-1", "top-1"), ("c-2", "top-2"))),))
+                      BY_K),))

@@ -35,9 +35,8 @@ frozen = Experiment(
     figures={"at_the_end": at_the_end("causal_perplexity", "load_cv", "byte_excess"),
              "over_steps": over_steps("learned", LOSS)},
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
-            "have the balance loss; under a frozen router it moves the hidden states. A random or shuffled route is "
-            "drawn again at validation. There a shuffled byte takes the choice of an earlier byte of its own window, "
-            "or its own. These choices come from its own router, which need not be as even as learned routing. Papers "
+            "have the balance loss; under a frozen router it moves the hidden states. At validation a random route is "
+            "drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. Papers "
             f"count perplexity by tokens of about {TOKEN_BYTES} bytes, and the claims are judged so: a ratio by the "
             "byte is the fourth root of that.",
     claims=(Claim(3, f"A frozen router comes within 10% of a learned one in perplexity over {TOKEN_BYTES} bytes; "
@@ -61,9 +60,8 @@ unit = Experiment(
     planned=planned((LOSS, "mi_excess", "byte_excess"),
                     [pair for k in (1, 2) for pair in against(f"token-K{k}", (f"layer-K{k}", f"global-K{k}"))]),
     figures={"at_the_end": at_the_end("causal_perplexity", "mi_excess", "byte_excess")},
-    caution="Domain information stands for topic, byte information for the identity of the byte. Sequences are routed "
-            "by the mean of the prefix so far. This keeps the model causal and lets the route change within a window; "
-            "Fan et al. average the whole sequence.",
+    caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
+            "change within a window; Fan et al. average the whole sequence.",
     claims=(Claim(8, "Routing tokens beats routing sequences at equal K",
                   "Fan 2024, table 1, perplexity by tokens: 9.9 against 10.7 and 11.6",
                   tuple(Effect(LOSS, f"{name}-K{k}", ">", 0, minus=f"token-K{k}")
@@ -112,14 +110,11 @@ reinforce = Experiment(
     metrics=(LOSS, "causal_perplexity", "load_cv", "router_entropy", "byte_excess", "noise_share"),
     planned=planned((LOSS,), (("reinforce", "frozen-draw"), ("reinforce-0.1", "frozen-draw"), ("reinforce", "top-k"),
                               ("frozen", "top-k"), ("frozen-draw", "frozen"))),
-    say=lambda r: [r.range_and_verdicts(LOSS), r.listed("noise_share", "top-k", "reinforce", "reinforce-0.1"),
-                   r.listed("router_entropy") + " At most ln 8 = 2.079."],
     figures={"over_steps": over_steps("top-k", LOSS, "load_cv", "router_entropy"),
              "at_the_end": at_the_end(LOSS, "noise_share")},
-    caution="The gate of reinforce is the constant 1, that of top-1 its probability: they differ in that too. A byte's "
-            "choice is credited with that byte's loss alone; the baseline is the mean loss of the other bytes of the "
-            "batch. Reinforce draws while training and takes the best at validation. The balance loss teaches all "
-            "routers but the frozen ones. The share of noise is the variance of the gradient over batches, over that "
-            "variance plus the squared mean; each router is measured at its own last weights. The gradient is that of "
-            "the cross-entropy for top-k and of the policy loss for reinforce. A router that has nothing more to learn "
-            "has a share of 1 too, and so has one whose squared mean gradient is estimated below 0.")
+    caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "
+            "that byte's loss alone; the baseline is the mean loss of the other bytes of the batch. Reinforce draws "
+            "while training and takes the best at validation. The balance loss teaches all routers but the frozen "
+            "ones. The share of noise is the variance over batches of the gradient (of the policy loss for reinforce, "
+            "else of the cross-entropy) over that variance plus the squared mean, at each router's own last weights. "
+            "It is 1 too for a router that has nothing more to learn. Router entropy is at most ln 8 = 2.079.")

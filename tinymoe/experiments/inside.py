@@ -5,7 +5,7 @@ import numpy as np
 
 from ..study import measures
 from ..study.experiment import Claim, Effect, Experiment, Setting, against, planned
-from ..study.figures import add_legend, at_the_end, half_widths, over_steps, panel_grid, style_of
+from ..study.figures import add_legend, at_the_end, log_lines, over_steps, panel_grid, style_of
 from ..study.quantities import LOSS, title
 from ..training.data import SYNTHETIC
 from ..training.synthetic import N_SOURCES, blind_rate, entropy_rate, sources
@@ -16,11 +16,9 @@ CHANGES = ("drop", "swap", "force")
 
 
 def say_specialise(r):
-    """Information with each label, and what changed routes cost."""
-    return [*map(r.listed, (*KNOWN, "domain_given_byte")),
-            "**Without any network.** A table of byte pairs, counted in the training text, predicts the domain with "
-            f"{r.mean('bigram_information_excess', 'top-2'):.3f} nats.", r.range_and_verdicts("mi_excess"),
-            *(r.listed(f"{change}_cost") for change in CHANGES)]
+    """Domain information, and what a table without any network has of it."""
+    return [r.range_and_verdicts("mi_excess"), "**Without any network.** A table of byte pairs, counted in the "
+            f"training text, predicts the domain with {r.mean('bigram_information_excess', 'top-2'):.3f} nats."]
 
 
 def counterfactual_tables(r):
@@ -53,27 +51,16 @@ specialise = Experiment(
     say=say_specialise,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "counterfactuals": counterfactual_tables},
-    caution="Random routing tells nothing, so its numbers show the error of independent draws. Position means eighths "
-            "of the window. Function divergence is the mean of 1 - cosine over pairs of experts' outputs for the same "
-            "bytes. A byte gives its domain away in part, so domain information above 0 does not prove topics; what is "
-            "beyond the byte may come from the bytes before it. Hash routing shows what a random table of the byte "
-            "tells. A learned table could tell more, up to what the byte itself does. Information with the domain "
-            "cannot exceed the log of their number (ln 4 = 1.39), with the byte ln(8 / K): 2.08 for top-1 and 1.39 for "
-            "two experts a byte. Compare at equal K. The gate of a dropped expert is not given to the others, so its "
-            "cost includes the missing share. Expert choice is routed over the batch here, as in training.",
+    caution="The numbers of random routing, which tells nothing, show the error of independent draws; hash routing "
+            "shows what a random table of the byte tells. Position means eighths of the window. Function divergence is "
+            "the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte gives its domain away in "
+            "part, so domain information above 0 does not prove topics; what is beyond the byte may come from the "
+            "bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the byte ln(8 / K): 2.08 for "
+            "top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a dropped expert is not given to "
+            "the others, so its cost includes the missing share. Expert choice is routed over the batch here.",
     claims=(Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the "
                       "domain", "Jiang 2024; Xue 2024",
                   tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),))
-
-
-def say_batch(r):
-    """What changes a route and an output."""
-    def of(name, what):
-        return (f"{r.mean(f'{what}_rerouted', name):.1%} of the bytes are rerouted, and a logit changes by up to "
-                f"{r.mean(f'{what}_logits', name):.2g}")
-
-    return [f"**`{name}`, other {who}.** {of(name, what)}." for name in r.groups
-            for who, what in (("neighbours in the batch", "mates"), ("later bytes", "later"))]
 
 
 batch = Experiment(
@@ -86,12 +73,11 @@ batch = Experiment(
               Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE)),
     metrics=("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
     planned=planned(("mates_rerouted",), against("dropless", ("capacity-order", "capacity-gate", "expert-choice"))),
-    say=say_batch,
     figures={"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits", "later_logits")},
     caution="All are routed as in training. The other windows of the batch, or the second half of a byte's own window, "
-            "are replaced by random bytes, which route unlike text. A byte is rerouted where any layer routes it "
-            "differently. A change of a logit below 1e-4 is rounding. Numbers are means over the 8 windows of a batch, "
-            "each in its place: dropping in order spares the first.",
+            "become random bytes, which route unlike text. A byte is rerouted where any layer routes it differently. A "
+            "change of a logit below 1e-4 is rounding. Numbers are means over the 8 windows of a batch, each in its "
+            "place: dropping in order spares the first.",
     claims=(Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K, "
                      "by its construction, does not", "Zhou 2022; Wang 2024",
                   (Effect("later_logits", "expert-choice", ">", 1e-4, every_run=True),
@@ -102,15 +88,11 @@ batch = Experiment(
 def by_devices(r):
     """Each number of the traffic against the number of devices."""
     fig, (axes_of,) = panel_grid(1, 4, 2.6)
+    devices = [n for n in measures.DEVICES if f"sent_{n}" in r.runs[0].measured]
     for axes, number in zip(axes_of, ("sent", "reach", "slowest", "path")):
-        for place, (name, runs) in enumerate(r.groups.items()):
-            devices = [n for n in measures.DEVICES if f"{number}_{n}" in runs[0].measured]
-            found = [r.interval(f"{number}_{n}", name) for n in devices]
-            axes.errorbar([n * 1.04 ** (place - 2) for n in devices], [one.mean for one in found],
-                          yerr=half_widths(found), elinewidth=0.8, **style_of(r, name))
-        axes.set(xlabel="devices", ylabel=title(f"{number}_4").removesuffix(", 4 devices"), xscale="log")
-        axes.set_xticks(devices, devices, minor=False)
-        axes.minorticks_off()
+        lines = [([n * 1.04 ** (place - 2) for n in devices], [r.interval(f"{number}_{n}", name) for n in devices],
+                  style_of(r, name)) for place, name in enumerate(r.groups)]
+        log_lines(axes, lines, devices, "devices", title(f"{number}_4").removesuffix(", 4 devices"))
     add_legend(fig, r)
     return fig
 
@@ -129,13 +111,11 @@ traffic = Experiment(
              "path_16"),
     planned=planned(("sent_4", "slowest_4", "val_cross_entropy"),
                     against("aux", ("none", "capacity", "groups", "groups-balanced"))),
-    say=lambda r: [r.listed("reach_4") + " Groups allow at most 2.", r.listed("path_4"),
-                   *map(r.range_and_verdicts, ("sent_4", "slowest_4", "val_cross_entropy"))],
     figures={"by_devices": by_devices},
     caution="The traffic is simulated from the routing of validation batches in one layer, with devices of "
             f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Bytes are sent to other devices "
             "and back. A phase lasts until its busiest device is done, and nothing overlaps. Groups are laid on 4 "
-            "devices; on 16 each device has one expert.")
+            "devices and allow a byte to reach 2; on 16 each device has one expert.")
 
 
 def say_known(r):
@@ -161,7 +141,6 @@ known = Experiment(
     figures={"over_steps": over_steps("top-2", LOSS, "mi_excess", names=MIXTURES),
              "at_the_end": at_the_end("excess", "mi_excess", "domain_given_byte")},
     caution="The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter "
-            "alone says nothing about its source. A model that knows the source can reach the entropy. One that must "
-            "find the source out needs at most ln 4 nats more in a whole window. Runs are three times as long as those "
-            "of other experiments. `top-1` and `dense` have fewer active parameters than the others; hash routing has "
-            "constant gates.")
+            "alone says nothing about its source. A model that must find the source out needs at most ln 4 nats more "
+            "in a whole window than one that knows it. Runs are three times as long as those of other experiments. "
+            "`top-1` and `dense` have fewer active parameters than the others; hash routing has constant gates.")

@@ -9,16 +9,16 @@ from ..study.statistics import Contrast
 
 QUESTIONS = (  # question, settings that it compares, quantities, what to be careful about
     ("Which balance coefficient, and what does it do?", "ABC", (LOSS, "load_cv", "mi_excess"),
-     "Information cannot exceed the entropy of the load, and an uneven load can carry much of it. More information is "
+     "Information cannot exceed the entropy of the load, so an uneven load can carry more of it. More information is "
      "not better routing."),
     ("Do the routers lead to different specialisation?", "DEF",
      ("mi_excess", "byte_excess", "repetition", "weight_divergence"),
      "A byte often gives its domain away, so domain information does not show that experts follow topics. D, E and F "
-     "have equal K but different balance losses: a difference belongs to the config, not to its router alone."),
+     "differ in their balance loss too: a difference belongs to the config, not to its router alone."),
     ("What does guaranteed balance cost?", "EDF", (LOSS,),
-     "E is compared at equal K; D - F stands beside it for scale. The leaky loss of E routes the whole batch at once, "
-     "as in training. The causal loss must change that rule as well, so their difference is the leak and the change "
-     "together. The causal rule guarantees no balance: neither loss is the price of balance alone."))
+     "E is compared at equal K; D - F stands beside it for scale. Its leaky loss routes the whole batch at once, as in "
+     "training. Its causal loss has another rule, which guarantees no balance: the difference is the leak and the "
+     "change together, and neither loss is the price of balance alone."))
 
 
 def say_routers(r):

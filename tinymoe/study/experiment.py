@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def changed(self) -> dict:
-        """The fields that it changes, {"model": names, "training": names}."""
+        """{"model": names of the fields that it changes, "training": names}."""
         return {"model": {*self.model, *(["d_expert"] if self.width != 1 else [])},
                 "training": {*self.training, *(["steps"] if self.length != 1 else [])}}
 

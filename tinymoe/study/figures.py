@@ -47,10 +47,7 @@ def default_style():
 
 
 def draw_all(results: Results) -> list[Path]:
-    """Draw the figures of an experiment into its folder's `figures`; returns the paths written.
-
-    There are none while the Results are not ready. A figure about experts is left out where no setting has any.
-    """
+    """Draw the figures of an experiment, none while it is not ready, into its folder's `figures`: the paths written."""
     paths = []
     with default_style():
         for name, draw in results.experiment.figures.items() if results.ready else ():
@@ -69,17 +66,16 @@ def save(fig: Figure, path):
 
 
 def style_of(results: Results, name: str) -> dict:
-    """Colour and marker of a setting by its place in the experiment; a colour that comes again has another marker."""
+    """Colour and marker of a setting by its place in the experiment."""
     return style_at([s.id for s in results.experiment.settings].index(name))
 
 
 def style_at(place: int) -> dict:
-    """Colour and marker of a place in a list."""
+    """Colour and marker of a place in a list; a colour that comes again has another marker."""
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
 
 
 def panel_grid(n_rows, n_columns, height, **options):
-    """(Figure, panels (n_rows, n_columns))."""
     fig = Figure(figsize=(DOUBLE, height), layout="constrained")
     return fig, fig.subplots(n_rows, n_columns, squeeze=False, **options)
 
@@ -111,10 +107,9 @@ def half_widths(intervals):
 
 
 def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, **options):
-    """The log of a setting, less the reference's of the same seed if there is one, from a step on.
+    """The log of a setting, less the reference's of the same seed if there is one: mean and range over the seeds.
 
-    The mean over seeds is a line with markers, the range of the seeds a band. Steps count that all runs logged with a
-    number. layer: index of one MoE layer, None for the mean.
+    layer: index of one MoE layer, None for the mean. start: the first step.
     """
     logs = {run.run_id: {row["step"]: row for row in run.log}
             for setting in (name, reference) if setting for run in results.groups[setting]}
@@ -134,20 +129,18 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, *
 
 def over_steps(reference, *metrics, names=None, enlarged=False):
     """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's.
-
-    enlarged: the last third once more, in panels of their own.
-    """
+    enlarged: the last third once more, in panels of their own."""
     def draw(results):
         last = max((row["step"] for run in results.runs for row in run.log), default=0)
         parts = [(metric, start) for start in ((0, last * 2 / 3) if enlarged else (0,)) for metric in metrics]
         fig, (axes_of,) = panel_grid(1, len(parts), 2.9)
-        leaky = False
+        leaky = []
         for axes, (metric, start) in zip(axes_of, parts):
             base, label = less_reference(reference, metric)
             for name in names or results.groups:
                 curve(axes, results, name, metric, reference=base, start=start)
                 if metric == "causal_perplexity" and results.groups[name][0].leaky:
-                    leaky = True
+                    leaky = [LEAKY_KEY]
                     curve(axes, results, name, "val_perplexity", start=start, **HOLLOW)
             axes.set(xlabel="training step", ylabel=f"{label}, last third" if start else label)
             if metric.endswith("perplexity") and not start:
@@ -155,7 +148,7 @@ def over_steps(reference, *metrics, names=None, enlarged=False):
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axes.yaxis.set_minor_locator(NullLocator())
-        add_legend(fig, results, names, *[LEAKY_KEY] * leaky)
+        add_legend(fig, results, names, *leaky)
         return fig
     return draw
 
@@ -180,14 +173,11 @@ def by_layer(*metrics):
     return draw
 
 
-def at_the_end(*metrics, names=None, experts_only=False):
-    """A panel for each metric: the settings from top to bottom, mean and interval, every seed a small mark.
-
-    Where a causal number differs from the leaky one, the leaky one stands below it with a hollow mark. experts_only:
-    only settings with experts, and no figure without any.
-    """
+def at_the_end(*metrics, experts_only=False):
+    """A panel for each metric: the settings from top to bottom, a leaky number with a hollow mark below the causal one.
+    experts_only: only settings with experts, and no figure without any."""
     def draw(results):
-        chosen = names or (results.with_experts if experts_only else list(results.groups))
+        chosen = results.with_experts if experts_only else list(results.groups)
         if not chosen:
             return None
         fig, (axes_of,) = panel_grid(1, len(metrics), 0.8 + 0.3 * len(chosen), sharey=True)
@@ -237,10 +227,8 @@ def log_lines(axes, lines, ticks, x_label, y_label):
 
 
 def lines_by(names_of, x_of, x_label, *metrics, reference=None):
-    """A panel for each metric, lines through settings: names_of = {line: setting ids}, x_of(setting id) -> x.
-
-    Losses are drawn less those of the reference setting, if there is one.
-    """
+    """A panel for each metric, lines through settings: names_of = {line: setting ids}, x_of(setting id) -> x; losses
+    less those of the reference setting, if there is one."""
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})
@@ -258,7 +246,7 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None):
 def heatmaps(results, share_of, bar_label, axis_label):
     """Shares as colours, for the first run of each setting with experts (down) and its MoE layers (across).
 
-    share_of(run, index of the layer) -> (x of the columns, counts whose rows become shares, names of some rows, title).
+    share_of(run, index of the layer) -> (x of the columns, share (rows, columns), {row: name}, title).
     """
     names = results.with_experts
     if not names:

@@ -49,6 +49,15 @@ VERDICTS = """A claim *held* where every condition holds across its 95% interval
 where one condition fails across its interval. Otherwise it is *undecided*. Numbers that cannot pass their bound (dead \
 experts, coverage) and changes that are either rounding or not are judged in every run instead. Claims are not \
 corrected for their number."""
+ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
+has a document of its own with its tables, figures and planned differences."""
+OPEN = """Published results disagree on these questions. A negative difference is in favour of the first setting."""
+CANNOT = """All experiments but `rate` train at one learning rate, which need not be the best of any setting. Compare \
+their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
+that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. \
+Holm's correction holds within an experiment; nothing corrects over all of them, and ten claims are ten chances to be \
+wrong. The same runs (top-1 or top-2 with coefficient 0.01) are the reference of several experiments, so these are not \
+independent evidence."""
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -58,18 +67,20 @@ def escaped(text) -> str:
 
 
 def table(header, rows):
-    """A Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
 
 
 def bullets(lines):
-    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def bold(sentences):
-    """Sentences in bold, each a paragraph."""
     return "\n\n".join(f"**{sentence}**" for sentence in sentences)
+
+
+def write_paragraphs(path, paragraphs):
+    write_atomically(path, "\n\n".join(filter(None, paragraphs)) + "\n")
+    return path
 
 
 def run_ids(results):
@@ -109,7 +120,7 @@ def warnings(results: Results) -> list[str]:
 
 def differing_settings(results):
     """Sentences about what differs between settings though it should not, and what is not as the experiment says."""
-    settings, said = {s.id: s for s in results.experiment.settings}, []
+    settings = {s.id: s for s in results.experiment.settings}
     configs = {name: runs[0].config for name, runs in results.groups.items()}
     for part in ("model", "training"):
         intended = set().union(*(s.changed[part] for s in settings.values()))
@@ -117,37 +128,36 @@ def differing_settings(results):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
-                said.append(escaped(f"{field} differs between settings ({those}): compare with care."))
+                yield escaped(f"{field} differs between settings ({those}): compare with care.")
         for name, config in configs.items():
-            said += [escaped(f"{name} was changed: its {field} is {found}, not {wanted}.")
-                     for field, wanted in getattr(settings[name], part).items()
-                     if (found := config[part].get(field)) != (list(wanted) if isinstance(wanted, tuple) else wanted)]
+            for field, wanted in getattr(settings[name], part).items():
+                found = config[part].get(field)
+                if found != (list(wanted) if isinstance(wanted, tuple) else wanted):
+                    yield escaped(f"{name} was changed: its {field} is {found}, not {wanted}.")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
         if len(found) > 1:
-            those = "; ".join(f"{run}: {shown}" for shown, run in found.items())
-            said.append(escaped(f"The runs do not share the same {key} ({those})."))
-    return said
+            those = "; ".join(f"{run_id}: {shown}" for shown, run_id in found.items())
+            yield escaped(f"The runs do not share the same {key} ({those}).")
 
 
 def left_out(results):
     """Sentences about runs that are in no number."""
     for run in results.all_runs:
         why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
-        what = {"failed": f"failed ({why})", "incomplete": "is incomplete",
+        what = {"failed": f"failed ({escaped(why)})", "incomplete": "is incomplete",
                 "complete": "is no setting of this experiment"}
         if run not in results.runs:
-            yield f"`{escaped(run.run_id)}` {escaped(what[run.state])} and is in no number."
+            yield f"`{escaped(run.run_id)}` {what[run.state]} and is in no number."
 
 
 def finding(results: Results) -> list[str]:
     """The sentences of the experiment."""
-    e = results.experiment
     if not results.ready:
         return ["No finding: a setting has no finished run, or no seed is common to all."]
-    if e.say:
-        return e.say(results)
-    return list(map(results.range_and_verdicts, dict.fromkeys(one.metric for one in e.planned)))
+    if results.experiment.say:
+        return results.experiment.say(results)
+    return list(map(results.range_and_verdicts, dict.fromkeys(one.metric for one in results.experiment.planned)))
 
 
 def settings_table(results):
@@ -157,9 +167,10 @@ def settings_table(results):
     columns = {title(metric): [results.cell(metric, name, leaky=leaky) for name in results.groups]
                for metric in e.metrics}
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-    rows = [[escaped(results.label(s.id)), s.what] for s in e.settings if s.id in results.groups]
-    return table(["setting", "what", *columns],
-                 [[*row, *cells] for row, *cells in zip(rows, *columns.values())])
+    what = {s.id: s.what for s in e.settings}
+    rows = [[escaped(results.label(name)), what[name], *cells]
+            for name, *cells in zip(results.groups, *columns.values())]
+    return table(["setting", "what", *columns], rows)
 
 
 def claim_rows(results: Results) -> list[list[str]]:
@@ -198,11 +209,10 @@ def limits(results: Results) -> list[str]:
             f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
             f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
             f"{tested} of {len(results.tests)} planned differences were tested. If nothing differed, about "
-            f"{0.05 * tested:.1f} intervals would exclude 0 by chance, so a suggestive difference may be luck.",
+            f"{0.05 * tested:.1f} intervals would exclude 0 by chance.",
             f"One text, one size, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
-        said.append("The domain `tables` of the default text can partly be memorised: about half of its validation "
-                    "lines also stand in the training text.")
+        said.append("About half of the validation lines of the domain `tables` also stand in the training text.")
     return said
 
 
@@ -217,40 +227,38 @@ def write_findings(experiment: Experiment, folder) -> Path:
 
     Raises ValueError without a finished run, and where runs that would be averaged differ.
     """
-    results, path = Results(experiment, folder), Path(folder, "FINDINGS.md")
+    results = Results(experiment, folder)
     images = [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in experiment.figures
               if Path(folder, "figures", f"{name}.png").exists()]
     claims, run = claim_rows(results), results.runs[0]
     versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
     planned = [[title(one.contrast.metric), str(one.contrast), *one.cells] for one in results.tests]
-    parts = [f"# {experiment.name}: {experiment.question}", about(results), bold(warnings(results)),
-             "## Findings", bullets(finding(results)), f"Caution. {experiment.caution}" if experiment.caution else "",
-             "## Settings", settings_table(results), "\n\n".join(images) or "No figures yet: `--plot-only` draws them.",
-             *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []), "## Planned differences",
-             table(["quantity", "difference", "mean", "95% interval", "verdict"], planned) if planned
-             else "Nothing to compare.",
-             "## What these runs cannot show", bullets(limits(results)),
-             "## Words used here", GLOSSARY, "## Methods", METHODS,
-             f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
-             f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Versions: {escaped(versions)}."]
-    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
-    return path
+    return write_paragraphs(Path(folder, "FINDINGS.md"), [
+        f"# {experiment.name}: {experiment.question}", about(results), bold(warnings(results)),
+        "## Findings", bullets(finding(results)), f"Caution. {experiment.caution}",
+        "## Settings", settings_table(results), "\n\n".join(images) or "No figures yet: `--plot-only` draws them.",
+        *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []), "## Planned differences",
+        table(["quantity", "difference", "mean", "95% interval", "verdict"], planned) if planned
+        else "Nothing to compare.", "## What these runs cannot show", bullets(limits(results)),
+        "## Words used here", GLOSSARY, "## Methods", METHODS,
+        f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
+        f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Versions: {escaped(versions)}."])
 
 
 def write_summary_csv(study_dir) -> Path:
     """Write STUDY/summary.csv: a line for each run whatever its state, a column for each number that any run has."""
-    runs, path = load_runs(study_dir), Path(study_dir, "summary.csv")
-    numbers = list(map(all_numbers, runs))
-    names = list(dict.fromkeys(name for of in numbers for name in of))
-    out = io.StringIO()
-    writer, settings = csv.writer(out, lineterminator="\n"), ("router", "top_k", "aux_coef")
-    writer.writerow(["run_id", "config_id", "seed", "state", *settings, "steps", "parameters_total",
-                     "parameters_active", *names])
-    for run, of in zip(runs, numbers):
-        sizes = run.config.get("parameters", {})
-        writer.writerow([run.run_id, run.config_id, run.seed, run.state, *map(run.model.get, settings),
-                         (run.summary or {}).get("steps"), sizes.get("total"), sizes.get("active"),
-                         *(f"{of[name]:.6g}" if name in of else "" for name in names)])
+    rows = []
+    for run in load_runs(study_dir):
+        sizes, numbers = run.config.get("parameters", {}), all_numbers(run)
+        rows.append({"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "state": run.state}
+                    | {name: run.model.get(name) for name in ("router", "top_k", "aux_coef")}
+                    | {"steps": (run.summary or {}).get("steps")}
+                    | {f"parameters_{part}": sizes.get(part) for part in ("total", "active")}
+                    | {name: f"{number:.6g}" for name, number in numbers.items()})
+    path, out = Path(study_dir, "summary.csv"), io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     write_atomically(path, out.getvalue())
     return path
 
@@ -263,18 +271,6 @@ def all_numbers(run: RunRecord) -> dict[str, float]:
     fields = [name for row in rows for name, number in row.items() if isinstance(number, float)]
     names = dict.fromkeys((*QUANTITIES, *fields))
     return {name: number for name in names if math.isfinite(number := value(run, name))}
-
-
-ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
-has a document of its own with its tables, figures and planned differences."""
-OPEN = """Published results disagree on these questions. An interval says what a few seeds of a small model show, not \
-more. A negative difference is in favour of the first setting."""
-CANNOT = """All experiments but `rate` train at one learning rate, which need not be the best of any setting. Compare \
-their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
-that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. \
-Holm's correction holds within an experiment; nothing corrects over all of them, and ten claims are ten chances to be \
-wrong. The same runs (top-1 or top-2 with coefficient 0.01) are the reference of several experiments, so these are not \
-independent evidence."""
 
 
 def gather(published, study: Experiment, experiments) -> Path:
@@ -290,18 +286,15 @@ def gather(published, study: Experiment, experiments) -> Path:
             found.append(Results(experiment, folder))
         else:
             absent.append(experiment.name)
-    claims = sorted(linked(claim_rows, found), key=lambda row: int(row[0]))
-    parts = ["# Findings", ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] * bool(absent)),
-             "## Words used here", GLOSSARY, "## The study", section(main, "full"),
-             "## Ten claims of the literature", VERDICTS, table(CLAIM_COLUMNS, claims),
-             "## Open questions", OPEN, table(["open question", "published answers", "difference in loss here (nats)",
-                                               "experiment"], linked(dispute_rows, found)),
-             "## The laboratory, experiment by experiment",
-             *(section(results, f"experiments/{results.experiment.name}") for results in found),
-             "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS]
-    path = Path(published, "FINDINGS.md")
-    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
-    return path
+    disputed = ["open question", "published answers", "difference in loss here (nats)", "experiment"]
+    return write_paragraphs(Path(published, "FINDINGS.md"), [
+        "# Findings", ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
+        "## Words used here", GLOSSARY, "## The study", section(main, "full"), "## Ten claims of the literature",
+        VERDICTS, table(CLAIM_COLUMNS, sorted(linked(claim_rows, found), key=lambda row: int(row[0]))),
+        "## Open questions", OPEN, table(disputed, linked(dispute_rows, found)),
+        "## The laboratory, experiment by experiment",
+        *(section(results, f"experiments/{results.experiment.name}") for results in found),
+        "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS])
 
 
 def dispute_rows(results: Results) -> list[list[str]]:
@@ -335,14 +328,9 @@ def scale(found):
         return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sorted({min(numbers), max(numbers)}))
 
     runs = [run for results in found for run in results.runs]
-    scatter = [results.interval("causal_perplexity", name) for results in found for name in results.groups]
-    shares = sorted(100 * one.half / one.mean for one in scatter if one.n > 1)
     if not runs:
         return ""
-    said = (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
-            f"for {ends([run.summary['steps'] for run in runs])} steps, with {ends([one.n for one in scatter])} seeds "
-            f"for a setting. Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. ")
-    if shares:
-        said += (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to "
-                 f"{shares[-1]:.1f}% (95%, median {np.median(shares):.1f}%). ")
-    return said
+    return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
+            f"for {ends([run.summary['steps'] for run in runs])} steps, with "
+            f"{ends([len(runs) for results in found for runs in results.groups.values()])} seeds for a setting. "
+            f"Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. ")

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,9 @@ CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "version
           "model": {"router": (str, list), "top_k": NUMBER, "aux_coef": NUMBER, "seq_len": int},
           "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
           "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
-LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "token_coverage": NUMBER, "dead_experts": int,
-         "load_entropy": NUMBER, "router_entropy": NUMBER, "marginal_entropy": NUMBER,
-         "mutual_information": NUMBER, "mutual_information_null": NUMBER,
-         "byte_information": NUMBER, "byte_information_null": NUMBER}
+LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": int} | dict.fromkeys((
+    "token_coverage", "load_entropy", "router_entropy", "marginal_entropy", "mutual_information",
+    "mutual_information_null", "byte_information", "byte_information_null"), NUMBER)
 ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
 SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "final": ROW, "measured": (dict, type(None))}
 STATES = ("collapsed", "starved", "in use")  # of an MoE layer
@@ -45,16 +43,14 @@ class RunRecord:
     seed = property(lambda self: self.config["seed"])
     model = property(lambda self: self.config["model"])
     final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
-    measured = property(lambda self: self.summary.get("measured", {}))  # what an experiment asked of the trained model
+    measured = property(lambda self: self.summary.get("measured") or {})  # what an experiment asked of the model
     is_moe = property(lambda self: bool(self.final["layers"]))
 
     # whether routing on the prefix alone gives another loss, in any row
     leaky = property(lambda self: any(row["val_cross_entropy"] != row[LOSS] for row in [*self.log, self.final]))
 
-    @property
-    def state(self) -> str:
-        """"complete", "failed" (its loss was not finite) or "incomplete" (stopped, or still running)."""
-        return "complete" if self.summary else "failed" if self.failure else "incomplete"
+    # failed: the loss was not finite; incomplete: stopped, or still running
+    state = property(lambda self: "complete" if self.summary else "failed" if self.failure else "incomplete")
 
     @property
     def made_of(self) -> str:
@@ -82,9 +78,9 @@ def load_runs(study_dir) -> list[RunRecord]:
 
 
 def compact(study_dir) -> tuple[Path, int]:
-    """Write study_dir/runs.jsonl: one line for each finished or failed run, with its config, log, summary and failure.
+    """Write study_dir/runs.jsonl, one line for each finished or failed run: (path, number of runs). The folders stay.
 
-    Returns (path, number of runs). The folders in `runs` stay. Raises ValueError where no run is finished.
+    Raises ValueError where no run is finished.
     """
     runs = [run for run in load_runs(study_dir) if run.state != "incomplete"]
     if not runs:
@@ -103,9 +99,7 @@ def _folder_runs(folder):
 def _json(path):
     """The JSON object in a file: None where there is no file, {} where it is damaged."""
     try:
-        return read_json(path)
-    except FileNotFoundError:
-        return None
+        return read_json(path) if path.exists() else None
     except ValueError:
         return {}
 
@@ -170,6 +164,7 @@ class Results:
         found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "complete"]
                  for s in experiment.settings}
         self.groups = {name: runs for name, runs in found.items() if runs}
+        self.with_experts = [name for name, runs in self.groups.items() if runs[0].is_moe]
         self.runs = [run for runs in self.groups.values() for run in runs]
         if not self.runs:
             raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: train some first")
@@ -179,7 +174,7 @@ class Results:
         self.tests = holm([Comparison(contrast, t_interval(contrast.of(self.numbers)))
                            for contrast in experiment.planned if self.has(contrast)])
 
-    @cached_property
+    @property
     def ready(self) -> bool:
         """Whether figures and sentences can be made: every setting has a run, and all have a seed in common."""
         seeds = [{run.seed for run in runs} for runs in self.groups.values()]
@@ -192,11 +187,6 @@ class Results:
             return any(name in self.with_experts for name in contrast.setting)
         return all(name in self.groups for name in contrast.settings)
 
-    @property
-    def with_experts(self) -> list[str]:
-        """Ids of the settings whose models have experts."""
-        return [name for name, runs in self.groups.items() if runs[0].is_moe]
-
     def numbers(self, metric: str, setting: str | tuple) -> dict[int, float]:
         """{seed: number} of a setting, or the smallest of several settings with experts."""
         if not isinstance(setting, tuple):
@@ -205,11 +195,9 @@ class Results:
         return {seed: min(part[seed] for part in parts if seed in part) for seed in sorted(set().union(*parts))}
 
     def interval(self, metric: str, setting: str) -> Interval:
-        """Interval over the seeds of a setting."""
         return t_interval(list(self.numbers(metric, setting).values()))
 
     def mean(self, metric: str, setting: str) -> float:
-        """Mean over the seeds of a setting."""
         return self.interval(metric, setting).mean
 
     def ranked(self, metric: str, names=None) -> list[str]:
@@ -233,22 +221,14 @@ class Results:
             shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
         return shown
 
-    def means(self, metric: str, *names: str) -> str:
-        """"`a` 1.234, `b` 1.250": the means of settings, all if none is named."""
-        cells = ((name, self.cell(metric, name, half=False, leaky=False)) for name in names or self.groups)
-        return ", ".join(f"`{name}` {cell}" for name, cell in cells)
-
-    def listed(self, metric: str, *names: str) -> str:
-        """A paragraph with the means of settings."""
-        return f"{quantity(metric).heading} {self.means(metric, *names)}."
-
     def range_and_verdicts(self, metric: str, among=None) -> str:
         """A paragraph about a planned metric among these settings: lowest and highest mean, and its verdicts.
 
         Each clear or suggestive difference has a sentence; those that are undecided or not tested are counted.
         """
         names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
-        ends = self.means(metric, *dict.fromkeys((names[0], names[-1]))) if names else "no number"
+        ends = ", ".join(f"`{name}` {self.cell(metric, name, half=False, leaky=False)}"
+                         for name in dict.fromkeys((*names[:1], *names[-1:]))) or "no number"
         tests = self.tests_of(metric, among)
         counts = Counter(one.word for one in tests)
         said = [f"{one.contrast} is {one.cells[0]} ({one.word})." for one in tests
