@@ -519,6 +519,32 @@ def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
     assert code == 0 and re.search(r"\| D .*hash.*expert_choice", findings)
 
 
+def test_every_command_shows_a_run_with_a_router_of_the_users(text, tmp_path):
+    """A new process knows the router from what the run recorded; --import is not needed again."""
+    (tmp_path / "mine.py").write_text(MINE.format(name="mine_recorded"))
+    settings = [f"--set={name}={value}".replace(" ", "") for name, value in (MODEL | TRAINING).items()]
+    commands = [["study", "--jobs", 1, "--config", "D", "--text", text, "--out", tmp_path / "out", *settings,
+                 "--import", tmp_path / "mine.py", "--set", "router=mine_recorded"],
+                ["view", tmp_path / "out/runs/D-seed0"], ["route", tmp_path / "out/runs/D-seed0", "a"],
+                ["generate", tmp_path / "out/runs/D-seed0", "--prompt", "a", "--length", 1],
+                ["study", "--plot-only", "--out", tmp_path / "out"]]
+    for args in commands:
+        done = program(*args, stdout=subprocess.PIPE)
+        assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert "mine_recorded" in (tmp_path / "out/runs/D-seed0/view.html").read_text(encoding="utf-8")
+    assert "D mine_recorded, K=" in (tmp_path / "out/FINDINGS.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, value", [("NUMBA_NUM_THREADS", "0"), ("NUMBA_THREADING_LAYER", "x")])
+def test_what_numba_refuses_is_one_line(name, value):
+    pytest.importorskip("numba")
+    done = program("gradcheck", "--only", "gelu", stdout=subprocess.PIPE,
+                   env=os.environ | {"TINYMOE_KERNELS": "numba", name: value})
+    assert done.returncode == 1 and done.stdout == b""
+    assert re.fullmatch(rb"Error: numba does not start: .*TINYMOE_KERNELS=numpy\n", done.stderr)
+
+
 def test_probe_takes_a_router_for_each_layer():
     small = [x for name in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2") for x in ("--set", name)]
     code, output = invoke("probe", "top_k", "--steps", 1, *small, "--set", 'router=["reinforce","expert_choice"]',
