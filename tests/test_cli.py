@@ -492,8 +492,7 @@ def run(finished):
 def mixed(text, tmp_path_factory):
     """A run whose two MoE layers have different routers."""
     out = tmp_path_factory.mktemp("mixed")
-    code, output = study(text, out, "--config", "D", "--plot", moe_layers="[0,1]",
-                         router='["hash","expert_choice"]')
+    code, output = study(text, out, "--config", "D", moe_layers="[0,1]", router='["hash","expert_choice"]')
     assert code == 0, output
     return out / "runs" / "D-seed0"
 
@@ -514,9 +513,7 @@ def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
         data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
         assert data["router"] == "hash, expert_choice" and data["layers"] == [0, 1] and not data["limited"]
         assert "expert_choice chooses over the whole batch" in data["note"]
-    code, output = invoke("study", "--plot-only", "--out", mixed.parent.parent)
-    findings = (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8")
-    assert code == 0 and re.search(r"\| D .*hash.*expert_choice", findings)
+    assert re.search(r"\| D .*hash.*expert_choice", (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8"))
 
 
 def test_every_command_shows_a_run_with_a_router_of_the_users(text, tmp_path):
