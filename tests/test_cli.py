@@ -492,8 +492,7 @@ def run(finished):
 def mixed(text, tmp_path_factory):
     """A run whose two MoE layers have different routers."""
     out = tmp_path_factory.mktemp("mixed")
-    code, output = study(text, out, "--config", "D", "--plot", moe_layers="[0,1]",
-                         router='["hash","expert_choice"]')
+    code, output = study(text, out, "--config", "D", moe_layers="[0,1]", router='["hash","expert_choice"]')
     assert code == 0, output
     return out / "runs" / "D-seed0"
 
@@ -514,9 +513,33 @@ def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
         data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
         assert data["router"] == "hash, expert_choice" and data["layers"] == [0, 1] and not data["limited"]
         assert "expert_choice chooses over the whole batch" in data["note"]
-    code, output = invoke("study", "--plot-only", "--out", mixed.parent.parent)
-    findings = (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8")
-    assert code == 0 and re.search(r"\| D .*hash.*expert_choice", findings)
+    assert re.search(r"\| D .*hash.*expert_choice", (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8"))
+
+
+def test_every_command_shows_a_run_with_a_router_of_the_users(text, tmp_path):
+    """A new process knows the router from what the run recorded; --import is not needed again."""
+    (tmp_path / "mine.py").write_text(MINE.format(name="mine_recorded"))
+    settings = [f"--set={name}={value}".replace(" ", "") for name, value in (MODEL | TRAINING).items()]
+    commands = [["study", "--jobs", 1, "--config", "D", "--text", text, "--out", tmp_path / "out", *settings,
+                 "--import", tmp_path / "mine.py", "--set", "router=mine_recorded"],
+                ["view", tmp_path / "out/runs/D-seed0"], ["route", tmp_path / "out/runs/D-seed0", "a"],
+                ["generate", tmp_path / "out/runs/D-seed0", "--prompt", "a", "--length", 1],
+                ["study", "--plot-only", "--out", tmp_path / "out"]]
+    for args in commands:
+        done = program(*args, stdout=subprocess.PIPE)
+        assert done.returncode == 0 and done.stderr == b"", done.stderr
+    assert "mine_recorded" in (tmp_path / "out/runs/D-seed0/view.html").read_text(encoding="utf-8")
+    assert "D mine_recorded, K=" in (tmp_path / "out/FINDINGS.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, value", [("NUMBA_NUM_THREADS", "0"), ("NUMBA_THREADING_LAYER", "x")])
+def test_what_numba_refuses_is_one_line(name, value):
+    pytest.importorskip("numba")
+    done = program("gradcheck", "--only", "gelu", stdout=subprocess.PIPE,
+                   env=os.environ | {"TINYMOE_KERNELS": "numba", name: value})
+    assert done.returncode == 1 and done.stdout == b""
+    assert re.fullmatch(rb"Error: numba does not start: .*TINYMOE_KERNELS=numpy\n", done.stderr)
 
 
 def test_probe_takes_a_router_for_each_layer():

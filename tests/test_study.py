@@ -254,6 +254,7 @@ def die_while_sending(trainer):
 
 
 @linux
+@pytest.mark.slow
 def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(text, tmp_path):
     all_runs = [replace(tiny(), seed=seed, measure=die_while_sending if seed == 1 else None) for seed in range(4)]
     failures = study.run_study(all_runs, tmp_path, text, jobs=2)
@@ -286,6 +287,7 @@ run_study([replace(tiny(), seed=seed) for seed in range(3)], {str(tmp_path / 'ou
     assert 'if __name__ == "__main__":' in line and "jobs=1" in line
 
 
+@pytest.mark.slow
 def test_a_damaged_header_is_one_line_with_two_jobs_too(text, tmp_path):
     """And the advice helps: without the folder the same command trains the run."""
     all_runs = [replace(tiny(), seed=seed) for seed in range(2)]
@@ -303,7 +305,7 @@ def test_a_damaged_header_is_one_line_with_two_jobs_too(text, tmp_path):
     assert study.run_study(all_runs, tmp_path, text, jobs=2) == {}
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_study_whose_folder_vanishes_says_so(text, tmp_path, jobs):
     def vanish(event):
         if event.kind == "done":

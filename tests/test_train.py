@@ -410,6 +410,7 @@ def test_a_checkpoint_with_a_flipped_bit_has_the_right_weights_or_is_refused(sma
     assert refused > len(content) / every / 2
 
 
+@pytest.mark.slow
 def test_a_header_with_a_flipped_bit_has_the_right_weights_or_is_refused(smallest, tmp_path):
     """As if the checksum did not see it: the rest of the checkpoint is written around the damaged header."""
     folder = smallest[2]
@@ -423,6 +424,7 @@ def test_a_header_with_a_flipped_bit_has_the_right_weights_or_is_refused(smalles
             train_with(smallest, tmp_path / "run", "checkpoint.npz", (tmp_path / "checkpoint.npz").read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("name", ["config.json", "log.jsonl", "summary.json"])
 def test_rows_with_a_flipped_bit_are_used_or_refused(smallest, tmp_path, name, finished):
