@@ -154,7 +154,8 @@ def mutate_json(rng, value):
 
 def mutate_bytes(rng, raw):
     """Bytes with a flipped bit, cut, grown or overwritten; and what was done."""
-    place, what = rng.randrange(len(raw) or 1), rng.choice(["flip", "flip", "cut", "insert", "zero", "empty"])
+    place = rng.randrange(len(raw) or 1)
+    what = rng.choice(["flip", "flip", "cut", "insert", "zero", "empty"])
     if what == "flip" and raw:
         bit = rng.randrange(8)
         return raw[:place] + bytes([raw[place] ^ 1 << bit]) + raw[place + 1:], f"flip bit {bit} of byte {place}"
@@ -169,7 +170,8 @@ def mutate_arrays(rng, path):
         arrays = {name: stored[name] for name in stored.files}
     header = json.loads(str(arrays.pop("__header__")))
     name = rng.choice(sorted(arrays))
-    array, what = arrays[name], rng.choice(["header"] * 4 + ["drop", "rename", "reshape", "type", "nan", "grow", "text"])
+    array = arrays[name]
+    what = rng.choice(["header"] * 4 + ["drop", "rename", "reshape", "type", "nan", "grow", "text"])
     if what == "header":
         header, what = mutate_json(rng, header)
     elif what in ("drop", "rename"):
@@ -328,7 +330,8 @@ def test_a_flipped_bit_of_rows_is_refused_in_one_line_or_read(study, copied, nam
         if not fault and rng.random() < 0.1:
             fault = fault_of("study", "--plot-only", "--out", out)
         if fault:
-            faults.setdefault(re.sub(r"\d+", "#", fault)[:60], (place, bit, whole[max(0, place - 20):place + 20], fault))
+            around = whole[max(0, place - 20):place + 20]
+            faults.setdefault(re.sub(r"\d+", "#", fault)[:60], (place, bit, around, fault))
     assert not faults, "\n" + "\n".join(map(str, faults.values()))
 
 
@@ -377,12 +380,14 @@ def test_damaged_published_weights_are_refused_in_one_line(tmp_path, kind):
 
 # -- command lines ------------------------------------------------------------------------------
 
-WORDS_OF_A_SHELL = ["", " ", "-", "--", "0", "-1", "1", "2", "1.5", "1e400", "nan", "inf", "2147483648", "9" * 80, "a", "Ä", "🎲",
-                    "\x1b[31m", "a\nb", "\udcff", "x" * 5000, "[1", "{}", "../..", "/dev/null", "/dev/full", "/proc/self/mem",
-                    "top_k", "synthetic", "D", "mixtral-8x7b", "/" + "a/" * 3000]
-VALUES = ["", "0", "-1", "1", "2", "3", "0.5", "1e-9", "1e308", "1e999", "NaN", "2147483647", "2147483648", "9" * 50, "true", "null", "[]",
-          "[0]", "[0,1]", "[1,1]", "[9]", "[\"top_k\"]", "[\"top_k\",\"hash\"]", "{}", "{\"z\":1}", "text", "\"rms\"", "rms", "rotary",
-          "latent", "geglu", "\x1b[31m", "a\nb", "[[0]]", "[" * 2000, "1_000", "naive", *ROUTERS]
+WORDS_OF_A_SHELL = [
+    "", " ", "-", "--", "0", "-1", "1", "2", "1.5", "1e400", "nan", "inf", "2147483648", "9" * 80, "a", "Ä", "🎲",
+    "\x1b[31m", "a\nb", "\udcff", "x" * 5000, "[1", "{}", "../..", "/dev/null", "/dev/full", "/proc/self/mem", "top_k",
+    "synthetic", "D", "mixtral-8x7b", "/" + "a/" * 3000]
+VALUES = [
+    "", "0", "-1", "1", "2", "3", "0.5", "1e-9", "1e308", "1e999", "NaN", "2147483647", "2147483648", "9" * 50, "true",
+    "null", "[]", "[0]", "[0,1]", "[1,1]", "[9]", "[\"top_k\"]", "[\"top_k\",\"hash\"]", "{}", "{\"z\":1}", "text",
+    "\"rms\"", "rms", "rotary", "latent", "geglu", "\x1b[31m", "a\nb", "[[0]]", "[" * 2000, "1_000", "naive", *ROUTERS]
 TRAINED = {"study": ["--jobs", "1", "--config", "D", *SETTINGS], "experiment": ["--plot-only"],
            "probe": ["--steps", "1", *SETTINGS[:14], "--set", "batch_size=2"], "bench": ["--repeats", "0"],
            "gradcheck": ["--only", "no such check"]}  # keeps a command that is in order after all short
@@ -417,7 +422,8 @@ def random_command(rng, run, tmp_path):
     command = cli.main.commands[name]
     args = []
     for parameter in command.params:
-        odd = rng.choice([*WORDS_OF_A_SHELL, run, tmp_path, run / "config.json", run / "checkpoint.npz", tmp_path / "new"])
+        paths = run, tmp_path, run / "config.json", run / "checkpoint.npz", tmp_path / "new"
+        odd = rng.choice([*WORDS_OF_A_SHELL, *paths])
         if isinstance(parameter, click.Argument):
             args += [odd] if rng.random() < 0.9 else []
         elif parameter.name not in ("jobs", "seeds", "repeats", "imports", "length") and rng.random() < 0.3:
