@@ -43,7 +43,7 @@ def cases(n):
 # -- graphs -------------------------------------------------------------------------------------
 
 SHAPES = [(), (1,), (3,), (0,), (2, 3), (1, 3), (3, 1), (2, 0), (0, 3), (2, 1, 3), (1, 4, 2, 2), (2, 3, 1, 4),
-          (0, 2, 1, 2), (2, 0, 2, 2)]
+          (1, 2, 1, 0), (0, 2, 1, 2), (2, 0, 2, 2)]
 LAYOUTS = {  # the same numbers with other strides
     "C": lambda a: np.array(a, order="C"), "F": lambda a: np.array(a, order="F"),
     "reversed": lambda a: np.array(np.flip(a), order="C")[tuple([slice(None, None, -1)] * a.ndim)],
