@@ -4,6 +4,7 @@ The short form kills six times. `TINYMOE_TESTS=long pytest tests/test_kills.py` 
 two, with the default threading layer of numba and with workqueue. TINYMOE_KILLS sets another number.
 """
 
+import itertools
 import os
 import random
 import re
@@ -24,6 +25,7 @@ LONG = os.environ.get("TINYMOE_TESTS") == "long"
 KILLS = int(os.environ.get("TINYMOE_KILLS", 50 if LONG else 3))  # of each of the two or four cases
 LIMIT = 120  # seconds after which a command counts as hanging
 CONFIGS, SETTINGS = "AF", MODEL | TRAINING | {"n_evaluations": 30}
+NUMBERS = itertools.count()
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 TARGETS = "parent", "child", "both"  # child: one process that the study started; both: the parent and all of them
 MOMENTS = "start", "sending", "training", "writing"
@@ -47,21 +49,22 @@ def undisturbed(text, tmp_path_factory):
 
 
 class Study:
-    """A `cli.py study` in a process group and session of its own, so that no process of it can hide."""
+    """A `cli.py study`, whose processes all have an environment variable that tells them from others."""
 
-    def __init__(self, text, folder, jobs, layer=None):
+    def __init__(self, text, folder, jobs, layer=None, **environment):
         self.out, self.log = folder / "out", folder / "log.txt"
         settings = [f"{name}={value}".replace(" ", "") for name, value in SETTINGS.items() if name != "steps"]
         command = [sys.executable, ROOT / "cli.py", "study", "--text", text, "--out", self.out, "--jobs", jobs,
                    "--steps", 60, *(arg for name in CONFIGS for arg in ("--config", name)),
                    *(arg for setting in settings for arg in ("--set", setting))]
-        # one thread: several wait for each other on a busy machine, and the bits are the same
-        environment = os.environ | {"NUMBA_NUM_THREADS": "1"} | ({"NUMBA_THREADING_LAYER": layer} if layer else {})
-        self.started = time.time()
+        # one thread: several would wait for each other on a busy machine
+        environment |= {"NUMBA_NUM_THREADS": "1"} | ({"NUMBA_THREADING_LAYER": layer} if layer else {})
+        self.started, self.mark = time.time(), f"TINYMOE_TEST={os.getpid()}-{next(NUMBERS)}"
+        environment["TINYMOE_TEST"] = self.mark.partition("=")[2]
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=environment,
-                                            start_new_session=True, preexec_fn=lambda: signal.signal(
-                                                signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=log, stderr=log, env=os.environ | environment, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
 
     def output(self):
         return self.log.read_text(errors="replace")
@@ -82,12 +85,11 @@ class Study:
         self.process.wait()
 
     def alive(self):
-        """Pids of its session, the parent first; a zombie does not count."""
+        """Pids of its processes, the parent first; a zombie does not count, since it has no environment."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
+        for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
-                state, _, _, session = path.read_text().rsplit(")", 1)[1].split()[:4]
-                if session == str(self.process.pid) and state not in "ZX":
+                if self.mark.encode() in path.read_bytes().split(b"\0"):
                     found.append(int(path.parent.name))
         return sorted(found, key=lambda pid: (pid != self.process.pid, pid))
 
@@ -105,18 +107,17 @@ class Study:
         return False
 
     def disturb(self, moment, number, target, delay):
-        """Send the signal `delay` seconds after the moment; False if the study ended before."""
+        """Send the signal `delay` seconds after the moment; False if there was nothing to send it to."""
         while not self.reached(moment):
             if self.process.poll() is not None:
                 return False
             time.sleep(0 if moment == "writing" else 0.002)
         time.sleep(delay)
         parent, *children = self.alive() or [None]
-        if parent != self.process.pid:
+        if parent != self.process.pid or target == "child" and not children:
             return False
-        if target == "child" and not children:
-            return False
-        hit = {"parent": [parent], "child": children[-1:], "both": [parent, *children]}[target]
+        one = children[int(delay * 1000) % len(children)] if children else None  # a worker, or multiprocessing's helper
+        hit = {"parent": [parent], "child": [one], "both": [parent, *children]}[target]
         for pid in hit:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -185,3 +186,72 @@ def test_a_study_that_is_killed_at_random_moments_ends_with_the_same_bits(text, 
         check_folder(last, undisturbed)
     finally:
         last.end()
+
+
+@pytest.mark.skipif(os.environ.get("TINYMOE_KERNELS") == "numpy", reason="nothing is compiled")
+@pytest.mark.parametrize("target", TARGETS if LONG else ["parent", "both"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_while_kernels_are_compiled_ends_all_that_compile(text, undisturbed, tmp_path, number, target):
+    """Would have caught: Ctrl-C that prints the tracebacks of the compiling processes, and compiling processes that
+    outlive their parent for a minute. In the long form, the same command then compiles and trains as if nothing was.
+    """
+    pytest.importorskip("numba")
+    study = Study(text, tmp_path, jobs=2, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    try:
+        end = time.monotonic() + LIMIT
+        while len(study.alive()) < 3:  # two processes compile
+            assert time.monotonic() < end and study.process.poll() is None, study.output()
+            time.sleep(0.01)
+        time.sleep(random.Random(f"{number} {target}").random())
+        parent, *children = study.alive()
+        for pid in {"parent": [parent], "child": children[:1], "both": [parent, *children]}[target]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        assert (check_end(study, number, target) == 0) == (target == "child")  # the parent makes up for a child
+    finally:
+        study.end()
+    if LONG:
+        again = Study(text, tmp_path, jobs=2, NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+        assert again.ended() == 0, again.output()
+        check_folder(again, undisturbed)
+
+
+COUNTED = """
+import os, signal, sys
+left = int(sys.argv.pop(1))
+
+def count(*event):
+    global left
+    left -= 1
+    if left == 0:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+program = compile(open("cli.py", encoding="utf-8").read(), os.path.abspath("cli.py"), "exec")
+sys.path.insert(0, "")
+sys.setprofile(count)
+try:
+    exec(program, {"__name__": "__main__", "__file__": os.path.abspath("cli.py")})
+finally:
+    sys.setprofile(None)
+    print("calls:", -left)
+"""
+
+
+def interrupted_at(call, folder):
+    """A command that imports all of the package and then fails, with Ctrl-C at its n-th call or return; 0 for none."""
+    return subprocess.run([sys.executable, "-c", COUNTED, str(call), "study", "--plot-only", "--out", folder],
+                          capture_output=True, text=True, timeout=LIMIT, cwd=ROOT,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+@pytest.mark.xfail(strict=True, reason="Ctrl-C while modules are imported can end in a traceback")
+def test_ctrl_c_while_the_program_starts_ends_with_one_line(tmp_path):
+    """Would have caught: a traceback, or an abort of the interpreter, where Ctrl-C comes before the command begins."""
+    total, rng = int(interrupted_at(0, tmp_path).stdout.split("calls:")[1]), random.Random(0)
+    faults = []
+    for call in [10_000, 60_000, *(rng.randrange(total) for _ in range(200 if LONG else 4))]:
+        done = interrupted_at(call, tmp_path)
+        if "Traceback" in done.stderr or "Fatal" in done.stderr or done.returncode not in (130, 1):
+            faults.append((call, done.returncode, done.stderr[-300:]))
+    assert faults == []
