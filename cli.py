@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -239,6 +240,8 @@ def _train(runs, out, text, jobs, fresh, imports):
     if not runner.kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
     progress = Progress(runs)
+    if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _refusing(OSError), progress.bar:
             failures = runner.run_study([dataclasses.replace(run, imports=imports) for run in runs],
@@ -640,5 +643,16 @@ def _describe(machine):
     return f"{machine['threads']} thread(s), {numba}, {blas}; {machine['processor']}, {machine['cores']} cores"
 
 
-if __name__ == "__main__":
+def run():
+    """The program: Ctrl-C ends it at once, also while it imports; `_train` has an answer of its own."""
+    signal.signal(signal.SIGINT, _end_at_once)
     main()
+
+
+def _end_at_once(number, frame):
+    os.write(2, b"\nInterrupted.\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    run()

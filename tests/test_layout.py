@@ -110,7 +110,7 @@ def test_a_file_depends_on_the_requirements_alone_and_unpickles_nothing(path):
 def test_the_command_line_imports_tinymoe_only_inside_its_commands():
     top = ast.parse((ROOT / "cli.py").read_text(encoding="utf-8")).body
     names = [alias.name for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
-    assert sorted(names) == sorted("Path click codecs contextlib itertools json os re shutil sys time".split())
+    assert sorted(names) == sorted("Path click codecs contextlib itertools json os re shutil signal sys time".split())
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=[*NAMES, "cli.py"])
@@ -133,7 +133,7 @@ def test_requirements_are_the_dependencies_and_the_extras_but_for_the_linter():
 
 def test_the_package_has_its_script_its_page_and_its_version():
     settings = pyproject()
-    assert settings["project"]["scripts"] == {"tinymoe": "cli:main"}
+    assert settings["project"]["scripts"] == {"tinymoe": "cli:run"}
     assert settings["tool"]["setuptools"]["py-modules"] == ["cli"]
     for package, names in settings["tool"]["setuptools"]["package-data"].items():
         assert all((ROOT / package.replace(".", "/") / name).exists() for name in names)

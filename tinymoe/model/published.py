@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import CheckpointError, read_json
+from ..files import CheckpointError, printable, read_json
 from ..moe.settings import COUNT, DEPTH, WHOLE
 from .config import ModelConfig
 from .counting import KEYS, architecture, require_size
@@ -80,8 +80,8 @@ def _refuse(config, kind):
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
     known = {*sizes, *others, *ONLY, *READ, *IGNORED}
     if other := [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]:
-        raise ValueError(f"not supported: {', '.join(other)}; remove it from the config if it changes nothing for this "
-                         f"{kind}")
+        raise ValueError(f"not supported: {printable(', '.join(other))}; remove it from the config if it changes "
+                         f"nothing for this {kind}")
     window, longest = config.get("sliding_window"), config["max_position_embeddings"]
     if window and window < longest:
         raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, so "

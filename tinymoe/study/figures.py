@@ -154,13 +154,15 @@ def over_steps(reference, *metrics, names=None, enlarged=False):
 
 
 def by_layer(*metrics):
-    """Curves over steps: a row of panels for each metric, a column for each MoE layer."""
+    """Curves over steps: a row of panels for each metric that is not always 0, a column for each MoE layer."""
     def draw(results):
         names = results.with_experts
         if not names:
             return None
-        fig, grid = layer_grid(results, len(metrics), 1.7, sharey="row")
-        for row, metric in zip(grid, metrics):
+        logs = [row for name in names for run in results.groups[name] for row in run.log]
+        shown = [metric for metric in metrics if any(in_row(row, metric) for row in logs)] or metrics[:1]
+        fig, grid = layer_grid(results, len(shown), 1.7, sharey="row")
+        for row, metric in zip(grid, shown):
             for place, axes in enumerate(row):
                 for name in (name for name in names if place < len(results.groups[name][0].final["layers"])):
                     curve(axes, results, name, metric, layer=place)
