@@ -111,9 +111,24 @@ def test_its_verdicts_on_the_claims_are_those_of_the_findings():
                                             re.M))
 
 
-def test_every_command_that_it_names_exists_with_its_options():
-    named = re.findall(r"python cli\.py (\w+)([^`\n|]*)", README)
+def require_commands(text):
+    """Every command that a text names must exist, with its options."""
+    named = re.findall(r"python cli\.py (\w+)([^`\n|]*)", text)
     assert named
     for command, rest in named:
         known = {name for option in cli.main.commands[command].params for name in option.opts}
         assert set(re.findall(r"(?<!\S)--[\w-]+", rest)) <= known, (command, rest)
+
+
+def test_every_command_that_it_names_exists_with_its_options():
+    require_commands(README)
+
+
+def test_the_recipes_are_short_and_name_files_and_commands_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipes = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    for name in ("A router", "A loss", "A metric", "An experiment", "A kernel"):
+        assert "Place: " in recipes[name] and "Test: " in recipes[name] and recipes[name].strip().count("\n") < 15
+    for name in re.findall(r"`((?:tests|tinymoe|\.ci)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), name
+    require_commands(text)
