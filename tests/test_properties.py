@@ -25,7 +25,7 @@ from tinymoe.moe.devices import traffic
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask, largest, limit_capacity, merge
 from tinymoe.training.data import CorpusError, load_corpus
-from tinymoe.training.trainer import TrainConfig
+from tinymoe.training.plan import TrainConfig
 
 LONG, SEED = os.environ.get("TINYMOE_TESTS") == "long", os.environ.get("TINYMOE_SEED")
 

@@ -14,12 +14,12 @@ from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
+from ..study.palette import COLOURS
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
 from ..training.evaluation import RECORDED, snapshot
 from ..training.run_folder import FILES, ROUTINGS, load_model, load_recorded_imports
 
-# Okabe and Ito, colour-blind safe. Experts beyond the eighth share colours; their numbers tell them apart.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+PALETTE = (*COLOURS, "#F0E442")  # experts beyond the eighth share colours; their numbers tell them apart
 BARS = "▁▂▃▄▅▆▇█"
 MAX_WINDOWS = 8  # that are shown of a user's own text
 MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB
