@@ -21,7 +21,7 @@ from ..training.run_folder import FILES, ROUTINGS, load_model, load_recorded_imp
 # Okabe and Ito, colour-blind safe. Experts beyond the eighth share colours; their numbers tell them apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 BARS = "▁▂▃▄▅▆▇█"
-MAX_WINDOWS = 8  # that are shown of a user's own text
+MAX_WINDOWS = 8  # shown of a user's text
 MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB
 
 
