@@ -65,7 +65,7 @@ def _say(message, code=1):
 
 @contextlib.contextmanager
 def _refusing(*errors, usage=False, about=""):
-    """Make one line of these exceptions: code 1, or 2 where the values that were given do not fit (usage)."""
+    """Report these exceptions in one line, and exit with code 1, or 2 for wrong usage."""
     try:
         yield
     except errors as error:
@@ -140,7 +140,7 @@ def _training_options(command):
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
             click.option("--fresh", is_flag=True, help="Delete what these runs left before, instead of resuming."),
-            click.option("--plot-only", is_flag=True, help="Train nothing: draw and write from the rows in --out."),
+            click.option("--plot-only", is_flag=True, help="Train nothing: make figures and findings again."),
             _import_option)):
         command = option(command)
     return command
@@ -304,14 +304,14 @@ def _duration(seconds):
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds: does it run?")
-@click.option("--full", "scale", flag_value="full", help="The study's model and 2,000 steps: hours.")
+@click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds, to test that it runs.")
+@click.option("--full", "scale", flag_value="full", help="The study's model and 2,000 steps; takes hours.")
 @click.option("--seeds", type=click.IntRange(1, 1000),
               help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick]")
-@_out_option("Folder of the results.  [default: results/experiments/NAME; -quick and -full have their own]")
+@_out_option("Folder of the results.  [default: results/experiments/NAME; with --quick results/experiments-quick/NAME]")
 @_training_options
 def experiment(name, scale, seeds, out, plot_only, text, **how):
-    """Run an experiment and report the result; list them all.
+    """Run an experiment and report the result, or list them all.
 
     Without NAME it lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
     """
@@ -472,11 +472,11 @@ def probe(router, steps, imports, overrides):
     click.echo(f"{', '.join(config.routers)} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes\n")
     _table({"effect on a token of": "<44", "rerouted": "8.1%", "largest change of logits": "24.1e"},
            ((what, found.tokens, found.logits) for what, found in effects.items()))
-    click.echo(f"\nloss on the prefix alone, less as evaluated: {probes.flattery(model, ids, targets):+.5f} nats\n")
+    click.echo(f"\nloss on the prefix alone, minus as evaluated: {probes.flattery(model, ids, targets):+.5f} nats\n")
     _table({"the router's gradient from": "<44", "coefficient": "11g", "norm": "9.2e", "": "<"},
            ((term, coefficient, norm, "exactly zero" if norm == 0 else "")
             for term, (coefficient, norm) in probes.gradient_path(model, ids, targets).items()))
-    click.echo("\nmean score in the first MoE layer, short of the exact balanced assignment's; below 0: unbalanced")
+    click.echo("\nfirst MoE layer: mean score of the exact balanced assignment, minus that of another way to choose")
     _table({"way to choose": "<44", "shortfall": "+9.5f"}, probes.assignment_shortfall(model, ids).items())
     click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets) or ["none"])]))
 
@@ -547,9 +547,9 @@ def view(run, text, out, imports):
 @click.argument("run", type=PATH)
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--length", type=COUNT, default=256, help="Bytes to add.")
-@click.option("--temperature", type=float, default=1.0, help="Below 1: more of the likely bytes; 0: only these.")
+@click.option("--temperature", type=float, default=1.0, help="Below 1 favours likely bytes; 0 takes the likeliest.")
 @click.option("--top", type=COUNT, help="Draw only among the N likeliest bytes.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="The same seed, the same text.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="The same seed gives the same text.")
 @_import_option
 def generate(run, prompt, length, temperature, top, seed, imports):
     """Continue a text, byte by byte, with the model of a run.
@@ -644,7 +644,7 @@ def _describe(machine):
 
 
 def run():
-    """The program: Ctrl-C ends it at once, also while it imports; `_train` has an answer of its own."""
+    """The program. Ctrl-C ends it at once, also while it imports; `_train` handles Ctrl-C itself."""
     signal.signal(signal.SIGINT, _end_at_once)
     main()
 

@@ -81,7 +81,7 @@ def _softmax(x, axis):
 
 
 def _shift(x, axis):
-    """(largest entry, log sum exp(x - largest)): apart, because their sum rounds the second away where x is large."""
+    """(top, rest): the largest entry and log sum exp(x - top). A large top + rest would round rest away."""
     top = x.max(axis=axis, keepdims=True)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
     with np.errstate(divide="ignore"):

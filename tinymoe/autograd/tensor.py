@@ -135,14 +135,14 @@ class Tensor:
                 node._parents, node._vjp = (), _freed
 
     def retain_grad(self) -> Tensor:
-        """Make `backward` leave the gradient of this tensor, which is no leaf, in `.grad`. Returns self."""
+        """Make `backward` keep the gradient of this tensor in `.grad`, as it does for a leaf. Returns self."""
         if not self.requires_grad:
             raise RuntimeError("no gradient to retain: this tensor depends on nothing that requires one")
         self._retains_grad = True
         return self
 
     def mark_changed(self) -> None:
-        """Say that `.data` of this leaf was changed: graphs that used the old values then refuse `backward`."""
+        """Record that `.data` of this leaf changed: `backward` of a graph that used the old values then fails."""
         self._time = next(_clock)
 
     def __add__(self, other: ArrayLike | Tensor) -> Tensor:
@@ -288,7 +288,7 @@ class _Gradients(dict):
         self._kept = set()  # ids of arrays that leaves keep as their .grad
 
     def add(self, tensor, share):
-        """Add one share of the tensor's gradient; None is no share."""
+        """Add one share of the tensor's gradient; None adds nothing."""
         if share is None or not tensor.requires_grad:
             return
         share = np.asarray(share, dtype=tensor.dtype)
@@ -303,7 +303,7 @@ class _Gradients(dict):
             self[tensor] = share
 
     def give(self, leaf, g):
-        """Add g to the leaf's `.grad`. No two leaves keep the same array, so g is copied where one may have it."""
+        """Add g to the leaf's `.grad`. No two leaves keep the same array, so g is copied if another may hold it."""
         if leaf.grad is not None:
             g = np.asarray(leaf.grad + g)
         elif id(g) in self._kept or not (g.flags.owndata and g.flags.writeable):

@@ -4,8 +4,8 @@ from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, agai
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
 
-SECONDS = "Seconds are of one thread while another run used the machine."
-BOUNDS = "Load CV and information have other bounds with another number of experts."
+SECONDS = "Seconds were measured on one thread while another run used the machine."
+BOUNDS = "The bounds of load CV and information depend on the number of experts."
 SHARED_OR_NOT = (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16"))
 shared = Experiment(
     name="shared", question="Does a shared expert help?",
@@ -35,7 +35,7 @@ fine_grained = Experiment(
 
 ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}  # a dense layer
 dense = Experiment(
-    name="dense", question="Is a mixture worth it?",
+    name="dense", question="Is a mixture better than a dense model?",
     settings=(Setting("mixture", "top-2 of 8 experts"),
               Setting("dense-active", "one layer as large as the two active experts", model=ONE_EXPERT, width=2),
               Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8)),
@@ -54,7 +54,7 @@ dense = Experiment(
 
 SURFACE = {f"E{e}-K{k}": (e, k) for k in (1, 2, 4) for e in (2, 4, 8, 16, 32) if e >= k}
 surface = Experiment(
-    name="surface", question="How do the number of experts and of active experts trade?",
+    name="surface", question="How do the loss and its cost depend on the numbers of experts and of active experts?",
     settings=tuple(Setting(name, f"top-{k} of {e}", model={"n_experts": e, "top_k": k})
                    for name, (e, k) in SURFACE.items()),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "dead_experts"),
@@ -65,10 +65,10 @@ surface = Experiment(
                                     lambda name: SURFACE[name][0], "experts", LOSS, "parameters", "seconds")},
     caution="An expert has the same width in all settings, so more experts are more parameters and a larger K more "
             "active ones. K = 1 has raw gates, a larger K has gates that sum to 1, and one learning rate need not suit "
-            f"all. Where K = E nothing is chosen. {SECONDS}")
+            f"all. Where K = E there is no choice. {SECONDS}")
 
 upcycle = Experiment(
-    name="upcycle", question="Start from a dense model?",
+    name="upcycle", question="Does it help to start from a dense model?",
     settings=(Setting("dense", "the dense start", model={"moe_layers": ()}),
               Setting("dense-on", "the dense model, trained further", model={"moe_layers": ()}, start="dense"),
               Setting("upcycled", "a mixture of copies of its layers, trained further", start="dense"),

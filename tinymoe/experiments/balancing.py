@@ -6,7 +6,7 @@ from ..study.quantities import LOSS
 
 COEFFICIENTS = ["aux-0", "aux-0.001", "aux-0.01", "aux-0.1", "aux-0.3"]
 collapse = Experiment(
-    name="collapse", question="Does routing collapse without balancing, and what cures it?",
+    name="collapse", question="Does routing collapse without balancing, and what prevents it?",
     model={"router": "top_k", "top_k": 1},
     settings=tuple(Setting(name, f"top-1, balance coefficient {name[4:]}", model={"aux_coef": float(name[4:])})
                    for name in COEFFICIENTS),
@@ -25,15 +25,15 @@ collapse = Experiment(
                       against("aux-0", ("aux-0.1", "aux-0.3"))),))
 
 balance = Experiment(
-    name="balance", question="Which balancing is the cheapest?", model={"top_k": 1, "aux_coef": 0.0},
-    settings=(Setting("none", "top-1, nothing"),
+    name="balance", question="Which way of balancing costs the least loss?", model={"top_k": 1, "aux_coef": 0.0},
+    settings=(Setting("none", "top-1, no balancing"),
               Setting("aux-0.001", "balance loss, 0.001", model={"aux_coef": 0.001}),
               Setting("aux-0.01", "balance loss, 0.01", model={"aux_coef": 0.01}),
               Setting("sequence-0.01", "balance loss within each sequence, 0.01", model={"losses": {"sequence": 0.01}}),
               Setting("importance-load", "noisy top-1, importance and load losses, 0.1 each",
                       model={"router": "noisy_top_k", "losses": {"importance": 0.1, "load": 0.1}}),
               *(Setting(name, what, model={"router": "sigmoid_bias", "router_options": {"bias_rate": rate}})
-                for name, what, rate in (("sigmoid", "sigmoid scores, nothing", 0.0),
+                for name, what, rate in (("sigmoid", "sigmoid scores, no balancing", 0.0),
                                          ("bias-0.001", "the same with the loss-free bias, rate 0.001", 0.001),
                                          ("bias-0.01", "the same, rate 0.01", 0.01))),
               Setting("sinkhorn", "Sinkhorn while training", model={"router": "sinkhorn"}),
@@ -44,9 +44,9 @@ balance = Experiment(
         ("bias-0.01", "sigmoid"))),
     figures={"balance_against_loss": one_against_other("max_violation_batch", LOSS),
              "over_steps": over_steps("none", "max_violation_batch", LOSS)},
-    caution="Cheap means a low loss. Methods differ in their scores too (softmax, sigmoid, noise), so a difference "
-            "belongs to the whole setting. Sinkhorn and the assignment balance only while training and are measured as "
-            "top-1. Other work used the machine: of the seconds trust only that an exact assignment is slow.",
+    caution="Methods differ in their scores too (softmax, sigmoid, noise), so a difference belongs to the whole "
+            "setting. Sinkhorn and the assignment balance only while training and are measured as top-1. Other "
+            "programs ran at the same time: the seconds show only that exact assignment is slow.",
     claims=(Claim(6, "The loss-free bias, at either rate, has less than half the MaxVio of a small balance loss "
                      "(0.001), at no cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3: rate 0.001",
                   tuple(effect for name in ("bias-0.001", "bias-0.01") for effect in (
@@ -67,10 +67,10 @@ capacity = Experiment(
     figures={"by_factor": lines_by({"order": BY_ORDER, "gate": BY_GATE}, lambda name: float(name.split("-")[0]),
                                    "capacity factor", "drop_rate", "padding", "val_cross_entropy", LOSS,
                                    reference="none")},
-    caution="The loss routed as in training has the limit; the causal loss is of the same weights without it. With one "
-            "expert for a byte, a dropped byte has none. The limit holds within a batch of 8 windows; larger batches "
-            "are more even. Where the smallest gates are dropped, a later byte can take the place of an earlier one: "
-            "that loss is leaky, so only the causal loss compares the two policies.",
+    caution="The loss routed as in training has the limit; the causal loss is of the same weights without it. With K = "
+            "1 a dropped byte has no expert. The limit holds within a batch of 8 windows; larger batches are more "
+            "even. Where the smallest gates are dropped, a later byte can take the place of an earlier one: that loss "
+            "is leaky, so only the causal loss compares the two policies.",
     claims=(Claim(5, "Drops fall with the capacity factor (0.75 > 1 > 1.25 >= 2) and are at least 25% at 0.75 for "
                      "top-1; loss at 0.75 is above that at 1.25", "GShard, Switch",
                   (Effect("drop_rate", "0.75-order", ">", 0, minus="1-order"),

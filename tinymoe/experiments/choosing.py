@@ -53,7 +53,7 @@ UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"r
          "global": ("each prefix, once for all layers",
                     {"router": "sequence", "router_options": {"sequence_scope": "global"}})}
 unit = Experiment(
-    name="unit", question="Route tokens or sequences?",
+    name="unit", question="Is it better to route tokens or sequences?",
     settings=tuple(Setting(f"{name}-K{k}", f"{what}, top-{k}", model=fields | {"top_k": k})
                    for k in (1, 2) for name, (what, fields) in UNITS.items()),
     metrics=(LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),

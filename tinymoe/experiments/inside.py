@@ -39,7 +39,7 @@ def counterfactual_tables(r):
 
 
 specialise = Experiment(
-    name="specialise", question="What do experts know?", measure=measures.specialisation,
+    name="specialise", question="What do experts specialise in?", measure=measures.specialisation,
     settings=(Setting("top-1", "top-1, balance loss 0.01", model={"top_k": 1}),
               Setting("top-2", "top-2, balance loss 0.01"),
               Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE),
@@ -51,20 +51,21 @@ specialise = Experiment(
     say=say_specialise,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "counterfactuals": counterfactual_tables},
-    caution="The numbers of random routing, which tells nothing, show the error of independent draws; hash routing "
-            "shows what a random table of the byte tells. Position means eighths of the window. Function divergence is "
-            "the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte gives its domain away in "
-            "part, so domain information above 0 does not prove topics; what is beyond the byte may come from the "
-            "bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the byte ln(8 / K): 2.08 for "
-            "top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a dropped expert is not given to "
-            "the others, so its cost includes the missing share. Expert choice is routed over the batch here.",
+    caution="Random routing carries no information: its numbers show the error of independent draws. Hash routing "
+            "shows the information of a random table of the byte. Position means eighths of the window. Function "
+            "divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte predicts "
+            "its domain in part, so domain information above 0 does not prove topics; what is beyond the byte may come "
+            "from the bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the byte ln(8 / K): "
+            "2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a dropped expert is not "
+            "given to the others, so its cost includes the missing share. Expert choice is routed over the batch here.",
     claims=(Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the "
                       "domain", "Jiang 2024; Xue 2024",
                   tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),))
 
 
 batch = Experiment(
-    name="batch", question="Does my output depend on my neighbours?", measure=measures.influence,
+    name="batch", question="Does the output for a window depend on the other windows of its batch?",
+    measure=measures.influence,
     settings=(Setting("dropless", "top-2, no limit"),
               Setting("capacity-order", "top-2, capacity factor 1, earlier bytes first",
                       model={"capacity_factor": 1.0}),
@@ -77,7 +78,7 @@ batch = Experiment(
     caution="All are routed as in training. The other windows of the batch, or the second half of a byte's own window, "
             "become random bytes, which route unlike text. A byte is rerouted where any layer routes it differently. A "
             "change of a logit below 1e-4 is rounding. Numbers are means over the 8 windows of a batch, each in its "
-            "place: dropping in order spares the first.",
+            "place. Dropping in order favours the first window.",
     claims=(Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K, "
                      "by its construction, does not", "Zhou 2022; Wang 2024",
                   (Effect("later_logits", "expert-choice", ">", 1e-4, every_run=True),
@@ -99,7 +100,7 @@ def by_devices(r):
 
 GROUPS = {"router_options": {"n_groups": 4, "group_limit": 2}, "n_devices": 4, "max_devices": 2}
 traffic = Experiment(
-    name="traffic", question="What does the network pay?", model={"n_experts": 16, "top_k": 4},
+    name="traffic", question="How much network traffic do the experts cause?", model={"n_experts": 16, "top_k": 4},
     measure=measures.traffic,
     settings=(Setting("none", "top-4 of 16, no balance loss", model={"aux_coef": 0.0}, width=0.5),
               Setting("aux", "balance loss 0.01", width=0.5),
@@ -128,7 +129,7 @@ def say_known(r):
 
 MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]
 known = Experiment(
-    name="known", question="Do experts find a source that is known to be there?", text=SYNTHETIC,
+    name="known", question="Do experts separate sources that are known?", text=SYNTHETIC,
     measure=measures.beyond_the_byte,
     settings=tuple(Setting(name, what, model=model, length=3) for name, what, model in (
         ("top-1", "top-1, balance loss 0.01", {"top_k": 1}), ("top-2", "top-2, balance loss 0.01", {}),

@@ -8,17 +8,18 @@ from ..study.quantities import LOSS
 from ..study.statistics import Contrast
 
 QUESTIONS = (  # question, settings that it compares, quantities, what to be careful about
-    ("Which balance coefficient, and what does it do?", "ABC", (LOSS, "load_cv", "mi_excess"),
+    ("What does the balance coefficient change?", "ABC", (LOSS, "load_cv", "mi_excess"),
      "Information cannot exceed the entropy of the load, so an uneven load can carry more of it. More information is "
      "not better routing."),
     ("Do the routers lead to different specialisation?", "DEF",
      ("mi_excess", "byte_excess", "repetition", "weight_divergence"),
-     "A byte often gives its domain away, so domain information does not show that experts follow topics. D, E and F "
-     "differ in their balance loss too: a difference belongs to the config, not to its router alone."),
+     "A byte alone predicts its domain in part, so domain information does not show that experts follow topics. D, E "
+     "and F differ in their balance loss too: a difference belongs to the config, not to its router alone."),
     ("What does guaranteed balance cost?", "EDF", (LOSS,),
-     "E is compared at equal K; D - F stands beside it for scale. Its leaky loss routes the whole batch at once, as in "
-     "training. Its causal loss has another rule, which guarantees no balance: the difference is the leak and the "
-     "change together, and neither loss is the price of balance alone."))
+     "D, E and F have equal K. D - F shows how far two routers differ without guaranteed balance. The leaky loss of E "
+     "uses the rule of training, which routes the whole batch at once. Its causal loss uses another rule, which "
+     "guarantees no balance. Their difference contains the leak and the change of rule, so neither loss alone shows "
+     "what balance costs."))
 
 
 def say_routers(r):
@@ -64,7 +65,7 @@ routers_a_to_f = Experiment(
                   (Effect("leak", "E", ">", 0),)),
             Claim(None, "Without a balance loss the load CV is over 3 times that of light balancing",
                   "Shazeer 2017, table 6", (Effect("load_cv", "A", ">", 0, minus="B", times=3),)),
-            Claim(None, "In every config experts tell more of the byte than of the domain", "Jiang 2024; Xue 2024",
+            Claim(None, "In every config byte information is above domain information", "Jiang 2024; Xue 2024",
                   (Effect("byte_over_domain", tuple("ABCDEF"), ">", 0),)),
             Claim(None, "Expert choice has load CV 0 (below 0.01) and leaves bytes without an expert", "Zhou 2022",
                   (Effect("load_cv", "E", "<", 0.01, every_run=True),

@@ -20,7 +20,7 @@ _active, _functions, _timer = None, {}, None
 
 
 class KernelsError(ValueError):
-    """The chosen kernels do not exist, are not installed, do not start, or find no room for their code."""
+    """The chosen kernels do not exist, are not installed, do not start, or cannot store their compiled code."""
 
 
 def use(name: str) -> None:
@@ -34,7 +34,7 @@ def use(name: str) -> None:
     if name == "numba":
         try:
             from .compiled import MODULES as modules
-        except Exception as error:  # what numba raises for a wrong setting or another NumPy
+        except Exception as error:  # numba raises many types for a wrong setting or NumPy
             raise KernelsError(f"numba does not start: {' '.join(str(error).split()).rstrip('.')}: change that, or set "
                                "TINYMOE_KERNELS=numpy") from error
     blas.hold()
@@ -43,7 +43,7 @@ def use(name: str) -> None:
 
 
 def active() -> str:
-    """The name of the chosen kernels. Raises KernelsError where TINYMOE_KERNELS is neither of them."""
+    """The name of the chosen kernels. Raises KernelsError if TINYMOE_KERNELS is set to another name."""
     if _active is None:
         use(os.environ.get("TINYMOE_KERNELS") or ("numba" if find_spec("numba") else "numpy"))
     return _active

@@ -29,13 +29,14 @@ class ModelConfig:
     """Everything that makes a model. Raises ValueError where a value is wrong, or values do not fit together."""
 
     # the transformer
-    vocab_size: int = setting(256, "how many tokens there are; a byte needs 256", WHOLE)
+    vocab_size: int = setting(256, "number of different tokens; bytes need 256", WHOLE)
     n_layers: int = setting(6, "blocks of attention and feed-forward layer", DEPTH)
     d_model: int = setting(128, "width D of the hidden states", WHOLE)
     n_heads: int = setting(4, "attention heads", WHOLE)
     d_ff: int = setting(512, "hidden width of the dense feed-forward layers", WHOLE)
     seq_len: int = setting(128, "the longest sequence, in tokens", WHOLE)
-    activation: str = setting("gelu", "of feed-forward layers and experts", one_of(*ACTIVATIONS))
+    activation: str = setting("gelu", "of feed-forward layers and experts: " + ", ".join(ACTIVATIONS),
+                              one_of(*ACTIVATIONS))
     norm: str = setting("layer", "layer (Ba et al. 2016) or rms (Zhang & Sennrich 2019)", one_of(*NORMS))
     norm_eps: float = setting(1e-5, "added to the variance, or to the mean square", POSITIVE)
     post_norm: bool = setting(False, "normalise a layer's output too, before it is added, as Grok-1 does", FLAG)
@@ -45,35 +46,36 @@ class ModelConfig:
     tied: bool = setting(False, "the output layer is the token embedding", FLAG)
     # attention
     attention: str = setting("multi_head", "multi_head, or latent (DeepSeek-V2)", one_of("multi_head", "latent"))
-    head_dim: int | None = setting(None, "width of a head; None: d_model / n_heads", WHOLE.or_none())
-    n_kv_heads: int | None = setting(None, "groups of heads that share keys and values; None: n_heads", WHOLE.or_none())
+    head_dim: int | None = setting(None, "width of a head; by default d_model / n_heads", WHOLE.or_none())
+    n_kv_heads: int | None = setting(None, "heads of keys and values; by default n_heads", WHOLE.or_none())
     qk_norm: bool = setting(False, "RMS-normalise queries and keys", FLAG)
     q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
     kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
     rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
-    v_dim: int | None = setting(None, "latent attention: width of a head's values; None: head_dim", WHOLE.or_none())
-    latent_eps: float | None = setting(None, "norm_eps of the latents; None: norm_eps", POSITIVE.or_none())
+    v_dim: int | None = setting(None, "latent attention: width of values; by default head_dim", WHOLE.or_none())
+    latent_eps: float | None = setting(None, "norm_eps of the latents; by default norm_eps", POSITIVE.or_none())
     # the mixture
     moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
-    d_expert: int | None = setting(None, "hidden width of an expert; None: d_ff", WHOLE.or_none())
+    d_expert: int | None = setting(None, "hidden width of an expert; by default d_ff", WHOLE.or_none())
     n_shared: int = setting(0, "further experts that serve every token, ungated", COUNT)
     router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
                                    OPTIONS.or_none())
     top_k: float = setting(2, "experts K per token; a mean, perhaps a fraction, for expert_choice", POSITIVE)
-    capacity_factor: float | None = setting(None, "limit on an expert's load, in units of the mean; None for none",
+    capacity_factor: float | None = setting(None, "limit on an expert's load, divided by the mean load; null: no limit",
                                             POSITIVE.or_none())
-    drop_policy: str = setting("order", "what a limit drops: later choices, or small gates", one_of(*DROP_POLICIES))
-    expert_backend: str = setting("numba", "how experts are computed", one_of(*BACKENDS))
-    n_devices: int = setting(1, "devices that the experts lie on, in equal runs", WHOLE)
-    max_devices: int = setting(1, "devices that a token may reach", WHOLE)
+    drop_policy: str = setting("order", "what a limit drops: later choices (order), or small gates (gate)",
+                               one_of(*DROP_POLICIES))
+    expert_backend: str = setting("numba", f"how experts are computed: {', '.join(BACKENDS)}", one_of(*BACKENDS))
+    n_devices: int = setting(1, "simulated devices, which share the experts equally", WHOLE)
+    max_devices: int = setting(1, "devices that a token may reach, for the communication loss", WHOLE)
     # the losses, besides the cross-entropy
     aux_coef: float = setting(0.01, "coefficient of the balance loss, the mean over MoE layers", NOT_NEGATIVE)
     losses: dict = setting(None, "coefficients of other losses, by name", COEFFICIENTS.or_none())
     mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
                               NOT_NEGATIVE)
-    freeze: tuple = setting((), "parts that are not trained: pieces of parameter names, such as router", NAMES)
+    freeze: tuple = setting((), "parameters that are not trained: parts of their names, such as router", NAMES)
 
     def __post_init__(self):
         check_fields(self)
@@ -91,7 +93,7 @@ class ModelConfig:
             raise ValueError(f"{name} {getattr(self, name)!r} must be {expected}")
 
     def _check_dense(self):
-        """What layers and attention need of each other."""
+        """Check the settings of layers and attention together."""
         head, latent = self.head_width, self.attention == "latent"
         self._refuse("moe_layers", any(i >= self.n_layers for i in self.moe_layers),
                      f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
@@ -105,7 +107,7 @@ class ModelConfig:
             self._refuse(name, getattr(self, name) and latent, "left out with latent attention")
 
     def _check_mixture(self):
-        """What experts, losses and devices need of each other."""
+        """Check the settings of experts, losses and devices together."""
         self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
         self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
         for name, coefficient in self.losses.items():
@@ -120,7 +122,7 @@ class ModelConfig:
             raise ValueError(f"losses.load {self.losses['load']} must be 0 but for {', '.join(soft)} without groups")
 
     def _check_routers(self):
-        """What the routers say of their options. None is made, because its arrays may be large."""
+        """Check the options with the classes of the routers. No router is made, because its arrays may be large."""
         if not isinstance(self.router, str) and len(self.router) != len(self.moe_layers):
             raise ValueError(f"router {list(self.router)} must have one name for each of the {len(self.moe_layers)} "
                              "MoE layers")
@@ -163,7 +165,7 @@ class ModelConfig:
         return {name: value for name, value in given.items() if name in known}
 
     def coefficients(self) -> dict[str, float]:
-        """name -> coefficient of every loss of LOSSES; 0 for those that nobody asked for."""
+        """name -> coefficient of every loss of LOSSES; 0 where none is set."""
         needed = {name: value for router in self.routers for name, value in routers.find(router).losses.items()}
         return dict.fromkeys(LOSSES, 0.0) | {"balance": self.aux_coef} | needed | self.losses
 

@@ -86,8 +86,8 @@ def _feed_forward(c, width):
 def require_size(config: ModelConfig, held: int) -> None:
     """Raise ValueError if a model that is not made yet needs more than ten times the numbers that its file holds.
 
-    A smaller gap is left to those who can name the arrays that are missing. Routers do not count, because those that a
-    user defines may not say their shapes.
+    Smaller differences are found when the arrays are loaded by name. Routers are not counted, because a user's router
+    may not give its shapes.
     """
     needed = sum(part.total for part in count(config)[:-1] if part.name != "routers")
     if needed > 10 * held:
@@ -114,16 +114,13 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         router_options={"gate_scale": 2.5, "n_groups": 8, "group_limit": 4}, aux_coef=0.0, losses={"sequence": 0.0001},
         activation="swiglu", **MODERN),
 }
-KINDS = ("mixtral", "olmoe", "grok-1", "deepseek_v2", "deepseek_v3", "llama", "mistral")  # whose keys are understood
+KINDS = ("mixtral", "olmoe", "grok-1", "deepseek_v2", "deepseek_v3", "llama", "mistral")  # known model types
 KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 
 
 def architecture(config: ModelConfig | dict) -> ModelConfig:
-    """A ModelConfig as it is, or that of a dict: of its fields, or of the sizes of a published model with their keys.
-
-    Raises ValueError for another dict.
-    """
+    """A ModelConfig as it is, or that of a dict: its fields, or a published config.json. ValueError for others."""
     if isinstance(config, ModelConfig) or "d_model" in config:
         return config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
     if missing := [key for key in KEYS if key not in config]:

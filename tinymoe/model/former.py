@@ -12,7 +12,7 @@ def current(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     options = {name: values.pop(name) for name in FORMER_OPTIONS if name in values}
     losses = {name: values.pop(f"{name}_coef") for name in FORMER_LOSSES if f"{name}_coef" in values}
-    if losses.get("policy") == 1.0:  # it was there for every router, and is the default where it applies
+    if losses.get("policy") == 1.0:  # written for every router; now the default of those that draw
         del losses["policy"]
     options = {name: value for name, value in options.items() if value is not None}
     losses = {name: value for name, value in losses.items() if value != 0 or name == "policy"}

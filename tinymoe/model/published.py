@@ -6,8 +6,8 @@ The files store three things in another form, which does not change the result:
     an expert's gate and up matrices are two there and one here, (D, 2F), with the activated half first;
     DeepSeek-V3's rotary positions turn entries 2i and 2i + 1 together, ours i and i + d/2: we reorder the columns.
 
-A setting that would change the logits and is not computed here raises an error that names it. Settings that only
-training reads (dropout, coefficients of losses, the layers of multi-token prediction) are ignored.
+An unsupported setting that would change the logits raises an error that names it. Settings that only training reads
+(dropout, coefficients of losses, the layers of multi-token prediction) are ignored.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": 
 def model_config(config: dict) -> ModelConfig:
     """The ModelConfig of the config.json of a Mixtral, OLMoE or DeepSeek-V3, given as a dict, with aux_coef 0.
 
-    Raises ValueError for another model_type, a missing or unknown key, and settings that are not computed here:
+    Raises ValueError for another model_type, a missing or unknown key, and unsupported settings:
     stretched rotary positions (YaRN), a sliding window below the longest sequence, biases, clipping, quantised weights.
     """
     kind = config.get("model_type")
@@ -68,7 +68,7 @@ def model_config(config: dict) -> ModelConfig:
 
 
 def _refuse(config, kind):
-    """Raise ValueError for a missing setting, and for one that would change the logits and is not computed here."""
+    """Raise ValueError for a missing setting, and for an unsupported one that would change the logits."""
     sizes, others = (*KEYS, *SIZES[kind].split()), OTHERS[kind].split()
     if missing := [key for key in (*sizes, *others) if key not in config]:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
@@ -113,7 +113,7 @@ def _read(path):
     folder, files = path if path.is_dir() else path.parent, _files(path)
     published = _json(folder / "config.json")
     try:
-        config = model_config(published)  # refuses before anything large is read
+        config = model_config(published)  # raises before anything large is read
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} holds a value of a wrong type ({error})") from None
     for file in files:

@@ -102,7 +102,7 @@ def token_nats(logits: Tensor, targets: np.ndarray) -> np.ndarray:
 class NextButOne(Module):
     """A second head: the token after the next, from a state and the next token (DeepSeek-V3, eq. 21 to 24, depth 1).
 
-    h' = block(W [norm(state), norm(next embedding)]), with a dense block. The model's last norm and head read h' out.
+    h' = block(W [norm(state), norm(next embedding)]), with a dense block. The last norm and head give its logits.
     """
 
     def __init__(self, config, rng, dtype):
@@ -160,7 +160,7 @@ class Transformer(Module):
         return [b.feed_forward for b in self.blocks if b.is_moe]
 
     def after_step(self, routings: list[Routing]) -> None:
-        """Give each router its Routing of the training step that was just taken."""
+        """Call `after_step` of each router with its Routing of this training step."""
         for layer, routing in zip(self.moe_parts(), routings, strict=True):
             layer.router.after_step(routing)
 
@@ -169,7 +169,7 @@ class Transformer(Module):
         return [layer.experts for layer in self.moe_parts()]
 
     def count_parameters(self) -> dict[str, int]:
-        """{"total", "active"}: all parameters, and those that a token meets."""
+        """{"total", "active"}: all parameters, and those that a token uses."""
         total = sum(p.size for p in self.parameters().values())
         return {"total": total, "active": round(count(self.config)[-1].active)}
 

@@ -3,7 +3,7 @@
     y[n] = sum over assignments a of token n of  gate[a] * FFN_e(a)(x[n])
     FFN_e(x) = activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]
 
-All backends give the same output and the same gradients. They differ in the work they waste.
+All backends give the same output and the same gradients. They differ in speed.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from .routing import Routing
 
 
 def loop(bank, x, routing):
-    """One assignment at a time, in Python: the formula as it stands."""
+    """One assignment at a time, in Python: the formula, written out."""
     weights = [(bank.w1[e], bank.b1[e], bank.w2[e], bank.b2[e]) for e in range(bank.n_experts)]
     rows = []
     for a, (n, e) in enumerate(zip(routing.token, routing.expert)):
@@ -46,7 +46,7 @@ def sparse(chosen):
     return backend
 
 
-# "numba" runs the chosen kernels, which are NumPy's where numba is not installed or not wanted.
+# "numba" runs the kernels that `kernels.use` chose. They are NumPy's where numba is not installed.
 BACKENDS = {"loop": loop, "naive": naive, "numpy": sparse(reference), "numba": sparse(kernels)}
 
 

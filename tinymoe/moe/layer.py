@@ -39,7 +39,7 @@ class MoELayer(Module):
     def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         routing = self.router(rows, context)
-        if self.capacity_factor is not None and not context.causal:  # a limit looks at the whole batch
+        if self.capacity_factor is not None and not context.causal:  # a limit depends on the whole batch
             routing = limit_capacity(routing, self.capacity_factor, self.top_k, self.drop_policy)
         if self.change_routing is not None:
             routing = self.change_routing(routing, rows)

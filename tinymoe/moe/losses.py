@@ -13,7 +13,7 @@ from ..autograd import functional as F
 from ..autograd.tensor import Tensor
 from .routing import Routing
 
-# What a layer's sum of E f_e P_e, with f_e = n_e / (N K), is multiplied by besides the coefficient.
+# The factor, besides the coefficient, of a layer's sum over e of E f_e P_e, with f_e = n_e / (N K).
 CONVENTIONS = {
     "tinymoe": lambda n_layers, top_k: 1 / n_layers,  # mean over layers
     "switch": lambda n_layers, top_k: top_k,  # f_e = n_e / N; a loss for each layer, summed
@@ -66,7 +66,7 @@ def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
 
 
 def communication_balance_loss(routing: Routing, n_devices: int, max_devices: int) -> Tensor:
-    """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 where every token goes to M devices evenly.
+    """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 at balance with M devices a token.
 
     f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
     token may reach. Tokens that a capacity limit kept from a device do not count.
@@ -156,8 +156,8 @@ class Loss:
     logged: bool = False
 
 
-# name -> Loss, in the order in which the model adds them. A loss added here is trained on with `losses.NAME=VALUE`,
-# logged, probed and reported.
+# name -> Loss, in the order in which the model adds them. `--set losses.NAME=VALUE` trains with one. It is then logged,
+# probed and reported.
 LOSSES = {
     "balance": Loss("load balance (Switch); its coefficient is aux_coef", lambda r, c: load_balancing_loss(r), True),
     "z": Loss("router z-loss (ST-MoE)", lambda r, c: z_loss(r), True),

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Check:
-    """fits(value) tells whether a value is allowed; `expected` says in words what is."""
+    """fits(value): whether the value is allowed. expected: the allowed values, in words."""
 
     fits: Callable[[Any], bool]
     expected: str
@@ -28,7 +28,7 @@ class Check:
 
 
 def integer_from(least: int, below: int = 2**31) -> Callable[[Any], bool]:
-    """A test for integers from `least` to `below` - 1; an array can have any of them as its length."""
+    """A test for integers from `least` to `below` - 1. By default they are small enough for the length of an array."""
     return lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < below
 
 

@@ -55,8 +55,8 @@ RELATIONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operat
 class Effect(Contrast):
     """What a claim needs: a Contrast whose relation (one of RELATIONS) to a bound holds.
 
-    every_run: judge every run instead of the interval over seeds. Use it where an interval would doubt what every run
-    shows: a number that cannot pass its bound, such as a share, or a change that is either rounding or not.
+    every_run: judge every run instead of the interval over seeds. Use it for a number that cannot pass its bound, such
+    as a share, and for a change that is either rounding or not.
     """
 
     relation: str

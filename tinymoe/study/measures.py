@@ -1,4 +1,4 @@
-"""What an experiment asks of a trained model besides its validation row: measure(trainer) -> {name: number}."""
+"""What an experiment measures in a trained model besides its validation row: measure(trainer) -> {name: number}."""
 
 from contextlib import contextmanager
 
@@ -76,8 +76,8 @@ def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
 
 
 def specialisation(trainer) -> dict:
-    """What experts know of a byte's class, its position and its domain, how far their functions differ, and what
-    changed routes cost: means over layers, and the tables of the last layer."""
+    """How well experts predict a byte's class, position and domain, how far their functions differ, and what changed
+    routes cost: means over layers, and the tables of the last layer."""
     valid, model = trainer.validation(WINDOWS), trainer.model
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
@@ -179,7 +179,7 @@ def drop(e):
 
 
 def swap(e):
-    """A change: the tokens of expert e go to the next expert, and the other way about."""
+    """A change: the tokens of expert e go to the next expert, and the reverse."""
     def of(x):
         order = np.arange(x.shape[1])
         other = (e + 1) % len(order)

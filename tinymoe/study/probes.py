@@ -106,7 +106,7 @@ def assignment_shortfall(model, ids):
 
 
 def alarms(model, ids: np.ndarray, targets: np.ndarray) -> list[str]:
-    """Warnings about the model's layers, as sentences: dead or crowded experts, routers that learn nothing."""
+    """Warnings about the model's layers, as sentences: dead or crowded experts, routers without a gradient."""
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0)).total.backward()
     layers = zip(model.config.moe_layers, model.moe_parts(), model.forward(ids).routings)
     return [warning for i, part, routing in layers

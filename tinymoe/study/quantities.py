@@ -118,7 +118,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("router_entropy", "router entropy", "nats"),
     Quantity("router_entropy_share", "entropy for a byte", "share of ln E", of=_share_of_ln_e("router_entropy")),
     Quantity("marginal_entropy_share", "entropy of the mean", "share of ln E", of=_share_of_ln_e("marginal_entropy")),
-    # what experts know
+    # specialisation
     Quantity("mi_excess", "domain information", "nats", of=_excess("mutual_information")),
     Quantity("byte_excess", "byte information", "nats", of=_excess("byte_information")),
     Quantity("byte_over_domain", "byte information - domain information", "nats",
@@ -134,12 +134,12 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("swap_cost", "loss if two experts are swapped", "+ nats"),
     Quantity("force_cost", "loss if one expert serves all", "+ nats"),
     Quantity("noise_share", "share of noise in a batch's router gradient"),
-    # what changes a route
+    # influence of other bytes
     Quantity("mates_rerouted", "share of bytes rerouted by other neighbours"),
     Quantity("mates_logits", "largest change of a logit by other neighbours"),
     Quantity("later_rerouted", "share of bytes rerouted by later bytes"),
     Quantity("later_logits", "largest change of a logit by later bytes"),
-    # what it takes
+    # cost
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
     Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active"), per="run"),
     Quantity("megaflops", "work for a byte", "MFLOP", of=lambda run: counted(run, "flops"), per="run"),

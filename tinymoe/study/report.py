@@ -26,38 +26,39 @@ exp(loss).
 *Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
 - The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
 its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \
-than 1% of its fair share. *Coverage* is the share of bytes that have at least one expert. *Padding* is the share of \
-places, kept for bytes by a capacity limit, that stay empty.
-- A layer is *collapsed* where the load is as uneven as if fewer than half of the experts shared it (exp of the \
-load's entropy). Otherwise it is *starved* where an expert is dead, and else *in use*.
-- *Domain* or *byte information*: how well the expert predicts the domain of the text, or the byte, in nats; 0 is \
-chance. *Repetition*: the share of choices whose expert also serves the next byte; chance is about K / E.
+than 1% of the mean load. *Coverage* is the share of bytes that have at least one expert. With a capacity limit each \
+expert has a fixed number of places for bytes; *padding* is the share of places that stay empty.
+- A layer is *collapsed* if the effective number of its experts, exp(entropy of the load), is below half of them. It \
+is *starved* if it is not collapsed but has a dead expert. Otherwise it is *in use*.
+- *Domain information* says how well the expert of a byte predicts the domain of the text, in nats; 0 is chance. *Byte \
+information* says the same of the byte. *Repetition*: the share of choices whose expert also serves the next byte; \
+chance is about K / E.
 - ± and brackets are 95% intervals over seeds (Student's t). There is no ± for one seed, or where all seeds agree. \
 Differences are paired by seed.
 - A difference is *clear* when its interval excludes 0 even after Holm's correction for the number of planned \
 differences, and *suggestive* when it excludes 0 only before the correction. Otherwise it is *undecided*, which does \
 not mean that the two are equal."""
-METHODS = """Information is the plug-in estimate of mutual information with the expert minus its mean under shuffled \
-labels; domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine over \
-pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers, \
-measured with the routing of training, without router noise. For expert choice this routes a whole batch, so its load \
-and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, which is \
-the same for all settings. Intervals cover the seed, not the choice of text. They assume normal scatter, which few \
-seeds cannot check, and may exceed a bound that a number cannot, such as a coverage of 1. Curves over steps use fewer \
-validation windows than the tables; their bands show the range of the seeds."""
+METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
+shuffled labels. Domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine \
+over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
+layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
+its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
+which is the same for all settings. Intervals cover the seed, not the choice of text. They assume that seeds scatter \
+normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a coverage of 1. Curves \
+over steps use fewer validation windows than the tables; their bands show the range of the seeds."""
 VERDICTS = """A claim *held* where every condition holds across its 95% interval, paired by seed. It *did not hold* \
-where one condition fails across its interval. Otherwise it is *undecided*. Numbers that cannot pass their bound (dead \
-experts, coverage) and changes that are either rounding or not are judged in every run instead. Claims are not \
-corrected for their number."""
+where one condition fails across its interval. Otherwise it is *undecided*. Two kinds of numbers are judged in every \
+run instead: those that cannot pass their bound (dead experts, coverage), and changes that are either rounding or not. \
+There is no correction for the number of claims."""
 ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
 has a document of its own with its tables, figures and planned differences."""
 OPEN = """Published results disagree on these questions. A negative difference is in favour of the first setting."""
-CANNOT = """All experiments but `rate` train at one learning rate, which need not be the best of any setting. Compare \
+CANNOT = """All experiments but `rate` train at one learning rate, which may not be the best for a setting. Compare \
 their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
-that is faster by factors, the stability that the z-loss gives at low precision, and the crossover of upcycling. \
-Holm's correction holds within an experiment; nothing corrects over all of them, and ten claims are ten chances to be \
-wrong. The same runs (top-1 or top-2 with coefficient 0.01) are the reference of several experiments, so these are not \
-independent evidence."""
+that is several times faster, the stability that the z-loss gives at low precision, and the step at which training \
+from scratch overtakes upcycling. Holm's correction is made within each experiment. There is none over all \
+experiments, so one of the ten verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) \
+are the reference of several experiments, so these are not independent evidence."""
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 

@@ -67,8 +67,8 @@ class RunRecord:
 def load_runs(study_dir) -> list[RunRecord]:
     """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
 
-    A run is incomplete without a config. Raises ValueError for a finished run that is damaged, because a part of its
-    numbers would pass for the whole, and for two different runs of one name.
+    A run is incomplete without a config. Raises ValueError for a finished run that is damaged, because
+    the numbers that are left would be taken for all, and for two different runs of one name.
     """
     runs = {}
     for run in (*_compact_runs(Path(study_dir, COMPACT)), *_folder_runs(Path(study_dir, "runs"))):
@@ -116,7 +116,7 @@ def _compact_runs(path):
 
 
 def _record(place, config, log, summary, failure):
-    """The RunRecord of what was read; `place` is its folder, or would be."""
+    """The RunRecord of what was read. The name of `place`, its folder, is the run id."""
     rows = {row["step"]: row for row in log if isinstance(row.get("step"), int)}  # a step written twice: the later row
     log = [rows[step] for step in sorted(rows)]
     if summary is not None and not _is_whole(place.name, config, log, summary):

@@ -70,7 +70,7 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
 
 
 def _require_outside(out, text):
-    """CorpusError if the results would lie among the texts, and so be read as text by the next run."""
+    """CorpusError if the results would lie among the texts: the next run would read them as text."""
     if text in (None, SYNTHETIC):
         return
     folder, results = Path(text).resolve(), out.resolve()
@@ -160,7 +160,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _environment_of_a_worker():
-    """Start a process in it: with one thread, and so that Ctrl-C does not reach it while it still imports."""
+    """A context in which a worker is started: it gets one thread, and Ctrl-C does not reach it while it imports."""
     before = os.environ.get("NUMBA_NUM_THREADS")
     os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the process loads numba
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
@@ -184,7 +184,7 @@ def _work(pipe, read):
         nonlocal sent
         if event.kind != "step" or time.monotonic() - sent > 0.2 or event.step == event.steps:
             sent = time.monotonic()
-            with contextlib.suppress(OSError):  # the parent is gone: this process exits in a moment
+            with contextlib.suppress(OSError):  # the parent has ended, and this process soon exits too
                 pipe.send(event)
 
     with contextlib.suppress(EOFError, OSError):  # likewise

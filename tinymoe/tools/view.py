@@ -21,7 +21,7 @@ from ..training.run_folder import FILES, ROUTINGS, load_model, load_recorded_imp
 
 PALETTE = (*COLOURS, "#F0E442")  # experts beyond the eighth share colours; their numbers tell them apart
 BARS = "▁▂▃▄▅▆▇█"
-MAX_WINDOWS = 8  # that are shown of a user's own text
+MAX_WINDOWS = 8  # shown of a user's text
 MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB
 
 

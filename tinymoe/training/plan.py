@@ -1,4 +1,4 @@
-"""What a run is as data: how it trains, what it trains, and what it reports on the way."""
+"""A run as data: the model, how it is trained, and the events that it reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class TrainConfig:
     batch_size: int = setting(8, "windows of seq_len bytes in a batch", WHOLE)
     learning_rate: float = setting(1e-3, "the largest rate, after the warm-up", POSITIVE)
     warmup: float = setting(0.05, "share of the steps in which the rate rises", SHARE)
-    weight_decay: float = setting(0.1, "of weight matrices only", NOT_NEGATIVE)
-    max_norm: float = setting(1.0, "the gradient is scaled down to this norm", POSITIVE)
-    n_evaluations: int = setting(20, "evaluations after the one before training", WHOLE)
+    weight_decay: float = setting(0.1, "decay of weight matrices; other parameters have none", NOT_NEGATIVE)
+    max_norm: float = setting(1.0, "largest norm of the gradient; a larger gradient is scaled down", POSITIVE)
+    n_evaluations: int = setting(20, "evaluations while training; one more comes before it", WHOLE)
     eval_windows: int = setting(8, "windows of each domain at each evaluation", WHOLE)
     final_windows: int = setting(64, "windows of each domain at the end", WHOLE)
 

@@ -36,11 +36,11 @@ AGAIN = "move this run's folder away and run the same command again"
 
 
 class RunError(Exception):
-    """A run that cannot go on, for example because its folder is in use or holds a run with other settings."""
+    """A run that cannot continue, for example because its folder is in use or holds a run with other settings."""
 
 
 class RunFolder:
-    """The files of one run. Nothing is removed but what a run wrote; links are refused, since they lead elsewhere."""
+    """The files of one run. Only files of a run are removed. A link is an error: it leads out of the folder."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -58,7 +58,7 @@ class RunFolder:
     def locked(self):
         """Make the folder and hold its lock, so that only one process writes it. The lock ends with the process.
 
-        Raises RunError if another process holds it, or if there is no lock to be had.
+        Raises RunError if another process holds it, or if the folder cannot be locked.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         inside = [self.path / name for name in (".", ".lock", ROUTINGS, *FILES)]
@@ -215,7 +215,7 @@ def load_recorded_imports(folder: str | Path) -> None:
     """Execute the files that the config.json of a run names, so that its routers are known.
 
     Only files with an absolute path outside the run's folder are executed, and only if their hash is the recorded one:
-    a run folder of somebody else brings no code along. Raises CheckpointError for any other file.
+    a run folder from elsewhere cannot bring code with it. Raises CheckpointError for any other file.
     """
     place, inside = Path(folder, "config.json"), Path(folder).resolve()
     try:

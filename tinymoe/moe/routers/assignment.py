@@ -56,7 +56,7 @@ class BaseAssignment(LinearRouter, name="base_assignment"):
 def sinkhorn_plan(scores: np.ndarray, iterations: int = 20) -> np.ndarray:
     """(N, E) float64: exp(scores) with its rows scaled to sum 1 and its columns to sum N / E, in turn; columns last.
 
-    Sinkhorn 1967, on scores less their row's largest.
+    From Sinkhorn 1967. Each row's largest score is subtracted first.
     """
     scores = scores.astype(float)
     plan = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -90,6 +90,6 @@ def greedy_assignment(scores: np.ndarray) -> np.ndarray:
 def shortfall(scores: np.ndarray, chosen: np.ndarray) -> float:
     """How far the mean score of a top-1 choice (N, E) falls short of the exact balanced assignment's.
 
-    Negative where the choice is better, which it can be only by being less balanced.
+    Negative where the choice scores higher. Only a less balanced choice can.
     """
     return float((scores * (balanced_assignment(scores).astype(int) - chosen)).sum() / len(scores))

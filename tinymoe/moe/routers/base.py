@@ -25,7 +25,7 @@ class RouteContext:
     training: turns on noise and other behaviour of training. rng: the generator for it.
     causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
         do; the others change their rule.
-    shared: what one layer's router leaves for those of the layers above, within one forward pass.
+    shared: values that a layer's router passes to the routers of later layers, within one forward pass.
     """
 
     ids: np.ndarray | None = None
@@ -49,11 +49,11 @@ class Router(Module):
     are annotated class attributes such as `jitter: float = 0.0`, or keyword arguments of an `__init__` of its own. A
     value is checked by the annotation, and a line `NAME: meaning` of the docstring says what the option means. A
     subclass that sets an option of its parent without annotation fixes it. The class attributes below describe the
-    router: `cli.py routers` prints them, and the model reads them instead of asking for a name.
+    router: `cli.py routers` prints them, and the model reads them, so no code depends on the name of a router.
     """
 
     paper = "–"
-    chooses = "token"  # who picks: the token its experts, the expert its tokens, or neither
+    chooses = "token"  # "token" chooses its experts, "expert" its tokens, or "neither"
     balanced = "no"  # whether the load is equal by construction
     causal = True  # outside training, a token's route depends on its own prefix alone
     causal_training = True  # and while training
@@ -88,7 +88,7 @@ class Router(Module):
             if "__init__" in own:
                 arguments = inspect.signature(each.__init__, eval_str=True).parameters
                 if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
-                    found = {}  # it passes nothing on to its parent
+                    found = {}  # its parent's options are not passed on
             found = {name: p for name, p in found.items() if name not in own}
             found |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=own[name], annotation=kind)
                       for name, kind in inspect.get_annotations(each, eval_str=True).items()

@@ -11,7 +11,7 @@ from .top_k import TopK
 class Frozen(TopK, name="frozen"):
     """Top-K whose weights stay as they were drawn (Fan et al. 2024, arXiv 2402.13089).
 
-    It asks whether a router must learn. Its gates still depend on the hidden states, so the layers below learn through
+    It tests whether a router must learn. Its gates still depend on the hidden states, so the layers below learn through
     them. `freeze=("router",)` in ModelConfig freezes any other router.
     """
 
@@ -20,9 +20,9 @@ class Frozen(TopK, name="frozen"):
 
 
 class Shuffled(TopK, name="shuffled"):
-    """Top-K whose choices are permuted over the tokens: the load is the same, but says nothing about the token.
+    """Top-K whose choices are permuted over the tokens: the load is the same, but the choice ignores the token.
 
-    It asks whether balance alone helps. With context.causal a token takes the choice of a random token of its own
+    It tests whether balance alone helps. With context.causal a token takes the choice of a random token of its own
     prefix. It draws from the context's generator, or without one from the same fixed seed in each call.
     Raises ValueError for context.causal without ids.
     """

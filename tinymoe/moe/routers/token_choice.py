@@ -60,9 +60,9 @@ class SigmoidBias(TopK, name="sigmoid_bias"):
     s); the bias b takes no part in them. After each training step b_e += bias_rate * sign(mean load - load_e).
     `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss.
 
-    bias_rate: the step of the bias.
+    bias_rate: how much the bias changes in a training step.
     gate_scale: a factor of all gates.
-    n_groups, group_limit: as in top_k, but a group is as good as the sum of its two largest s + b.
+    n_groups, group_limit: as in top_k, but the score of a group is the sum of its two largest s + b.
     """
 
     paper = "DeepSeek-AI 2024; Wang 2024"

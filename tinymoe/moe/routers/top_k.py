@@ -15,14 +15,14 @@ class TopK(LinearRouter, name="top_k"):
     A gate is the probability of its expert. For K = 1 it stays as it is (Switch eq. 2). For K > 1 the gates of a token
     are divided by their sum (Mixtral), which equals a softmax over the chosen logits alone.
 
-    renormalise: whether a token's gates are divided by their sum; None for K > 1 only. Grok-1 sets False. With K = 1,
-        True makes every gate a constant, and the router learns nothing from the language-model loss.
+    renormalise: whether a token's gates are divided by their sum; by default for K > 1 only. Grok-1 sets False. With
+        K = 1, True makes every gate 1, and the router learns nothing from the language-model loss.
     jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
-    n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups. A
-        group is as good as its best expert (DeepSeek-V2, section 2.2.2).
+    n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups. The
+        score of a group is that of its best expert (DeepSeek-V2, section 2.2.2).
     second_expert: for K = 2, which second experts are kept while training: "all"; "threshold", those whose gate is
-        above second_threshold; "random", each with probability gate / second_threshold (GShard, Lepikhin et al.
-        2020, algorithm 1).
+        above second_threshold; "random", each with probability gate / second_threshold. From GShard (Lepikhin et
+        al. 2020, algorithm 1).
     second_threshold: for second_expert; GShard has 0.5.
     Raises ValueError for training with noise but without an rng.
     """
