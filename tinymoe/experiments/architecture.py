@@ -80,5 +80,5 @@ upcycle = Experiment(
              "at_the_end": at_the_end(LOSS)},
     caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start; in these the "
             "learning rate warms up and falls again. In a mixture two experts, each as wide as the dense layer, serve "
-            "a byte: more parameters and more operations. Training from scratch should catch up later (Komatsuzaki et "
-            "al. 2022), but not at this scale. The weight divergence of copies is absolute.")
+            "a byte: more parameters and more operations. Komatsuzaki et al. (2022) ask when training from scratch "
+            "overtakes upcycling: these runs compare at one length only. The weight divergence of copies is absolute.")

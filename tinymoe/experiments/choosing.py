@@ -36,7 +36,8 @@ frozen = Experiment(
              "over_steps": over_steps("learned", LOSS)},
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
             "have the balance loss; under a frozen router it moves the hidden states. At validation a random route is "
-            "drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. Papers "
+            "drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. Its "
+            "choices are those of its own router, whose load need not be as even as that of `learned`. Papers "
             f"count perplexity by tokens of about {TOKEN_BYTES} bytes, and the claims are judged so: a ratio by the "
             "byte is the fourth root of that.",
     claims=(Claim(3, f"A frozen router comes within 10% of a learned one in perplexity over {TOKEN_BYTES} bytes; "

@@ -51,13 +51,14 @@ specialise = Experiment(
     say=say_specialise,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "counterfactuals": counterfactual_tables},
-    caution="Random routing carries no information: its numbers show the error of independent draws. Hash routing "
-            "shows the information of a random table of the byte. Position means eighths of the window. Function "
-            "divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte predicts "
-            "its domain in part, so domain information above 0 does not prove topics; what is beyond the byte may come "
-            "from the bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the byte ln(8 / K): "
-            "2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a dropped expert is not "
-            "given to the others, so its cost includes the missing share. Expert choice is routed over the batch here.",
+    caution="Random routing carries no information: its numbers show the error of one draw, the same in every seed. "
+            "Hash routing shows the information of a random table of the byte. Position means eighths of the window. "
+            "Function divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte "
+            "predicts its domain in part, so domain information above 0 does not prove topics; what is beyond the "
+            "byte may come from the bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the "
+            "byte ln(8 / K): 2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a "
+            "dropped expert is not given to the others, so its cost includes the missing share. Expert choice is "
+            "routed over the batch here.",
     claims=(Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the "
                       "domain", "Jiang 2024; Xue 2024",
                   tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),))

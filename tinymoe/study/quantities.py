@@ -130,7 +130,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("weight_divergence", "weight divergence"),
     Quantity("function_divergence", "function divergence"),
     Quantity("drop_cost", "loss if an expert is dropped", "+ nats"),
-    Quantity("drop_spread", "spread of that over domains", "nats"),
+    Quantity("drop_spread", "spread over domains of the cost of a dropped expert", "nats"),
     Quantity("swap_cost", "loss if two experts are swapped", "+ nats"),
     Quantity("force_cost", "loss if one expert serves all", "+ nats"),
     Quantity("noise_share", "share of noise in a batch's router gradient"),

@@ -54,11 +54,11 @@ ORIGIN = """This document is made from the rows of the study (`full/`) and of th
 has a document of its own with its tables, figures and planned differences."""
 OPEN = """Published results disagree on these questions. A negative difference is in favour of the first setting."""
 CANNOT = """All experiments but `rate` train at one learning rate, which may not be the best for a setting. Compare \
-their differences with those that another rate makes in `rate`. Three things cannot be seen at this scale: training \
-that is several times faster, the stability that the z-loss gives at low precision, and the step at which training \
-from scratch overtakes upcycling. Holm's correction is made within each experiment. There is none over all \
-experiments, so one of the ten verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) \
-are the reference of several experiments, so these are not independent evidence."""
+their differences with those that another rate makes in `rate`. Two things cannot be seen at this scale: training that \
+is several times faster, and the stability that the z-loss gives at low precision. Holm's correction is made within \
+each experiment. There is none over all experiments, so one of the ten verdicts may be wrong by chance. The same runs \
+(top-1 or top-2 with coefficient 0.01) are the reference of several experiments, so these are not independent \
+evidence."""
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -199,19 +199,21 @@ def measured(effect, numbers):
 
 def limits(results: Results) -> list[str]:
     """What the runs were too short or too small to show, as sentences."""
-    config, steps = results.runs[0].config, results.runs[0].summary["steps"]
-    seen = steps * config["training"]["batch_size"] * config["model"]["seq_len"]
+    config = results.runs[0].config
+    lengths = sorted({run.summary["steps"] for run in results.runs})
+    window = config["training"]["batch_size"] * config["model"]["seq_len"]
     corpus = sum(part["train_bytes"] for part in config["corpus"].values())
     slopes = [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
     falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
     tested = sum(one.word != "not tested" for one in results.tests)
     rates = sorted({run.config["training"]["learning_rate"] for run in results.runs})
-    said = [f"{steps:,} steps saw {seen:,} bytes, {seen / corpus:.2f} times the {corpus:,} bytes of training text.",
+    said = [*(f"{steps:,} steps saw {steps * window:,} bytes, {steps * window / corpus:.2f} times the {corpus:,} bytes "
+              "of training text." for steps in lengths),
             f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
             f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
             f"{tested} of {len(results.tests)} planned differences were tested. If nothing differed, about "
             f"{0.05 * tested:.1f} intervals would exclude 0 by chance.",
-            f"One text, one size, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
+            f"One text, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
         said.append("About half of the validation lines of the domain `tables` also stand in the training text.")
     return said
@@ -331,7 +333,11 @@ def scale(found):
     runs = [run for results in found for run in results.runs]
     if not runs:
         return ""
+    scatter = [results.interval("causal_perplexity", name) for results in found for name in results.groups]
+    shares = sorted(100 * one.half / one.mean for one in scatter if one.n > 1)
+    said = (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to {shares[-1]:.1f}% "
+            f"(95%, median {np.median(shares):.1f}%). ") if shares else ""
     return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
             f"for {ends([run.summary['steps'] for run in runs])} steps, with "
             f"{ends([len(runs) for results in found for runs in results.groups.values()])} seeds for a setting. "
-            f"Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. ")
+            f"Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. {said}")
