@@ -8,10 +8,7 @@ from .. import kernels
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
-
-        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
-        p = p - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); equations in reference.adamw.
 
     parameters: dict name -> Tensor, updated in place; those whose grad is None are left alone.
     no_decay: names to which weight_decay does not apply.
