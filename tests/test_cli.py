@@ -516,6 +516,7 @@ def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
     assert re.search(r"\| D .*hash.*expert_choice", (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_command_shows_a_run_with_a_router_of_the_users(text, tmp_path):
     """A new process knows the router from what the run recorded; --import is not needed again."""
     (tmp_path / "mine.py").write_text(MINE.format(name="mine_recorded"))

@@ -67,7 +67,9 @@ def test_group_limits_bound_the_devices_a_token_reaches():
     assert free.reach.max() > 2 and limited.reach.max() == 2 and limited.total_bytes < free.total_bytes
 
 
-@pytest.mark.parametrize("n_devices, n, d", [(2, 1024, 64), (4, 24, 6)])  # half a megabyte: more than a pipe holds
+@pytest.mark.parametrize("n_devices, n, d", [
+    (2, 1024, 64),  # half a megabyte: more than a pipe holds
+    pytest.param(4, 24, 6, marks=pytest.mark.slow)])
 def test_the_real_exchange_gives_the_same_output_and_sends_what_was_simulated(n_devices, n, d):
     x, r = routed(n=n, d=d)
     bank = ExpertBank(8, d, 5, dtype=np.float64, seed=3)

@@ -43,7 +43,7 @@ def finish(experiment, corpora, out, n_seeds=2):
         train(run, corpora[experiment.text], out / "runs" / run.run_id)
 
 
-QUICKEST = "collapse expert-choice shared fine-grained dense frozen batch".split()
+QUICKEST = "shared fine-grained dense batch".split()
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICKEST else pytest.mark.slow)

@@ -72,6 +72,7 @@ def test_what_is_no_kernel_is_an_attribute_error():
 BLAS = "from tinymoe.kernels import blas; print(blas.get_threads())"
 
 
+@pytest.mark.slow
 def test_the_import_changes_nothing_and_the_first_kernel_holds_blas_at_one_thread():
     before = python("import scipy.linalg, threadpoolctl; "
                     "print(max(pool['num_threads'] for pool in threadpoolctl.threadpool_info()))")

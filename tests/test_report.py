@@ -181,6 +181,7 @@ def test_a_copy_of_a_run_is_not_counted_twice(tmp_path):
         load_runs(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_dense_control_has_no_experts_to_report(tmp_path):
     write_run(tmp_path, "D", 0, 2.0, dense=True)
     assert findings(tmp_path).count("Not answered") == 3
@@ -208,6 +209,7 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
         findings(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_figure_is_written_whole(tmp_path):
     paths = draw_all(write_study(tmp_path, n_seeds=2))
     assert sorted(paths) == sorted((tmp_path / "figures").iterdir()) and len(paths) == 8

@@ -183,6 +183,7 @@ def test_an_index_may_be_a_tensor():
 
 # ---- the backward pass ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_chain_of_100_000_additions_and_its_end():
     x = leaf(0.0)
     y = x
