@@ -44,7 +44,7 @@ routers_a_to_f = Experiment(
                        ("A", "top_k", 1, 0.0, "no load balancing"), ("B", "top_k", 1, 0.01, "light balancing"),
                        ("C", "top_k", 1, 0.1, "heavy balancing"), ("D", "top_k", 2, 0.01, "Mixtral and Grok-1 style"),
                        ("E", "expert_choice", 2, 0.0, "guaranteed balance"),
-                       ("F", "noisy_top_k", 2, 0.01, "exploration"))),
+                       ("F", "noisy_top_k", 2, 0.01, "noise on the scores"))),
     training={}, scales={"quick": Scale({}, 200, 1), "default": Scale({}, 2000, 1)},
     metrics=(LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "max_violation", "max_violation_batch",
              "dead_experts", "mi_excess", "byte_excess", "repetition", "weight_divergence", "token_coverage",

@@ -253,8 +253,8 @@ class Results:
         said = [f"`{name}` " + ", ".join(f"{of[state]} {state}" for state in STATES if state in of)
                 for name, of in states.items()]
         alive = next((f"`{name}`" for name in names if set(states[name]) == {"in use"}), "none")
-        return (f"**Layers at the end of all runs.** {'; '.join(said)}. The first setting with every layer in use: "
-                f"{alive}.")
+        return (f"**MoE layers at the end, of all seeds.** {'; '.join(said)}. The first setting with every layer in "
+                f"use: {alive}.")
 
     def outcome(self, claim: Claim) -> tuple[str, list]:
         """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""
