@@ -169,7 +169,7 @@ class ModelConfig:
         needed = {name: value for router in self.routers for name, value in routers.find(router).losses.items()}
         return dict.fromkeys(LOSSES, 0.0) | {"balance": self.aux_coef} | needed | self.losses
 
-    def sizes(self) -> list:
+    def dense_settings(self) -> list:
         """The settings of the dense parts, which upcycling leaves as they are."""
         names = [field.name for field in dataclasses.fields(self)]
         return [getattr(self, name) for name in names[:names.index("moe_layers")]]

@@ -74,7 +74,8 @@ class Block(Module):
         self.norm1, self.norm2 = make_norm(config, dtype), make_norm(config, dtype)
         self.attention = make_attention(config, rng, out_std, dtype)
         self.feed_forward = (MoELayer(config, router, rng, out_std, dtype) if self.is_moe else FeedForward(
-            config.d_model, config.d_ff, rng, config.activation, out_std, dtype, config.bias))
+            config.d_model, config.d_ff, rng, activation=config.activation, out_std=out_std, dtype=dtype,
+            bias=config.bias))
         self.post1, self.post2 = (make_norm(config, dtype) if config.post_norm else unchanged for _ in range(2))
 
     def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing | None]:
@@ -139,7 +140,7 @@ class Transformer(Module):
         to 1, the output at the start is that of the dense model.
         Raises ValueError unless `dense` has no MoE layers, and `config` is of the same sizes.
         """
-        if config.sizes() != dense.config.sizes() or dense.config.moe_layers or config.n_shared \
+        if config.dense_settings() != dense.config.dense_settings() or dense.config.moe_layers or config.n_shared \
                 or config.expert_width != config.d_ff:
             raise ValueError("upcycling takes a dense model and a config of the same sizes, with experts as wide as "
                              "its feed-forward layers and none shared")
@@ -224,7 +225,8 @@ class Transformer(Module):
     def _routing_terms(self, output, nats):
         """Yield (name, coefficient, mean over MoE layers) of the losses and of the routers' own penalties."""
         c, shared = self.config, cache(nats)
-        layers = [(routing, LossContext(layer.router, output.logits.shape[1], c.n_devices, c.max_devices, shared))
+        layers = [(routing, LossContext(layer.router, seq_len=output.logits.shape[1], n_devices=c.n_devices,
+                                        max_devices=c.max_devices, token_nats=shared))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
         coefficients = c.coefficients()
         wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()

@@ -20,14 +20,16 @@ class MoELayer(Module):
     """
 
     def __init__(self, config, router: str, rng: np.random.Generator, out_std: float, dtype):
-        self.router = routers.make(router, config.d_model, config.n_experts, config.top_k, rng, dtype,
+        self.router = routers.make(router, config.d_model, config.n_experts, top_k=config.top_k, seed=rng, dtype=dtype,
                                    **config.options_of(router))
         self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, activation=config.activation,
                                   backend=config.expert_backend, seed=rng, dtype=dtype, out_std=out_std,
                                   bias=config.bias)
         # n_shared experts side by side are one wider layer, always on and ungated (Dai et al. 2024, eq. 9)
-        self.shared = FeedForward(config.d_model, config.n_shared * config.expert_width, rng, config.activation,
-                                  out_std, dtype, config.bias) if config.n_shared else None
+        self.shared = None
+        if config.n_shared:
+            self.shared = FeedForward(config.d_model, config.n_shared * config.expert_width, rng, bias=config.bias,
+                                      activation=config.activation, out_std=out_std, dtype=dtype)
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
         self.change_routing: Callable[[Routing, Tensor], Routing] | None = None
 

@@ -62,7 +62,7 @@ def batch_independence(model, ids: np.ndarray) -> dict[str, Influence]:
 
 def flattery(model, ids: np.ndarray, targets: np.ndarray) -> float:
     """Loss routed on the prefix alone minus loss routed over the batch, in nats; 0 for a causal router."""
-    valid = Validation(ids, targets, np.zeros(len(ids), int), ("text",), len(ids))
+    valid = Validation(ids, targets, domain=np.zeros(len(ids), int), names=("text",), batch_size=len(ids))
     leaky, causal = (losses_and_routings(model, valid, c)[0].mean(dtype=float) for c in (False, True))
     return float(causal - leaky)
 
@@ -115,7 +115,8 @@ def alarms(model, ids: np.ndarray, targets: np.ndarray) -> list[str]:
 
 def trained(config, corpus, steps, training):
     """A model after so many training steps, and validation ids and targets (8, T) of all domains."""
-    trainer = Trainer(Transformer(config), RunPlan("probe", "probe", 0, config, training), corpus)
+    plan = RunPlan("probe", purpose="probe", seed=0, model=config, training=training)
+    trainer = Trainer(Transformer(config), plan, corpus)
     for _ in range(steps):
         trainer.advance()
     ids, targets, _ = corpus.validation(2, config.seq_len)

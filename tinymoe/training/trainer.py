@@ -73,7 +73,7 @@ class Trainer:
         c = self.plan
         return self.learn(*self.corpus.batch(self.generators["data"], c.training.batch_size, c.model.seq_len))
 
-    def look(self, folder: RunFolder):
+    def evaluate_and_save(self, folder: RunFolder):
         """Evaluate the model, add a row to the log, and save the state."""
         valid = self.validation(self.plan.training.eval_windows)
         row, routings = self.evaluate(valid)
@@ -164,13 +164,13 @@ def _train_to_the_end(trainer, folder, on_event):
 
     try:
         if not folder.resume(trainer):
-            trainer.look(folder)
+            trainer.evaluate_and_save(folder)
         elif trainer.step:
             report("resumed")
         while trainer.step < plan.training.steps:
             loss = trainer.advance()
             if trainer.step in evaluation_steps:
-                trainer.look(folder)
+                trainer.evaluate_and_save(folder)
             report("step", loss)
         final, _ = trainer.evaluate(trainer.validation(plan.training.final_windows))
     except NonFiniteLoss as error:
