@@ -99,7 +99,7 @@ def fault_of_call(function, *refusals):
         with limits():
             function()
     except refusals as error:
-        return None if str(error) and "\n" not in str(error) else f"message {error!s:.200}"
+        return None if str(error) and "\n" not in str(error) else f"message of several lines: {error!r:.200}"
     except (Late, Exception) as error:
         return where(error)
     return None
