@@ -189,8 +189,8 @@ def test_a_study_that_is_killed_at_random_moments_ends_with_the_same_bits(text, 
 
 
 @pytest.mark.skipif(os.environ.get("TINYMOE_KERNELS") == "numpy", reason="nothing is compiled")
-@pytest.mark.parametrize("target", TARGETS if LONG else ["parent", "both"])
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number, target", itertools.product(SIGNALS, TARGETS) if LONG else [
+    (signal.SIGKILL, "parent"), (signal.SIGTERM, "parent"), (signal.SIGINT, "both")])
 def test_a_signal_while_kernels_are_compiled_ends_all_that_compile(text, undisturbed, tmp_path, number, target):
     """Would have caught: Ctrl-C that prints the tracebacks of the compiling processes, and compiling processes that
     outlive their parent for a minute. In the long form, the same command then compiles and trains as if nothing was.
