@@ -164,7 +164,10 @@ def _settings(overrides):
             value = json.loads(value)
         group, _, key = name.partition(".")
         if equals and key and group in ("router", "losses"):
-            model.setdefault("router_options" if group == "router" else group, {})[key] = value
+            options = model.setdefault("router_options" if group == "router" else group, {})
+            if not isinstance(options, dict):
+                raise click.UsageError(f"--set {text}: {group} is already set as a whole, to {options}")
+            options[key] = value
         elif equals and name in known:
             known[name][name] = value
         else:

@@ -18,8 +18,8 @@ slow = pytest.mark.slow
 
 
 def start(code, root=ROOT, cwd=ROOT, **environment):
-    """A process that runs the code with tinymoe from `root`, last in its path, and without the current folder."""
-    code = f"import sys; sys.path[0] = sys.prefix; sys.path.append({str(root)!r}); {code}"
+    """A process that runs the code with tinymoe from `root`, first in its path, and without the current folder."""
+    code = f"import sys; sys.path[0] = {str(root)!r}; {code}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "XDG_", "TINYMOE_"))}
     environment = kept | {"TINYMOE_KERNELS": "numba"} | environment
     return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=environment,

@@ -129,8 +129,8 @@ def merge(routings: list[Routing]) -> Routing:
 
 def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.0) -> int:
     """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
-    exact = round(factor * n_tokens * per_token / n_experts, 9)  # 1.1 * 10 is 11.000000000000002, but means 11
-    return min(n_tokens, max(1, math.ceil(exact)))
+    exact = min(n_tokens, factor * n_tokens * per_token / n_experts)
+    return max(1, math.ceil(round(exact, 9)))  # 1.1 * 10 is 11.000000000000002, but means 11
 
 
 def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = "order") -> Routing:

@@ -100,7 +100,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("leak", "causal loss - loss routed as in training", "nats", per="row",
              of=lambda row: row[LOSS] - row["val_cross_entropy"]),
     Quantity("token_perplexity", f"causal perplexity over {TOKEN_BYTES} bytes", digits=2, per="row",
-             of=lambda row: math.exp(TOKEN_BYTES * row[LOSS])),
+             of=lambda row: math.exp(min(TOKEN_BYTES * row[LOSS], 700))),
     Quantity("excess", "causal loss above the entropy of the text", "nats", of=above_entropy, per="run"),
     Quantity("cross_entropy", "training loss", "nats"),
     # load

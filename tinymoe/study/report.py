@@ -96,7 +96,8 @@ def about(results):
     steps = sorted({run.summary["steps"] for run in results.runs})
     sizes = ", ".join(f"{name} {run.model[name]}" for name in ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff")
                       if name in run.model)
-    return (f"{len(results.groups)} settings with seeds {', '.join(map(str, seeds))}. "
+    settings = "1 setting" if len(results.groups) == 1 else f"{len(results.groups)} settings"
+    return (f"{settings} with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. "
             f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
             f"{run.model['seq_len']} bytes. Unless a setting says otherwise: {escaped(sizes)}. "
             f"Text: {escaped(', '.join(run.config['domains']))}. Words such as *causal*, *load* and *suggestive* are "
