@@ -1,14 +1,24 @@
 #!/usr/bin/env python3
 """The command line of tinymoe. Heavy imports are inside the commands, so that --help is instant."""
 
+import os
+import signal
+
+
+def _end_at_once(number, frame):
+    os.write(2, b"\nInterrupted.\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C during them is one line too
+    signal.signal(signal.SIGINT, _end_at_once)
+
 import codecs
 import contextlib
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -647,14 +657,9 @@ def _describe(machine):
 
 
 def run():
-    """The program. Ctrl-C ends it at once, also while it imports; `_train` handles Ctrl-C itself."""
+    """The program: Ctrl-C ends it at once, also while it imports; `_train` has an answer of its own."""
     signal.signal(signal.SIGINT, _end_at_once)
     main()
-
-
-def _end_at_once(number, frame):
-    os.write(2, b"\nInterrupted.\n")
-    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,6 @@ def interrupted_at(call, folder):
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-@pytest.mark.xfail(strict=True, reason="Ctrl-C while modules are imported can end in a traceback")
 def test_ctrl_c_while_the_program_starts_ends_with_one_line(tmp_path):
     """Would have caught: a traceback, or an abort of the interpreter, where Ctrl-C comes before the command begins."""
     total, rng = int(interrupted_at(0, tmp_path).stdout.split("calls:")[1]), random.Random(0)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +161,8 @@ class _Worker:
 @contextlib.contextmanager
 def _environment_of_a_worker():
     """A context in which a worker is started: it gets one thread, and Ctrl-C does not reach it while it imports."""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # when it starts, it would take the mask away
     before = os.environ.get("NUMBA_NUM_THREADS")
     os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the process loads numba
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
