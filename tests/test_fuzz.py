@@ -338,7 +338,6 @@ def test_a_flipped_bit_of_rows_is_refused_in_one_line_or_read(study, copied, nam
 # -- published weights --------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a name of a config.json enters the message with its line break")
 @pytest.mark.parametrize("kind", published.CONFIGS)
 def test_damaged_published_weights_are_refused_in_one_line(tmp_path, kind):
     """Would have caught: weights whose config asks for gigabytes before they are refused; dangling shards, and folders
