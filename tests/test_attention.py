@@ -135,7 +135,7 @@ def model(**changes):
     return m
 
 
-@pytest.mark.parametrize("changes", [pytest.param(changes, id=name, marks=[] if name in ("latent", "all") else
+@pytest.mark.parametrize("changes", [pytest.param(changes, id=name, marks=[] if name == "all" else
                                                   pytest.mark.slow) for name, changes in OPTIONS.items()])
 def test_gradients_of_the_whole(changes):
     m = model(**changes)

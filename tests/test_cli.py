@@ -122,6 +122,7 @@ def test_the_same_command_trains_nothing_again(finished, text, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("runs/*/*.json*")}
 
 
+@pytest.mark.slow
 def test_plot_only_draws_the_same_again_from_the_rows_alone(finished):
     before = snapshot(finished)
     for path in [*finished.glob("figures/*"), finished / "FINDINGS.md", finished / "summary.csv"]:
@@ -137,6 +138,7 @@ def test_a_dense_control_goes_from_end_to_end(text, tmp_path):
     assert invoke("study", "--plot-only", "--out", tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_odd_names_of_domains_reach_figures_and_findings(text, tmp_path):
     folder = tmp_path / "domains"
     folder.mkdir()
@@ -226,6 +228,7 @@ def program(*args, **settings):
     return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, args)], stderr=subprocess.PIPE, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args",
                          [["routers"], ["route", "{run}", "a\n"],
                           ["generate", "{run}", "--prompt", "\u00fc\u2014", "--length", 1],

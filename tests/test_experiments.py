@@ -43,7 +43,7 @@ def finish(experiment, corpora, out, n_seeds=2):
         train(run, corpora[experiment.text], out / "runs" / run.run_id)
 
 
-QUICKEST = "shared fine-grained dense batch".split()
+QUICKEST = "fine-grained dense".split()
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICKEST else pytest.mark.slow)

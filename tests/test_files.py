@@ -70,6 +70,7 @@ def test_any_plain_array_and_any_header_come_back(tmp_path_factory, array, order
     assert a.dtype == array.dtype and a.shape == array.shape and a.tobytes() == array.tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(rows=st.lists(st.dictionaries(st.text(), JSON)), cut=st.integers(0, 10_000))
 def test_any_rows_come_back_as_far_as_they_are_complete(tmp_path_factory, rows, cut):

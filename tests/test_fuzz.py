@@ -256,6 +256,7 @@ def commands_for(out, run, command):
             ["study", "--plot-only", "--out", out], [*command, out], [*command, out]]
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_refused_in_one_line(study, copied):
     """Would have caught: array files that lie about themselves; a header that `restore` trusts; a bad key or type in
     config.json, log.jsonl or summary.json; a link inside a run folder; text of files that reaches the terminal raw.

@@ -32,6 +32,7 @@ def chosen():
     kernels.use(before)
 
 
+@pytest.mark.slow
 def test_the_default_is_numba_where_it_is_installed():
     expected = "numba" if find_spec("numba") else "numpy"
     assert python("from tinymoe import kernels; print(kernels.active())") == expected

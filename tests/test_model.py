@@ -35,12 +35,12 @@ def model(seed=0, dtype=np.float64, scale=20, **changes):
     "changes",
     [
         dict(moe_layers=()),
-        dict(top_k=1, aux_coef=0.1),
-        dict(losses=dict(z=0.1, importance=0.1)),
         dict(router_options=dict(renormalise=False), activation="silu"),
-        dict(capacity_factor=0.75),
-        dict(router="expert_choice", top_k=1.5),
         dict(router="noisy_top_k", losses=dict(load=0.1)),
+        pytest.param(dict(top_k=1, aux_coef=0.1), marks=pytest.mark.slow),
+        pytest.param(dict(losses=dict(z=0.1, importance=0.1)), marks=pytest.mark.slow),
+        pytest.param(dict(capacity_factor=0.75), marks=pytest.mark.slow),
+        pytest.param(dict(router="expert_choice", top_k=1.5), marks=pytest.mark.slow),
     ],
 )
 def test_gradcheck_of_the_whole(changes):

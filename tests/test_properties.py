@@ -516,6 +516,7 @@ JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**7
 ROWS = st.lists(st.dictionaries(TEXT, JSON, max_size=4), max_size=4)
 
 
+@pytest.mark.slow
 @cases(100)
 @given(ROWS, st.binary(max_size=20), st.data())
 def test_rows_survive_a_file_and_a_torn_end(tmp_path_factory, rows, tail, data):

@@ -120,6 +120,7 @@ def test_a_missing_text_loses_nothing_even_with_fresh(text, tmp_path):
 # -- side by side --
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_reported_and_the_same_command_makes_it_good(text, tmp_path):
     """The bits are the same with two jobs as with one, and with any number of threads."""
     all_runs = [tiny("F"), replace(tiny("F", steps=3000, n_evaluations=1500), seed=1)]  # the second is long
@@ -261,6 +262,7 @@ def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(t
     assert list(failures) == ["F-seed1"] and len(list(tmp_path.glob("runs/*/summary.json"))) == 3
 
 
+@pytest.mark.slow
 def test_workers_know_the_users_routers(text, tmp_path):
     path, model = own_router(tmp_path, 2)
     run_folder.load_imports((path,))
@@ -305,7 +307,8 @@ def test_a_damaged_header_is_one_line_with_two_jobs_too(text, tmp_path):
     assert study.run_study(all_runs, tmp_path, text, jobs=2) == {}
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_study_whose_folder_vanishes_says_so(text, tmp_path, jobs):
     def vanish(event):
         if event.kind == "done":

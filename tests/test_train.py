@@ -398,7 +398,8 @@ def weights_of(folder):
     return {name: p.data.tobytes() for name, p in run_folder.load_model(folder).parameters().items()}
 
 
-@pytest.mark.parametrize("every", [16, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [16, 1])
 def test_a_checkpoint_with_a_flipped_bit_has_the_right_weights_or_is_refused(smallest, tmp_path, every):
     content, right, refused = (smallest[2] / "checkpoint.npz").read_bytes(), weights_of(smallest[2]), 0
     for damaged in itertools.islice(flipped(content), 0, None, every):

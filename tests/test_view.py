@@ -256,6 +256,7 @@ def shown(run, tmp_path):
     return json.loads(html.unescape(re.search(r'<pre [^>]*id="result">(.*?)</pre>', dom, re.S)[1])), data_of(page)
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(shown, run):
     got, data = shown
     assert got["errors"] == [] and got["resources"] == 0 and got["reachable"]
