@@ -15,7 +15,7 @@ import tinymoe as tm
 from tinymoe import files, kernels
 from tinymoe.experiments import STUDY, Scale
 from tinymoe.tools import view
-from tinymoe.training import plan, run_folder
+from tinymoe.training import evaluation, plan, run_folder
 from tinymoe.training import trainer as t
 from tinymoe.training.data import load_corpus
 
@@ -718,3 +718,15 @@ def test_training_settings_that_make_no_run(bad):
     (name, value), = bad.items()
     with pytest.raises(ValueError, match=f"{name} .*{value}"):
         plan.TrainConfig(**bad)
+
+
+def test_a_loss_is_the_mean_over_domains_and_is_kept_by_stretches_of_text():
+    """Three windows of domain a at 1, 2 and 3 nats, one of domain b at 6: the mean is (2 + 6) / 2 = 4, not 12 / 4."""
+    nats = np.array([1.0, 6.0, 2.0, 3.0])[:, None] * np.ones((1, 5))
+    ids = np.zeros((4, 5), int)
+    valid = evaluation.Validation(ids, ids, np.array([0, 1, 0, 0]), ("a", "b"), 2)
+    assert evaluation._loss_numbers("val", nats, valid)["val_cross_entropy"] == 4
+    assert evaluation.losses_by_part(nats, valid) == {"a": [1, 2, 3], "b": [6]}
+    many = evaluation.Validation(np.zeros((50, 1)), None, np.zeros(50, int), ("a",), 2)
+    parts = evaluation.losses_by_part(np.arange(50.0)[:, None], many)["a"]
+    assert len(parts) == evaluation.PARTS and parts[:3] == [1, 4, 6.5]  # windows 0 to 2, 3 to 5, 6 and 7

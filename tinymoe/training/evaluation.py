@@ -13,6 +13,7 @@ from ..moe.routing import merge
 MEASURED = ("load_cv", "max_violation", "load_entropy", "dead_experts", "router_entropy", "marginal_entropy",
             "drop_rate", "token_coverage")  # metrics of a row that need the routing alone
 RECORDED = 2  # windows of each domain whose routings are saved at every evaluation
+PARTS = 24  # into which the validation windows of a domain are cut, see losses_by_part
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ def losses_and_routings(model, valid: Validation, causal: bool):
 
 
 def evaluate(model, valid: Validation, initial_divergence):
-    """(row, routings): the validation part of a row in log.jsonl, ready for JSON, and the routings that it describes.
+    """(row, routings, nats): the validation part of a row in log.jsonl, ready for JSON; the routings that it describes;
+    and the causal loss of each byte, (W, T).
 
     val_*: routed as in training. causal_*: routed on the prefix alone, which is the number to quote for a language
-    model; both are equal if every layer is causal. initial_divergence: of the weights, for each MoE layer.
+    model; both are equal if every layer is causal. A loss is the mean over the domains, which training draws equally
+    often, of the mean over their bytes. initial_divergence: of the weights, for each MoE layer.
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     causal_nats = nats if model.causal else losses_and_routings(model, valid, causal=True)[0]
@@ -55,7 +58,17 @@ def evaluate(model, valid: Validation, initial_divergence):
            "validation_tokens": int(nats.size),
            "layers": [{"layer": i, "weight_divergence": value, **layer_numbers(routings, valid)}
                       for i, routings, value in zip(model.config.moe_layers, by_layer, divergence)]}
-    return row, by_layer
+    return row, by_layer, causal_nats
+
+
+def losses_by_part(nats, valid: Validation) -> dict:
+    """{domain: losses}: the mean loss of each of PARTS equal stretches of the domain's validation windows, in order.
+
+    Neighbouring windows are alike, so a bootstrap over the text draws stretches and not windows.
+    """
+    by_domain = [nats[valid.domain == d] for d in range(len(valid.names))]
+    return {name: [round(float(part.mean(dtype=float)), 5) for part in np.array_split(windows, PARTS) if len(part)]
+            for name, windows in zip(valid.names, by_domain)}
 
 
 def snapshot(ids, domain, by_layer) -> dict:
@@ -79,8 +92,8 @@ def first_windows(valid: Validation, by_layer) -> dict:
 
 
 def _loss_numbers(prefix, nats, valid):
-    mean = float(nats.mean(dtype=float))
     by_domain = {name: float(nats[valid.domain == d].mean(dtype=float)) for d, name in enumerate(valid.names)}
+    mean = float(np.mean(list(by_domain.values())))
     return {f"{prefix}_cross_entropy": mean, f"{prefix}_perplexity": float(np.exp(mean)),
             f"{prefix}_bits_per_byte": float(mean / np.log(2)), f"{prefix}_by_domain": by_domain}
 

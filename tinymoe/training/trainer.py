@@ -10,7 +10,7 @@ import numpy as np
 from .. import kernels
 from ..files import load_arrays_into
 from ..moe import metrics
-from .evaluation import Validation, evaluate, first_windows
+from .evaluation import Validation, evaluate, first_windows, losses_by_part
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 from .plan import Event, RunPlan
 from .run_folder import RunError, RunFolder, describe, first_model, machine
@@ -76,7 +76,7 @@ class Trainer:
     def evaluate_and_save(self, folder: RunFolder):
         """Evaluate the model, add a row to the log, and save the state."""
         valid = self.validation(self.plan.training.eval_windows)
-        row, routings = self.evaluate(valid)
+        row, routings, _ = self.evaluate(valid)
         warnings = []
         for part, numbers in zip(self.model.moe_parts(), row["layers"]):
             warnings += metrics.alarms(numbers["layer"], numbers["load"], row["validation_tokens"],
@@ -101,14 +101,14 @@ class Trainer:
 
     @np.errstate(all="ignore")
     def evaluate(self, valid: Validation):
-        """(row, routings) as evaluation.evaluate returns them. Raises NonFiniteLoss."""
-        row, routings = evaluate(self.model, valid, self.initial_divergence)
+        """(row, routings, nats) as evaluation.evaluate returns them. Raises NonFiniteLoss."""
+        measured = evaluate(self.model, valid, self.initial_divergence)
         try:
-            json.dumps(row, allow_nan=False)
+            json.dumps(measured[0], allow_nan=False)
         except ValueError:
             layer = self.model.first_nonfinite(valid.ids) or "the loss"
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
-        return row, routings
+        return measured
 
     def arrays(self) -> dict:
         """Every array of the state, by name: weights p/..., and the moments m/... and v/... of the optimizer."""
@@ -172,12 +172,14 @@ def _train_to_the_end(trainer, folder, on_event):
             if trainer.step in evaluation_steps:
                 trainer.evaluate_and_save(folder)
             report("step", loss)
-        final, _ = trainer.evaluate(trainer.validation(plan.training.final_windows))
+        valid = trainer.validation(plan.training.final_windows)
+        final, _, nats = trainer.evaluate(valid)
     except NonFiniteLoss as error:
         folder.end("failure.json", {"run_id": plan.run_id, **vars(error)})
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
-               "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final}}
+               "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final},
+               "causal_by_part": losses_by_part(nats, valid)}
     if plan.measure:
         summary["measured"] = plan.measure(trainer)
     folder.end("summary.json", summary)
