@@ -84,11 +84,13 @@ def _refusing(*errors, usage=False, about=""):
 
 
 def _table(columns, rows):
-    """Print rows of cells as they come. columns: {heading: format of its cells, such as "9.1f" or "<8"}."""
+    """Print rows of cells as they come; a dash for None. columns: {heading: format of its cells, "9.1f" or "<8"}."""
     headings = [re.sub(r"^\+?(\d+).*", r">\1", cell) for cell in columns.values()]  # without digits and types
     click.echo("  ".join(map(format, columns, headings)).rstrip())
     for row in rows:
-        click.echo("  ".join(map(format, row, columns.values())).rstrip())
+        cells = (format("-", heading) if cell is None else format(cell, form)
+                 for cell, heading, form in zip(row, headings, columns.values()))
+        click.echo("  ".join(cells).rstrip())
 
 
 def _print_version(context, option, asked):
@@ -608,45 +610,69 @@ def gradcheck(only):
         raise SystemExit(1)
 
 
+def _sizes(context, option, values):
+    """Each N,D,E,K as keyword arguments of ExpertBank.benchmark."""
+    found = [re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)", value) for value in values]
+    for value, match in zip(values, found):
+        if not match or 0 in (numbers := list(map(int, match.groups()))) or numbers[3] > numbers[2]:
+            raise click.BadParameter(f"{value!r} is not N,D,E,K (four whole numbers above 0, K at most E)")
+    return [dict(zip(("n_tokens", "d_model", "n_experts", "top_k"), map(int, match.groups()))) for match in found]
+
+
 @main.command()
 @click.option("--quick", is_flag=True, help="The two smallest sizes of the expert backends, and no scaling.")
 @click.option("--profile", is_flag=True, help="Only the training step, operation by operation.")
+@click.option("--sizes", multiple=True, callback=_sizes, metavar="N,D,E,K",
+              help="Only the expert backends, at N tokens, width D, E experts, K a token. Repeatable.")
+@click.option("--threads", type=COUNT, help="Threads of the kernels.  [default: one for each core]")
 @click.option("--repeats", type=COUNT, default=7, help="Timings of each number; the median counts.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line, instead of tables.")
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 @_refusing(OSError)
-def bench(quick, profile, repeats, out):
-    """Time experts, a training step three ways, and how both scale."""
+def bench(quick, profile, sizes, threads, repeats, as_json, out):
+    """Time experts, a training step and how both scale; PyTorch too, where it is installed."""
     from tinymoe.tools import bench as b
 
     def measured(name, rows, columns, draw=None):
         """Print these columns of the rows as they come; write them, draw them and return them."""
         shown, kept = itertools.tee(rows)
-        click.echo()
-        _table(columns, ([row[key] for key in columns] for row in shown))
-        rows = list(kept)
-        b.write(out, name, rows)
+        if not as_json:
+            click.echo()
+            _table(columns, ([row[key] for key in columns] for row in shown))
+        rows = b.write(out, name, kept)
+        if as_json:
+            click.echo("\n".join(json.dumps({"table": name} | row) for row in rows))
         if draw:
             draw(rows, out / f"{name}.png")
         return rows
 
-    click.echo(f"compiled in {b.kernels.compile_all('float32'):.1f} s (kept for the next time); "
-               f"{_describe(b.machine())}")
+    if warning := b.busy():
+        _say(f"Warning: {warning}", code=0)
+    if threads:
+        with _refusing(ValueError, usage=True, about="--threads: "):
+            b.kernels.set_threads(threads)
+    compiled = b.kernels.compile_all("float32")
+    if not as_json:
+        click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {_describe(b.machine())}")
     if not profile:
-        rows = measured("ladder", b.ladder(b.LADDER[:2] if quick else b.LADDER, repeats), {
+        rows = measured("ladder", b.ladder(sizes or (b.LADDER[:2] if quick else b.LADDER), repeats), {
             "n_tokens": "8", "d_model": "7", "n_experts": "9", "top_k": "5", "backend": "<8", "pass": "<18",
             "first_ms": "9.1f", "ms": "9.2f", "relative": "8.3f", "difference": "10.1e"}, b.draw_ladder)
-        if max(row["difference"] for row in rows) > 1e-3:
+        if max(row["difference"] or 0 for row in rows) > 1e-3:
             raise click.ClickException("the backends disagree: see the column difference")
+    if not (profile or sizes):
         measured("step", b.three_ways(repeats=repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
-    peak = b.sgemm_gflops()
-    rows = [row | {"sgemm_gflops": peak, "sgemm_threads": b.kernels.get_threads()}
-            for row in b.step_profile(repeats=3 * repeats)]
-    measured("profile", rows, {"operation": "<28", "calls": "6.0f", "ms": "9.2f", "share": "6.1%",
-                               "gflops": "8.1f", "sgemm_gflops": "12.0f"}, b.draw_profile)
-    if not (profile or quick):
+    if not sizes:
+        peak = b.sgemm_gflops()
+        rows = [row | {"sgemm_gflops": peak, "sgemm_threads": b.kernels.get_threads()}
+                for row in b.step_profile(repeats=3 * repeats)]
+        measured("profile", rows, {"operation": "<28", "calls": "6.0f", "ms": "9.2f", "share": "6.1%",
+                                   "gflops": "8.1f", "sgemm_gflops": "12.0f"}, b.draw_profile)
+    if not (profile or quick or sizes):
         measured("scaling", b.scaling(repeats=repeats),
                  {"against": "<10", "value": "6g", "ms": "9.1f", "relative": "8.2f"}, b.draw_scaling)
-    click.echo(f"\nrows and figures in {out}")
+    if not as_json:
+        click.echo(f"\nrows and figures in {out}")
 
 
 def _describe(machine):

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+import cli
 from tinymoe import kernels
 from tinymoe.model.transformer import ModelConfig
 from tinymoe.tools import bench
@@ -66,6 +68,55 @@ def test_scaling_is_relative_to_the_first_of_each_scan(tmp_path):
 
 
 def test_rows_say_where_they_were_measured(tmp_path):
-    path = bench.write(tmp_path, "profile", [{"ms": 1.0}])
-    row = json.loads(path.read_text())
-    assert row["threads"] == kernels.get_threads() and row["processor"] and row["versions"]["numpy"] == np.__version__
+    rows = bench.write(tmp_path, "profile", [{"ms": 1.0}])
+    row = json.loads((tmp_path / "profile.jsonl").read_text())
+    assert rows == [row] and row["threads"] == kernels.get_threads() and row["load"] >= 0
+    assert row["processor"] and row["versions"]["numpy"] == np.__version__
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, ["bench", "--repeats", "1", *map(str, arguments)])
+
+
+def test_the_command_times_the_sizes_that_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "pytorch", lambda repeats, layers=(), **_: [5.0] * len(layers))  # as if it were there
+    shown = run("--sizes", "16,4,2,1", "--sizes", "24,4,3,2", "--out", tmp_path)
+    assert shown.exit_code == 0, shown.output
+    assert "PyTorch" in shown.output and (tmp_path / "ladder.png").exists() and not (tmp_path / "step.jsonl").exists()
+    rows = [json.loads(line) for line in (tmp_path / "ladder.jsonl").read_text().splitlines()]
+    assert {(row["n_tokens"], row["n_experts"]) for row in rows} == {(16, 2), (24, 3)}
+    assert {row["relative"] for row in rows if row["backend"] == "naive"} == {1}
+    printed = run("--sizes", "16,4,2,1", "--json", "--out", tmp_path).output.splitlines()
+    assert [json.loads(line)["table"] for line in printed] == ["ladder"] * len(printed)
+
+
+@pytest.mark.parametrize("size", ["16,4,2", "16,4,2,3", "0,4,2,1", "a,b,c,d"])
+def test_an_impossible_size_is_wrong_usage(tmp_path, size):
+    shown = run("--sizes", size, "--out", tmp_path)
+    assert shown.exit_code == 2 and f"'{size}' is not N,D,E,K" in shown.output
+
+
+def test_the_number_of_threads_is_checked(tmp_path):
+    shown = run("--sizes", "16,4,2,1", "--threads", 10**6, "--out", tmp_path)
+    assert shown.exit_code == 2 and "the number of cores" in shown.output
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (9.5, 0, 0))
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 8)
+    assert bench.busy().startswith("load 9.5 on 8 cores")
+    monkeypatch.setattr(bench.os, "cpu_count", lambda: 10)
+    assert bench.busy() == ""
+
+
+def test_pytorch_is_asked_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """A stand-in for the program and for PyTorch: it answers with the number of cases that it reads."""
+    program = tmp_path / "bench_pytorch.py"
+    program.write_text("import json, sys; c = json.load(sys.stdin); print([len(c['layers']), c['steps'][0]['d_ff']])")
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert bench.pytorch(1) == []
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name)
+    assert bench.pytorch(1, layers=[{}, {}], steps=[SMALL]) == [2, 16]
+    program.write_text("raise SystemExit(1)")
+    assert bench.pytorch(1) == []

@@ -6,6 +6,11 @@ profile of a step is a mean over steps.
 """
 
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 import time
 from operator import itemgetter
 from pathlib import Path
@@ -26,14 +31,44 @@ from ..training.run_folder import machine
 DEFAULT = ModelConfig()
 LADDER = tuple(dict(n_tokens=n, d_model=d, n_experts=e, top_k=k) for n, d, e, k in (  # d_ff is 4 d_model
     (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4)))
+PYTORCH = "PyTorch"  # the name of its rows
+
+
+def busy() -> str:
+    """A warning where more is running than the machine has cores; "" where all is well."""
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    return f"load {load:.1f} on {cores} cores: other programs are running, so these times mean nothing" \
+        if load > cores else ""
 
 
 def ladder(sizes=LADDER, repeats=5):
-    """Yield the rows of ExpertBank.benchmark for each size: the Python loop for the first alone, numba where chosen."""
+    """Yield the rows of ExpertBank.benchmark for each size: the Python loop for the first alone, numba where chosen.
+
+    Where PyTorch is installed, it has a row for each size. "relative" is to the naive backend.
+    """
     backends = [name for name in BACKENDS if name != "numba" or kernels.active() == "numba"]
     for size in sizes:
-        yield from ExpertBank.benchmark(**size, backends=backends, repeats=repeats)
+        rows = ExpertBank.benchmark(**size, backends=backends, repeats=repeats)
+        rows += [rows[-1] | {"backend": PYTORCH, "ms": ms, "difference": None, "first_ms": None, "min_ms": None}
+                 for ms in pytorch(repeats, layers=[size])]
+        naive = {row["pass"]: row["ms"] for row in rows if row["backend"] == "naive"}
+        yield from (row | {"relative": row["ms"] / naive[row["pass"]]} for row in rows)
         backends = [name for name in backends if name != "loop"]
+
+
+def pytorch(repeats, layers=(), steps=(), batch_size=8) -> list[float]:
+    """Milliseconds of these layers and of a training step of these ModelConfigs in PyTorch; [] if it is not installed.
+
+    It runs in a process of its own, on as many threads as the kernels use; a failure there is printed, and gives [].
+    """
+    if importlib.util.find_spec("torch") is None:
+        return []
+    configs = [config.to_dict() | {"d_ff": config.expert_width} for config in steps]
+    asked = {"threads": kernels.get_threads(), "repeats": repeats, "layers": list(layers), "steps": configs,
+             "batch_size": batch_size}
+    program = Path(__file__).with_name("bench_pytorch.py")
+    done = subprocess.run([sys.executable, program], input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else []
 
 
 def training_step(config, batch_size=8, seed=0):
@@ -61,7 +96,7 @@ def three_ways(config=DEFAULT, batch_size=8, repeats=7):
     """Rows {"step", "kernels", "expert_backend", "ms", "relative"} of one training step, relative to naive experts.
 
     Naive experts run each expert on every token; their other kernels are NumPy's. The numba kernels take part where
-    they are chosen. The choice of kernels is the same afterwards.
+    they are chosen, and PyTorch where it is installed. The choice of kernels is the same afterwards.
     """
     before = kernels.active()
     ways = {step: way for step, way in WAYS.items() if way[0] in ("numpy", before)}
@@ -71,6 +106,8 @@ def three_ways(config=DEFAULT, batch_size=8, repeats=7):
         ms = _medians(steps, repeats, prepare=lambda step: kernels.use(ways[step][0]))
     finally:
         kernels.use(before)
+    for ms[PYTORCH] in pytorch(repeats, steps=[config], batch_size=batch_size):
+        ways[PYTORCH] = PYTORCH, PYTORCH
     return [{"step": step, "kernels": name, "expert_backend": backend, "ms": ms[step],
              "relative": ms[step] / ms["naive experts"]} for step, (name, backend) in ways.items()]
 
@@ -192,16 +229,18 @@ def draw_ladder(rows, path):
     sizes = list(dict.fromkeys(map(size_of, rows)))
 
     def draw(fig, axes):
-        for i, (backend, hatch) in enumerate(zip(BACKENDS, ("..", "//", "\\\\", ""))):
+        for i, (backend, hatch) in enumerate(zip((*BACKENDS, PYTORCH), ("..", "//", "\\\\", "", "xx"))):
             mine = {sizes.index(size_of(row)): row["ms"] for row in rows if row["backend"] == backend}
-            bars = axes.bar([place + 0.2 * (i - 1.5) for place in mine], mine.values(), 0.18, label=backend,
+            if not mine:
+                continue
+            bars = axes.bar([place + 0.17 * (i - 2) for place in mine], mine.values(), 0.15, label=backend,
                             color=COLOURS[i], hatch=hatch, edgecolor="white", linewidth=0.5)
             axes.bar_label(bars, fmt="{:.3g}", fontsize=6, padding=1)
         axes.set(yscale="log", ylabel="forward + backward (ms)", xticks=range(len(sizes)),
                  xticklabels=[f"N {n}, D {d}\nE {e}, K {k}" for n, d, e, k in sizes])
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.12)
-        fig.legend(loc="outside upper center", ncols=4)
+        fig.legend(loc="outside upper center", ncols=5)
 
     _figure(path, 2.8, 1, draw)
 
@@ -247,7 +286,8 @@ def draw_scaling(rows, path):
 
 
 def write(out, name, rows):
-    """Write rows to out/NAME.jsonl, each with the machine it was measured on; return the path."""
-    path, where = Path(out) / f"{name}.jsonl", machine()
-    write_rows(path, [row | where for row in rows])
-    return path
+    """Write rows to out/NAME.jsonl, each with the machine it was measured on and its load; return the rows."""
+    where = machine() | {"load": os.getloadavg()[0]}
+    rows = [row | where for row in rows]
+    write_rows(Path(out) / f"{name}.jsonl", rows)
+    return rows
