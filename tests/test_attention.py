@@ -125,7 +125,7 @@ OPTIONS = {
                                 latent_eps=.2),
     "two tokens ahead": dict(mtp_coef=.3),
     "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True, tied=True, post_norm=True,
-                mtp_coef=.3, n_shared=1)}
+                mtp_coef=.3, n_shared=1, d_shared=3, shared_gate=True)}
 
 
 def model(**changes):

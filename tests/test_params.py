@@ -56,6 +56,7 @@ def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
         dict(),
         dict(moe_layers=()),
         dict(top_k=1, n_shared=2, d_expert=3),
+        dict(n_shared=2, d_shared=5, shared_gate=True),
         dict(moe_layers=(0, 1)),
         dict(router="noisy_top_k"),
         dict(activation="swiglu"),

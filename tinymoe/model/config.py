@@ -58,7 +58,9 @@ class ModelConfig:
     moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
     d_expert: int | None = setting(None, "hidden width of an expert; by default d_ff", WHOLE.or_none())
-    n_shared: int = setting(0, "further experts that serve every token, ungated", COUNT)
+    n_shared: int = setting(0, "further experts that serve every token", COUNT)
+    d_shared: int | None = setting(None, "hidden width of a shared expert; by default d_expert", WHOLE.or_none())
+    shared_gate: bool = setting(False, "multiply the shared experts by sigmoid(x w), as Qwen2-MoE does", FLAG)
     router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
                                    OPTIONS.or_none())
@@ -110,6 +112,8 @@ class ModelConfig:
         """Check the settings of experts, losses and devices together."""
         self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
         self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
+        for name in ("d_shared", "shared_gate"):
+            self._refuse(name, getattr(self, name) and not self.n_shared, "left out where n_shared is 0")
         for name, coefficient in self.losses.items():
             if name == "balance" or name not in LOSSES:
                 known = ", ".join(one for one in LOSSES if one != "balance")
@@ -147,6 +151,11 @@ class ModelConfig:
     def expert_width(self) -> int:
         """The hidden width of an expert."""
         return self.d_expert or self.d_ff
+
+    @property
+    def shared_width(self) -> int:
+        """The hidden width of all shared experts together."""
+        return self.n_shared * (self.d_shared or self.expert_width)
 
     @property
     def routers(self) -> tuple[str, ...]:
