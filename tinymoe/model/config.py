@@ -13,6 +13,8 @@ from ..moe.routing import DROP_POLICIES
 from ..moe.settings import COUNT, DEPTH, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting
 from .former import current
 
+BIASES = ("none", "qkv", "all")
+QK_NORM = Check(lambda value: FLAG.fits(value) or value == "head", 'true, false or "head"')
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
               "a list of names")
@@ -48,7 +50,10 @@ class ModelConfig:
     attention: str = setting("multi_head", "multi_head, or latent (DeepSeek-V2)", one_of("multi_head", "latent"))
     head_dim: int | None = setting(None, "width of a head; by default d_model / n_heads", WHOLE.or_none())
     n_kv_heads: int | None = setting(None, "heads of keys and values; by default n_heads", WHOLE.or_none())
-    qk_norm: bool = setting(False, "RMS-normalise queries and keys", FLAG)
+    qk_norm: bool | str = setting(False, "RMS-normalise queries and keys: true, all heads at once; \"head\", each head",
+                                  QK_NORM)
+    attention_bias: str | None = setting(None, "biases of attention: none, qkv, or all (qkv and output); by default "
+                                         "all where bias is true", one_of(*BIASES).or_none())
     q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
     kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
     rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
@@ -105,7 +110,7 @@ class ModelConfig:
                      f"a divisor of n_heads {self.n_heads}, or None")
         self._refuse("positions", self.positions == "rotary" and not latent and head % 2,
                      f"learned where a head has an odd number of entries ({head})")
-        for name in ("n_kv_heads", "qk_norm"):
+        for name in ("n_kv_heads", "qk_norm", "attention_bias"):
             self._refuse(name, getattr(self, name) and latent, "left out with latent attention")
 
     def _check_mixture(self):
@@ -141,6 +146,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """The width of an attention head, without its rotary part in latent attention."""
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def attention_biases(self) -> str:
+        """The linear layers of attention that have a bias: none, qkv or all."""
+        return self.attention_bias or ("all" if self.bias and self.attention != "latent" else "none")
 
     @property
     def learned_positions(self) -> bool:

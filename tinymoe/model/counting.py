@@ -68,7 +68,8 @@ def _attention(c):
         v = c.v_dim or d
         queries = (D + H * (d + c.rope_dim)) * c.q_rank if c.q_rank else D * H * (d + c.rope_dim)
         return queries + D * (c.kv_rank + c.rope_dim) + c.kv_rank * H * (d + v) + H * v * D, c.q_rank + c.kv_rank
-    biases, norms = d * (H + 2 * G) + D if c.bias else 0, d * (H + G) if c.qk_norm else 0
+    biases = {"none": 0, "qkv": d * (H + 2 * G), "all": d * (H + 2 * G) + D}[c.attention_biases]
+    norms = d * (2 if c.qk_norm == "head" else H + G) if c.qk_norm else 0
     return D * d * (2 * H + 2 * G), biases + norms
 
 
