@@ -436,7 +436,8 @@ def options(imports):
 def params(model, context, width):
     """Count a model's parameters, FLOPs and memory, part by part.
 
-    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, deepseek-v3. A file: a published config.json, or that of a run.
+    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, deepseek-v3, in upper or lower case.
+    A file: a published config.json, or that of a run.
 
     Active parameters are those that one token uses, embedding and head included. FLOPs are those of the forward pass of
     one token: two for each active weight of a matrix product, and attention over --context positions.
@@ -444,7 +445,7 @@ def params(model, context, width):
     from tinymoe.files import read_json
     from tinymoe.model import counting
     with _refusing(OSError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, about=f"{model}: "):
-        config = counting.PRESETS.get(model)
+        config = counting.PRESETS.get(model.lower())
         if config is None:
             if not Path(model).exists():
                 raise ValueError(f"no file, and no preset: choose one of {', '.join(counting.PRESETS)}")

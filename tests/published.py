@@ -1,5 +1,4 @@
-"""Oracle for interop: small Mixtral, OLMoE and DeepSeek-V3 models under their published names, from the papers'
-equations.
+"""Oracle for interop: small models of published families under their published names, from the papers' equations.
 
 Imports only numpy. `tensors` draws weights, `logits` computes the forward pass in float64, a token and an expert at
 a time.
@@ -18,6 +17,20 @@ CONFIGS = {
         "num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False, "max_position_embeddings": 12,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "clip_qkv": None,
         "tie_word_embeddings": False},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "vocab_size": 13, "hidden_size": 16,
+        "intermediate_size": 9, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 11,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 5,
+        "num_experts_per_tok": 2, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [1],
+        "max_position_embeddings": 12, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False,
+        "sliding_window": 4, "max_window_layers": 21, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 13, "hidden_size": 16,
+        "intermediate_size": 9, "moe_intermediate_size": 6, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "decoder_sparse_step": 2, "mlp_only_layers": [], "max_position_embeddings": 12, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "rope_scaling": None, "attention_bias": False, "use_sliding_window": False,
+        "sliding_window": None, "max_window_layers": 48, "tie_word_embeddings": False},
     "deepseek_v3": {
         "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 13, "hidden_size": 16,
         "intermediate_size": 10, "moe_intermediate_size": 6, "num_hidden_layers": 3, "first_k_dense_replace": 1,
@@ -70,11 +83,23 @@ def shapes(c):
                 a + "o_proj.weight": (D, H * d)}
         if kind == "olmoe":
             out |= {a + "q_norm.weight": (H * d,), a + "k_norm.weight": (G * d,)}
-        E = c["num_experts" if kind == "olmoe" else "num_local_experts"]
-        m = p + ("mlp." if kind == "olmoe" else "block_sparse_moe.")
+        if kind == "qwen3_moe":
+            out |= {a + "q_norm.weight": (d,), a + "k_norm.weight": (d,)}
+        if kind == "qwen2_moe" and c.get("qkv_bias", True) or kind == "qwen3_moe" and c["attention_bias"]:
+            out |= {a + "q_proj.bias": (H * d,), a + "k_proj.bias": (G * d,), a + "v_proj.bias": (G * d,)}
+            out |= {a + "o_proj.bias": (D,)} if kind == "qwen3_moe" else {}
+        if kind.startswith("qwen") and (i in c["mlp_only_layers"] or (i + 1) % c["decoder_sparse_step"]):
+            mlp(p + "mlp.", c["intermediate_size"])
+            continue
+        E = c["num_local_experts" if kind == "mixtral" else "num_experts"]
+        m = p + ("block_sparse_moe." if kind == "mixtral" else "mlp.")
         out[m + "gate.weight"] = (E, D)
         for e in range(E):
-            mlp(f"{m}experts.{e}.", c["intermediate_size"], *([] if kind == "olmoe" else [("w1", "w3", "w2")]))
+            mlp(f"{m}experts.{e}.", c.get("moe_intermediate_size") or c["intermediate_size"],
+                *([("w1", "w3", "w2")] if kind == "mixtral" else []))
+        if kind == "qwen2_moe":
+            mlp(m + "shared_expert.", c["shared_expert_intermediate_size"])
+            out[m + "shared_expert_gate.weight"] = (1, D)
     out |= {"model.embed_tokens.weight": (c["vocab_size"], D), "model.norm.weight": (D,)}
     return out if c["tie_word_embeddings"] else out | {"lm_head.weight": (c["vocab_size"], D)}
 
@@ -119,14 +144,18 @@ def attend(q, k, v):
 
 
 def grouped_attention(c, w, x):
-    """Mixtral and OLMoE; OLMoE normalises all queries and all keys of a token."""
+    """All but DeepSeek-V3. OLMoE normalises all queries and all keys of a token, Qwen3 those of each head."""
     T, H, G, d = (
         len(x),
         c["num_attention_heads"],
         c["num_key_value_heads"],
         len(w["q_proj.weight"]) // c["num_attention_heads"],
     )
-    q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
+    q, k, v = (x @ w[f"{name}_proj.weight"].T + w.get(f"{name}_proj.bias", 0) for name in "qkv")
+    if c["model_type"] == "qwen3_moe":
+        q, k = (np.array([np.concatenate([norm(head, w[f"{name}_norm.weight"], c["rms_norm_eps"])
+                                          for head in row.reshape(-1, d)]) for row in z])
+                for z, name in ((q, "q"), (k, "k")))
     if c["model_type"] == "olmoe":
         q, k = (norm(z, w[f"{name}_norm.weight"], c["rms_norm_eps"]) for z, name in ((q, "q"), (k, "k")))
     q, k = (
@@ -134,7 +163,7 @@ def grouped_attention(c, w, x):
         for z in (q, k)
     )
     k, v = (z.reshape(T, G, d).repeat(H // G, axis=1) for z in (k, v))
-    return attend(q, k, v) @ w["o_proj.weight"].T
+    return attend(q, k, v) @ w["o_proj.weight"].T + w.get("o_proj.bias", 0)
 
 
 def latent_attention(c, w, x):
@@ -186,6 +215,8 @@ def feed_forward(c, w, x):
         return mlp(w, "", x)
     names = [("w1", "w3", "w2")] if c["model_type"] == "mixtral" else []
     y = sum(g * mlp(w, f"experts.{e}.", x, *names) for e, g in gates(c, w, x).items())
+    if c["model_type"] == "qwen2_moe":
+        return y + mlp(w, "shared_expert.", x) / (1 + np.exp(-(w["shared_expert_gate.weight"] @ x)))
     return y + mlp(w, "shared_experts.", x) if c.get("n_shared_experts") else y
 
 

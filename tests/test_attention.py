@@ -63,14 +63,17 @@ def test_a_product_of_turned_vectors_depends_on_their_distance_alone():
 # -- layers against loops -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("H, G, d, rotary, qk_norm",
-                         [(4, 4, 2, False, False), (4, 2, 2, True, False), (4, 1, 6, True, True)])
+                         [(4, 4, 2, False, False), (4, 2, 2, True, False), (4, 1, 6, True, True),
+                          (4, 2, 4, True, "head")])
 def test_grouped_attention_against_a_loop(H, G, d, rotary, qk_norm):
     layer = decided(CausalSelfAttention(D, H, np.random.default_rng(0), dtype=np.float64, n_kv_heads=G, head_dim=d,
-                                        bias=False,
-                                        rotary=rotary, qk_norm=qk_norm))
+                                        biases="none", rotary=rotary, qk_norm=qk_norm))
     x = states(B, T, D)
     q, k, v = (x @ w.weight.data for w in (layer.query, layer.key, layer.value))
-    if qk_norm:
+    if qk_norm == "head":  # each run of d numbers by itself
+        q, k = (np.concatenate([rms(z[..., i:i + d], norm.weight.data) for i in range(0, z.shape[-1], d)], axis=-1)
+                for z, norm in ((q, layer.query_norm), (k, layer.key_norm)))
+    elif qk_norm:
         q, k = rms(q, layer.query_norm.weight.data), rms(k, layer.key_norm.weight.data)
     out = np.zeros((B, T, H * d))
     for b in range(B):
@@ -105,6 +108,19 @@ def test_latent_attention_against_a_loop(q_rank):
     assert gradcheck(lambda x, *_: layer(x), Tensor(x), *layer.parameters().values())
 
 
+@pytest.mark.parametrize("biases, those", [("none", []), ("qkv", ["query", "key", "value"]),
+                                           ("all", ["query", "key", "value", "out"])])
+def test_biases_of_attention(biases, those):
+    layer = CausalSelfAttention(4, 2, np.random.default_rng(0), biases=biases)
+    assert [name.removesuffix(".bias") for name in layer.parameters() if name.endswith("bias")] == those
+    changed = ModelConfig(**SMALL | dict(attention_bias=biases, bias=False))
+    assert changed.attention_biases == biases
+    assert ModelConfig(**SMALL).attention_biases == "all"
+    assert ModelConfig(**SMALL, bias=False).attention_biases == "none"
+    with pytest.raises(ValueError, match="attention_bias .* left out with latent"):
+        ModelConfig(**SMALL | dict(attention="latent", attention_bias=biases))
+
+
 @pytest.mark.parametrize("n_heads, options, message", [(3, {}, "n_heads 3"), (4, dict(n_kv_heads=3), "n_kv_heads 3")])
 def test_heads_must_fit(n_heads, options, message):
     with pytest.raises(ValueError, match=message):
@@ -119,13 +135,14 @@ SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, 
 IDS = np.array([[0, 3, 6, 2, 5], [1, 1, 4, 0, 2]])
 OPTIONS = {
     "rms": dict(norm="rms"), "post norms": dict(post_norm=True), "rotary": dict(positions="rotary"),
-    "grouped, no biases": dict(n_kv_heads=1, bias=False), "qk norm": dict(qk_norm=True), "tied": dict(tied=True),
+    "grouped, no biases": dict(n_kv_heads=1, bias=False), "qk norm": dict(qk_norm=True),
+    "norm of each head, some biases": dict(qk_norm="head", attention_bias="qkv", bias=False), "tied": dict(tied=True),
     "wide heads": dict(head_dim=3), "latent": dict(attention="latent", kv_rank=3, rope_dim=2, q_rank=2, v_dim=3),
     "angles and epsilons": dict(attention="latent", q_rank=2, kv_rank=3, rope_dim=4, rope_theta=9., norm_eps=.1,
                                 latent_eps=.2),
     "two tokens ahead": dict(mtp_coef=.3),
     "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True, tied=True, post_norm=True,
-                mtp_coef=.3, n_shared=1)}
+                mtp_coef=.3, n_shared=1, d_shared=3, shared_gate=True)}
 
 
 def model(**changes):

@@ -479,6 +479,7 @@ def test_a_context_of_many_digits_is_wrong_usage():
 
 def test_params_counts_a_preset_and_the_config_of_a_run(tmp_path):
     assert "671,026,419,200" in invoke("params", "deepseek-v3")[1]
+    assert invoke("params", "DeepSeek-V3") == invoke("params", "deepseek-v3")
     (tmp_path / "config.json").write_text(json.dumps({"model": ModelConfig().to_dict()}))
     assert "4,040,832" in invoke("params", tmp_path / "config.json")[1]
 

@@ -27,6 +27,19 @@ CASES = [
             dict(norm_topk_prob=True, rope_theta=123.0),
             dict(num_key_value_heads=2, num_experts_per_tok=6, rms_norm_eps=0.01),
         ],
+        "qwen2_moe": [
+            {},
+            dict(norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=2, num_experts_per_tok=5),
+            dict(qkv_bias=False, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=123.0, rms_norm_eps=0.01),
+            dict(use_sliding_window=True, sliding_window=12, max_window_layers=1,
+                 layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        ],
+        "qwen3_moe": [
+            {},
+            dict(attention_bias=True, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[0, 2, 7]),
+            dict(num_key_value_heads=1, num_experts_per_tok=1, tie_word_embeddings=True, rms_norm_eps=0.01),
+            dict(head_dim=4, rope_parameters={"rope_type": "default", "rope_theta": 77.0}, rope_theta=77.0),
+        ],
         "deepseek_v3": [
             {},
             dict(q_lora_rank=None, norm_topk_prob=False, rope_theta=77.0),
@@ -41,6 +54,8 @@ CASES = [
 EXPECTED = {  # logits[:, -1, :4] of published.tensors(config) at IDS, by transformers 5.23 and torch in float32
     "mixtral": [[-0.612210, 0.230485, 1.086692, 1.549395], [-0.124139, -0.786215, 0.459319, -0.397344]],
     "olmoe": [[-0.216276, -0.871258, 0.390392, 1.451659], [-0.478358, -0.479563, 0.300667, 0.174819]],
+    "qwen2_moe": [[-0.463739, 0.676507, -1.779352, -0.984865], [1.317792, 0.569951, -2.503868, 1.119230]],
+    "qwen3_moe": [[0.108560, -0.874207, 1.484422, -1.010987], [0.169598, -0.641300, 1.078199, 0.882139]],
     "deepseek_v3": [[-2.234393, 0.191332, -0.717464, -1.475339], [-1.564351, -0.051145, -1.487943, 2.180880]]}
 
 
@@ -77,7 +92,8 @@ def test_the_logits_are_those_of_another_implementation(tmp_path, kind):
     np.testing.assert_allclose(logits(model)[:, -1, :4], EXPECTED[kind], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, layer", [("mixtral", 0), ("olmoe", 1), ("deepseek_v3", 0), ("deepseek_v3", 2)])
+@pytest.mark.parametrize("kind, layer", [("mixtral", 0), ("olmoe", 1), ("deepseek_v3", 0), ("deepseek_v3", 2),
+                                         ("qwen2_moe", 0), ("qwen2_moe", 1), ("qwen3_moe", 1)])
 def test_a_block_alone(tmp_path, kind, layer):
     """Its tensors are enough, under the model's names or under its own; so is the whole model."""
     config = published.CONFIGS[kind]
@@ -89,7 +105,7 @@ def test_a_block_alone(tmp_path, kind, layer):
         block = interop.load_block(write(tmp_path / "block", config, held), layer, np.float64)
         y, routing = block(tm.Tensor(x), tm.RouteContext())
         np.testing.assert_allclose(y.data[0], expected, rtol=0, atol=1e-12)
-        assert (routing is None) == (kind == "deepseek_v3" and layer == 0)
+        assert (routing is None) == ((kind, layer) in [("deepseek_v3", 0), ("qwen2_moe", 1)])
     with pytest.raises(ValueError, match="layer 9 must be from 0 to"):
         interop.load_block(tmp_path / "block", 9)
 
@@ -127,6 +143,13 @@ def test_other_types_of_numbers(tmp_path, kind):
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
     np.testing.assert_array_equal(logits(interop.load(tmp_path)), plain)
+
+
+def test_a_qwen3_file_may_call_its_experts_local(tmp_path):
+    """As transformers writes it since version 5; the logits are the same."""
+    config, tensors, model = model_of(tmp_path, "qwen3_moe", {})
+    renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in config.items()}
+    np.testing.assert_array_equal(logits(interop.load(write(tmp_path / "new", renamed, tensors))), logits(model))
 
 
 def test_it_is_a_model_like_any_other(tmp_path):
@@ -173,6 +196,15 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
         ("olmoe", dict(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
         ("deepseek_v3", dict(rope_scaling={"type": "yarn", "factor": 40}), "yarn"),
         ("deepseek_v3", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "yarn"),
+        ("qwen2_moe", dict(use_sliding_window=True), "sliding_window 4 is not supported"),
+        ("qwen2_moe", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types sliding_attention"),
+        ("qwen3_moe", dict(layer_types=["linear_attention"]), "layer_types linear_attention"),
+        ("qwen2_moe", dict(attention_bias=True), "attention_bias True.* changes nothing for this qwen2_moe"),
+        ("qwen3_moe", dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size 8"),
+        ("qwen3_moe", dict(model_type="qwen3_next"), "'qwen3_next' cannot be read"),
+        ("qwen3_moe", dict(decoder_sparse_step=0), "decoder_sparse_step 0 must be a whole number"),
+        ("qwen3_moe", dict(mlp_only_layers=3), "mlp_only_layers 3 must be a list"),
+        ("qwen3_moe", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
         ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
         ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func 'softmax'"),
         ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq 2"),

@@ -340,6 +340,24 @@ def test_a_shared_expert_is_a_column_of_ones():
     np.testing.assert_allclose(y.data.reshape(10, 4), both.data, atol=1e-14)
 
 
+def test_the_gate_of_the_shared_experts():
+    """With w = (ln 3, 0, 0, 0) the token (1, 0, 0, 0) has the gate 3/4, the token 0 the gate 1/2. Two shared experts
+    of width 5 are one layer of width 10, whose output is 8 for the first token and, from its bias, 2 for the second.
+    """
+    config = ModelConfig(**SMALL | dict(n_shared=2, d_shared=5, shared_gate=True))
+    layer, routed = (Transformer(c, seed=1, dtype=np.float64).moe_parts()[0] for c in (config, ModelConfig(**SMALL)))
+    assert layer.shared.up.weight.shape == (4, 10) and layer.shared_gate.weight.shape == (4, 1)
+    layer.shared_gate.weight.data[:] = [[np.log(3)], [0], [0], [0]]
+    x = Tensor(np.array([[[1.0, 0, 0, 0], [0, 0, 0, 0]]]))
+    layer.shared = lambda x: 2 + 6 * x[..., :1]
+    layer.router, layer.experts = routed.router, routed.experts
+    added = layer(x, RouteContext())[0].data - routed(x, RouteContext())[0].data
+    np.testing.assert_allclose(added, [[[6] * 4, [1] * 4]], atol=1e-14)
+    for changes in (dict(shared_gate=True), dict(d_shared=5)):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} .* must be left out where n_shared is 0"):
+            ModelConfig(**SMALL | changes)
+
+
 def test_fine_grained_experts_cost_what_the_coarse_ones_do():
     """Twice as many experts of half the width, twice as many active: the same weights, active and in all, but for
     biases and router."""

@@ -20,6 +20,16 @@ PUBLISHED = {  # the keys and values of the models' own config files
         "model_type": "olmoe", "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 1024,
         "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
         "vocab_size": 50304, "tie_word_embeddings": False},
+    "qwen1.5-moe-a2.7b": {
+        "model_type": "qwen2_moe", "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "decoder_sparse_step": 1,
+        "vocab_size": 151936, "tie_word_embeddings": False},
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "attention_bias": False, "vocab_size": 151936, "tie_word_embeddings": False},
     "deepseek-v3": {
         "model_type": "deepseek_v3", "num_hidden_layers": 61, "first_k_dense_replace": 3, "hidden_size": 7168,
         "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
@@ -35,6 +45,7 @@ def whole(preset, **options):
 
 @pytest.mark.parametrize("preset, total, active", [
     ("mixtral-8x7b", 46_702_792_704, 12.9e9), ("grok-1", 315_684_820_992, None), ("olmoe-1b-7b", 6_919_161_856, 1.3e9),
+    ("qwen1.5-moe-a2.7b", 14_315_784_192, 2.7e9), ("qwen3-30b-a3b", 30_532_122_624, 3.3e9),
     ("deepseek-v3", 671_026_419_200, None)])
 def test_the_published_models(preset, total, active):
     counted = whole(preset)
@@ -56,12 +67,16 @@ def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
         dict(),
         dict(moe_layers=()),
         dict(top_k=1, n_shared=2, d_expert=3),
+        dict(n_shared=2, d_shared=5, shared_gate=True),
         dict(moe_layers=(0, 1)),
         dict(router="noisy_top_k"),
         dict(activation="swiglu"),
         dict(router="sigmoid_bias"),
         dict(norm="rms", bias=False, tied=True),
         dict(n_kv_heads=1, head_dim=6, qk_norm=True, post_norm=True),
+        dict(n_heads=4, n_kv_heads=2, head_dim=3, qk_norm="head", attention_bias="qkv", bias=False),
+        dict(attention_bias="all", bias=False),
+        dict(attention_bias="none"),
         dict(positions="rotary"),
         dict(attention="latent", q_rank=3, v_dim=5),
         dict(attention="latent", bias=False),
@@ -163,6 +178,11 @@ TINY_MIXTRAL = {
         ({"num_experts_per_tok": None}, "top_k None"),
         ({"intermediate_size": 0}, "d_ff 0 must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads 3 must be a divisor of n_heads 4"),
+        ({"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not understood"),
+        ({"model_type": "qwen2_moe"}, "lacks shared_expert_intermediate_size"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step 0 must be"),
+        ({"moe_layer_freq": None}, "moe_layer_freq None must be"),
+        ({"mlp_only_layers": [-1]}, "mlp_only_layers .* must be a list"),
         ({"first_k_dense_replace": 3}, "first_k_dense_replace 3 must be at most num_hidden_layers 2"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
     ],
@@ -171,6 +191,15 @@ def test_a_published_config_that_makes_no_sense_is_refused(changes, match):
     assert params.count(params.architecture(TINY_MIXTRAL))[-1].total > 0
     with pytest.raises((ValueError, ArithmeticError), match=match):
         params.architecture(TINY_MIXTRAL | changes)
+
+
+@pytest.mark.parametrize("changes, layers", [
+    ({}, (0, 1, 2, 3, 4, 5)), (dict(decoder_sparse_step=2), (1, 3, 5)), (dict(mlp_only_layers=[0, 4, 9]), (1, 2, 3, 5)),
+    (dict(decoder_sparse_step=3, mlp_only_layers=[2]), (5,)), (dict(moe_layer_freq=2, first_k_dense_replace=1), (2, 4)),
+    (dict(num_local_experts=0), ())])
+def test_the_layers_with_experts(changes, layers):
+    """Qwen counts its steps from the end of the first: layer i has experts if step divides i + 1."""
+    assert params.architecture(TINY_MIXTRAL | dict(num_hidden_layers=6) | changes).moe_layers == layers
 
 
 def test_the_table_of_hash_routing_is_counted_and_not_made():

@@ -14,14 +14,16 @@ class CausalSelfAttention(Module):
     n_kv_heads: heads of keys and values (None: n_heads). Each serves n_heads / n_kv_heads query heads (grouped-query
         attention, Ainslie et al. 2023). head_dim: None for d_model / n_heads. out_std: of the initial output weights.
     rotary: rotate queries and keys by their position; rope_theta is the base of the angles.
-    qk_norm: first RMS-normalise all queries, and all keys, of a token (OLMoE, Muennighoff et al. 2024).
+    qk_norm: first RMS-normalise the queries, and the keys, of a token: True, all heads as one vector (OLMoE,
+        Muennighoff et al. 2024); "head", each head by itself, with one scale (Qwen3, Yang et al. 2025).
+    biases: which linear layers have one: "all", "qkv" (all but the output), or "none".
     Raises ValueError if n_heads does not divide d_model, or n_kv_heads does not divide n_heads.
     """
 
     def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator, *, out_std: float = INIT_STD,
                  dtype: DTypeLike = np.float32, n_kv_heads: int | None = None, head_dim: int | None = None,
-                 bias: bool = True, rotary: bool = False, qk_norm: bool = False, rope_theta: float = 10_000.0,
-                 norm_eps: float = 1e-5):
+                 biases: str = "all", rotary: bool = False, qk_norm: bool | str = False,
+                 rope_theta: float = 10_000.0, norm_eps: float = 1e-5):
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}: change one of them")
         n_kv_heads = n_kv_heads or n_heads
@@ -30,19 +32,21 @@ class CausalSelfAttention(Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim, self.rotary, self.rope_theta = head_dim or d_model // n_heads, rotary, rope_theta
         q_width, kv_width = n_heads * self.head_dim, n_kv_heads * self.head_dim
-        self.query = Linear(d_model, q_width, rng, bias, dtype=dtype)
-        self.key = Linear(d_model, kv_width, rng, bias, dtype=dtype)
-        self.value = Linear(d_model, kv_width, rng, bias, dtype=dtype)
-        self.out = Linear(q_width, d_model, rng, bias, std=out_std, dtype=dtype)
-        self.query_norm = RMSNorm(q_width, dtype, norm_eps) if qk_norm else None
-        self.key_norm = RMSNorm(kv_width, dtype, norm_eps) if qk_norm else None
+        self.query, self.key, self.value = (Linear(d_model, width, rng, biases != "none", dtype=dtype)
+                                            for width in (q_width, kv_width, kv_width))
+        self.out = Linear(q_width, d_model, rng, biases == "all", std=out_std, dtype=dtype)
+        self.by_head = qk_norm == "head"
+        widths = (self.head_dim, self.head_dim) if self.by_head else (q_width, kv_width)
+        self.query_norm, self.key_norm = (RMSNorm(width, dtype, norm_eps) if qk_norm else None for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None:
+        if self.query_norm is not None and not self.by_head:
             q, k = self.query_norm(q), self.key_norm(k)
         q = q.reshape(*x.shape[:2], self.n_heads, self.head_dim)
         k, v = (z.reshape(*x.shape[:2], self.n_kv_heads, self.head_dim) for z in (k, v))
+        if self.by_head:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary:
             q, k = F.rotary(q, self.rope_theta), F.rotary(k, self.rope_theta)
         return self.out(F.causal_attention(q, k, v).reshape(*x.shape[:2], self.n_heads * self.head_dim))

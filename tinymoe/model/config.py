@@ -13,6 +13,8 @@ from ..moe.routing import DROP_POLICIES
 from ..moe.settings import COUNT, DEPTH, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting
 from .former import current
 
+BIASES = ("none", "qkv", "all")
+QK_NORM = Check(lambda value: FLAG.fits(value) or value == "head", 'true, false or "head"')
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
               "a list of names")
@@ -48,7 +50,10 @@ class ModelConfig:
     attention: str = setting("multi_head", "multi_head, or latent (DeepSeek-V2)", one_of("multi_head", "latent"))
     head_dim: int | None = setting(None, "width of a head; by default d_model / n_heads", WHOLE.or_none())
     n_kv_heads: int | None = setting(None, "heads of keys and values; by default n_heads", WHOLE.or_none())
-    qk_norm: bool = setting(False, "RMS-normalise queries and keys", FLAG)
+    qk_norm: bool | str = setting(False, "RMS-normalise queries and keys: true, all heads at once; \"head\", each head",
+                                  QK_NORM)
+    attention_bias: str | None = setting(None, "biases of attention: none, qkv, or all (qkv and output); by default "
+                                         "all where bias is true", one_of(*BIASES).or_none())
     q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
     kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
     rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
@@ -58,7 +63,9 @@ class ModelConfig:
     moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
     d_expert: int | None = setting(None, "hidden width of an expert; by default d_ff", WHOLE.or_none())
-    n_shared: int = setting(0, "further experts that serve every token, ungated", COUNT)
+    n_shared: int = setting(0, "further experts that serve every token", COUNT)
+    d_shared: int | None = setting(None, "hidden width of a shared expert; by default d_expert", WHOLE.or_none())
+    shared_gate: bool = setting(False, "multiply the shared experts by sigmoid(x w), as Qwen2-MoE does", FLAG)
     router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
                                    OPTIONS.or_none())
@@ -103,13 +110,15 @@ class ModelConfig:
                      f"a divisor of n_heads {self.n_heads}, or None")
         self._refuse("positions", self.positions == "rotary" and not latent and head % 2,
                      f"learned where a head has an odd number of entries ({head})")
-        for name in ("n_kv_heads", "qk_norm"):
+        for name in ("n_kv_heads", "qk_norm", "attention_bias"):
             self._refuse(name, getattr(self, name) and latent, "left out with latent attention")
 
     def _check_mixture(self):
         """Check the settings of experts, losses and devices together."""
         self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
         self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
+        for name in ("d_shared", "shared_gate"):
+            self._refuse(name, getattr(self, name) and not self.n_shared, "left out where n_shared is 0")
         for name, coefficient in self.losses.items():
             if name == "balance" or name not in LOSSES:
                 known = ", ".join(one for one in LOSSES if one != "balance")
@@ -139,6 +148,11 @@ class ModelConfig:
         return self.head_dim or self.d_model // self.n_heads
 
     @property
+    def attention_biases(self) -> str:
+        """The linear layers of attention that have a bias: none, qkv or all."""
+        return self.attention_bias or ("all" if self.bias and self.attention != "latent" else "none")
+
+    @property
     def learned_positions(self) -> bool:
         """Whether there is a table of position embeddings."""
         return self.positions == "learned" and self.attention != "latent"
@@ -147,6 +161,11 @@ class ModelConfig:
     def expert_width(self) -> int:
         """The hidden width of an expert."""
         return self.d_expert or self.d_ff
+
+    @property
+    def shared_width(self) -> int:
+        """The hidden width of all shared experts together."""
+        return self.n_shared * (self.d_shared or self.expert_width)
 
     @property
     def routers(self) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from ..kernels import GATED
 from ..moe.routers import find
-from ..moe.settings import COUNT, DEPTH
-from .config import ModelConfig
+from ..moe.settings import COUNT, DEPTH, WHOLE
+from .config import LAYERS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
     """
     c, D, n_moe = config, config.d_model, len(config.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
-    shared = _feed_forward(c, c.n_shared * c.expert_width) if c.n_shared else (0, 0)  # side by side, one wide layer
+    shared = _feed_forward(c, c.shared_width) if c.n_shared else (0, 0)  # side by side, one wide layer
+    shared = shared[0] + D * c.shared_gate, shared[1]
     norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
     length = {"D": D, "E": c.n_experts, "V": c.vocab_size}
     shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
@@ -67,7 +68,8 @@ def _attention(c):
         v = c.v_dim or d
         queries = (D + H * (d + c.rope_dim)) * c.q_rank if c.q_rank else D * H * (d + c.rope_dim)
         return queries + D * (c.kv_rank + c.rope_dim) + c.kv_rank * H * (d + v) + H * v * D, c.q_rank + c.kv_rank
-    biases, norms = d * (H + 2 * G) + D if c.bias else 0, d * (H + G) if c.qk_norm else 0
+    biases = {"none": 0, "qkv": d * (H + 2 * G), "all": d * (H + 2 * G) + D}[c.attention_biases]
+    norms = d * (2 if c.qk_norm == "head" else H + G) if c.qk_norm else 0
     return D * d * (2 * H + 2 * G), biases + norms
 
 
@@ -107,6 +109,14 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         n_layers=16, moe_layers=tuple(range(16)), d_model=2048, d_ff=1024, n_heads=16, vocab_size=50304, seq_len=4096,
         n_experts=64, top_k=8, router_options={"renormalise": False}, activation="swiglu", qk_norm=True,
         losses={"z": 0.001}, **MODERN),
+    "qwen1.5-moe-a2.7b": ModelConfig(  # Qwen team 2024; the architecture of Qwen2-MoE
+        n_layers=24, moe_layers=tuple(range(24)), d_model=2048, d_ff=5632, d_expert=1408, n_heads=16,
+        attention_bias="qkv", vocab_size=151936, seq_len=8192, n_experts=60, top_k=4, n_shared=1, d_shared=5632,
+        shared_gate=True, router_options={"renormalise": False}, activation="swiglu", aux_coef=0.001, **MODERN),
+    "qwen3-30b-a3b": ModelConfig(  # Yang et al. 2025
+        n_layers=48, moe_layers=tuple(range(48)), d_model=2048, d_ff=6144, d_expert=768, n_heads=32, n_kv_heads=4,
+        head_dim=128, qk_norm="head", vocab_size=151936, seq_len=40960, n_experts=128, top_k=8, activation="swiglu",
+        aux_coef=0.001, **MODERN),
     "deepseek-v3": ModelConfig(  # DeepSeek-AI 2024, without its second head
         n_layers=61, moe_layers=tuple(range(3, 61)), d_model=7168, d_ff=18432, d_expert=2048, n_heads=128, head_dim=128,
         attention="latent", q_rank=1536, kv_rank=512, rope_dim=64, v_dim=128, vocab_size=129280, seq_len=4096,
@@ -114,8 +124,9 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         router_options={"gate_scale": 2.5, "n_groups": 8, "group_limit": 4}, aux_coef=0.0, losses={"sequence": 0.0001},
         activation="swiglu", **MODERN),
 }
-KINDS = ("mixtral", "olmoe", "grok-1", "deepseek_v2", "deepseek_v3", "llama", "mistral")  # known model types
+KINDS = "mixtral olmoe qwen2_moe qwen3_moe grok-1 deepseek_v2 deepseek_v3 llama mistral".split()  # known model types
 KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+SHARED = ("shared_expert_intermediate_size",)  # and this one for qwen2_moe
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 
 
@@ -123,20 +134,14 @@ def architecture(config: ModelConfig | dict) -> ModelConfig:
     """A ModelConfig as it is, or that of a dict: its fields, or a published config.json. ValueError for others."""
     if isinstance(config, ModelConfig) or "d_model" in config:
         return config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
-    if missing := [key for key in KEYS if key not in config]:
-        raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
     get, kind = config.get, config.get("model_type")
+    if missing := [key for key in (*KEYS, *(SHARED if kind == "qwen2_moe" else ())) if key not in config]:
+        raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
     if kind not in KINDS:
         raise ValueError(f"model_type {kind!r} is not understood: it must be one of {', '.join(KINDS)}")
-    if biased := [key for key in UNCOUNTED if get(key)]:
+    if biased := [key for key in UNCOUNTED if get(key) and kind != "qwen3_moe"]:
         raise ValueError(f"{biased[0]} {get(biased[0])!r}: a model with such biases is not counted right here")
     n_experts = get("n_routed_experts") or get("num_local_experts") or get("num_experts") or 0
-    n_layers = config["num_hidden_layers"]
-    n_dense = get("first_k_dense_replace", 0) if n_experts else n_layers
-    DEPTH.require("num_hidden_layers", n_layers)
-    COUNT.require("first_k_dense_replace", n_dense)
-    if n_dense > n_layers:
-        raise ValueError(f"first_k_dense_replace {n_dense} must be at most num_hidden_layers {n_layers}")
     sizes = {"n_kv_heads": get("num_key_value_heads"), "head_dim": get("head_dim")}
     if get("kv_lora_rank"):
         sizes = {"attention": "latent", "q_rank": get("q_lora_rank") or 0, "kv_rank": get("kv_lora_rank"),
@@ -145,8 +150,28 @@ def architecture(config: ModelConfig | dict) -> ModelConfig:
         sizes |= {"n_experts": n_experts, "top_k": get("num_experts_per_tok"), "n_shared": get("n_shared_experts") or 0,
                   "d_expert": get("moe_intermediate_size") or get("intermediate_size"),
                   "router": "sigmoid_bias" if kind == "deepseek_v3" else "top_k"}
+    if kind == "qwen2_moe":
+        sizes |= {"attention_bias": "qkv" if get("qkv_bias", True) else "none", "n_shared": 1, "shared_gate": True,
+                  "d_shared": config["shared_expert_intermediate_size"]}
+    elif kind == "qwen3_moe":
+        sizes |= {"attention_bias": "all" if get("attention_bias") else "none"}
     return ModelConfig(
-        n_layers=n_layers, moe_layers=tuple(range(n_dense, n_layers)), d_model=config["hidden_size"],
+        n_layers=config["num_hidden_layers"], moe_layers=_moe_layers(config, n_experts), d_model=config["hidden_size"],
         vocab_size=config["vocab_size"], n_heads=config["num_attention_heads"], d_ff=get("intermediate_size"),
         activation="swiglu", tied=bool(get("tie_word_embeddings")), post_norm=kind == "grok-1",
-        qk_norm=kind == "olmoe", **MODERN, **sizes)
+        qk_norm={"olmoe": True, "qwen3_moe": "head"}.get(kind, False), **MODERN, **sizes)
+
+
+def _moe_layers(config, n_experts):
+    """The layers of a published config that have experts. Raises ValueError for settings that are no counts."""
+    n_layers, first = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
+    step, rest = config.get("decoder_sparse_step", 1), config.get("moe_layer_freq", 1)
+    dense = config.get("mlp_only_layers") or []
+    for name, check, value in (("num_hidden_layers", DEPTH, n_layers), ("first_k_dense_replace", COUNT, first),
+                               ("decoder_sparse_step", WHOLE, step), ("moe_layer_freq", WHOLE, rest),
+                               ("mlp_only_layers", LAYERS, dense)):
+        check.require(name, value)
+    if first > n_layers:
+        raise ValueError(f"first_k_dense_replace {first} must be at most num_hidden_layers {n_layers}")
+    return tuple(i for i in range(first, n_layers)
+                 if n_experts and (i + 1) % step == 0 and i % rest == 0 and i not in dense)

@@ -1,4 +1,4 @@
-"""Published weights: a small Mixtral, OLMoE or DeepSeek-V3, read from .safetensors files into a Transformer.
+"""Published weights: a small Mixtral, OLMoE, Qwen-MoE or DeepSeek-V3, read from .safetensors into a Transformer.
 
 The files store three things in another form, which does not change the result:
 
@@ -25,11 +25,18 @@ from .transformer import Block, Transformer
 SIZES = {  # whole numbers that a config.json needs besides KEYS
     "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
     "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
+    "qwen2_moe": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_experts
+        moe_intermediate_size shared_expert_intermediate_size""",
+    "qwen3_moe": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_experts
+        moe_intermediate_size""",
     "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
         moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace"""}
-OTHERS = {"mixtral": "", "olmoe": "norm_topk_prob",  # other keys that it needs
+OTHERS = {"mixtral": "", **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), "norm_topk_prob"),  # it needs these too
           "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
-DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
+QWEN = "decoder_sparse_step mlp_only_layers use_sliding_window max_window_layers layer_types"
+OPTIONAL = {"qwen2_moe": f"{QWEN} qkv_bias", "qwen3_moe": f"{QWEN} attention_bias num_local_experts"}
+DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "qwen2_moe": (1e-6, 1e4), "qwen3_moe": (1e-6, 1e4),
+            "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
 ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
     rope_interleave sliding_window num_nextn_predict_layers""".split()
@@ -46,14 +53,17 @@ GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": 
 
 
 def model_config(config: dict) -> ModelConfig:
-    """The ModelConfig of the config.json of a Mixtral, OLMoE or DeepSeek-V3, given as a dict, with aux_coef 0.
+    """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
 
-    Raises ValueError for another model_type, a missing or unknown key, and unsupported settings:
-    stretched rotary positions (YaRN), a sliding window below the longest sequence, biases, clipping, quantised weights.
+    model_type: mixtral, olmoe, qwen2_moe, qwen3_moe or deepseek_v3.
+    Raises ValueError for another model_type, a missing or unknown key, and unsupported settings: stretched rotary
+    positions (YaRN), a sliding window below the longest sequence, other biases, clipping, quantised weights.
     """
     kind = config.get("model_type")
     if kind not in SIZES:
         raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(SIZES)}")
+    if kind == "qwen3_moe" and "num_local_experts" in config:  # newer files call it so
+        config = {"num_experts": config["num_local_experts"]} | config
     _refuse(config, kind)
     eps, theta = DEFAULTS[kind]
     options = {"renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
@@ -78,18 +88,28 @@ def _refuse(config, kind):
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
-    known = {*sizes, *others, *ONLY, *READ, *IGNORED}
+    known = {*sizes, *others, *ONLY, *READ, *IGNORED, *OPTIONAL.get(kind, "").split()}
     if other := [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]:
         raise ValueError(f"not supported: {printable(', '.join(other))}; remove it from the config if it changes "
                          f"nothing for this {kind}")
-    window, longest = config.get("sliding_window"), config["max_position_embeddings"]
-    if window and window < longest:
-        raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, so "
-                         "that no sequence is longer than the window")
+    _refuse_windows(config, kind)
     heads = config["num_attention_heads"]
     if kind == "deepseek_v3" and config.get("num_key_value_heads", heads) not in (heads, None):
         raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} must be num_attention_heads {heads}: "
                          "in latent attention heads share no keys and values")
+
+
+def _refuse_windows(config, kind):
+    """Raise ValueError for attention that does not see the whole prefix."""
+    window, longest = config.get("sliding_window"), config["max_position_embeddings"]
+    if kind.startswith("qwen") and not config.get("use_sliding_window"):
+        window = None
+    if window and window < longest:
+        raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, so "
+                         "that no sequence is longer than the window")
+    types = {"full_attention", "sliding_attention"} if window else {"full_attention"}
+    if other := set(config.get("layer_types") or ()) - types:
+        raise ValueError(f"layer_types {printable(', '.join(map(str, other)))}: only full_attention is supported")
 
 
 def _rope_theta(config, default):
@@ -250,28 +270,33 @@ def load_block(path: str | Path, layer: int = 0, dtype=np.float32) -> Block:
 
 def _fill(block, weights, prefix, config, published):
     """Set the weights of one layer."""
-    mixtral, latent = published["model_type"] == "mixtral", config.attention == "latent"
+    kind, latent = published["model_type"], config.attention == "latent"
     weights.fill(block.norm1.weight, f"{prefix}input_layernorm.weight")
     weights.fill(block.norm2.weight, f"{prefix}post_attention_layernorm.weight")
     names = LATENT | ({} if config.q_rank else {"query": "q_proj"}) if latent else GROUPED
     for ours, theirs in names.items():
-        if getattr(block.attention, ours) is not None:
-            weights.fill(getattr(block.attention, ours).weight, f"{prefix}self_attn.{theirs}.weight")
+        part = getattr(block.attention, ours)
+        for name in ("weight", "bias"):
+            if getattr(part, name, None) is not None:
+                weights.fill(getattr(part, name), f"{prefix}self_attn.{theirs}.{name}")
     if latent and published.get("rope_interleave", True):
         _pair_halves(block.attention)
-    mlp, layer = f"{prefix}{'block_sparse_moe' if mixtral else 'mlp'}.", block.feed_forward
+    mlp, layer = f"{prefix}{'block_sparse_moe' if kind == 'mixtral' else 'mlp'}.", block.feed_forward
     if not block.is_moe:
         layer.up.weight.data, layer.down.weight.data = _gated(weights, mlp, config.d_model, config.d_ff)
         return
     weights.fill(layer.router.weight, f"{mlp}gate.weight")
     if latent:
         weights.fill(layer.router.bias, f"{mlp}gate.e_score_correction_bias")
-    experts = [_gated(weights, f"{mlp}experts.{e}.", config.d_model, config.d_expert, mixtral)
+    experts = [_gated(weights, f"{mlp}experts.{e}.", config.d_model, config.d_expert, kind == "mixtral")
                for e in range(config.n_experts)]
     layer.experts.w1.data, layer.experts.w2.data = map(np.stack, zip(*experts))
     if layer.shared is not None:
+        name = "shared_experts" if latent else "shared_expert"
         layer.shared.up.weight.data, layer.shared.down.weight.data = _gated(
-            weights, f"{mlp}shared_experts.", config.d_model, config.n_shared * config.d_expert)
+            weights, f"{mlp}{name}.", config.d_model, config.shared_width)
+    if layer.shared_gate is not None:
+        weights.fill(layer.shared_gate.weight, f"{mlp}shared_expert_gate.weight")
 
 
 def _gated(weights, prefix, d_model, width, mixtral=False):

@@ -56,8 +56,9 @@ def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float
     if c.attention == "latent":
         return LatentAttention(c.d_model, c.n_heads, rng, **shared, q_rank=c.q_rank, kv_rank=c.kv_rank,
                                rope_dim=c.rope_dim, v_dim=c.v_dim, norm_eps=c.latent_eps or c.norm_eps)
-    return CausalSelfAttention(c.d_model, c.n_heads, rng, **shared, n_kv_heads=c.n_kv_heads, bias=c.bias,
-                               rotary=c.positions == "rotary", qk_norm=c.qk_norm, norm_eps=c.norm_eps)
+    return CausalSelfAttention(c.d_model, c.n_heads, rng, **shared, n_kv_heads=c.n_kv_heads,
+                               biases=c.attention_biases, rotary=c.positions == "rotary", qk_norm=c.qk_norm,
+                               norm_eps=c.norm_eps)
 
 
 def make_norm(config: ModelConfig, dtype) -> Module:

@@ -67,7 +67,8 @@ def cases() -> dict[str, Callable[[], GradcheckResult]]:
         "loss": {name: _router(LOSS_ROUTERS.get(name, "top_k"), loss.of) for name, loss in LOSSES.items()},
         "experts": {f"{backend}, {name}": _experts(backend, mask) for backend in BACKENDS
                     for name, mask in ASSIGNMENTS.items()},
-        "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75)} |
+        "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75),
+                  "MoELayer, gated shared expert": _moe_layer(n_shared=1, shared_gate=True)} |
                  {f"Transformer, {name}": _model(**options) for name, options in MODELS.items()},
         "exactly zero": {name: partial(_zero, *case) for name, case in ZEROS.items()}}
     return {f"{group}: {name}": check for group, checks in groups.items() for name, check in checks.items()}
