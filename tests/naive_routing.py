@@ -81,6 +81,18 @@ def policy(mask, logits, nats):
     return value / n
 
 
+# -- thresholds of expert choice --
+
+
+def thresholds(batches, n_chosen, decay):
+    """The exponential mean over batches (N, E) of each expert's n-th largest score; the first batch sets it."""
+    theta = None
+    for scores in batches:
+        now = [sorted(column, reverse=True)[n_chosen - 1] for column in scores.T]
+        theta = now if theta is None else [decay * t + (1 - decay) * new for t, new in zip(theta, now)]
+    return np.array(theta)
+
+
 # -- metrics --
 
 

@@ -58,7 +58,8 @@ class ModelConfig:
     moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
     d_expert: int | None = setting(None, "hidden width of an expert; by default d_ff", WHOLE.or_none())
-    n_shared: int = setting(0, "further experts that serve every token, ungated", COUNT)
+    n_shared: int = setting(0, "further experts that serve every token", COUNT)
+    gate_shared: bool = setting(False, "multiply the shared experts by sigmoid(x @ w), as Qwen2-MoE does", FLAG)
     router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
                                    OPTIONS.or_none())
@@ -116,6 +117,7 @@ class ModelConfig:
                 raise ValueError(f"unknown loss {name!r}: choose one of {known}; the balance loss is set by aux_coef")
             if name in ("device", "communication") and coefficient and self.n_devices == 1:
                 raise ValueError(f"losses.{name} {coefficient} must be 0 where n_devices is 1")
+        self._refuse("gate_shared", self.gate_shared and not self.n_shared, "false where n_shared is 0")
         grouped = self.router_options.get("n_groups", 1) != 1
         if self.losses.get("load") and (grouped or not any(routers.find(r).has_soft_load for r in self.routers)):
             soft = [name for name, cls in routers.ROUTERS.items() if cls.has_soft_load]

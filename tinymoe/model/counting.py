@@ -34,6 +34,7 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
     c, D, n_moe = config, config.d_model, len(config.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
     shared = _feed_forward(c, c.n_shared * c.expert_width) if c.n_shared else (0, 0)  # side by side, one wide layer
+    shared = shared[0] + D * c.gate_shared, shared[1]
     norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
     length = {"D": D, "E": c.n_experts, "V": c.vocab_size}
     shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]

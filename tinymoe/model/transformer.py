@@ -19,6 +19,7 @@ from ..moe.routers import RouteContext
 from ..moe.routing import Routing
 from .config import NORMS, ModelConfig
 from .counting import count, require_size
+from .former import with_thresholds
 
 
 @dataclass(frozen=True)
@@ -274,5 +275,6 @@ class Transformer(Module):
         config = ModelConfig.from_dict(config)
         require_size(config, sum(array.size for array in arrays.values()))
         model = cls(config, dtype=next(iter(arrays.values())).dtype)
-        load_arrays_into({name: p.data for name, p in model.parameters().items()}, arrays)
+        targets = {name: p.data for name, p in model.parameters().items()}
+        load_arrays_into(targets, with_thresholds(arrays, targets))
         return model

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..autograd import functional as F
 from ..autograd.tensor import Tensor
-from ..layers.nn import FeedForward, Module
+from ..layers.nn import FeedForward, Linear, Module
 from . import routers
 from .experts import ExpertBank
 from .routers import RouteContext
@@ -25,11 +26,13 @@ class MoELayer(Module):
         self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, activation=config.activation,
                                   backend=config.expert_backend, seed=rng, dtype=dtype, out_std=out_std,
                                   bias=config.bias)
-        # n_shared experts side by side are one wider layer, always on and ungated (Dai et al. 2024, eq. 9)
-        self.shared = None
+        # n_shared experts side by side are one wider layer, always on (Dai et al. 2024, eq. 9)
+        self.shared = self.shared_gate = None
         if config.n_shared:
             self.shared = FeedForward(config.d_model, config.n_shared * config.expert_width, rng, bias=config.bias,
                                       activation=config.activation, out_std=out_std, dtype=dtype)
+        if config.gate_shared:  # one number for a token, sigmoid(x @ weight) (Qwen2-MoE, Yang et al. 2024)
+            self.shared_gate = Linear(config.d_model, 1, rng, bias=False, dtype=dtype)
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
         self.change_routing: Callable[[Routing, Tensor], Routing] | None = None
 
@@ -46,4 +49,8 @@ class MoELayer(Module):
         if self.change_routing is not None:
             routing = self.change_routing(routing, rows)
         y = self.experts(rows, routing).reshape(x.shape)
-        return (y if self.shared is None else y + self.shared(x)), routing
+        return (y if self.shared is None else y + self._shared(x)), routing
+
+    def _shared(self, x):
+        y = self.shared(x)
+        return y if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * y

@@ -67,7 +67,8 @@ def cases() -> dict[str, Callable[[], GradcheckResult]]:
         "loss": {name: _router(LOSS_ROUTERS.get(name, "top_k"), loss.of) for name, loss in LOSSES.items()},
         "experts": {f"{backend}, {name}": _experts(backend, mask) for backend in BACKENDS
                     for name, mask in ASSIGNMENTS.items()},
-        "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75)} |
+        "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75),
+                  "MoELayer, gated shared expert": _moe_layer(n_shared=1, gate_shared=True)} |
                  {f"Transformer, {name}": _model(**options) for name, options in MODELS.items()},
         "exactly zero": {name: partial(_zero, *case) for name, case in ZEROS.items()}}
     return {f"{group}: {name}": check for group, checks in groups.items() for name, check in checks.items()}
@@ -156,9 +157,11 @@ ROUTER_OPTIONS = {  # (router, label) -> what differs from the default
     ("sinkhorn", "K = 1"): dict(top_k=1),
     ("sinkhorn", "evaluation"): dict(training=False),
     ("sequence", "mean"): dict(sequence_pool="mean"),
-    ("expert_choice", "on the prefix"): dict(causal=True),
+    ("expert_choice", "on the prefix"): dict(causal=True, causal_rule="prefix"),
+    ("expert_choice", "by threshold"): dict(rule="threshold"),
+    ("expert_choice", "renormalised"): dict(renormalise=True),
     ("expert_choice", "over tokens"): dict(softmax_over="tokens"),
-    ("expert_choice", "over tokens, on the prefix"): dict(causal=True, softmax_over="tokens"),
+    ("expert_choice", "over tokens, on the prefix"): dict(rule="prefix", softmax_over="tokens"),
 }
 LOSS_ROUTERS = {"load": "noisy_top_k", "policy": "reinforce"}  # the other losses are checked with top_k
 

@@ -34,9 +34,10 @@ def note(config):
     """Sentences on where a route depends on more than its prefix; "" for a causal router without a capacity limit."""
     said = []
     for name in config.routers:
-        if not ROUTERS[name].causal:
+        causal, causal_training = ROUTERS[name].causal_with(config.options_of(name))
+        if not causal:
             said.append(f"{name} chooses over the whole batch, so a byte's expert may depend on later bytes.")
-        elif not ROUTERS[name].causal_training:
+        elif not causal_training:
             said.append(f"While training, {name} chooses over the whole batch; otherwise on the prefix alone.")
     if config.capacity_factor is not None:
         said.append("Which bytes lose an expert to the capacity limit depends on the whole batch.")

@@ -18,7 +18,7 @@ from .base import ROUTERS, LinearRouter, RouteContext, Router, find, make
 from .top_k import TopK
 from .token_choice import NoisyTopK, Reinforce, SigmoidBias
 from .baselines import Frozen, Hash, Random, Shuffled
-from .expert_choice import ExpertChoice
+from .expert_choice import ExpertChoice, ExpertThreshold
 from .assignment import BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall, sinkhorn_plan
 from .sequence import Sequence
 from .user_files import load_file

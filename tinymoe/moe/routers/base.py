@@ -69,6 +69,7 @@ class Router(Module):
     def __init__(self, d_model: int, n_experts: int, top_k: float, rng: np.random.Generator, dtype, **options):
         self.n_experts, self.top_k = n_experts, top_k
         vars(self).update(options)
+        self.causal, self.causal_training = self.causal_with(options)
 
     def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()
@@ -121,6 +122,16 @@ class Router(Module):
                 raise ValueError(f"{name} is no option of {cls.name}, which takes {', '.join(known) or 'none'}")
             if check := check_of(known[name].annotation):
                 check.require(name, value)
+
+    @classmethod
+    def causal_with(cls, options: dict[str, Any]) -> tuple[bool, bool]:
+        """(causal, causal_training) of a router with these options."""
+        return cls.causal, cls.causal_training
+
+    @classmethod
+    def rules(cls, options: dict[str, Any]) -> str:
+        """By which rules its numbers are made, in a few words, where its options choose among several; else ""."""
+        return ""
 
     def penalty(self, routing: Routing, context: LossContext) -> Tensor | None:
         """A term of the router's own, a scalar that the model adds to the loss (the mean over MoE layers)."""
