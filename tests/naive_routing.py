@@ -39,6 +39,15 @@ def sequence_balance(mask, probs, length):
     return sum(parts) / len(parts)
 
 
+def global_balance(loads, probs, batches):
+    """Balance of the last batch's probs, with the shares of all batches in a running mean; loads: (E,) of each."""
+    mean = None
+    for load in loads:
+        share = [n / sum(load) for n in load]
+        mean = share if mean is None else [m + (s - m) / batches for m, s in zip(mean, share)]
+    return balance(mean, probs)
+
+
 def _experts_of(device, n_experts, n_devices):
     width = n_experts // n_devices
     return range(device * width, (device + 1) * width)

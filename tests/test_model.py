@@ -188,6 +188,24 @@ def test_a_config_of_numpy_integers_can_be_written():
     assert json.loads(json.dumps(config.to_dict()))["router_options"] == {"jitter": .5} and config.losses == {"z": .1}
 
 
+def test_a_gated_shared_expert_by_hand():
+    """sigmoid(ln 3) = 3/4 of the shared expert's output where x @ w = ln 3; without the gate all of it."""
+    config = dict(router="top_k", n_shared=1, n_layers=1, moe_layers=(0,))
+    parts = [model(gate_shared=gate, **config).moe_parts()[0] for gate in (True, False)]
+    for part in parts:
+        for p in (part.experts.w2, part.experts.b2):
+            p.data = np.zeros_like(p.data)
+    x = Tensor(np.ones((1, 1, 4)))
+    parts[0].shared_gate.weight.data = np.full((4, 1), np.log(3) / 4)
+    parts[1].shared = parts[0].shared
+    gated, plain = (part(x, RouteContext(np.zeros((1, 1), int)))[0].data for part in parts)
+    np.testing.assert_allclose(gated, .75 * plain, rtol=1e-6)
+    count = model(n_shared=1, gate_shared=True).count_parameters()["total"]
+    assert count == model(n_shared=1).count_parameters()["total"] + 4
+    with pytest.raises(ValueError, match="gate_shared True must be false where n_shared is 0"):
+        ModelConfig(gate_shared=True)
+
+
 # -- parameters, files --------------------------------------------------------------------------
 
 def test_parameter_counts_by_hand():

@@ -162,9 +162,9 @@ class Transformer(Module):
         return [b.feed_forward for b in self.blocks if b.is_moe]
 
     def after_step(self, routings: list[Routing]) -> None:
-        """Call `after_step` of each router with its Routing of this training step."""
+        """Call `after_step` of each MoE layer with its Routing of this training step."""
         for layer, routing in zip(self.moe_parts(), routings, strict=True):
-            layer.router.after_step(routing)
+            layer.after_step(routing)
 
     def expert_banks(self) -> list[ExpertBank]:
         """The ExpertBank of each MoE layer, in order."""
@@ -227,7 +227,9 @@ class Transformer(Module):
         """Yield (name, coefficient, mean over MoE layers) of the losses and of the routers' own penalties."""
         c, shared = self.config, cache(nats)
         layers = [(routing, LossContext(layer.router, seq_len=output.logits.shape[1], n_devices=c.n_devices,
-                                        max_devices=c.max_devices, token_nats=shared))
+                                        max_devices=c.max_devices, token_nats=shared,
+                                        recent_share=getattr(layer.recent_share, "data", None),
+                                        balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
         coefficients = c.coefficients()
         wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()
