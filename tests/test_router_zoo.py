@@ -8,18 +8,23 @@ import naive_routing
 from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers import nn
+from tinymoe.model.generate import generate
 from tinymoe.moe import metrics, routers
 from tinymoe.moe.losses import load_balancing_loss
 from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.moe.routers.expert_choice import prefix_softmax
+from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
+from tinymoe.training.plan import RunPlan, TrainConfig
+from tinymoe.training.trainer import Trainer
 
 ALL, EVALUATION = list(ROUTERS), RouteContext()
 
 
 def context(training=False, ids=None, seed=0, **fields):
-    return RouteContext(ids, training, np.random.default_rng(seed), **fields)
+    known = {} if ids is None else {"domain": np.arange(len(ids))}
+    return RouteContext(ids, training, np.random.default_rng(seed), **known | fields)
 
 
 def route(logits, name, k=1, where=EVALUATION, bias=None, **options):
@@ -217,6 +222,31 @@ def test_freezing_takes_the_gradient_from_what_is_named():
     model.loss(ids, ids).total.backward()
     named = {name for name in model.parameters() if "router" in name or "attention" in name}
     assert named and {name for name, p in model.parameters().items() if p.grad is None} == named
+
+
+# -- told the domain ----------------------------------------------------------------------------
+
+def test_the_oracle_goes_by_the_domain_alone():
+    """K = 2 of 6 experts: domain 0 has 0 and 1, domain 2 has 4 and 5, and domain 3 those of 0 again."""
+    router = routers.make("oracle", 3, 6, 2, dtype=np.float64)
+    x, ids = Tensor(np.random.default_rng(0).standard_normal((6, 3))), np.zeros((3, 2), int)
+    r = router(x, RouteContext(ids, domain=np.array([2, 0, 3])))
+    np.testing.assert_allclose(r.to_dense().data, np.eye(3)[[2, 2, 0, 0, 0, 0]].repeat(2, axis=1) / 2)
+    with pytest.raises(routers.RouteError, match="oracle needs RouteContext.domain"):
+        router(x, RouteContext(ids))
+
+
+def test_the_oracle_trains_and_is_evaluated_by_the_domains_of_the_text(tmp_path):
+    """Each of four sources has its expert, in training and validation: 1.386 nats of information, the most there is."""
+    corpus = load_corpus("synthetic", seq_len=16)
+    plan = RunPlan("D", purpose="test", seed=0, model=small("oracle", vocab_size=256, seq_len=16, top_k=1),
+                   training=TrainConfig(steps=2, batch_size=8))
+    trainer = Trainer(Transformer(plan.model), plan, corpus)
+    trainer.advance()
+    row, _ = trainer.evaluate(trainer.validation(4))[:2]
+    assert row["layers"][0]["mutual_information"] == pytest.approx(np.log(4))
+    with pytest.raises(routers.RouteError, match="text of a run alone"):
+        next(generate(trainer.model, b"text", 1))
 
 
 # -- scores that are very small or very large ------------------------------------------------------
@@ -535,7 +565,7 @@ def test_every_router_trains_the_small_model(name):
     ids, optimizer = rng.integers(0, 11, (4, 7)), AdamW(model.parameters(), lr=1e-2)
     before, losses = [p.data.copy() for p in model.moe_parts()[0].router.parameters().values()], []
     for _ in range(30):
-        output = model.forward(ids[:, :-1], training=True, rng=rng)
+        output = model.forward(ids[:, :-1], training=True, rng=rng, domain=np.arange(4))
         terms = model.loss_terms(output, ids[:, 1:])
         optimizer.zero_grad()
         terms.total.backward()

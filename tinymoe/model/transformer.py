@@ -195,9 +195,9 @@ class Transformer(Module):
         return F.linear(x, self.token_embedding.weight.T) if self.head is None else self.head(x)
 
     def forward(self, ids: np.ndarray, training: bool = False, rng: np.random.Generator | None = None,
-                causal: bool = False) -> ModelOutput:
-        """ids (B, T) integers -> ModelOutput. training, rng and causal are passed to the routers (RouteContext)."""
-        context, routings = RouteContext(np.asarray(ids), training, rng, causal), []
+                causal: bool = False, domain: np.ndarray | None = None) -> ModelOutput:
+        """ids (B, T) integers -> ModelOutput. The other arguments are passed to the routers (RouteContext)."""
+        context, routings = RouteContext(np.asarray(ids), training, rng, causal, domain=domain), []
         x = self.embed(ids)
         for block in self.blocks:
             x, routing = block(x, context)
@@ -206,9 +206,9 @@ class Transformer(Module):
         return ModelOutput(self.read_out(x), routings, x)
 
     def loss(self, ids: np.ndarray, targets: np.ndarray, training: bool = False,
-             rng: np.random.Generator | None = None) -> LossTerms:
+             rng: np.random.Generator | None = None, domain: np.ndarray | None = None) -> LossTerms:
         """LossTerms of predicting targets (B, T) from ids (B, T)."""
-        return self.loss_terms(self.forward(ids, training, rng), targets)
+        return self.loss_terms(self.forward(ids, training, rng, domain=domain), targets)
 
     def loss_terms(self, output: ModelOutput, targets: np.ndarray) -> LossTerms:
         """LossTerms of a ModelOutput whose targets (B, T) are given."""
@@ -246,11 +246,11 @@ class Transformer(Module):
         x = self.next_but_one(states[:, :-1], following, RouteContext(targets[:, :-1]))
         return F.cross_entropy(self.read_out(x).reshape(-1, self.config.vocab_size), targets[:, 1:].reshape(-1))
 
-    def first_nonfinite(self, ids: np.ndarray) -> str | None:
+    def first_nonfinite(self, ids: np.ndarray, domain: np.ndarray | None = None) -> str | None:
         """The first place where a forward pass is not finite, such as "layer 3"; None if all of it is."""
         places = {f"parameter {name}": p for name, p in self.parameters().items()}
         with no_grad():
-            x, context = self.embed(ids), RouteContext(np.asarray(ids))
+            x, context = self.embed(ids), RouteContext(np.asarray(ids), domain=domain)
             for i, block in enumerate(self.blocks):
                 x, _ = block(x, context)
                 places[f"layer {i}"] = x

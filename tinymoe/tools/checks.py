@@ -144,7 +144,7 @@ def _module(make, *inputs, call=lambda module, *x: module(*x), spread=0.1):
 
 
 N, D, E = 12, 6, 4  # two sequences of six tokens
-SEQUENCES = np.arange(N).reshape(2, -1)
+SEQUENCES, DOMAINS = np.arange(N).reshape(2, -1), np.arange(2)
 X, GATES = Tensor(_normal(N, D, seed=20)), Tensor(_normal(N, E))
 
 ROUTER_OPTIONS = {  # (router, label) -> what differs from the default
@@ -180,7 +180,7 @@ def _router(name, function=_all_outputs, top_k=None, training=True, causal=False
         choices = set()
 
         def call(router, x):
-            routing = router(x, RouteContext(SEQUENCES, training, _rng(3), causal))
+            routing = router(x, RouteContext(SEQUENCES, training, _rng(3), causal, domain=DOMAINS))
             choices.add(routing.mask().tobytes())
             about = LossContext(router, seq_len=6, n_devices=2, token_nats=lambda: np.arange(float(N)))
             value, penalty = function(routing, about), router.penalty(routing, about)

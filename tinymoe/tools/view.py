@@ -128,7 +128,8 @@ def _now(folder, text):
         corpus = _trained_on(folder, length)
         names, (ids, _, domain) = corpus.names, corpus.validation(RECORDED, length)
     with no_grad():
-        routings = model.forward(ids, rng=np.random.default_rng([0, 0])).routings
+        known = domain if text is None else None
+        routings = model.forward(ids, rng=np.random.default_rng([0, 0]), domain=known).routings
     if not routings:
         raise CorpusError(f"{folder} is a model without a mixture-of-experts layer: it routes nothing")
     header = {"run_id": Path(folder).resolve().name, "model": model.config.to_dict(), "step": None, "names": names}

@@ -17,6 +17,10 @@ from ..settings import check_of
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
 
+class RouteError(ValueError):
+    """A router lacks something of its context. The message says what to give."""
+
+
 @dataclass(frozen=True)
 class RouteContext:
     """What a router may know besides the hidden states.
@@ -25,6 +29,7 @@ class RouteContext:
     training: turns on noise and other behaviour of training. rng: the generator for it.
     causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
         do; the others change their rule.
+    domain: (B,) the domain of each sequence, an integer; known in training and evaluation, not for other texts.
     shared: values that a layer's router passes to the routers of later layers, within one forward pass.
     """
 
@@ -33,12 +38,14 @@ class RouteContext:
     rng: np.random.Generator | None = None
     causal: bool = False
     shared: dict = field(default_factory=dict)
+    domain: np.ndarray | None = None
 
     def need(self, name: str, router: "Router") -> Any:
-        """The field `name`, ids or rng. Raises ValueError where it is None."""
+        """The field `name`: ids, rng or domain. Raises RouteError, a ValueError, where it is None."""
         if getattr(self, name) is None:
-            reason = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training"}[name]
-            raise ValueError(f"{router.name} needs RouteContext.{name}: give it {reason}")
+            reason = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training",
+                      "domain": "the domain of each sequence (B,), which is known for the text of a run alone"}[name]
+            raise RouteError(f"{router.name} needs RouteContext.{name}: give it {reason}")
         return getattr(self, name)
 
 
