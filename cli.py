@@ -479,22 +479,24 @@ def probe(router, steps, imports, overrides):
         if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
             raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
         training = TrainConfig(**{"steps": max(1, steps)} | training)
-        model, ids, targets = probes.trained(config, load_corpus(None, seq_len=config.seq_len), steps, training)
+        model, ids, targets, domain = probes.trained(config, load_corpus(None, seq_len=config.seq_len), steps, training)
 
-    effects = {"later tokens, as evaluated": probes.causality(model, ids),
-               "later tokens, as trained": probes.causality(model, ids, training=True),
-               "later tokens, routed on the prefix alone": probes.causality(model, ids, causal=True)}
-    effects |= {f"other sequences: {what}": found for what, found in probes.batch_independence(model, ids).items()}
+    effects = {"later tokens, as evaluated": probes.causality(model, ids, domain=domain),
+               "later tokens, as trained": probes.causality(model, ids, domain=domain, training=True),
+               "later tokens, routed on the prefix alone": probes.causality(model, ids, domain=domain, causal=True)}
+    apart = probes.batch_independence(model, ids, domain)
+    effects |= {f"other sequences: {what}": found for what, found in apart.items()}
     click.echo(f"{', '.join(config.routers)} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes\n")
     _table({"effect on a token of": "<44", "rerouted": "8.1%", "largest change of logits": "24.1e"},
            ((what, found.tokens, found.logits) for what, found in effects.items()))
-    click.echo(f"\nloss on the prefix alone, minus as evaluated: {probes.flattery(model, ids, targets):+.5f} nats\n")
+    flattery = probes.flattery(model, ids, targets, domain)
+    click.echo(f"\nloss on the prefix alone, minus as evaluated: {flattery:+.5f} nats\n")
     _table({"the router's gradient from": "<44", "coefficient": "11g", "norm": "9.2e", "": "<"},
            ((term, coefficient, norm, "exactly zero" if norm == 0 else "")
-            for term, (coefficient, norm) in probes.gradient_path(model, ids, targets).items()))
+            for term, (coefficient, norm) in probes.gradient_path(model, ids, targets, domain).items()))
     click.echo("\nfirst MoE layer: mean score of the exact balanced assignment, minus that of another way to choose")
-    _table({"way to choose": "<44", "shortfall": "+9.5f"}, probes.assignment_shortfall(model, ids).items())
-    click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets) or ["none"])]))
+    _table({"way to choose": "<44", "shortfall": "+9.5f"}, probes.assignment_shortfall(model, ids, domain).items())
+    click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
 
 
 @main.command()

@@ -39,6 +39,15 @@ def sequence_balance(mask, probs, length):
     return sum(parts) / len(parts)
 
 
+def global_balance(loads, probs, batches):
+    """Balance of the last batch's probs, with the shares of all batches in a running mean; loads: (E,) of each."""
+    mean = None
+    for load in loads:
+        share = [n / sum(load) for n in load]
+        mean = share if mean is None else [m + (s - m) / batches for m, s in zip(mean, share)]
+    return balance(mean, probs)
+
+
 def _experts_of(device, n_experts, n_devices):
     width = n_experts // n_devices
     return range(device * width, (device + 1) * width)
@@ -79,6 +88,18 @@ def policy(mask, logits, nats):
         lse = top + math.log(sum(math.exp(v - top) for v in logits[t]))
         value += sum(advantage * (logits[t, i] - lse) for i in range(mask.shape[1]) if mask[t, i])
     return value / n
+
+
+# -- thresholds of expert choice --
+
+
+def thresholds(batches, n_chosen, decay):
+    """The exponential mean over batches (N, E) of each expert's n-th largest score; the first batch sets it."""
+    theta = None
+    for scores in batches:
+        now = [sorted(column, reverse=True)[n_chosen - 1] for column in scores.T]
+        theta = now if theta is None else [decay * t + (1 - decay) * new for t, new in zip(theta, now)]
+    return np.array(theta)
 
 
 # -- metrics --

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+import naive_routing
 from tinymoe import ModelConfig, ModelOutput, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.moe import losses, routers
@@ -90,6 +91,38 @@ def test_sequence_balance_by_hand():
 def test_each_sequence_may_collapse_though_the_batch_is_balanced():
     r = routing([[1, 0]] * 3 + [[0, 1]] * 3)
     assert losses.load_balancing_loss(r).item() == 1 and losses.sequence_balance_loss(r, 3).item() == 2
+
+
+def test_global_balance_by_hand():
+    """Shares (1, 0) in the batch before and (0, 1) now, over four batches: f = (3/4, 1/4). P = (.2, .8): 2 (.15 + .2).
+
+    The first batch has no mean before it, and stands for itself: f = (0, 1), 2 * .8.
+    """
+    now = routing([[0, 1], [0, 1]], [[.3, .7], [.1, .9]])
+    assert losses.global_balance_loss(now, np.array([1., 0]), 4).item() == pytest.approx(.7)
+    assert losses.global_balance_loss(now, np.zeros(2), 4).item() == pytest.approx(1.6)
+    assert losses.global_balance_loss(now, np.array([1., 0]), 1).item() == pytest.approx(
+        losses.load_balancing_loss(now).item())
+
+
+def test_global_balance_in_a_model_follows_the_batches(tmp_path):
+    """Against plain loops over five batches; the mean is saved with the model, and evaluation leaves it as it is."""
+    config = ModelConfig(vocab_size=11, n_layers=1, moe_layers=(0,), d_model=8, n_heads=2, d_ff=8, seq_len=6,
+                         n_experts=4, losses={"global_batch": .1}, balance_batches=3)
+    model, rng, loads = Transformer(config, dtype=np.float64), np.random.default_rng(0), []
+    for _ in range(5):
+        ids = rng.integers(0, 11, (2, 7))
+        output = model.forward(ids[:, :-1], training=True)
+        terms, r = model.loss_terms(output, ids[:, 1:]), output.routings[0]
+        loads.append(r.load)
+        assert terms.global_batch.item() == pytest.approx(naive_routing.global_balance(loads, r.probs.data, 3))
+        model.after_step(output.routings)
+    before = model.moe_parts()[0].recent_share.data
+    model.loss(ids[:, :-1], ids[:, 1:])
+    model.save(tmp_path / "model.npz")
+    np.testing.assert_array_equal(Transformer.load(tmp_path / "model.npz").moe_parts()[0].recent_share.data, before)
+    assert model.count_parameters()["total"] == Transformer(ModelConfig(**config.to_dict() | {"losses": {}})
+                                                            ).count_parameters()["total"] + 4
 
 
 def test_device_balance_by_hand():

@@ -85,7 +85,7 @@ def test_alarms():
 
 def test_every_router_can_be_probed():
     for name in routers.ROUTERS:
-        m = model(name)
-        assert probes.batch_independence(m, IDS).keys() == {"alone", "other neighbours"}
-        assert isinstance(probes.gradient_path(m, IDS, TARGETS)["cross_entropy"][1], float)
+        m, domain = model(name), np.arange(len(IDS))
+        assert probes.batch_independence(m, IDS, domain).keys() == {"alone", "other neighbours"}
+        assert isinstance(probes.gradient_path(m, IDS, TARGETS, domain)["cross_entropy"][1], float)
         assert all(p.grad is None for p in m.parameters().values() if isinstance(p, Tensor))

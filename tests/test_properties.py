@@ -432,7 +432,8 @@ def test_every_router_gives_a_routing_and_a_causal_one_reads_no_later_token(name
     training = data.draw(st.booleans())
 
     def route(x, causal):
-        return router(tm.Tensor(x), tm.RouteContext(ids, training and not causal, np.random.default_rng(3), causal))
+        return router(tm.Tensor(x), tm.RouteContext(ids, training and not causal, np.random.default_rng(3), causal,
+                                                         domain=np.arange(b)))
 
     routing = route(x, causal=False)
     assert routing.gate.dtype == routing.probs.dtype == dtype

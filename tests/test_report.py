@@ -436,6 +436,24 @@ def test_a_quantity_is_added_in_one_place(tmp_path, monkeypatch):
         assert figures.over_steps("A", "top_share")(results).axes[0].get_ylabel() == "largest share of the load"
 
 
+def test_the_rules_of_expert_choice_stand_beside_its_numbers(tmp_path):
+    """Causal numbers of before there were thresholds are those of the prefix rule."""
+    new = ModelConfig(router="expert_choice", top_k=2, aux_coef=0).to_dict()
+    old = {name: value for name, value in new.items() if name != "shared_gate"}
+    for i, (model, rules) in enumerate((
+            (new, "by batch, causal by threshold"), (old, "by batch, causal by prefix"),
+            (new | {"router_options": {"causal_rule": "prefix"}}, "by batch, causal by prefix"),
+            (new | {"router_options": {"rule": "threshold"}}, "by threshold"))):
+        folder = write_run(tmp_path / str(i), "E", 0, 1.5)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model": model}))
+        assert [run.made_of for run in load_runs(tmp_path / str(i))] == [f"expert_choice {rules}, K=2, aux 0"]
+        compact(tmp_path / str(i))
+        shutil.rmtree(tmp_path / str(i) / "runs")
+        assert [run.rules for run in load_runs(tmp_path / str(i))] == [rules]
+        assert f"E expert_choice {rules}" in findings(tmp_path / str(i))
+
+
 def test_a_router_that_does_not_fix_k_is_reported_with_its_measured_experts(tmp_path):
     """README's router in ten lines takes every expert above 1 / E: K is what its rows say, not top_k."""
     folder = write_run(tmp_path, "A", 0, 1.5)

@@ -4,21 +4,27 @@ import itertools
 import numpy as np
 import pytest
 
+import naive_routing
 from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers import nn
+from tinymoe.model.generate import generate
 from tinymoe.moe import metrics, routers
 from tinymoe.moe.losses import load_balancing_loss
 from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.moe.routers.expert_choice import prefix_softmax
+from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
+from tinymoe.training.plan import RunPlan, TrainConfig
+from tinymoe.training.trainer import Trainer
 
 ALL, EVALUATION = list(ROUTERS), RouteContext()
 
 
 def context(training=False, ids=None, seed=0, **fields):
-    return RouteContext(ids, training, np.random.default_rng(seed), **fields)
+    known = {} if ids is None else {"domain": np.arange(len(ids))}
+    return RouteContext(ids, training, np.random.default_rng(seed), **known | fields)
 
 
 def route(logits, name, k=1, where=EVALUATION, bias=None, **options):
@@ -218,6 +224,31 @@ def test_freezing_takes_the_gradient_from_what_is_named():
     assert named and {name for name, p in model.parameters().items() if p.grad is None} == named
 
 
+# -- told the domain ----------------------------------------------------------------------------
+
+def test_the_oracle_goes_by_the_domain_alone():
+    """K = 2 of 6 experts: domain 0 has 0 and 1, domain 2 has 4 and 5, and domain 3 those of 0 again."""
+    router = routers.make("oracle", 3, 6, 2, dtype=np.float64)
+    x, ids = Tensor(np.random.default_rng(0).standard_normal((6, 3))), np.zeros((3, 2), int)
+    r = router(x, RouteContext(ids, domain=np.array([2, 0, 3])))
+    np.testing.assert_allclose(r.to_dense().data, np.eye(3)[[2, 2, 0, 0, 0, 0]].repeat(2, axis=1) / 2)
+    with pytest.raises(routers.RouteError, match="oracle needs RouteContext.domain"):
+        router(x, RouteContext(ids))
+
+
+def test_the_oracle_trains_and_is_evaluated_by_the_domains_of_the_text(tmp_path):
+    """Each of four sources has its expert, in training and validation: 1.386 nats of information, the most there is."""
+    corpus = load_corpus("synthetic", seq_len=16)
+    plan = RunPlan("D", purpose="test", seed=0, model=small("oracle", vocab_size=256, seq_len=16, top_k=1),
+                   training=TrainConfig(steps=2, batch_size=8))
+    trainer = Trainer(Transformer(plan.model), plan, corpus)
+    trainer.advance()
+    row, _ = trainer.evaluate(trainer.validation(4))[:2]
+    assert row["layers"][0]["mutual_information"] == pytest.approx(np.log(4))
+    with pytest.raises(routers.RouteError, match="text of a run alone"):
+        next(generate(trainer.model, b"text", 1))
+
+
 # -- scores that are very small or very large ------------------------------------------------------
 
 @pytest.mark.parametrize("top", [-50., -120.])
@@ -268,6 +299,106 @@ def test_expert_choice_over_tokens_by_hand():
     np.testing.assert_allclose(causal.to_dense().data, [[1, 1], [0, 2 * 6 / 7], [0, 0]])       # of the sequence so far
     with pytest.raises(ValueError, match="softmax_over 'rows'"):
         routers.make("expert_choice", 2, 2, 1, softmax_over="rows")
+
+
+# -- expert choice by thresholds ----------------------------------------------------------------
+
+COLUMN = [.9, .8, .3, .1]                                          # P(expert 0) of four tokens; C = 4 * 1 / 2 = 2
+
+
+def two_experts(p):
+    return np.log([[q, 1 - q] for q in p])
+
+
+def thresholded(name="expert_choice", **options):
+    router = routers.make(name, 2, 2, 1, dtype=np.float64, **options)
+    router.weight.data = np.eye(2)
+    return router
+
+
+def test_thresholds_by_hand():
+    """The second largest of (.9, .8, .3, .1) is .8, of (.1, .2, .7, .9) it is .7. Another batch has .6 and .5:
+    .9 * .8 + .1 * .6 = .78, .9 * .7 + .1 * .5 = .68. Tokens .79, .77 and .3 then go to (0), nobody and (1)."""
+    router = thresholded(threshold_decay=.9)
+    router.after_step(router(Tensor(two_experts(COLUMN)), context(training=True)))
+    np.testing.assert_allclose(router.threshold.data, [.8, .7])
+    router.after_step(router(Tensor(two_experts([.8, .6, .5, .1])), context(training=True)))
+    np.testing.assert_allclose(router.threshold.data, [.78, .68])
+    new = router(Tensor(two_experts([.79, .77, .3])), context(ids=np.zeros((1, 3), int), causal=True))
+    np.testing.assert_allclose(new.to_dense().data, [[.79, 0], [0, 0], [0, .7]])
+    assert not router.threshold.requires_grad
+
+
+def test_thresholds_of_the_batch_itself_choose_what_the_batch_rule_chooses():
+    x, where = Tensor(np.random.default_rng(0).standard_normal((24, 2))), dict(ids=np.zeros((2, 12), int))
+    for over in ("experts", "tokens"):
+        router = thresholded(softmax_over=over)
+        batch = router(x, context(training=True, **where))
+        router.after_step(batch)
+        np.testing.assert_array_equal(router(x, context(causal=True, **where)).mask(), batch.mask())
+
+
+def test_thresholds_against_plain_loops():
+    rng, router, seen = np.random.default_rng(1), thresholded(threshold_decay=.8), []
+    for _ in range(5):
+        routing = router(Tensor(rng.standard_normal((10, 2))), context(training=True))
+        router.after_step(routing)
+        seen.append(routing.probs.data)
+    np.testing.assert_allclose(router.threshold.data, naive_routing.thresholds(seen, 5, .8))
+
+
+def test_the_rules_of_expert_choice():
+    """Thresholds .8 and .7 do not apply before a step; then rule and causal_rule say which of the three is used.
+
+    Of the tokens .5, .6, .9 and .1 expert 0 takes the two best of the batch. On the prefix it has room for 1, 1, 2 and
+    2 tokens, and each of the first three is the best so far.
+    """
+    p, ids = two_experts([.5, .6, .9, .1]), np.zeros((1, 4), int)
+    chosen = {"batch": [0, 1, 1, 0], "prefix": [1, 1, 1, 0], "threshold": [0, 0, 1, 0]}
+
+    def first_expert(trained=True, causal=False, training=False, name="expert_choice", **options):
+        router = thresholded(name, **options)
+        router.threshold.data = np.array([.8, .7]) * trained
+        return router(Tensor(p), context(training, ids, causal=causal)).mask()[:, 0].tolist()
+
+    for rule in chosen:
+        for causal in (False, True):
+            for training in (False, True):
+                used = "threshold" if causal and rule == "batch" else rule
+                assert first_expert(rule=rule, causal=causal, training=training) == chosen[used]
+    assert first_expert(causal=True, causal_rule="prefix") == chosen["prefix"]
+    assert first_expert(causal=True, trained=False) == chosen["prefix"]          # no step yet
+    assert first_expert(name="expert_threshold", training=True) == chosen["threshold"]
+    for rule in chosen:
+        router = thresholded(rule=rule)
+        assert router.causal == router.causal_training == (rule != "batch")
+    with pytest.raises(ValueError, match="threshold_decay 1.5"):
+        thresholded(threshold_decay=1.5)
+
+
+def test_expert_choice_names_its_rules():
+    rules = ROUTERS["expert_choice"].rules
+    assert rules({}) == "by batch, causal by threshold"
+    assert rules({"causal_rule": "prefix"}) == "by batch, causal by prefix" and rules({"rule": "prefix"}) == "by prefix"
+    assert ROUTERS["expert_threshold"].rules({}) == "by threshold" and ROUTERS["top_k"].rules({}) == ""
+
+
+def test_expert_choice_renormalised_by_hand():
+    """C = 2 of three: token 0 has expert 0 alone, so 1; token 1 has both, .6 and .4; token 2 has expert 1 alone."""
+    p = [[.7, .3], [.6, .4], [.2, .8]]
+    r = route(np.log(p), "expert_choice", 4 / 3, renormalise=True)
+    np.testing.assert_allclose(r.to_dense().data, [[1, 0], [.6, .4], [0, 1]])
+    none = route(np.log([[.9, .1], [.8, .2], [.1, .9], [.5, .5]]), "expert_choice", .5, renormalise=True)
+    np.testing.assert_allclose(none.to_dense().data, [[1, 0], [0, 0], [0, 1], [0, 0]])
+
+
+def test_thresholds_are_saved_with_the_model_and_resume(tmp_path):
+    model, ids = Transformer(small("expert_choice"), seed=1), np.arange(12).reshape(2, 6) % 11
+    model.after_step(model.forward(ids, training=True).routings)
+    model.save(tmp_path / "model.npz")
+    again = Transformer.load(tmp_path / "model.npz")
+    assert again.moe_parts()[0].router.threshold.data.all()
+    np.testing.assert_array_equal(*(m.forward(ids, causal=True).logits.data for m in (model, again)))
 
 
 # -- matchings ----------------------------------------------------------------------------------
@@ -434,7 +565,7 @@ def test_every_router_trains_the_small_model(name):
     ids, optimizer = rng.integers(0, 11, (4, 7)), AdamW(model.parameters(), lr=1e-2)
     before, losses = [p.data.copy() for p in model.moe_parts()[0].router.parameters().values()], []
     for _ in range(30):
-        output = model.forward(ids[:, :-1], training=True, rng=rng)
+        output = model.forward(ids[:, :-1], training=True, rng=rng, domain=np.arange(4))
         terms = model.loss_terms(output, ids[:, 1:])
         optimizer.zero_grad()
         terms.total.backward()

@@ -28,9 +28,9 @@ def states(*shape, seed=0, dtype=np.float64):
 
 
 def trained(name, d, e, k, seed=0, scale=1.0, **options):
-    """A float64 router with weights large enough to decide."""
+    """A float64 router with weights large enough to decide, and its state as at the start."""
     router = routers.make(name, d, e, k, dtype=np.float64, **options)
-    for i, p in enumerate(router.parameters().values()):
+    for i, p in enumerate(p for p in router.parameters().values() if p.requires_grad):
         p.data = scale * states(*p.shape, seed=[seed, i])
     return router
 

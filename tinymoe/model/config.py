@@ -80,6 +80,7 @@ class ModelConfig:
     # the losses, besides the cross-entropy
     aux_coef: float = setting(0.01, "coefficient of the balance loss, the mean over MoE layers", NOT_NEGATIVE)
     losses: dict = setting(None, "coefficients of other losses, by name", COEFFICIENTS.or_none())
+    balance_batches: int = setting(16, "batches of the running mean of the load in losses.global_batch", WHOLE)
     mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
                               NOT_NEGATIVE)
     freeze: tuple = setting((), "parameters that are not trained: parts of their names, such as router", NAMES)

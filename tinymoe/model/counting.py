@@ -39,6 +39,8 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
     length = {"D": D, "E": c.n_experts, "V": c.vocab_size}
     shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
     sizes = [(math.prod(map(length.get, axes)), axes == "DE") for axes in shapes]
+    if c.losses.get("global_batch"):
+        sizes += [(c.n_experts, False)] * n_moe  # the running mean of the load
     routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
     second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 

@@ -1,6 +1,8 @@
-"""Configs of version 0.1, which had the options of the router and the coefficients of losses as fields."""
+"""Files of earlier versions: configs with the options of the router as fields, expert choice without thresholds."""
 
 from typing import Any
+
+import numpy as np
 
 FORMER_OPTIONS = """renormalise router_std jitter n_groups group_limit second_expert second_threshold bias_rate
     gate_scale sinkhorn_iterations sequence_pool sequence_scope softmax_over""".split()
@@ -20,3 +22,8 @@ def current(values: dict[str, Any]) -> dict[str, Any]:
         if found:
             values[key] = found | (values.get(key) or {})
     return values
+
+
+def with_thresholds(arrays: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of a model, with those thresholds of expert choice that a file without any leaves as they start."""
+    return {name: start for name, start in targets.items() if name.endswith("router.threshold")} | arrays

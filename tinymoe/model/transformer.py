@@ -19,6 +19,7 @@ from ..moe.routers import RouteContext
 from ..moe.routing import Routing
 from .config import NORMS, ModelConfig
 from .counting import count, require_size
+from .former import with_thresholds
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ class Transformer(Module):
         return [b.feed_forward for b in self.blocks if b.is_moe]
 
     def after_step(self, routings: list[Routing]) -> None:
-        """Call `after_step` of each router with its Routing of this training step."""
+        """Call `after_step` of each MoE layer with its Routing of this training step."""
         for layer, routing in zip(self.moe_parts(), routings, strict=True):
-            layer.router.after_step(routing)
+            layer.after_step(routing)
 
     def expert_banks(self) -> list[ExpertBank]:
         """The ExpertBank of each MoE layer, in order."""
@@ -195,9 +196,9 @@ class Transformer(Module):
         return F.linear(x, self.token_embedding.weight.T) if self.head is None else self.head(x)
 
     def forward(self, ids: np.ndarray, training: bool = False, rng: np.random.Generator | None = None,
-                causal: bool = False) -> ModelOutput:
-        """ids (B, T) integers -> ModelOutput. training, rng and causal are passed to the routers (RouteContext)."""
-        context, routings = RouteContext(np.asarray(ids), training, rng, causal), []
+                causal: bool = False, domain: np.ndarray | None = None) -> ModelOutput:
+        """ids (B, T) integers -> ModelOutput. The other arguments are passed to the routers (RouteContext)."""
+        context, routings = RouteContext(np.asarray(ids), training, rng, causal, domain=domain), []
         x = self.embed(ids)
         for block in self.blocks:
             x, routing = block(x, context)
@@ -206,9 +207,9 @@ class Transformer(Module):
         return ModelOutput(self.read_out(x), routings, x)
 
     def loss(self, ids: np.ndarray, targets: np.ndarray, training: bool = False,
-             rng: np.random.Generator | None = None) -> LossTerms:
+             rng: np.random.Generator | None = None, domain: np.ndarray | None = None) -> LossTerms:
         """LossTerms of predicting targets (B, T) from ids (B, T)."""
-        return self.loss_terms(self.forward(ids, training, rng), targets)
+        return self.loss_terms(self.forward(ids, training, rng, domain=domain), targets)
 
     def loss_terms(self, output: ModelOutput, targets: np.ndarray) -> LossTerms:
         """LossTerms of a ModelOutput whose targets (B, T) are given."""
@@ -227,7 +228,9 @@ class Transformer(Module):
         """Yield (name, coefficient, mean over MoE layers) of the losses and of the routers' own penalties."""
         c, shared = self.config, cache(nats)
         layers = [(routing, LossContext(layer.router, seq_len=output.logits.shape[1], n_devices=c.n_devices,
-                                        max_devices=c.max_devices, token_nats=shared))
+                                        max_devices=c.max_devices, token_nats=shared,
+                                        recent_share=getattr(layer.recent_share, "data", None),
+                                        balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
         coefficients = c.coefficients()
         wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()
@@ -244,11 +247,11 @@ class Transformer(Module):
         x = self.next_but_one(states[:, :-1], following, RouteContext(targets[:, :-1]))
         return F.cross_entropy(self.read_out(x).reshape(-1, self.config.vocab_size), targets[:, 1:].reshape(-1))
 
-    def first_nonfinite(self, ids: np.ndarray) -> str | None:
+    def first_nonfinite(self, ids: np.ndarray, domain: np.ndarray | None = None) -> str | None:
         """The first place where a forward pass is not finite, such as "layer 3"; None if all of it is."""
         places = {f"parameter {name}": p for name, p in self.parameters().items()}
         with no_grad():
-            x, context = self.embed(ids), RouteContext(np.asarray(ids))
+            x, context = self.embed(ids), RouteContext(np.asarray(ids), domain=domain)
             for i, block in enumerate(self.blocks):
                 x, _ = block(x, context)
                 places[f"layer {i}"] = x
@@ -275,5 +278,6 @@ class Transformer(Module):
         config = ModelConfig.from_dict(config)
         require_size(config, sum(array.size for array in arrays.values()))
         model = cls(config, dtype=next(iter(arrays.values())).dtype)
-        load_arrays_into({name: p.data for name, p in model.parameters().items()}, arrays)
+        targets = {name: p.data for name, p in model.parameters().items()}
+        load_arrays_into(targets, with_thresholds(arrays, targets))
         return model

@@ -9,6 +9,7 @@ from ..autograd.tensor import Tensor
 from ..layers.nn import FeedForward, Linear, Module
 from . import routers
 from .experts import ExpertBank
+from .losses import running_share
 from .routers import RouteContext
 from .routing import Routing, limit_capacity
 
@@ -34,6 +35,9 @@ class MoELayer(Module):
         if config.shared_gate:  # their sum times sigmoid(x w), w (D, 1) (Qwen2, Yang et al. 2024)
             self.shared_gate = Linear(config.d_model, 1, rng, bias=False, dtype=dtype)
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
+        self.balance_batches, self.recent_share = config.balance_batches, None
+        if config.losses.get("global_batch"):
+            self.recent_share = Tensor(np.zeros(config.n_experts, dtype))  # no gradient, but saved with the model
         self.change_routing: Callable[[Routing, Tensor], Routing] | None = None
 
     @property
@@ -49,7 +53,14 @@ class MoELayer(Module):
         if self.change_routing is not None:
             routing = self.change_routing(routing, rows)
         y = self.experts(rows, routing).reshape(x.shape)
-        if self.shared is not None:
-            shared = self.shared(x)
-            y = y + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
-        return y, routing
+        return (y if self.shared is None else y + self._shared(x)), routing
+
+    def after_step(self, routing: Routing) -> None:
+        """Update what changes outside the gradient, after each training step with the step's Routing."""
+        self.router.after_step(routing)
+        if (recent := self.recent_share) is not None:
+            recent.data = running_share(routing, recent.data, self.balance_batches).astype(recent.dtype)
+
+    def _shared(self, x):
+        y = self.shared(x)
+        return y if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * y

@@ -56,6 +56,22 @@ def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
     return _balance(routing.mask().reshape(by_sequence).sum(axis=1), routing.probs.reshape(by_sequence).mean(axis=1))
 
 
+def global_balance_loss(routing: Routing, before: np.ndarray, batches: int) -> Tensor:
+    """load_balancing_loss with f_e counted over many batches (Qiu et al. 2025, arXiv 2501.11873, eq. 3).
+
+    The paper adds up the counts of a global batch, over devices and accumulation steps; P_e is of the part at hand.
+    Here f_e is `running_share`, a mean over training steps, this one included. With batches = 1 it is
+    load_balancing_loss. Only a mean load that is uneven is punished, so one batch may use experts of its own.
+    """
+    return _balance(running_share(routing, before, batches), routing.probs.mean(axis=0))
+
+
+def running_share(routing: Routing, before: np.ndarray, batches: int) -> np.ndarray:
+    """(E,): before + (the batch's share of assignments - before) / batches; the share alone where before is all 0."""
+    share = routing.wanted / max(1, routing.wanted.sum())
+    return before + (share - before) / batches if before.any() else share
+
+
 def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
     """D * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
 
@@ -133,7 +149,8 @@ class LossContext:
     """What a loss may read besides the routing.
 
     seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in ModelConfig. token_nats(): (N,), the
-    cross-entropy of each token, outside the graph.
+    cross-entropy of each token, outside the graph. recent_share (E,): `running_share` of the steps before, over
+    balance_batches; None where the layer keeps none.
     """
 
     router: object
@@ -141,6 +158,8 @@ class LossContext:
     n_devices: int = 1
     max_devices: int = 1
     token_nats: Callable[[], np.ndarray] | None = None
+    recent_share: np.ndarray | None = None
+    balance_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -166,6 +185,9 @@ LOSSES = {
                  lambda r, c: None if r.soft_load is None else load_loss(r)),
     "sequence": Loss("load balance within each sequence (DeepSeek-V3)",
                      lambda r, c: sequence_balance_loss(r, c.seq_len)),
+    "global_batch": Loss("load balance over many batches, see balance_batches (Qiu et al. 2025)", lambda r, c:
+                   global_balance_loss(r, np.zeros(1) if c.recent_share is None else c.recent_share,
+                                       c.balance_batches)),
     "device": Loss("load balance over devices (DeepSeek-V2)", lambda r, c: device_balance_loss(r, c.n_devices)),
     "communication": Loss("balance of what devices receive (DeepSeek-V2)",
                           lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),

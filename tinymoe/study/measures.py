@@ -23,13 +23,14 @@ def influence(trainer) -> dict[str, float]:
 
     The largest change of a logit and the share of bytes routed differently: means over the windows of one batch.
     """
-    model, ids = trainer.model, trainer.validation(4).ids[:trainer.plan.training.batch_size]
+    model, valid, batch = trainer.model, trainer.validation(4), slice(trainer.plan.training.batch_size)
+    ids, domain = valid.ids[batch], valid.domain[batch]
     half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
         this = np.arange(len(ids))[:, None] == w
-        mates = probes.compared(model, ids, np.where(this, ids, noise), lambda x, w=w: x[w])
-        later = probes.compared(model, ids, np.where(this & late, noise, ids), lambda x, w=w: x[w, :half])
+        mates = probes.compared(model, ids, np.where(this, ids, noise), lambda x, w=w: x[w], domain)
+        later = probes.compared(model, ids, np.where(this & late, noise, ids), lambda x, w=w: x[w, :half], domain)
         found.append((mates.logits, mates.tokens, later.logits, later.tokens))
     names = ("mates_logits", "mates_rerouted", "later_logits", "later_rerouted")
     return dict(zip(names, np.mean(found, axis=0).tolist()))
@@ -217,7 +218,7 @@ def function_divergence(layer, model, valid):
         return routing
 
     with rerouted(layer, keep_outputs), no_grad():
-        model.forward(valid.ids[:valid.batch_size])
+        model.forward(valid.ids[:valid.batch_size], domain=valid.domain[:valid.batch_size])
     unit = np.stack([y / np.linalg.norm(y, axis=1, keepdims=True) for y in outputs])  # (E, N, D)
     cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]
     return float(1 - cosines[np.triu_indices(len(unit), 1)].mean())

@@ -170,6 +170,9 @@ def settings_table(results):
                for metric in e.metrics}
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
     what = {s.id: s.what for s in e.settings}
+    if not e.adjustable:  # where labels have them already
+        rules = {name: runs[0].rules for name, runs in results.groups.items() if runs[0].rules}
+        what |= {name: f"{what[name]} (chosen {escaped(said)})" for name, said in rules.items()}
     rows = [[escaped(results.label(name)), what[name], *cells]
             for name, *cells in zip(results.groups, *columns.values())]
     return table(["setting", "what", *columns], rows)

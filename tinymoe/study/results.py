@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import printable, read_json, read_rows, write_rows
+from ..moe.routers import ROUTERS
 from ..training.run_folder import with_defaults
 from .experiment import Claim, Experiment
 from .quantities import LOSS, QUANTITIES, experts_per_token, quantity, value
@@ -44,6 +45,7 @@ class RunRecord:
     model = property(lambda self: self.config["model"])
     final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
     measured = property(lambda self: self.summary.get("measured") or {})  # what an experiment asked of the model
+    rules = property(lambda self: self.config.get("rules", ""))  # by which its routers choose, see Router.rules
     is_moe = property(lambda self: bool(self.final["layers"]))
 
     # whether routing on the prefix alone gives another loss, in any row
@@ -58,7 +60,7 @@ class RunRecord:
         if not self.is_moe:
             return "dense"
         router, top_k, k = self.model["router"], self.model["top_k"], experts_per_token(self.final)
-        router = router if isinstance(router, str) else "+".join(map(str, router))
+        router = " ".join(filter(None, (router if isinstance(router, str) else "+".join(map(str, router)), self.rules)))
         limited = self.model.get("capacity_factor") is not None
         shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
         return f"{router}, K={shown}, aux {self.model['aux_coef']:g}"
@@ -123,8 +125,16 @@ def _record(place, config, log, summary, failure):
         raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, or fetch it again")
     if not _fits(config, CONFIG):
         config = {"config_id": place.name, "seed": -1, "model": {}}
-    config = config | {"model": with_defaults(config["model"])}
+    config = {"rules": _rules(config["model"])} | config | {"model": with_defaults(config["model"])}
     return RunRecord(place.name, config, log, summary, failure)
+
+
+def _rules(model):
+    """The rules of a stored ModelConfig's routers; expert choice had one causal rule before it had thresholds."""
+    router, options = model.get("router") or (), model.get("router_options") or {}
+    options = options if "shared_gate" in model else {"causal_rule": "prefix"} | options
+    known = (ROUTERS.get(name) for name in dict.fromkeys([router] if isinstance(router, str) else router))
+    return "; ".join(filter(None, (cls.rules(options) for cls in known if cls)))
 
 
 def _is_whole(name, config, log, summary):

@@ -68,6 +68,7 @@ def cases() -> dict[str, Callable[[], GradcheckResult]]:
         "experts": {f"{backend}, {name}": _experts(backend, mask) for backend in BACKENDS
                     for name, mask in ASSIGNMENTS.items()},
         "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75),
+                  "Transformer, balance over batches": _model(losses={"global_batch": 0.5}),
                   "MoELayer, gated shared expert": _moe_layer(n_shared=1, shared_gate=True)} |
                  {f"Transformer, {name}": _model(**options) for name, options in MODELS.items()},
         "exactly zero": {name: partial(_zero, *case) for name, case in ZEROS.items()}}
@@ -143,7 +144,7 @@ def _module(make, *inputs, call=lambda module, *x: module(*x), spread=0.1):
 
 
 N, D, E = 12, 6, 4  # two sequences of six tokens
-SEQUENCES = np.arange(N).reshape(2, -1)
+SEQUENCES, DOMAINS = np.arange(N).reshape(2, -1), np.arange(2)
 X, GATES = Tensor(_normal(N, D, seed=20)), Tensor(_normal(N, E))
 
 ROUTER_OPTIONS = {  # (router, label) -> what differs from the default
@@ -157,9 +158,11 @@ ROUTER_OPTIONS = {  # (router, label) -> what differs from the default
     ("sinkhorn", "K = 1"): dict(top_k=1),
     ("sinkhorn", "evaluation"): dict(training=False),
     ("sequence", "mean"): dict(sequence_pool="mean"),
-    ("expert_choice", "on the prefix"): dict(causal=True),
+    ("expert_choice", "on the prefix"): dict(causal=True, causal_rule="prefix"),
+    ("expert_choice", "by threshold"): dict(rule="threshold"),
+    ("expert_choice", "renormalised"): dict(renormalise=True),
     ("expert_choice", "over tokens"): dict(softmax_over="tokens"),
-    ("expert_choice", "over tokens, on the prefix"): dict(causal=True, softmax_over="tokens"),
+    ("expert_choice", "over tokens, on the prefix"): dict(rule="prefix", softmax_over="tokens"),
 }
 LOSS_ROUTERS = {"load": "noisy_top_k", "policy": "reinforce"}  # the other losses are checked with top_k
 
@@ -177,7 +180,7 @@ def _router(name, function=_all_outputs, top_k=None, training=True, causal=False
         choices = set()
 
         def call(router, x):
-            routing = router(x, RouteContext(SEQUENCES, training, _rng(3), causal))
+            routing = router(x, RouteContext(SEQUENCES, training, _rng(3), causal, domain=DOMAINS))
             choices.add(routing.mask().tobytes())
             about = LossContext(router, seq_len=6, n_devices=2, token_nats=lambda: np.arange(float(N)))
             value, penalty = function(routing, about), router.penalty(routing, about)

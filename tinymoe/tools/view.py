@@ -34,9 +34,10 @@ def note(config):
     """Sentences on where a route depends on more than its prefix; "" for a causal router without a capacity limit."""
     said = []
     for name in config.routers:
-        if not ROUTERS[name].causal:
+        causal, causal_training = ROUTERS[name].causal_with(config.options_of(name))
+        if not causal:
             said.append(f"{name} chooses over the whole batch, so a byte's expert may depend on later bytes.")
-        elif not ROUTERS[name].causal_training:
+        elif not causal_training:
             said.append(f"While training, {name} chooses over the whole batch; otherwise on the prefix alone.")
     if config.capacity_factor is not None:
         said.append("Which bytes lose an expert to the capacity limit depends on the whole batch.")
@@ -127,7 +128,8 @@ def _now(folder, text):
         corpus = _trained_on(folder, length)
         names, (ids, _, domain) = corpus.names, corpus.validation(RECORDED, length)
     with no_grad():
-        routings = model.forward(ids, rng=np.random.default_rng([0, 0])).routings
+        known = domain if text is None else None
+        routings = model.forward(ids, rng=np.random.default_rng([0, 0]), domain=known).routings
     if not routings:
         raise CorpusError(f"{folder} is a model without a mixture-of-experts layer: it routes nothing")
     header = {"run_id": Path(folder).resolve().name, "model": model.config.to_dict(), "step": None, "names": names}

@@ -46,9 +46,13 @@ class Corpus:
         return [domain.name for domain in self.domains]
 
     def batch(self, rng, batch_size, seq_len):
+        """(ids, targets) of `labelled_batch`."""
+        return self.labelled_batch(rng, batch_size, seq_len)[:2]
+
+    def labelled_batch(self, rng, batch_size, seq_len):
         """Draw training windows: first a domain uniformly, then one of its window positions uniformly.
 
-        rng: a numpy Generator. Returns (ids, targets), both (B, T) int64; targets are one byte ahead.
+        rng: a numpy Generator. Returns (ids (B, T), targets (B, T), domain (B,)), int64; targets are one byte ahead.
         Raises CorpusError if a domain has no training span of seq_len + 1 bytes.
         """
         # for each domain and span: how many windows fit up to the end of the span
@@ -59,7 +63,7 @@ class Corpus:
         for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
             span = np.searchsorted(ends[d], number, side="right")
             places.append((d, self.domains[d].train[span, 1] - seq_len - (ends[d][span] - number)))
-        return self._windows(places, seq_len)
+        return *self._windows(places, seq_len), domain
 
     def validation(self, n_windows_per_domain, seq_len):
         """Fixed validation windows, spread evenly over the validation blocks of each domain.

@@ -36,7 +36,8 @@ def losses_and_routings(model, valid: Validation, causal: bool):
     with no_grad():
         for first in range(0, len(valid.ids), valid.batch_size):
             batch = slice(first, first + valid.batch_size)
-            output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, first]), causal=causal)
+            output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, first]), causal=causal,
+                                   domain=valid.domain[batch])
             log_probs = F.log_softmax(output.logits)
             nats.append(-F.gather(log_probs, valid.targets[batch][..., None]).data[..., 0])
             by_batch.append(output.routings)

@@ -44,15 +44,16 @@ class Trainer:
         self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
 
     @np.errstate(all="ignore")  # numbers that are not finite are found below, and raised as NonFiniteLoss
-    def learn(self, ids, targets) -> float:
+    def learn(self, ids, targets, domain=None) -> float:
         """Take one step of the optimizer; returns the cross-entropy before it. Raises NonFiniteLoss."""
         started, c = time.perf_counter(), self.plan.training
         self.step += 1
         self.optimizer.lr = learning_rate(self.step, c.steps, c.learning_rate, c.warmup)
-        output = self.model.forward(ids, training=True, rng=self.generators["noise"])
+        output = self.model.forward(ids, training=True, rng=self.generators["noise"], domain=domain)
         terms = self.model.loss_terms(output, targets)
         if not np.isfinite(terms.total.data):
-            raise NonFiniteLoss(self.step, self.model.first_nonfinite(ids) or "the loss", "the loss is not finite")
+            where = self.model.first_nonfinite(ids, domain) or "the loss"
+            raise NonFiniteLoss(self.step, where, "the loss is not finite")
         self.optimizer.zero_grad()
         terms.total.backward(retain_graph=False)
         norm = clip_gradients(self.parameters, c.max_norm)
@@ -71,7 +72,7 @@ class Trainer:
     def advance(self) -> float:
         """One step: draw a batch and learn from it."""
         c = self.plan
-        return self.learn(*self.corpus.batch(self.generators["data"], c.training.batch_size, c.model.seq_len))
+        return self.learn(*self.corpus.labelled_batch(self.generators["data"], c.training.batch_size, c.model.seq_len))
 
     def evaluate_and_save(self, folder: RunFolder):
         """Evaluate the model, add a row to the log, and save the state."""
@@ -106,7 +107,7 @@ class Trainer:
         try:
             json.dumps(measured[0], allow_nan=False)
         except ValueError:
-            layer = self.model.first_nonfinite(valid.ids) or "the loss"
+            layer = self.model.first_nonfinite(valid.ids, valid.domain) or "the loss"
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
         return measured
 

@@ -14,11 +14,11 @@ import importlib
 import pkgutil
 
 from ..routing import largest
-from .base import ROUTERS, LinearRouter, RouteContext, Router, find, make
+from .base import ROUTERS, LinearRouter, RouteContext, RouteError, Router, find, make
 from .top_k import TopK
 from .token_choice import NoisyTopK, Reinforce, SigmoidBias
-from .baselines import Frozen, Hash, Random, Shuffled
-from .expert_choice import ExpertChoice
+from .baselines import Frozen, Hash, Oracle, Random, Shuffled
+from .expert_choice import ExpertChoice, ExpertThreshold
 from .assignment import BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall, sinkhorn_plan
 from .sequence import Sequence
 from .user_files import load_file

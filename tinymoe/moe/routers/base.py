@@ -17,6 +17,10 @@ from ..settings import check_of
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
 
+class RouteError(ValueError):
+    """A router lacks something of its context. The message says what to give."""
+
+
 @dataclass(frozen=True)
 class RouteContext:
     """What a router may know besides the hidden states.
@@ -25,6 +29,7 @@ class RouteContext:
     training: turns on noise and other behaviour of training. rng: the generator for it.
     causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
         do; the others change their rule.
+    domain: (B,) the domain of each sequence, an integer; known in training and evaluation, not for other texts.
     shared: values that a layer's router passes to the routers of later layers, within one forward pass.
     """
 
@@ -33,12 +38,14 @@ class RouteContext:
     rng: np.random.Generator | None = None
     causal: bool = False
     shared: dict = field(default_factory=dict)
+    domain: np.ndarray | None = None
 
     def need(self, name: str, router: "Router") -> Any:
-        """The field `name`, ids or rng. Raises ValueError where it is None."""
+        """The field `name`: ids, rng or domain. Raises RouteError, a ValueError, where it is None."""
         if getattr(self, name) is None:
-            reason = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training"}[name]
-            raise ValueError(f"{router.name} needs RouteContext.{name}: give it {reason}")
+            reason = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training",
+                      "domain": "the domain of each sequence (B,), which is known for the text of a run alone"}[name]
+            raise RouteError(f"{router.name} needs RouteContext.{name}: give it {reason}")
         return getattr(self, name)
 
 
@@ -69,6 +76,7 @@ class Router(Module):
     def __init__(self, d_model: int, n_experts: int, top_k: float, rng: np.random.Generator, dtype, **options):
         self.n_experts, self.top_k = n_experts, top_k
         vars(self).update(options)
+        self.causal, self.causal_training = self.causal_with(options)
 
     def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()
@@ -121,6 +129,16 @@ class Router(Module):
                 raise ValueError(f"{name} is no option of {cls.name}, which takes {', '.join(known) or 'none'}")
             if check := check_of(known[name].annotation):
                 check.require(name, value)
+
+    @classmethod
+    def causal_with(cls, options: dict[str, Any]) -> tuple[bool, bool]:
+        """(causal, causal_training) of a router with these options."""
+        return cls.causal, cls.causal_training
+
+    @classmethod
+    def rules(cls, options: dict[str, Any]) -> str:
+        """By which rules its numbers are made, in a few words, where its options choose among several; else ""."""
+        return ""
 
     def penalty(self, routing: Routing, context: LossContext) -> Tensor | None:
         """A term of the router's own, a scalar that the model adds to the loss (the mean over MoE layers)."""

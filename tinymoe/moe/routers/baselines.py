@@ -67,6 +67,27 @@ class Hash(Router, name="hash"):
         return constant(self.table.data[context.need("ids", self).reshape(-1)] > 0, x.dtype)
 
 
+class Oracle(Router, name="oracle"):
+    """The domain of a sequence picks its K experts: those from d K on, modulo E, for all its tokens, with gates 1 / K.
+
+    An upper bound for routers whose experts are to follow domains (the testbed of arXiv 2604.07030 has such a router).
+    It is told the domain, which no other part of the model is, from the first token on. With K E-ths of the experts a
+    domain, no two domains share one. Raises ValueError without RouteContext.domain: texts without a known domain, such
+    as a prompt, cannot be routed.
+    """
+
+    paper = "arXiv 2604.07030"
+    chooses = "neither"
+    learned = False
+    cost = "a lookup"
+
+    def forward(self, x, context):
+        first = np.asarray(context.need("domain", self)) * self.top_k  # (B,)
+        chosen = np.zeros((len(first), self.n_experts), bool)
+        chosen[np.arange(len(first))[:, None], (first[:, None] + np.arange(self.top_k)) % self.n_experts] = True
+        return constant(np.repeat(chosen, len(x) // len(chosen), axis=0), x.dtype)
+
+
 class Random(Router, name="random"):
     """A fresh uniform choice of K experts for each token in each call, with gates 1 / K.
 

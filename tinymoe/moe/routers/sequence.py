@@ -23,9 +23,9 @@ class Sequence(TopK, name="sequence"):
     sequence_pool: Literal["prefix", "mean"] = "prefix"
     sequence_scope: Literal["layer", "global"] = "layer"
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
-        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
-        self.causal = self.causal_training = self.sequence_pool == "prefix"
+    @classmethod
+    def causal_with(cls, options):
+        return (options.get("sequence_pool", cls.sequence_pool) == "prefix",) * 2
 
     def forward(self, x, context):
         if self.sequence_scope == "global" and "sequence" in context.shared:
