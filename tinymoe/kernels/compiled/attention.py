@@ -4,18 +4,12 @@ from numba import prange
 
 from .activations import exp
 from .compile import example, loop, pool
+from .product import multiply
 from .runtime import contiguous
 
 # Queries in a block. Within a block the masked half is computed too, and later values are multiplied by 0: a NaN in v
 # can reach earlier rows of its block.
-QUERIES = 64
-
-
-@loop
-def _add(rows, out):
-    for i in range(rows.shape[0]):
-        for j in range(rows.shape[1]):
-            out[i, j] += rows[i, j]
+QUERIES = 32
 
 
 @loop
@@ -25,8 +19,8 @@ def _block(saved, n, keys, done):
 
 
 @loop
-def _softmax(scores, scale, start):
-    """scores (keys,n) become softmax(scale scores) of each column, in place; query i sees the keys up to start + i.
+def _softmax(scores, start):
+    """scores (keys,n) become the softmax of each column, in place; query i sees the keys up to start + i.
 
     Each inner loop is elementwise over the queries of the block.
     """
@@ -38,16 +32,18 @@ def _softmax(scores, scale, start):
             highest[i] = scores[j, i] if scores[j, i] > highest[i] else highest[i]
     for j in range(keys):
         for i in range(n):
-            scores[j, i] = exp(scale * (scores[j, i] - highest[i]))
+            scores[j, i] = exp(scores[j, i] - highest[i])
             total[i] += scores[j, i]
+    for i in range(n):
+        total[i] = 1 / total[i]
     for j in range(keys):
         for i in range(n):
-            scores[j, i] /= total[i]
+            scores[j, i] *= total[i]
 
 
 @loop
-def _softmax_backward(probs, scale, d):
-    """d (keys,n), the gradient of probs, becomes that of q . k, in place: scale p (d - sum of p d over the column)"""
+def _softmax_backward(probs, d):
+    """d (keys,n), the gradient of probs, becomes that of the scores, in place: p (d - sum of p d over the column)"""
     keys, n = probs.shape
     inner = np.zeros(n, probs.dtype)
     for j in range(keys):
@@ -55,7 +51,7 @@ def _softmax_backward(probs, scale, d):
             inner[i] += probs[j, i] * d[j, i]
     for j in range(keys):
         for i in range(n):
-            d[j, i] = scale * probs[j, i] * (d[j, i] - inner[i])
+            d[j, i] = probs[j, i] * (d[j, i] - inner[i])
 
 
 @loop
@@ -65,9 +61,9 @@ def _attend(q, k, v, scale, out, saved):
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
         weights = _block(saved, stop - start, stop, done)
-        np.dot(k[:stop], q[start:stop].T, weights)
-        _softmax(weights, scale, start)
-        out[start:stop] = np.dot(weights.T, v[:stop])
+        multiply(k[:stop], q[start:stop].T, weights, scale, 0)
+        _softmax(weights, start)
+        multiply(weights.T, v[:stop], out[start:stop], 1, 0)
         done += weights.size
 
 
@@ -78,11 +74,12 @@ def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv):
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
         weights = _block(saved, stop - start, stop, done)
-        d = np.dot(v[:stop], dout[start:stop].T)
-        _softmax_backward(weights, scale, d)
-        _add(np.dot(weights, dout[start:stop]), dv)
-        _add(np.dot(d, q[start:stop]), dk)
-        dq[start:stop] = np.dot(d.T, k[:stop])
+        d = np.empty_like(weights)
+        multiply(v[:stop], dout[start:stop].T, d, 1, 0)
+        _softmax_backward(weights, d)
+        multiply(weights, dout[start:stop], dv[:stop], 1, 1)
+        multiply(d, q[start:stop], dk[:stop], scale, 1)
+        multiply(d.T, k[:stop], dq[start:stop], scale, 0)
         done += weights.size
 
 
@@ -91,9 +88,8 @@ def _attention(q, k, v, scale, out, saved):
     G, heads = k.shape[2], q.shape[2] // k.shape[2]
     for task in prange(q.shape[0] * G):
         b, g = task // G, task % G
-        k_head, v_head = k[b, :, g].copy(), v[b, :, g].copy()                # contiguous, for np.dot
         for h in range(g * heads, (g + 1) * heads):
-            _attend(q[b, :, h].copy(), k_head, v_head, scale, out[b, :, h], saved[b, h])
+            _attend(q[b, :, h], k[b, :, g], v[b, :, g], scale, out[b, :, h], saved[b, h])
 
 
 @pool
@@ -101,12 +97,9 @@ def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
     G, heads = k.shape[2], q.shape[2] // k.shape[2]
     for task in prange(q.shape[0] * G):
         b, g = task // G, task % G
-        k_head, v_head = k[b, :, g].copy(), v[b, :, g].copy()
-        dk_head, dv_head = np.zeros_like(k_head), np.zeros_like(v_head)
         for h in range(g * heads, (g + 1) * heads):
-            _attend_backward(dout[b, :, h].copy(), q[b, :, h].copy(), k_head, v_head, saved[b, h], scale, dq[b, :, h],
-                             dk_head, dv_head)
-        dk[b, :, g], dv[b, :, g] = dk_head, dv_head
+            _attend_backward(dout[b, :, h], q[b, :, h], k[b, :, g], v[b, :, g], saved[b, h], scale, dq[b, :, h],
+                             dk[b, :, g], dv[b, :, g])
 
 
 @example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))
@@ -122,6 +115,6 @@ def causal_attention(q, k, v):
 @example(lambda ones: causal_attention_backward(*[ones(1, 2, 1, 2)] * 4, ones(1, 1, 4)))
 def causal_attention_backward(dy, q, k, v, p):
     dy, q, k, v, p = map(contiguous, (dy, q, k, v, p))
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+    dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     _attention_backward(dy, q, k, v, p, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
     return dq, dk, dv
