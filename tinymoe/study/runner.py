@@ -1,16 +1,20 @@
-"""The runner: trains many runs, one after the other or side by side in worker processes of one thread each.
+"""The runner: trains many runs, here or in an executor of `concurrent.futures`: worker processes, or a Dask cluster.
 
-A run has the same bits on any number of threads, so the way that runs are spread over processes changes no result.
+A worker trains one run at a time in one thread. A run has the same bits on any number of threads, so the way that runs
+are spread over processes and machines changes no result.
 """
 
+import collections
 import contextlib
 import functools
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
-from multiprocessing import connection, resource_tracker
+from concurrent import futures
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +66,8 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
             if not side_by_side or plan not in todo:  # a finished run is only checked
                 _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
         if side_by_side:
-            _side_by_side([(plan, folders[plan.run_id], fresh) for plan in todo], read, jobs, note)
+            with Processes(min(jobs, len(todo)), read) as pool:
+                _train_in(pool, [(plan, folders[plan.run_id], fresh) for plan in todo], note)
     for run_id, folder in folders.items():
         if run_id not in failures and not folder.exists():
             note(Event("failed", run_id, message=f"{folder} vanished: run the same command again"))
@@ -88,92 +93,124 @@ def _attempt(plan, corpus, folder, fresh, send):
         send(Event("failed", plan.run_id, message=str(error) or type(error).__name__))
 
 
-def _side_by_side(tasks, read, jobs, note):
-    """Train each task (plan, folder, fresh) in one of `jobs` workers. They are killed when this function ends.
-
-    read: what a worker calls to read the corpus. Sending the corpus would block on a worker that dies while it starts.
-    """
-    kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
-    waiting, workers = tasks[::-1], []
-    try:
-        while waiting or workers:
-            while waiting and len(workers) < jobs:
-                workers.append(_Worker(read))
-                workers[-1].start(waiting.pop())
-            for pipe in connection.wait([worker.pipe for worker in workers]):
-                worker = next(worker for worker in workers if worker.pipe is pipe)
-                event = worker.receive()
+def _train_in(pool, tasks, note):
+    """Train each task (plan, folder, fresh) in an executor. It reports on runs by pool.events(), for which we ask."""
+    waiting, running = collections.deque(tasks), {}
+    while waiting or running:
+        while waiting and len(running) < pool.batch:
+            task = waiting.popleft()
+            running[pool.submit(*task)] = task
+        done, _ = futures.wait(running, timeout=0.05, return_when=futures.FIRST_COMPLETED)
+        for event in pool.events():  # after `wait`, so that the steps of a run come before its end
+            note(event)
+        for future in done:
+            task, event = running.pop(future), pool.ended(future)
+            if event.kind == "busy":
+                waiting.append(task)
+            else:
                 note(event)
-                if event.kind in ("done", "failed"):
-                    if waiting and worker.process.is_alive():
-                        worker.give(waiting.pop())
-                    else:
-                        workers.remove(worker)
-                        worker.stop()
-    finally:
-        for worker in workers:
-            worker.stop()
+
+
+class Processes(futures.ThreadPoolExecutor):
+    """Worker processes of this machine, each with one thread of this process that waits for it.
+
+    A worker that dies fails the run that it trains and is replaced; a ProcessPoolExecutor would fail all runs. Each
+    worker has its own pipe, so one that dies while it sends cannot block the others. read: what a worker calls to read
+    the corpus. Sending the corpus would block on a worker that dies while it starts.
+    """
+
+    def __init__(self, jobs, read):
+        kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
+        if hasattr(signal, "pthread_sigmask"):
+            resource_tracker.ensure_running()  # when it starts, it changes the mask of its thread
+        super().__init__(jobs, initializer=_mask_interrupts)
+        self.batch, self._read, self._own = float("inf"), read, threading.local()
+        self._said, self._workers, self._lock, self._closed = queue.SimpleQueue(), [], threading.Lock(), False
+
+    def submit(self, plan, folder, fresh):
+        return super().submit(self._train, (plan, folder, fresh))
+
+    def events(self):
+        """What the workers have said since the last call."""
+        while not self._said.empty():
+            yield self._said.get()
+
+    def ended(self, future):
+        """The last Event of a run."""
+        return future.result()
+
+    def shutdown(self, wait=True, *, cancel_futures=True):
+        """Kill the workers, and forget the runs that wait."""
+        with self._lock:
+            self._closed = True
+        for worker in self._workers:
+            worker.process.kill()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def _train(self, task):
+        """Train a run in the worker of this thread; returns its last Event."""
+        worker = getattr(self._own, "worker", None) or self._start()
+        event = worker.give(task)
+        while event.kind not in ("done", "failed"):
+            self._said.put(event)
+            event = worker.receive()
+        if not worker.alive:
+            self._own.worker = None
+        return event
+
+    def _start(self):
+        with self._lock:  # multiprocessing keeps a list of processes, and the environment is changed
+            if self._closed:
+                raise futures.CancelledError
+            self._own.worker = _Worker(self._read, self._lock)
+            self._workers.append(self._own.worker)
+            return self._own.worker
 
 
 class _Worker:
-    """A process that trains one run after the other, and the pipe to it.
+    """A process that trains one run after the other, and the pipe to it."""
 
-    Each worker has its own pipe, so one that is killed while it sends cannot block the others: its pipe ends.
-    """
-
-    def __init__(self, read):
+    def __init__(self, read, lock):
         context = multiprocessing.get_context("spawn")
-        self.pipe, self.other_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(self.other_end, read), daemon=True)
-
-    def start(self, task):
-        """Start the process with its first task."""
-        with _environment_of_a_worker():
+        self.pipe, other_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(other_end, read), daemon=True)
+        self.alive, self.lock = True, lock
+        before = os.environ.get("NUMBA_NUM_THREADS")
+        os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the process loads numba
+        try:
             self.process.start()
-        self.other_end.close()  # now only the process has it, so the pipe ends with the process
-        self.give(task)
+        finally:
+            other_end.close()  # now only the process has it, so the pipe ends with the process
+            del os.environ["NUMBA_NUM_THREADS"]
+            if before is not None:
+                os.environ["NUMBA_NUM_THREADS"] = before
 
     def give(self, task):
-        """Send a task (plan, folder, fresh)."""
+        """Send a task (plan, folder, fresh); returns the first Event."""
         self.run_id = task[0].run_id
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` will say so
             self.pipe.send(task)
+        return self.receive()
 
     def receive(self):
         """The next Event; "failed" if the process has ended."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join()
+            self.alive = False
+            with self.lock:
+                self.process.join()
+            self.pipe.close()
             if self.process.exitcode == UNGUARDED:
                 raise SystemExit(GUARD) from None
             return Event("failed", self.run_id, message=f"its process ended with exit code {self.process.exitcode}: "
                                                         "run the same command again")
 
-    def stop(self):
-        """Kill the process."""
-        if self.process.pid:
-            self.process.kill()
-            self.process.join()
-        self.pipe.close()
 
-
-@contextlib.contextmanager
-def _environment_of_a_worker():
-    """A context in which a worker is started: it gets one thread, and Ctrl-C does not reach it while it imports."""
+def _mask_interrupts():
+    """Ctrl-C goes to the main thread; a worker, which inherits the mask, does not get it while it imports."""
     if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # when it starts, it would take the mask away
-    before = os.environ.get("NUMBA_NUM_THREADS")
-    os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the process loads numba
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-    try:
-        yield
-    finally:
-        del os.environ["NUMBA_NUM_THREADS"]
-        if before is not None:
-            os.environ["NUMBA_NUM_THREADS"] = before
-        if masked is not None:  # a Ctrl-C that waited is raised here
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _work(pipe, read):
