@@ -46,7 +46,7 @@ def results(folder):
     summary = json.loads((folder / "summary.json").read_text())
     arrays |= {path.name: path.read_bytes() for path in (folder / "routings").glob("*")}  # they hold no clock time
     groups = [header, summary], rows
-    return arrays, *([{k: v for k, v in one.items() if k != "seconds"} for one in group] for group in groups)
+    return arrays, *([{k: v for k, v in one.items() if not k.endswith("seconds")} for one in group] for group in groups)
 
 
 def stop_after(step):
@@ -314,7 +314,22 @@ def test_a_torn_summary_is_written_again(corpus, tmp_path, content):
     whole, path = t.train(tiny(), corpus, tmp_path), tmp_path / "summary.json"
     path.unlink() if content is None else path.write_bytes(content)
     assert run_folder.RunFolder(tmp_path).summary() is None
-    assert t.train(tiny(), corpus, tmp_path) == whole and json.loads(path.read_bytes()) == whole
+    again = t.train(tiny(), corpus, tmp_path)
+    assert json.loads(path.read_bytes()) == again
+    assert again | {"wall_seconds": 0} == whole | {"wall_seconds": 0}  # the last evaluation is made again
+
+
+def test_the_wall_clock_counts_evaluations_and_the_time_before_an_interruption(corpus, stopped):
+    arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
+    files.save_arrays(stopped / "checkpoint.npz", arrays, header | {"wall_seconds": 1000.0})
+    summary = t.train(tiny(), corpus, stopped)
+    assert summary["wall_seconds"] > 1000 > summary["seconds"]
+
+
+def test_a_changed_plan_is_recorded_and_no_reason_to_refuse_a_run(corpus, tmp_path):
+    t.train(replace(tiny(), plan_hash="a"), corpus, tmp_path)
+    assert t.train(replace(tiny(), plan_hash="b"), corpus, tmp_path)["steps"] == 6
+    assert json.loads((tmp_path / "config.json").read_text())["plan_hash"] == "a"
 
 
 def test_routings_of_an_earlier_run_are_gone(corpus, tmp_path):
@@ -350,7 +365,7 @@ def test_a_log_that_is_gone(corpus, stopped, finished):
 
 @pytest.mark.parametrize("key, value", [
     ("n_rows", 1.5), ("n_rows", "3"), ("n_rows", 0), ("step", "a"), ("step", 1.5), ("step", None), ("seconds", "a"),
-    ("seconds", float("nan")), ("seconds", None), ("generators", {}), ("generators", {"data": 1, "noise": 2}),
+    ("seconds", float("nan")), ("seconds", None), ("wall_seconds", "a"), ("generators", {}), ("generators", {"data": 1, "noise": 2}),
     ("optimizer_steps", {}), ("optimizer_steps", 7), ("optimizer_steps", dict.fromkeys(NAMES, 10**400)),
     ("optimizer_steps", dict.fromkeys(NAMES, -1)),
     ("model", 3), ("run_id", [1])], ids=lambda value: str(value)[:40])

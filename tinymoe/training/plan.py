@@ -13,7 +13,7 @@ class TrainConfig:
 
     steps: int = setting(2000, "training steps", WHOLE)
     batch_size: int = setting(8, "windows of seq_len bytes in a batch", WHOLE)
-    learning_rate: float = setting(1e-3, "the largest rate, after the warm-up", POSITIVE)
+    learning_rate: float = setting(2e-3, "the largest rate, after the warm-up", POSITIVE)
     warmup: float = setting(0.05, "share of the steps in which the rate rises", SHARE)
     weight_decay: float = setting(0.1, "decay of weight matrices; other parameters have none", NOT_NEGATIVE)
     max_norm: float = setting(1.0, "largest norm of the gradient; a larger gradient is scaled down", POSITIVE)
@@ -38,6 +38,7 @@ class RunPlan:
         mixture is upcycled from a dense model.
     measure: measure(trainer) -> dict ready for JSON, called at the end and kept in the summary.
     imports: paths of the user's files that define routers; they are executed before the model is made.
+    plan_hash: of the experiment's plan, see study/experiment.py; config.json records it.
     """
 
     config_id: str
@@ -48,6 +49,7 @@ class RunPlan:
     start: str | None = None
     measure: Callable | None = None
     imports: tuple = ()
+    plan_hash: str | None = None
 
     @property
     def run_id(self) -> str:

@@ -165,7 +165,7 @@ def describe(plan, corpus) -> dict:
     return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
             "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
             "corpus": corpus.describe(), "domains": corpus.names, "kernels": kernels.active(),
-            "imports": load_imports(tuple(plan.imports))}
+            "plan_hash": plan.plan_hash, "imports": load_imports(tuple(plan.imports))}
 
 
 def _identity(config):

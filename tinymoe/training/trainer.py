@@ -40,6 +40,7 @@ class Trainer:
         self.generators = {name: np.random.default_rng([plan.seed, i, *continued])
                            for i, name in ((1, "data"), (2, "noise"))}
         self.step, self.seconds, self.rows = 0, 0.0, []
+        self.wall_started = time.perf_counter()  # minus the time before an interruption
         self.since_row = []  # the numbers of each step since the last row of the log, by name
         self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
 
@@ -111,6 +112,11 @@ class Trainer:
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
         return measured
 
+    @property
+    def wall_seconds(self) -> float:
+        """Of the run so far: `seconds`, in which it learns, and those of evaluating and saving."""
+        return time.perf_counter() - self.wall_started
+
     def arrays(self) -> dict:
         """Every array of the state, by name: weights p/..., and the moments m/... and v/... of the optimizer."""
         parts = {"p": {name: p.data for name, p in self.parameters.items()}, "m": self.optimizer.m,
@@ -120,14 +126,15 @@ class Trainer:
     def state(self) -> dict:
         """The rest of the state, ready for JSON: the header of a checkpoint."""
         return {"kind": "checkpoint", "run_id": self.plan.run_id, "model": self.plan.model.to_dict(),
-                "step": self.step, "seconds": self.seconds, "n_rows": len(self.rows),
-                "optimizer_steps": self.optimizer.steps,
+                "step": self.step, "seconds": self.seconds, "wall_seconds": self.wall_seconds,
+                "n_rows": len(self.rows), "optimizer_steps": self.optimizer.steps,
                 "generators": {name: g.bit_generator.state for name, g in self.generators.items()}}
 
     def restore(self, arrays: dict, state: dict, rows: list):
         """Continue from a checkpoint and its log. Raises ValueError, TypeError or KeyError if they do not fit."""
         load_arrays_into(self.arrays(), arrays)
         self.step, self.seconds, self.rows = operator.index(state["step"]), float(state["seconds"]), rows
+        self.wall_started -= float(state.get("wall_seconds", self.seconds))
         self.optimizer.steps = {name: operator.index(state["optimizer_steps"][name]) for name in self.parameters}
         if not all(0 <= n <= self.step for n in self.optimizer.steps.values()):
             raise ValueError("its optimizer took other steps")
@@ -147,6 +154,7 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
     if not fresh and (summary := folder.summary()):  # without the lock, so that a read-only folder will do
         folder.require_same(config)
         return summary
+    kernels.compile_all(np.float32)  # before training: every process then reads the same code, and has the same bits
     with folder.locked():
         try:  # build the model first: running out of memory must not delete files
             trainer = Trainer(first_model(plan, folder.path.parent), plan, corpus)
@@ -157,7 +165,6 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
 
 
 def _train_to_the_end(trainer, folder, on_event):
-    kernels.compile_all(np.float32)  # before training: every process then reads the same code, and has the same bits
     plan, evaluation_steps = trainer.plan, trainer.plan.training.evaluation_steps()
 
     def report(kind, loss=0.0):
@@ -179,7 +186,8 @@ def _train_to_the_end(trainer, folder, on_event):
         folder.end("failure.json", {"run_id": plan.run_id, **vars(error)})
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
-               "status": "complete", "seconds": round(trainer.seconds, 3), "final": {"step": trainer.step, **final},
+               "status": "complete", "seconds": round(trainer.seconds, 3),
+               "wall_seconds": round(trainer.wall_seconds, 3), "final": {"step": trainer.step, **final},
                "causal_by_part": losses_by_part(nats, valid)}
     if plan.measure:
         summary["measured"] = plan.measure(trainer)
