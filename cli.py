@@ -596,6 +596,28 @@ def generate(run, prompt, length, temperature, top, seed, imports):
 
 
 @main.command()
+@click.option("--router", default="top_k", help="The router of the example.")
+@click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
+@click.option("--step", is_flag=True, help="Wait for a key after each part.")
+@_import_option
+@_set_option
+def explain(router, seed, step, imports, overrides):
+    """Work out one layer on four tokens, number by number.
+
+    It shows scores, choice, gates, which experts ran, their outputs, the balance loss and its gradient, and what a
+    capacity limit drops. The same is computed by hand beside it.
+    """
+    from tinymoe.tools.explain import SEED, Example
+    model, training = _settings(overrides)
+    with _refusing(ValueError, usage=True):
+        parts = Example({"router": router} | model | training, SEED if seed is None else seed).parts()
+    for part in parts:
+        click.echo(part)
+        if step:
+            click.pause("")
+
+
+@main.command()
 @click.option("--only", metavar="TEXT", help="Check only what has this text in its name.")
 def gradcheck(only):
     """Compare every gradient with finite differences."""

@@ -1,0 +1,94 @@
+"""The worked example: the printed numbers are computed again, by loops, from the printed x and W, with every router."""
+
+import re
+
+import numpy as np
+import pytest
+
+import naive
+import naive_routing
+from test_cli import invoke
+from tinymoe.moe.routers import ROUTERS
+from tinymoe.tools.explain import Example
+
+
+@pytest.fixture(scope="module")
+def printed():
+    code, output = invoke("explain")
+    assert code == 0
+    return [part.split("\n", 1)[1] for part in output.split("## ")[1:]]
+
+
+def matrix(part, name):
+    """The numbers of a printed matrix; 0 for a dot."""
+    lines = re.search(rf"^    {name} +\w.*\n((?:    .*\n)*)", part + "\n", re.M)[1].splitlines()
+    return np.array([[0 if cell == "." else float(cell) for cell in line[13:].split()] for line in lines])
+
+
+def test_every_printed_number_follows_from_x_and_w(printed):
+    x, w = matrix(printed[0], "x"), matrix(printed[1], "W")
+    logits = np.array([[sum(x[n, d] * w[d, e] for d in range(3)) for e in range(4)] for n in range(4)])
+    np.testing.assert_allclose(matrix(printed[1], "logits"), logits, atol=1e-12)
+    probs = np.array([naive.softmax(row) for row in logits])
+    np.testing.assert_allclose(matrix(printed[1], "probability"), probs, atol=0.0051)
+    gates = np.zeros((4, 4))
+    for n in range(4):
+        best = sorted(range(4), key=lambda e: -probs[n, e])[:2]
+        gates[n, best] = probs[n, best] / sum(probs[n, best])
+    np.testing.assert_allclose(matrix(printed[2], "G"), gates, atol=0.0051)
+    assert (matrix(printed[3], "ran") == (gates > 0)).all() and "8 of the 16 pairs" in " ".join(printed[3].split())
+    first = np.zeros(3)
+    for e in np.flatnonzero(gates[0]):
+        w1, w2 = matrix(printed[4], f"W1 of e{e}"), matrix(printed[4], f"W2 of e{e}")
+        hidden = [max(0.0, sum(x[0, d] * w1[d, h] for d in range(3))) for h in range(2)]
+        first += [gates[0, e] * sum(hidden[h] * w2[h, d] for h in range(2)) for d in range(3)]
+    for name in ("y", "by hand"):
+        np.testing.assert_allclose(matrix(printed[5], name)[0], first, atol=5.1e-5)
+    load = (gates > 0).sum(axis=0)
+    assert (matrix(printed[6], "expert")[:, 0] == load).all()
+    loss = naive_routing.balance(load, probs)
+    assert f"sum of f * P = {loss:.4f}" in " ".join(printed[6].split())
+
+    def moved(logits):
+        return naive_routing.balance(load, np.array([naive.softmax(row) for row in logits]))
+
+    gradient = naive.central_difference(moved, logits, 1.0)
+    np.testing.assert_allclose(matrix(printed[6], "gradient"), gradient, atol=5.1e-5)
+
+
+def test_what_the_capacity_drops_and_what_expert_choice_takes(printed):
+    gates, limited, chosen = (matrix(printed[i], "G") for i in (2, 7, 8))
+    kept = naive_routing.limited(gates > 0, gates, 1, "order")
+    assert ((limited > 0) == kept).all() and "Dropped: 4" in " ".join(printed[7].split())
+    assert (matrix(printed[7], "y")[2] == 0).all()
+    probs = np.array([naive.softmax(row) for row in matrix(printed[1], "logits")])
+    for e in range(4):  # the two tokens of largest probability, the earlier one where they tie
+        assert set(np.flatnonzero(chosen[:, e])) == set(sorted(range(4), key=lambda n: (-probs[n, e], n))[:2])
+    assert "Load: 2, 2, 2, 2" in printed[8]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_has_an_example_that_agrees_with_the_sum_by_hand(name):
+    code, output = invoke("explain", "--router", name)
+    assert code == 0, output
+    assert output.count("ifference: below 1e-12") + output.count("by hand: below 1e-12") >= 2, output
+
+
+def test_the_experts_that_ran_are_counted_and_not_read_off_the_routing():
+    """A bank that runs every expert on every token is found out."""
+    example = Example({})
+    example.bank.backend = "naive"
+    assert example.ran().all()
+
+
+def test_other_sizes_other_numbers_and_what_is_refused():
+    assert invoke("explain", "--seed", 1)[1] != invoke("explain")[1]
+    code, output = invoke("explain", "--set", "n_experts=6", "--set", "top_k=3", "--set", "router.renormalise=false")
+    assert code == 0 and "12 of the 24 pairs" in " ".join(output.split())
+    code, output = invoke("explain", "--set", "n_layers=3")
+    assert code == 2 and "n_layers: the example is too small for this" in output
+    assert invoke("explain", "--router", "nope")[0] == 2
+
+
+def test_step_waits_only_at_a_terminal():
+    assert invoke("explain", "--step")[1].split() == invoke("explain")[1].split()
