@@ -365,7 +365,8 @@ def test_a_log_that_is_gone(corpus, stopped, finished):
 
 @pytest.mark.parametrize("key, value", [
     ("n_rows", 1.5), ("n_rows", "3"), ("n_rows", 0), ("step", "a"), ("step", 1.5), ("step", None), ("seconds", "a"),
-    ("seconds", float("nan")), ("seconds", None), ("wall_seconds", "a"), ("generators", {}), ("generators", {"data": 1, "noise": 2}),
+    ("seconds", float("nan")), ("seconds", None), ("wall_seconds", "a"), ("generators", {}),
+    ("generators", {"data": 1, "noise": 2}),
     ("optimizer_steps", {}), ("optimizer_steps", 7), ("optimizer_steps", dict.fromkeys(NAMES, 10**400)),
     ("optimizer_steps", dict.fromkeys(NAMES, -1)),
     ("model", 3), ("run_id", [1])], ids=lambda value: str(value)[:40])
