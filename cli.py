@@ -655,7 +655,7 @@ def _sizes(context, option, values):
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 @_refusing(OSError)
 def bench(quick, profile, sizes, threads, repeats, as_json, out):
-    """Time experts, a training step and how both scale; PyTorch too, where it is installed."""
+    """Time experts and training steps, and PyTorch if it is there."""
     from tinymoe.tools import bench as b
 
     def measured(name, rows, columns, draw=None):
@@ -671,12 +671,13 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out):
             draw(rows, out / f"{name}.png")
         return rows
 
-    if warning := b.busy():
-        _say(f"Warning: {warning}", code=0)
+    warning = b.busy()  # before this program itself is a load
     if threads:
         with _refusing(ValueError, usage=True, about="--threads: "):
             b.kernels.set_threads(threads)
     compiled = b.kernels.compile_all("float32")
+    if warning:
+        _say(f"Warning: {warning}", code=0)
     if not as_json:
         click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {_describe(b.machine())}")
     if not profile:

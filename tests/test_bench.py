@@ -74,6 +74,11 @@ def test_rows_say_where_they_were_measured(tmp_path):
     assert row["processor"] and row["versions"]["numpy"] == np.__version__
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr(bench.os, "getloadavg", lambda: (0.5, 0, 0))
+
+
 def run(*arguments):
     return CliRunner().invoke(cli.main, ["bench", "--repeats", "1", *map(str, arguments)])
 
