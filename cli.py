@@ -189,28 +189,30 @@ def _settings(overrides):
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="200 steps a config instead of 2,000.")
+@click.option("--quick", "scale", flag_value="quick", help="200 steps a config instead of 2,000.")
+@click.option("--full", "scale", flag_value="full", help="As planned for publication: every seed, and learning rates "
+              "that are chosen first.")
 @click.option("--steps", type=COUNT, help="Training steps of each run.")
 @click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEF"), case_sensitive=False),
               help="Train only this config; repeat for several.  [default: all]")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=1, help="Runs of each config, seeds 0 to N - 1.")
-@_out_option("Folder of the results.  [default: results/quick or results/full]")
+@click.option("--seeds", type=click.IntRange(1, 1000),
+              help="Runs of each config, seeds 0 to N - 1.  [default: 1; with --full as planned]")
+@_out_option("Folder of the results.  [default: results/full, results/quick, or with --full results/planned]")
 @click.option("--plot", is_flag=True, help="Draw the figures at the end.")
 @_training_options
 @_set_option
-def study(quick, steps, configs, seeds, out, plot, plot_only, overrides, **how):
+def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
     """Train configs A to F on real text and report what they did.
 
     Interrupt it at any time; the same command resumes from the last checkpoint.
     """
     from tinymoe.experiments import STUDY
     model, training = _settings(overrides)
-    with _refusing(ValueError, TypeError, usage=True):
-        runs = STUDY.runs(STUDY.scales["quick" if quick else "default"], seeds,
-                          list(dict.fromkeys(map(str.upper, configs))), model,
-                          ({"steps": steps} if steps else {}) | training)
-    _conduct(STUDY, [] if plot_only else runs, out or RESULTS / ("quick" if quick else "full"), plot or plot_only,
-             _print_study, **how)
+    fields = {"only": list(dict.fromkeys(map(str.upper, configs))), "model": model,
+              "training": ({"steps": steps} if steps else {}) | training}
+    out = out or RESULTS / {"quick": "quick", None: "full", "full": "planned"}[scale]
+    _conduct(STUDY, None if plot_only else scale or "default", seeds, out, plot or plot_only, _print_study, fields,
+             **how)
 
 
 def _print_study(results):
@@ -224,12 +226,15 @@ def _print_study(results):
             "load CV": "7.3f", "experts a byte": "14.2f"}, itertools.starmap(row, results.groups.items()))
 
 
-def _conduct(experiment, runs, out, plot, show, **how):
-    """Train the runs, unless there are none; write and draw what is under `out`, and show(results)."""
+def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
+    """Train the runs of a scale, unless it is None; write and draw what is under `out`, and show(results).
+
+    fields: arguments of Experiment.runs. With the scale "full", a sweep first chooses the learning rates.
+    """
     from tinymoe.study import report
     from tinymoe.study.results import Results
-    failures = _train(runs, out, **how) if runs else {}
-    if not runs or len(failures) < len(runs):
+    failures = _train_all(experiment, scale, seeds, out, fields or {}, **how) if scale else {}
+    if failures is not None:
         with _refusing(ValueError, OSError):
             report.write_findings(experiment, out)
             report.write_summary_csv(out)
@@ -240,16 +245,43 @@ def _conduct(experiment, runs, out, plot, show, **how):
                 report.write_findings(experiment, out)  # again, to show the figures
         show(results)
         click.echo(f"findings in {out / 'FINDINGS.md'}")
-    if failures:
+    if failures != {}:
         raise SystemExit(1)
 
 
+def _train_all(experiment, scale, seeds, out, fields, **how):
+    """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}; None if none finished."""
+    from tinymoe.study.results import best_rates, load_runs
+    size, rates = experiment.scale(scale), {}
+    seeds, chooses = seeds or size.seeds, scale == "full" and "learning_rate" not in fields.get("training", {})
+    with _refusing(ValueError, TypeError, usage=True):
+        runs = experiment.runs(size, seeds, **fields)
+        sweep = experiment.sweep(size, **fields) if chooses else []
+    if sweep:
+        _train(sweep, out, **how)
+        with _refusing(ValueError):
+            rates = best_rates(experiment, load_runs(out), fields.get("only"))
+        click.echo("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
+        runs = experiment.runs(size, seeds, rates=rates, **fields)
+    failures = _train(runs, out, **how)
+    return failures if len(failures) < len(runs) else None
+
+
 def _train(runs, out, text, jobs, fresh, imports):
-    """Train the runs with a progress bar, and say which failed; returns the messages of those."""
+    """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}."""
     import dataclasses
 
     from tinymoe.files import printable
     from tinymoe.study import runner
+    from tinymoe.study.results import remaining
+    runs = [dataclasses.replace(run, imports=imports) for run in runs]
+    with _refusing(ValueError, OSError):
+        todo = remaining(runs, out, text, fresh)
+    if len(todo) < len(runs):
+        click.echo(f"{len(runs) - len(todo)} of {len(runs)} runs are finished in {out}")
+    if not todo:
+        return {}
+    runs = todo
     steps = " or ".join(map(str, sorted({run.training.steps for run in runs})))
     click.echo(f"{len(runs)} run(s) of {steps} steps, {min(jobs, len(runs))} at a time -> {out}")
     if not runner.kernels.is_compiled("float32"):
@@ -259,8 +291,7 @@ def _train(runs, out, text, jobs, fresh, imports):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _refusing(OSError), progress.bar:
-            failures = runner.run_study([dataclasses.replace(run, imports=imports) for run in runs],
-                                        out, text, jobs, fresh, progress.note)
+            failures = runner.run_study(runs, out, text, jobs, fresh, progress.note)
     except KeyboardInterrupt:
         raise SystemExit(_say("\nInterrupted. The same command resumes from the last checkpoints.", code=130)) from None
     for run_id, message in failures.items():
@@ -320,9 +351,10 @@ def _duration(seconds):
 @main.command()
 @click.argument("name", required=False)
 @click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds, to test that it runs.")
-@click.option("--full", "scale", flag_value="full", help="The study's model and 2,000 steps; takes hours.")
+@click.option("--full", "scale", flag_value="full", help="As planned for publication: its steps, seeds, and learning "
+              "rates that are chosen first; takes hours.")
 @click.option("--seeds", type=click.IntRange(1, 1000),
-              help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick]")
+              help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick; with --full as planned]")
 @_out_option("Folder of the results.  [default: results/experiments/NAME; with --quick results/experiments-quick/NAME]")
 @_training_options
 def experiment(name, scale, seeds, out, plot_only, text, **how):
@@ -339,12 +371,11 @@ def experiment(name, scale, seeds, out, plot_only, text, **how):
     if name not in EXPERIMENTS:
         raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}")
     chosen = EXPERIMENTS[name]
-    size = chosen.scales[scale or "default"]
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
     out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
-    runs = [] if plot_only else chosen.runs(size, seeds or size.seeds)
-    _conduct(chosen, runs, out, True, _print_finding, text=chosen.text if text is None else text, **how)
+    _conduct(chosen, None if plot_only else scale or "default", seeds, out, True, _print_finding,
+             text=chosen.text if text is None else text, **how)
 
 
 def _print_finding(results):
@@ -362,11 +393,13 @@ def _print_finding(results):
 def findings(folder):
     """Gather the study and the experiments into one document.
 
-    It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the study, ten claims, open questions.
-    FOLDER is results/published; for your own runs give results.
+    It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the answers, the claims, and a section
+    for each experiment. FOLDER is results/published; for your own runs give results.
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.study import report
+    from tinymoe.study.figures import draw_forest
+    draw_forest(report.published_results(folder, STUDY, EXPERIMENTS.values())[0], folder)
     click.echo(report.gather(folder, STUDY, EXPERIMENTS.values()))
 
 

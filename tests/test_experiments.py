@@ -14,6 +14,7 @@ import cli
 from tinymoe import ModelConfig, Tensor, Transformer
 from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS
+from tinymoe.moe import metrics
 from tinymoe.moe.routing import from_mask
 from tinymoe.study import figures, measures, report
 from tinymoe.study.quantities import LOSS, value
@@ -57,21 +58,21 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
     text = report.write_findings(experiment, tmp_path).read_text()
     assert "No finding" not in text and "Not finished" not in text and "not tested |" not in text
     assert all(f"| {setting.id} |" in text for setting in experiment.settings)
-    assert len(re.findall(r"^\| ", text.split("## Planned differences")[1].split("##")[0],
-                          re.M)) == len(experiment.planned) + 2
+    for heading, compared in (("Primary", experiment.primary), ("Exploratory", experiment.exploratory)):
+        part = text.split(f"## {heading} comparisons")[1].split("##")[0] if compared else ""
+        assert len(re.findall(r"^\| ", part, re.M)) == (len(compared) + 2 if compared else 0)
     assert report.write_findings(experiment, tmp_path).read_text() == text
 
 
 def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     for experiment in EXPERIMENTS.values():
-        assert len(set(experiment.planned)) == len(experiment.planned)
-        assert all(Contrast(LOSS, pair[0], minus=pair[1]) in experiment.planned for one in experiment.disputes
-                   for pair in one.pairs)
+        compared = [*(one.contrast for one in experiment.primary), *experiment.exploratory]
+        assert len({(one.metric, *sorted(one.settings)) for one in compared}) == len(compared)
     assert sorted(c.number for e in EXPERIMENTS.values() for c in e.claims) == list(range(1, 11))
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"planned": (Contrast("load_cv", "learned", minus="topp-2"),)}, "no setting is called topp-2"),
+    ({"exploratory": (Contrast("load_cv", "learned", minus="topp-2"),)}, "no setting is called topp-2"),
     ({"settings": EXPERIMENTS["frozen"].settings * 2}, "two settings have one id")])
 def test_a_name_that_is_no_setting_is_refused_before_anything_is_trained(changed, message):
     with pytest.raises(ValueError, match=message):
@@ -176,7 +177,7 @@ def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
     assert Contrast(LOSS, "4-of-16", minus="2-of-8").of(results.numbers).tolist() == [
         losses[f"4-of-16-seed{s}"] - losses[f"2-of-8-seed{s}"] for s in (0, 2)]
     paired = [losses[f"4-of-16-seed{s}"] - losses[f"2-of-8-seed{s}"] for s in (0, 2)]
-    assert results.tests[0].interval.mean == pytest.approx(np.mean(paired))
+    assert results.exploratory[0].mean == pytest.approx(np.mean(paired))
     failed = tmp_path / "runs/8-of-32-seed1"
     shutil.copytree(tmp_path / "runs/8-of-32-seed0", failed)
     (failed / "summary.json").rename(failed / "failure.json")
@@ -247,13 +248,13 @@ def test_what_the_expert_adds_to_the_byte():
     """Two letters, two domains, two experts. Byte xor domain: neither alone tells of the domain, both together ln 2."""
     rng = np.random.default_rng(0)
     domain, ids = np.arange(64) % 2, rng.integers(0, 2, (64, 32))
-    valid = Validation(ids, ids, domain, ("a", "b"), 8)
     for expert, expected in ((ids ^ domain[:, None], np.log(2)), (ids, 0),
                              (np.repeat(domain, 32).reshape(64, 32), np.log(2)),
                              (rng.integers(0, 2, (64, 32)), 0)):
         gates = np.eye(2)[expert.ravel()]
         routing = from_mask(gates > 0, Tensor(gates), Tensor(gates), Tensor(gates))
-        assert measures.domain_given_byte(routing, valid) == pytest.approx(expected, abs=0.02)
+        found = metrics.information_given(routing, ids, domain, np.random.default_rng(0))
+        assert found["domain_given_byte"] == pytest.approx(expected, abs=0.02)
 
 
 def test_information_of_an_expert_a_byte():
@@ -325,7 +326,7 @@ def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.main, typed)
     assert done.exit_code == 0, done.output
     assert "Do many small experts beat few large ones?" in done.output
-    assert "- Causal loss (nats). Lowest and highest:" in done.output
+    assert "- No primary comparison was planned." in done.output
     assert (tmp_path / "out/figures/at_the_end.png").exists()
     again = CliRunner().invoke(cli.main, [*typed, "--plot-only"])
     assert again.exit_code == 0 and again.output.splitlines()[-1] == done.output.splitlines()[-1]

@@ -20,7 +20,6 @@ from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.study import figures, quantities, report
 from tinymoe.study.results import Results, RunRecord, compact, load_runs
-from tinymoe.study.statistics import Comparison, Contrast, Interval, holm, t_interval
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
            "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01)}
@@ -85,40 +84,22 @@ def draw_all(study):
     return figures.draw_all(Results(STUDY, study))
 
 
-def test_t_interval_by_hand():
-    # 1, 2, 6: mean 3; squares 4 + 1 + 9 = 14, variance 14 / 2 = 7, standard error sqrt(7 / 3) = 1.5275;
-    # t(0.975, 2) = 4.3027, half width 6.5724. t = 3 / 1.5275 = 1.9640 with 2 degrees of freedom:
-    # p = 1 - t / sqrt(t^2 + 2) = 1 - 1.9640 / 2.4202 = 0.1885.
-    interval = t_interval([1.0, 2.0, 6.0])
-    assert interval.mean == pytest.approx(3.0)
-    assert interval.half == pytest.approx(6.5724, abs=1e-4)
-    assert interval.p == pytest.approx(0.1885, abs=1e-4)
-    assert math.isnan(t_interval([1.0]).half)
-
-
-def test_holm_by_hand():
-    # p sorted .01, .02, .04 against .05/3, .05/2, .05/1: all are below. With .03 for .02 the second fails, and so do
-    # the rest.
-    def survivors(*p_values):
-        return [one.survives
-                for one in holm([Comparison(Contrast("m", "x", minus="y"), Interval(1.0, 0.5, 3, p))
-                                 for p in p_values])]
-
-    assert survivors(0.04, 0.01, 0.02) == [True, True, True]
-    assert survivors(0.04, 0.01, 0.03) == [False, True, False]
-
-
 def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     text = findings(write_study(tmp_path))
     # A: 1.9, 2.0, 2.1: s = 0.1, half width 4.3027 * 0.1 / sqrt(3) = 0.2484; 2 / ln 2 = 2.885, 0.2484 / ln 2 = 0.358.
     # exp: 6.6859, 7.3891, 8.1662: mean 7.4137, s = 0.74046, half width 1.8394.
     assert "| A top_k, K=1, aux 0 | no load balancing | 2.000 ± 0.248 | 7.41 ± 1.84 | 2.885 ± 0.358 |" in text
     # A - B: 0.4, 0.4, 0.3: mean 0.36667, s = 0.057735, half width 4.3027 * 0.033333 = 0.14342.
-    assert "| `A` - `B` | +0.367 | [+0.223, +0.510] | suggestive |" in text
+    # t = 0.36667 / 0.033333 = 11, p = 1 - 11 / sqrt(11^2 + 2) = 0.0082. C - A has the same numbers with another sign;
+    # E - D is 0.3 in every seed, so its p is 0, and Holm takes twice the other: 0.016, as if E - D in divergence were
+    # tested too.
+    assert re.search(r"\| `A` - `B` \| \+0\.367 \| \[\+0\.223, \+0\.510\] \| 0\.0\d+ \| different \|", text)
+    assert "**Heavy balancing lowers the loss.** causal loss (nats), `C` - `A`: -0.367. *Different*" in text
     # E: leaky loss 0.25 below the causal one; exp: 5.4739, 6.0496, 6.6859 and exp(-0.25) = 0.7788 of that.
     assert "6.07 ± 1.51 (leaky 4.73 ± 1.17)" in text
     # 20 steps of 4 * 16 bytes, over 1,600 bytes of training text.
     assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
+    assert "function divergence, `E` - `D`: –. *Not tested*." in text
     assert "`A` 3 collapsed" in text and "The first setting with every layer in use: `B`." in text
     assert "coverage, `E`: 0.900 (runs: 0.900 to 0.900); needs < 1 | **held** |" in text
 
@@ -130,17 +111,18 @@ def test_findings_regenerate_byte_for_byte(tmp_path):
 def test_a_flipped_outcome_flips_the_sentence(tmp_path):
     worse = findings(write_study(tmp_path / "worse"))
     better = findings(write_study(tmp_path / "better", losses=LOSSES | {"E": (1.0, 1.1, 1.2), "A": (1.2, 1.2, 1.3)}))
-    assert "`E` - `D` is +0.300" in worse and "`E` - `D` is -0.400" in better
-    assert "`A` - `B` is +0.367" in worse and "`A` - `B` is -0.400" in better
+    assert "has a higher loss than top-2.** causal loss (nats), `E` - `D`: +0.300" in worse
+    assert "has a lower loss than top-2.** causal loss (nats), `E` - `D`: -0.400" in better
+    assert "**Heavy balancing lowers the loss.**" in worse and "**Heavy balancing raises the loss.**" in better
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
     assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text
-    assert "3 not tested: too few common seeds." in text
+    assert text.count("**Not tested: there are fewer than two common seeds.**") == 3
     numbers = [line for line in text.splitlines() if line.startswith("|")]
     assert numbers and not any("±" in line or "[+" in line or "[-" in line for line in numbers)
-    assert not any(word in line for line in numbers for word in ("clear", "suggestive", "undecided"))
+    assert not any(word in line for line in numbers for word in ("different", "**same**", "not known", "undecided"))
 
 
 def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
@@ -305,7 +287,7 @@ def test_text_of_rows_is_escaped_in_the_findings(tmp_path):
     assert draw_all(tmp_path)  # dollar signs are no formula
     for markup in ("<img", "**d**", "`c`", "](f)", "$g", "\n# h", "\x1b"):
         assert markup not in text
-    assert len({line.count("|") for line in text.split("## Settings")[1].split("\n\n")[1].splitlines()}) == 1
+    assert len({line.count("|") for line in text.split("\n\n| setting |")[1].split("\n\n")[0].splitlines()[1:]}) == 1
 
 
 # -- compact results --

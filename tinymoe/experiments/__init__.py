@@ -3,7 +3,7 @@
 To add one, make an Experiment in a file of this folder, import it here and name it in EXPERIMENTS.
 """
 
-from ..study.experiment import SCALES, Claim, Dispute, Effect, Experiment, Scale, Setting
+from ..study.experiment import SCALES, Claim, Effect, Experiment, Primary, Scale, Setting
 from ..study.results import Results
 from .architecture import dense, fine_grained, shared, surface, upcycle
 from .balancing import balance, capacity, collapse, expert_choice
@@ -15,4 +15,4 @@ EXPERIMENTS = {experiment.name: experiment for experiment in (
     collapse, balance, capacity, expert_choice, shared, fine_grained, dense, surface, frozen, unit, specialise, rate,
     upcycle, reinforce, batch, traffic, known)}
 
-__all__ = ["EXPERIMENTS", "SCALES", "STUDY", "Claim", "Dispute", "Effect", "Experiment", "Results", "Scale", "Setting"]
+__all__ = ["EXPERIMENTS", "SCALES", "STUDY", "Claim", "Effect", "Experiment", "Primary", "Results", "Scale", "Setting"]

@@ -1,8 +1,9 @@
 """Experiments on what a mixture is made of: shared and small experts, dense layers, sizes, and where it starts."""
 
-from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, against, planned
+from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
+from ..study.statistics import Contrast
 
 SECONDS = "Seconds were measured on one thread while another run used the machine."
 BOUNDS = "The bounds of load CV and information depend on the number of experts."
@@ -15,12 +16,15 @@ shared = Experiment(
               Setting("1+3-of-15", "half as wide, one shared, three of fifteen routed",
                       model={"n_experts": 15, "top_k": 3, "n_shared": 1}, width=0.5)),
     metrics=(LOSS, "parameters", "megaflops", "load_cv", "mi_excess"),
-    planned=planned((LOSS, "mi_excess"), SHARED_OR_NOT),
+    primary=(Primary(
+        question="Does a shared expert help?", contrast=Contrast(LOSS, "1+1-of-7", minus="2-of-8"),
+        lower="A shared expert lowers the loss.", higher="A shared expert raises the loss.",
+        same="A shared expert changes nothing.", not_known="Whether a shared expert helps is not known.",
+        published="yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)"),),
+    exploratory=(*contrasts((LOSS,), SHARED_OR_NOT[1:]), *contrasts(("mi_excess",), SHARED_OR_NOT)),
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
     caution="Active and total parameters are equal. The gates differ: one routed expert has a raw gate, several have "
-            f"gates that sum to 1, and the shared expert has none. {BOUNDS}",
-    disputes=(Dispute("Does a shared expert help?", "yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)",
-                      SHARED_OR_NOT),))
+            f"gates that sum to 1, and the shared expert has none. {BOUNDS}")
 
 fine_grained = Experiment(
     name="fine-grained", question="Do many small experts beat few large ones?",
@@ -28,7 +32,7 @@ fine_grained = Experiment(
               Setting("4-of-16", "half as wide", model={"n_experts": 16, "top_k": 4}, width=0.5),
               Setting("8-of-32", "a quarter as wide", model={"n_experts": 32, "top_k": 8}, width=0.25)),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "mi_excess"),
-    planned=planned((LOSS, "mi_excess"), against("2-of-8", ("4-of-16", "8-of-32"))),
+    exploratory=contrasts((LOSS, "mi_excess"), against("2-of-8", ("4-of-16", "8-of-32"))),
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
     caution="Active and total parameters are equal but for routers and biases (1%). DeepSeekMoE and OLMoE report a "
             f"gain at other scales. {BOUNDS} {SECONDS}")
@@ -40,7 +44,21 @@ dense = Experiment(
               Setting("dense-active", "one layer as large as the two active experts", model=ONE_EXPERT, width=2),
               Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8)),
     metrics=(LOSS, "cross_entropy", "parameters", "megaflops", "seconds"),
-    planned=planned(("cross_entropy", LOSS), (("mixture", "dense-active"), ("mixture", "dense-total"))),
+    primary=(
+        Primary(question="Is a mixture better than a dense model with as many active parameters?",
+                contrast=Contrast(LOSS, "mixture", minus="dense-active"),
+                lower="A mixture is better than a dense model of equal active size.",
+                higher="A mixture is worse than a dense model of equal active size.",
+                same="A mixture is as good as a dense model of equal active size.",
+                not_known="Whether a mixture is better than a dense model of equal active size is not known."),
+        Primary(question="Is a dense model with as many parameters in all better than a mixture?",
+                contrast=Contrast(LOSS, "dense-total", minus="mixture"),
+                lower="A dense model of equal total size is better than a mixture.",
+                higher="A dense model of equal total size is worse than a mixture.",
+                same="A dense model of equal total size is as good as a mixture.",
+                not_known="Whether a dense model of equal total size is better than a mixture is not known.")),
+    exploratory=contrasts(("cross_entropy",), (("mixture", "dense-active"), ("dense-total", "mixture"))),
+    crossings=((LOSS, "dense-total", "mixture"),), seeds=12, steps=2000, rates=CANDIDATES,
     figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS),
              "loss_against_work": one_against_other("megaflops", LOSS)},
     caution="A dense layer is a mixture of one expert. Two other things differ: only the mixture has a balance loss "
@@ -58,8 +76,8 @@ surface = Experiment(
     settings=tuple(Setting(name, f"top-{k} of {e}", model={"n_experts": e, "top_k": k})
                    for name, (e, k) in SURFACE.items()),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "dead_experts"),
-    planned=planned((LOSS,), (*((f"E32-K{k}", f"E4-K{k}") for k in (1, 2, 4)),
-                              *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
+    exploratory=contrasts((LOSS,), (*((f"E32-K{k}", f"E4-K{k}") for k in (1, 2, 4)),
+                                    *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
     figures={"by_experts": lines_by({f"K = {k}": [name for name in SURFACE if SURFACE[name][1] == k]
                                      for k in (1, 2, 4)},
                                     lambda name: SURFACE[name][0], "experts", LOSS, "parameters", "seconds")},
@@ -75,7 +93,7 @@ upcycle = Experiment(
               Setting("scratch", "a mixture from scratch, as many steps as the further ones"),
               Setting("scratch-long", "a mixture from scratch, the steps of both", length=2)),
     metrics=(LOSS, "causal_perplexity", "megaflops", "load_cv", "weight_divergence"),
-    planned=planned((LOSS,), (("upcycled", "dense-on"), ("upcycled", "scratch"), ("upcycled", "scratch-long"))),
+    exploratory=contrasts((LOSS,), [("upcycled", other) for other in ("dense-on", "scratch", "scratch-long")]),
     figures={"over_steps": over_steps("dense-on", LOSS, names=["dense-on", "upcycled"]),
              "at_the_end": at_the_end(LOSS)},
     caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start; in these the "

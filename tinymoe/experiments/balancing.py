@@ -1,8 +1,9 @@
 """Experiments on the load: does routing collapse, what balances it, and what do limits and guarantees cost?"""
 
-from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, against, planned
+from ..study.experiment import Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
+from ..study.statistics import Contrast
 
 COEFFICIENTS = ["aux-0", "aux-0.001", "aux-0.01", "aux-0.1", "aux-0.3"]
 collapse = Experiment(
@@ -11,8 +12,15 @@ collapse = Experiment(
     settings=tuple(Setting(name, f"top-1, balance coefficient {name[4:]}", model={"aux_coef": float(name[4:])})
                    for name in COEFFICIENTS),
     metrics=(LOSS, "load_cv", "worst_cv", "dead_experts", "worst_dead", "mi_excess"),
-    planned=planned(("load_cv", LOSS), against("aux-0", COEFFICIENTS[1:])),
-    say=lambda r: [r.layers_at_the_end(COEFFICIENTS), *map(r.range_and_verdicts, ("load_cv", LOSS))],
+    primary=(Primary(
+        question="Does a large balance coefficient hurt?", contrast=Contrast(LOSS, "aux-0.3", minus="aux-0"),
+        lower="A balance coefficient of 0.3 lowers the loss.", higher="A balance coefficient of 0.3 raises the loss.",
+        same="A balance coefficient of 0.3 does not hurt.",
+        not_known="Whether a balance coefficient of 0.3 hurts is not known.",
+        published="yes: Wang 2024; no: Shazeer 2017, table 6"),),
+    exploratory=(*contrasts(("load_cv",), against("aux-0", COEFFICIENTS[1:])),
+                 *contrasts((LOSS,), against("aux-0", COEFFICIENTS[1:-1]))),
+    say=lambda r: [r.layers_at_the_end(COEFFICIENTS)],
     figures={"over_steps": over_steps("aux-0", "load_cv", "dead_experts", LOSS),
              "at_the_end": at_the_end("load_cv", "dead_experts", LOSS)},
     caution="More steps, a higher learning rate or more experts may give another answer.",
@@ -20,9 +28,7 @@ collapse = Experiment(
                      "dead at 0 and none at 0.1", "Shazeer 2017, table 6: CV 3.0 without, 0.05 with",
                   (Effect("load_cv", "aux-0", ">", 3, over="aux-0.01"),
                    Effect("dead_experts", "aux-0", ">", 0, every_run=True),
-                   Effect("dead_experts", "aux-0.1", "<=", 0, every_run=True))),),
-    disputes=(Dispute("Does a large balance coefficient hurt?", "yes: Wang 2024; no: Shazeer 2017, table 6",
-                      against("aux-0", ("aux-0.1", "aux-0.3"))),))
+                   Effect("dead_experts", "aux-0.1", "<=", 0, every_run=True))),))
 
 balance = Experiment(
     name="balance", question="Which way of balancing costs the least loss?", model={"top_k": 1, "aux_coef": 0.0},
@@ -39,7 +45,7 @@ balance = Experiment(
               Setting("sinkhorn", "Sinkhorn while training", model={"router": "sinkhorn"}),
               Setting("base", "balanced assignment while training", model={"router": "base_assignment"})),
     metrics=(LOSS, "max_violation", "max_violation_batch", "load_cv", "dead_experts", "seconds"),
-    planned=planned((LOSS, "max_violation"), (
+    exploratory=contrasts((LOSS, "max_violation"), (
         *against("none", ("aux-0.01", "sequence-0.01", "importance-load", "bias-0.01", "sinkhorn", "base")),
         ("bias-0.01", "sigmoid"))),
     figures={"balance_against_loss": one_against_other("max_violation_batch", LOSS),
@@ -62,7 +68,7 @@ capacity = Experiment(
                         model={"capacity_factor": f, "drop_policy": policy})
                 for policy in ("order", "gate") for f in FACTORS)),
     metrics=("val_cross_entropy", LOSS, "drop_rate", "lost_all", "padding", "load_cv"),
-    planned=planned(("val_cross_entropy", LOSS), (
+    exploratory=contrasts(("val_cross_entropy", LOSS), (
         *against("none", BY_ORDER), ("0.75-order", "1.25-order"), ("0.5-gate", "0.5-order"), ("1-gate", "1-order"))),
     figures={"by_factor": lines_by({"order": BY_ORDER, "gate": BY_GATE}, lambda name: float(name.split("-")[0]),
                                    "capacity factor", "drop_rate", "padding", "val_cross_entropy", LOSS,
@@ -87,7 +93,14 @@ expert_choice = Experiment(
               Setting("top-1", "top-1, balance loss 0.01", model={"top_k": 1}),
               Setting("top-2", "top-2, balance loss 0.01")),
     metrics=(LOSS, "causal_perplexity", "val_cross_entropy", "val_perplexity", "leak", "token_coverage", "load_cv"),
-    planned=planned((LOSS, "val_cross_entropy"), (*BY_K, ("c-0.5", "c-1"), ("c-1", "c-2"))),
+    primary=(Primary(
+        question="Is expert choice better than token choice?", contrast=Contrast(LOSS, "c-2", minus="top-2"),
+        lower="Expert choice is better than token choice.", higher="Expert choice is worse than token choice.",
+        same="Expert choice is as good as token choice.",
+        not_known="Whether expert choice is better than token choice is not known.",
+        published="yes: Zhou 2022; no: OLMoE (Muennighoff 2024)"),),
+    exploratory=(*contrasts((LOSS,), (BY_K[0], ("c-0.5", "c-1"), ("c-1", "c-2"))),
+                 *contrasts(("val_cross_entropy",), (*BY_K, ("c-0.5", "c-1"), ("c-1", "c-2")))),
     figures={"at_the_end": at_the_end(LOSS, "leak", "token_coverage"),
              "over_steps": over_steps("top-2", LOSS, "val_cross_entropy")},
     caution="The causal rule routes each byte by its prefix: the model was not trained with it, and it guarantees no "
@@ -97,6 +110,4 @@ expert_choice = Experiment(
                      "coverage(c = 1) < coverage(c = 2) < 1", "Zhou 2022",
                   (Effect("load_cv", "c-1", "<", 0.01), Effect("load_cv", "c-2", "<", 0.01),
                    Effect("token_coverage", "c-2", ">", 0, minus="c-1"),
-                   Effect("token_coverage", "c-2", "<", 1, every_run=True))),),
-    disputes=(Dispute("Is expert choice better than token choice?", "yes: Zhou 2022; no: OLMoE (Muennighoff 2024)",
-                      BY_K),))
+                   Effect("token_coverage", "c-2", "<", 1, every_run=True))),))

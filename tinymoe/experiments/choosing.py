@@ -5,20 +5,21 @@ from itertools import combinations
 from scipy.stats import kendalltau
 
 from ..study import measures
-from ..study.experiment import Claim, Dispute, Effect, Experiment, Setting, against, planned
+from ..study.experiment import Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, over_steps
 from ..study.quantities import LOSS, TOKEN_BYTES
+from ..study.statistics import Contrast
 from .routers_a_to_f import routers_a_to_f
 
 
 def say_frozen(r):
-    """Loss, and perplexity against that of learned routing, of a byte and of about a token."""
+    """Perplexity against that of learned routing, of a byte and of about a token."""
     def worse(metric):
         learned = r.mean(metric, "learned")
         return ", ".join(f"`{name}` {r.mean(metric, name) / learned - 1:+.1%}"
                          for name in r.groups if name != "learned")
 
-    return [r.range_and_verdicts(LOSS), f"**Perplexity of a byte against `learned`.** {worse('causal_perplexity')}.",
+    return [f"**Perplexity of a byte against `learned`.** {worse('causal_perplexity')}.",
             f"**Perplexity over {TOKEN_BYTES} bytes against `learned`.** {worse('token_perplexity')}."]
 
 
@@ -31,7 +32,15 @@ frozen = Experiment(
                       model={"router": "shuffled"}),
               Setting("hash", "by a random table of the byte", model={"router": "hash"})),
     metrics=(LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
-    planned=planned((LOSS,), against("learned", ("frozen", "random", "shuffled", "hash"))), say=say_frozen,
+    primary=(Primary(
+        question="Does routing by a hash beat a learned router?", contrast=Contrast(LOSS, "hash", minus="learned"),
+        lower="A random table of the byte beats a learned router.",
+        higher="A learned router beats a random table of the byte.",
+        same="A random table of the byte is as good as a learned router.",
+        not_known="Whether a random table of the byte beats a learned router is not known.",
+        published="yes: Roller 2021; no: Clark 2022"),),
+    exploratory=contrasts((LOSS,), against("learned", ("frozen", "random", "shuffled"))), say=say_frozen,
+    crossings=((LOSS, "hash", "learned"),),
     figures={"at_the_end": at_the_end("causal_perplexity", "load_cv", "byte_excess"),
              "over_steps": over_steps("learned", LOSS)},
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
@@ -46,9 +55,7 @@ frozen = Experiment(
                    Effect("token_perplexity", "random", ">", 1.1, over="learned"))),
             Claim(4, "Balance alone is not enough: the same counts, shuffled, lose 10% or more in perplexity over "
                      f"{TOKEN_BYTES} bytes", "Fan 2024",
-                  (Effect("token_perplexity", "shuffled", ">=", 1.1, over="learned"),))),
-    disputes=(Dispute("Does routing by a hash beat a learned router?", "yes: Roller 2021; no: Clark 2022",
-                      (("hash", "learned"),)),))
+                  (Effect("token_perplexity", "shuffled", ">=", 1.1, over="learned"),))))
 
 UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"router": "sequence"}),
          "global": ("each prefix, once for all layers",
@@ -58,7 +65,7 @@ unit = Experiment(
     settings=tuple(Setting(f"{name}-K{k}", f"{what}, top-{k}", model=fields | {"top_k": k})
                    for k in (1, 2) for name, (what, fields) in UNITS.items()),
     metrics=(LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),
-    planned=planned((LOSS, "mi_excess", "byte_excess"),
+    exploratory=contrasts((LOSS, "mi_excess", "byte_excess"),
                     [pair for k in (1, 2) for pair in against(f"token-K{k}", (f"layer-K{k}", f"global-K{k}"))]),
     figures={"at_the_end": at_the_end("causal_perplexity", "mi_excess", "byte_excess")},
     caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
@@ -83,7 +90,7 @@ def say_rate(r):
     return [f"**Ranking from the lowest mean loss to the highest.** {ranking}.",
             f"**Agreement of these rankings** (Kendall's tau; 1: the same, -1: reversed). {alike}.",
             f"**Best of the three rates.** {best}.",
-            f"**Mean loss at {RATES[-1]:g} minus that at {RATES[1]:g}.** {faster}.", r.range_and_verdicts(LOSS)]
+            f"**Mean loss at {RATES[-1]:g} minus that at {RATES[1]:g}.** {faster}."]
 
 
 rate = Experiment(
@@ -92,7 +99,8 @@ rate = Experiment(
                            f"peak rate {rate:g}", model=c.model, training={"learning_rate": rate})
                    for c in routers_a_to_f.settings for rate in RATES),
     metrics=(LOSS, "causal_perplexity", "load_cv"),
-    planned=planned((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"]), say=say_rate,
+    exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"]),
+    say=say_rate,
     figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in RATES] for c in CONFIGS},
                                  lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv")},
     caution="A ranking of means ignores their intervals: neighbours in it need not differ. Where the largest rate is "
@@ -109,8 +117,8 @@ reinforce = Experiment(
                       model={"router": "reinforce", "losses": {"policy": 0.0}, "freeze": ("router",)}),
               Setting("frozen", "top-1 with a router that keeps its first weights", model={"router": "frozen"})),
     metrics=(LOSS, "causal_perplexity", "load_cv", "router_entropy", "byte_excess", "noise_share"),
-    planned=planned((LOSS,), (("reinforce", "frozen-draw"), ("reinforce-0.1", "frozen-draw"), ("reinforce", "top-k"),
-                              ("frozen", "top-k"), ("frozen-draw", "frozen"))),
+    exploratory=contrasts((LOSS,), (("reinforce", "frozen-draw"), ("reinforce-0.1", "frozen-draw"),
+                                    ("reinforce", "top-k"), ("frozen", "top-k"), ("frozen-draw", "frozen"))),
     figures={"over_steps": over_steps("top-k", LOSS, "load_cv", "router_entropy"),
              "at_the_end": at_the_end(LOSS, "noise_share")},
     caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "

@@ -4,7 +4,7 @@ text whose sources are known."""
 import numpy as np
 
 from ..study import measures
-from ..study.experiment import Claim, Effect, Experiment, Setting, against, planned
+from ..study.experiment import Claim, Effect, Experiment, Setting, against, contrasts
 from ..study.figures import add_legend, at_the_end, log_lines, over_steps, panel_grid, style_of
 from ..study.quantities import LOSS, title
 from ..training.data import SYNTHETIC
@@ -16,8 +16,8 @@ CHANGES = ("drop", "swap", "force")
 
 
 def say_specialise(r):
-    """Domain information, and what a table without any network has of it."""
-    return [r.range_and_verdicts("mi_excess"), "**Without any network.** A table of byte pairs, counted in the "
+    """What a table without any network knows of the domain."""
+    return ["**Without any network.** A table of byte pairs, counted in the "
             f"training text, predicts the domain with {r.mean('bigram_information_excess', 'top-2'):.3f} nats."]
 
 
@@ -47,7 +47,7 @@ specialise = Experiment(
               Setting("random", "2 at random", model={"router": "random"})),
     metrics=(LOSS, *KNOWN, "domain_given_byte", "weight_divergence", "function_divergence",
              *(f"{change}_cost" for change in CHANGES), "drop_spread"),
-    planned=planned(("mi_excess",), (("top-1", "random"), ("top-2", "random"), ("hash", "random"), ("top-2", "hash"))),
+    exploratory=contrasts(("mi_excess",), (*against("random", ("top-1", "top-2", "hash")), ("top-2", "hash"))),
     say=say_specialise,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "counterfactuals": counterfactual_tables},
@@ -74,7 +74,8 @@ batch = Experiment(
                       model={"capacity_factor": 1.0, "drop_policy": "gate"}),
               Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE)),
     metrics=("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
-    planned=planned(("mates_rerouted",), against("dropless", ("capacity-order", "capacity-gate", "expert-choice"))),
+    exploratory=contrasts(("mates_rerouted",), [(name, "dropless") for name in (
+        "capacity-order", "capacity-gate", "expert-choice")]),
     figures={"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits", "later_logits")},
     caution="All are routed as in training. The other windows of the batch, or the second half of a byte's own window, "
             "become random bytes, which route unlike text. A byte is rerouted where any layer routes it differently. A "
@@ -111,8 +112,8 @@ traffic = Experiment(
                       model=GROUPS | {"losses": {"device": 0.01, "communication": 0.01}}, width=0.5)),
     metrics=("val_cross_entropy", LOSS, "reach_4", "sent_4", "link_4", "slowest_4", "path_4", "sent_16", "slowest_16",
              "path_16"),
-    planned=planned(("sent_4", "slowest_4", "val_cross_entropy"),
-                    against("aux", ("none", "capacity", "groups", "groups-balanced"))),
+    exploratory=contrasts(("sent_4", "slowest_4", "val_cross_entropy"),
+                          against("aux", ("none", "capacity", "groups", "groups-balanced"))),
     figures={"by_devices": by_devices},
     caution="The traffic is simulated from the routing of validation batches in one layer, with devices of "
             f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Bytes are sent to other devices "
@@ -121,25 +122,23 @@ traffic = Experiment(
 
 
 def say_known(r):
-    """The floor, and what experts find of the source."""
+    """What the numbers are to be compared with."""
     blind = blind_rate() - entropy_rate(sources()[0].transitions())
-    return [r.range_and_verdicts("excess") + " A model that ignores the source cannot get closer than "
-            f"{blind:.3f} nats to the entropy.",
-            r.range_and_verdicts("mi_excess") + f" The source has {np.log(N_SOURCES):.3f} nats."]
+    return [f"A model that ignores the source cannot get closer than {blind:.3f} nats to the entropy.",
+            f"The source has {np.log(N_SOURCES):.3f} nats."]
 
 
 MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]
 known = Experiment(
     name="known", question="Do experts separate sources that are known?", text=SYNTHETIC,
-    measure=measures.beyond_the_byte,
     settings=tuple(Setting(name, what, model=model, length=3) for name, what, model in (
         ("top-1", "top-1, balance loss 0.01", {"top_k": 1}), ("top-2", "top-2, balance loss 0.01", {}),
         ("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
         ("hash", "top-2 by a random table of the byte", {"router": "hash"}),
         ("dense", "no experts, layers as wide as one", {"moe_layers": ()}))),
     metrics=(LOSS, "excess", "mi_excess", "domain_given_byte", "byte_excess", "load_cv"),
-    planned=planned(("excess", "mi_excess"), against("hash", ("top-1", "top-2"))) +
-    planned(("excess",), (("top-2", "dense"),)), say=say_known,
+    exploratory=contrasts(("excess", "mi_excess"), against("hash", ("top-1", "top-2"))) +
+    contrasts(("excess",), (("top-2", "dense"),)), say=say_known,
     figures={"over_steps": over_steps("top-2", LOSS, "mi_excess", names=MIXTURES),
              "at_the_end": at_the_end("excess", "mi_excess", "domain_given_byte")},
     caution="The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter "

@@ -1,5 +1,7 @@
 """Metrics of a routing: pure functions of a Routing (or of its load), of labels and of weights."""
 
+import math
+
 import numpy as np
 
 from .experts import ExpertBank
@@ -146,6 +148,50 @@ def shuffled_information(counts_by_unit: np.ndarray, labels: np.ndarray, n_label
         table = np.bincount(place, weights=counts_by_unit[unit, expert], minlength=n_labels * n_experts)
         found.append(mutual_information(table.reshape(n_labels, n_experts)))
     return float(np.mean(found))
+
+
+def information_given(routing: Routing, ids: np.ndarray, domain: np.ndarray, rng: np.random.Generator) -> dict:
+    """What the experts say about a byte beyond its domain, and about the domain beyond the byte: four numbers.
+
+    ids (W, T): the bytes of the routing's tokens; domain (W,): the domain of each window. X, Y and e are byte, domain
+    and expert of an assignment. `byte_given_domain` is I(e; X | Y) = I(e; X, Y) - I(e; Y), and `domain_given_byte` is
+    I(e; Y | X), in nats, each minus its mean under shuffled labels, which is what an estimate from counts finds by
+    chance: bytes shuffled within their domain, domains over windows. Both leave the subtracted term as it is.
+
+    `byte_known` and `domain_known` are the same as a share of what could be known, min(H(X | Y), c) and
+    min(H(Y | X), c). The ceiling c is what the experts could carry, whatever the text: ln E less the mean over
+    assignments of ln(experts of the token), so ln(E / K) where each token has K. For I(e; X | Y) <= H(e) - H(e | token)
+    and, given its token, the expert of an assignment is one of the token's experts, each equally likely. A share is 0
+    where nothing could be known.
+    """
+    domains, ids = np.repeat(domain, ids.shape[1]), ids.reshape(-1)
+    n_bytes, n_domains = int(ids.max()) + 1, int(domain.max()) + 1
+    by_domain = np.argsort(domains, kind="stable")
+
+    def joint(bytes_, of_token):
+        return label_load(routing, of_token * n_bytes + bytes_, n_domains * n_bytes)
+
+    def shuffled_within():
+        mixed, order = np.empty_like(ids), np.lexsort((rng.random(len(ids)), domains))
+        mixed[by_domain] = ids[order]
+        return mixed
+
+    table = joint(ids, domains)
+    found = mutual_information(table)
+    chance = {"byte": [joint(shuffled_within(), domains) for _ in range(N_SHUFFLES)],
+              "domain": [joint(ids, np.repeat(rng.permutation(domain), len(ids) // len(domain)))
+                         for _ in range(N_SHUFFLES)]}
+    nats = {name: found - float(np.mean(list(map(mutual_information, those)))) for name, those in chance.items()}
+    labels = table.sum(axis=1).reshape(n_domains, n_bytes) / max(1, table.sum())
+    of_both, of_domain, of_byte = (float(entropy(p.reshape(-1))) for p in (labels, labels.sum(1), labels.sum(0)))
+    ceiling = math.log(routing.n_experts) - float(np.log(routing.coverage[routing.token]).sum()) / max(1, table.sum())
+
+    def share(name, uncertain):
+        most = min(uncertain, ceiling)
+        return nats[name] / most if most > 1e-9 else 0.0
+
+    return {"byte_given_domain": nats["byte"], "domain_given_byte": nats["domain"],
+            "byte_known": share("byte", of_both - of_domain), "domain_known": share("domain", of_both - of_byte)}
 
 
 def entropy(p: np.ndarray) -> np.ndarray:

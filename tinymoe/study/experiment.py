@@ -1,19 +1,21 @@
-"""What an experiment is: a question, settings as data, differences planned beforehand, and claims of the literature."""
+"""What an experiment is: a question, settings as data, comparisons planned beforehand, and claims of the literature."""
 
+import hashlib
+import json
 import operator
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 
 import numpy as np
 
 from ..model.config import ModelConfig
 from ..training.plan import RunPlan, TrainConfig
-from .statistics import Contrast, t_interval
+from .statistics import MARGIN, Comparison, Contrast, t_interval
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is: fields of ModelConfig that all its settings share, training steps, and seeds."""
+    """How large a series of runs is: fields of ModelConfig that all settings share, training steps, and seeds."""
 
     model: dict
     steps: int
@@ -21,7 +23,9 @@ class Scale:
 
 
 SMALL = {"n_layers": 4, "d_model": 64, "d_ff": 256, "moe_layers": (1, 3)}
-SCALES = {"quick": Scale(SMALL, 60, 2), "default": Scale(SMALL, 500, 3), "full": Scale({}, 2000, 3)}
+SCALES = {"quick": Scale(SMALL, 60, 2), "default": Scale(SMALL, 500, 3)}
+CANDIDATES = (1e-3, 2e-3, 4e-3, 8e-3)  # peak learning rates of a sweep
+SWEEP_SEEDS = (100, 101)  # they choose the learning rates, and are in no other number
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Setting:
     """One thing that is compared: an id, what it is in words, and the fields of ModelConfig and TrainConfig it changes.
 
     width: of an expert, in units of d_ff. length: of the run, in units of the scale's steps. start: id of the setting
-    whose trained model it starts from.
+    whose trained model it starts from. rate_of: id of the setting whose chosen learning rate it shares; None: its own.
     """
 
     id: str
@@ -40,6 +44,7 @@ class Setting:
     training: dict = field(default_factory=dict)
     length: float = 1
     start: str | None = None
+    rate_of: str | None = None
 
     @property
     def changed(self) -> dict:
@@ -55,7 +60,10 @@ RELATIONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operat
 class Effect(Contrast):
     """What a claim needs: a Contrast whose relation (one of RELATIONS) to a bound holds.
 
-    every_run: judge every run instead of the interval over seeds. Use it for a number that cannot pass its bound, such
+    Each is tested one-sided at 5%, so the interval over seeds is a 90% interval: where all of several needs are
+    required, no correction is due (an intersection-union test).
+
+    every_run: judge every run instead of the interval. Use it for a number that cannot pass its bound, such
     as a share, and for a change that is either rounding or not.
     """
 
@@ -65,14 +73,16 @@ class Effect(Contrast):
     every_run: bool = False
 
     def ends(self, numbers: np.ndarray) -> tuple[float, float]:
-        """(low, high) of the interval over seeds, or of the runs; infinite where nothing is decided: one seed, nan."""
-        interval = t_interval(numbers)
+        """(low, high) of the interval over seeds, or of the runs, on the scale of `of`; infinite where nothing is
+        decided: one seed, nan."""
+        interval = t_interval(numbers, 0.9)
         ends = (min(numbers), max(numbers)) if self.every_run and len(numbers) else (interval.low, interval.high)
         return ends if np.isfinite(ends).all() else (-np.inf, np.inf)
 
     def word(self, numbers: np.ndarray) -> str:
         """"held" where both ends are beyond the bound, "did not hold" where neither is, else "undecided"."""
-        beyond = {RELATIONS[self.relation](end, self.bound) for end in self.ends(numbers)}
+        bound = np.log(self.bound) if self.over else self.bound
+        beyond = {RELATIONS[self.relation](end, bound) for end in self.ends(numbers)}
         return "undecided" if len(beyond) == 2 else "held" if True in beyond else "did not hold"
 
 
@@ -86,33 +96,55 @@ class Claim:
     effects: tuple
 
 
-@dataclass(frozen=True)
-class Dispute:
-    """A question on which published results disagree, who says what, and the planned pairs whose losses matter."""
+@dataclass(frozen=True, kw_only=True)
+class Primary:
+    """A comparison that answers a question of an experiment, with what each outcome means, written before the runs.
+
+    lower, higher: a sentence for a difference below 0, and above. margin: below it, differences are the same.
+    published: who says what, where published results disagree.
+    """
 
     question: str
-    published: str
-    pairs: tuple
+    contrast: Contrast
+    lower: str
+    higher: str
+    same: str
+    not_known: str
+    margin: float = MARGIN
+    published: str = ""
+
+    def sentence(self, found: Comparison) -> str:
+        """The sentence of the outcome."""
+        different = self.lower if found.mean < 0 else self.higher
+        but = " But the difference is smaller than the margin." if found.within else ""
+        return {"different": different + but, "same": self.same, "not known": self.not_known,
+                "not tested": "Not tested: there are fewer than two common seeds."}[found.verdict]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A question and how it is answered.
+    """A question and how it is answered. Its plan is fixed before the first run, and every run records `plan_hash`.
 
-    adjustable: settings may be missing, and --set may change them, as in `cli.py study`. Then figures and findings are
-    made of what there is, and labels are read from the runs.
+    seeds, steps: of the scale "full", the plan. rates: candidate peak learning rates, of which each setting takes the
+    one with the lowest mean loss over SWEEP_SEEDS; empty: the rate of `training`, or the default. adjustable: settings
+    may be missing, and --set may change them, as in `cli.py study`. Then figures and findings are made of what there
+    is, and labels are read from the runs.
     """
 
     name: str
     question: str
     settings: tuple
     metrics: tuple  # the columns of its table: names of quantities.py, or of what `measure` returns
-    planned: tuple  # the Contrasts that are tested, fixed before any result is looked at
-    figures: dict  # {name: function of Results -> Figure}, see figures.py
-    say: Callable | None = None  # Results -> sentences of the finding; None: a verdict for each planned metric
+    figures: dict  # {name: function of Results -> Figure}, see figures.py; the first opens the document
+    primary: tuple = ()  # the Primary comparisons, corrected by Holm
+    exploratory: tuple = ()  # other Contrasts that are tested, corrected by Benjamini and Hochberg
+    crossings: tuple = ()  # (metric, first setting, second): the step where their curves cross is told
+    seeds: int = 3
+    steps: int = 500
+    rates: tuple = ()
+    say: Callable | None = None  # Results -> sentences that its tables do not say
     caution: str = ""  # what it cannot show
     claims: tuple = ()
-    disputes: tuple = ()
     model: dict = field(default_factory=dict)  # fields of ModelConfig, and of TrainConfig, for all settings
     training: dict = field(default_factory=lambda: {"n_evaluations": 10, "eval_windows": 16})
     scales: dict = field(default_factory=lambda: SCALES)
@@ -121,24 +153,55 @@ class Experiment:
     adjustable: bool = False
 
     def __post_init__(self):
-        contrasts = (*self.planned, *(effect for claim in self.claims for effect in claim.effects))
-        needed = [*(one.settings for one in contrasts), *(pair for one in self.disputes for pair in one.pairs),
-                  [s.start for s in self.settings if s.start]]
+        contrasts = (*(one.contrast for one in self.primary), *self.exploratory,
+                     *(effect for claim in self.claims for effect in claim.effects))
+        needed = [*(one.settings for one in contrasts), *(pair for _, *pair in self.crossings),
+                  [name for s in self.settings for name in (s.start, s.rate_of) if name]]
         known = {s.id for s in self.settings}
         if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
         if len(known) < len(self.settings):
             raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
+        bad = [s.id for s in self.settings if s.rate_of and s.rate_of not in self.choosers or s.start and not s.rate_of]
+        if self.rates and bad:
+            raise ValueError(f"experiment {self.name}: {bad[0]} needs rate_of, the id of a setting that has no "
+                             "rate_of, no start and no learning_rate of its own")
+
+    def scale(self, name: str) -> Scale:
+        """The Scale "quick", "default" or "full": the plan."""
+        return self.scales.get(name) or replace(self.scales["default"], steps=self.steps, seeds=self.seeds)
+
+    @property
+    def plan_hash(self) -> str:
+        """The sha256 of the plan as JSON: any change of it shows in the document."""
+        names = ("primary", "seeds", "steps", "rates", "settings", "model", "training", "text")
+        plan = {name: getattr(self, name) for name in names} | {"margin": MARGIN}
+        return hashlib.sha256(json.dumps(plan, sort_keys=True, default=asdict).encode()).hexdigest()
+
+    @property
+    def choosers(self) -> list[str]:
+        """The ids of the settings that choose their own learning rate."""
+        return [s.id for s in self.settings if not (s.rate_of or s.start or "learning_rate" in s.training)]
+
+    def sweep(self, scale: Scale, only=None, model: dict | None = None, training: dict | None = None) -> list[RunPlan]:
+        """The RunPlans that choose the learning rates, such as `top-2@0.002-seed100`; arguments as those of `runs`."""
+        settings = {s.id: s for s in self.settings}
+        wanted = {settings[name].rate_of or name for name in only or settings}
+        return [replace(self._run(settings[name], seed, scale, model or {}, (training or {}) | {"learning_rate": rate}),
+                        config_id=sweep_id(name, rate), measure=None)
+                for seed in SWEEP_SEEDS for name in self.choosers if name in wanted for rate in self.rates]
 
     def runs(self, scale: Scale, seeds: int, only=None, model: dict | None = None,
-             training: dict | None = None) -> list[RunPlan]:
+             training: dict | None = None, rates: dict | None = None) -> list[RunPlan]:
         """The RunPlans at a Scale with seeds 0 to seeds - 1, seed by seed.
 
-        only: ids of some settings, in order. model, training: fields that win over those of the settings.
+        only: ids of some settings, in order. model, training: fields that win over those of the settings. rates:
+        {setting id: learning rate} that a sweep chose.
         Raises ValueError where ModelConfig or TrainConfig does, and for a vocabulary that does not hold every byte.
         """
         settings = {s.id: s for s in self.settings}
-        return [self._run(settings[name], seed, scale, model or {}, training or {})
+        chosen = {name: {"learning_rate": rate} for name, rate in (rates or {}).items()}
+        return [self._run(settings[name], seed, scale, model or {}, chosen.get(name, {}) | (training or {}))
                 for seed in range(seeds) for name in only or settings]
 
     def _run(self, setting, seed, scale, model, training):
@@ -150,7 +213,8 @@ class Experiment:
             raise ValueError(f"vocab_size {config.vocab_size} must be at least 256: the tokens of a study are bytes")
         plan = {"steps": round(setting.length * scale.steps)} | self.training | setting.training | training
         return RunPlan(config_id=setting.id, purpose=setting.what, seed=seed, model=config,
-                       training=TrainConfig(**plan), start=setting.start, measure=self.measure)
+                       training=TrainConfig(**plan), start=setting.start, measure=self.measure,
+                       plan_hash=self.plan_hash)
 
 
 def _merged(*parts):
@@ -163,7 +227,12 @@ def _merged(*parts):
     return whole
 
 
-def planned(metrics, pairs) -> tuple[Contrast, ...]:
+def sweep_id(name: str, rate: float) -> str:
+    """The config id of a setting's runs at a candidate learning rate."""
+    return f"{name}@{rate:g}"
+
+
+def contrasts(metrics, pairs) -> tuple[Contrast, ...]:
     """A Contrast first - second for each metric and each pair (first, second)."""
     pairs = tuple(pairs)
     return tuple(Contrast(metric, first, minus=second) for metric in metrics for first, second in pairs)

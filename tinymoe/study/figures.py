@@ -196,6 +196,40 @@ def at_the_end(*metrics, experts_only=False):
     return draw
 
 
+def forest(found: list[Results]) -> Figure | None:
+    """The primary differences of several experiments, in units of their margins, which are shaded: a bar for the 95%
+    interval, a tick for each seed. The axis is linear up to two margins and logarithmic beyond."""
+    rows = [(results.experiment.name, one) for results in found for one in results.primary if one.tested]
+    if not rows:
+        return None
+    fig, ((axes,),) = panel_grid(1, 1, 1.0 + 0.32 * len(rows))
+    axes.axvspan(-1, 1, color="#DDDDDD")
+    for y, (_, one) in enumerate(rows):
+        colour = {"different": COLOURS[1], "same": COLOURS[0]}.get(one.verdict, "#555555")
+        interval = one.interval
+        axes.plot(np.array([interval.low, interval.high]) / one.margin, [y, y], color=colour, lw=1.5)
+        axes.plot(np.array(one.values) / one.margin, [y - 0.25] * one.n, "|", color=colour, ms=4)
+        axes.plot(interval.mean / one.margin, y, "o", color=colour)
+        axes.annotate(one.verdict, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+    axes.set_xscale("symlog", linthresh=2)
+    most = max(2.0, *(abs(end) / one.margin for _, one in rows for end in (one.interval.low, one.interval.high)))
+    ticks = [x for x in (1, 2, 5, 10, 20, 50, 100, 1000) if x <= most]
+    axes.set_xticks([*(-x for x in reversed(ticks)), 0, *ticks], [*(f"{-x}" for x in reversed(ticks)), "0",
+                                                                  *map(str, ticks)])
+    axes.minorticks_off()
+    axes.set(xlabel="difference / margin (for losses the margin is 0.01 nats); grey: the same",
+             ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [f"{name}: {fill(str(one.contrast).replace('`', ''), 40)}" for name, one in rows])
+    return fig
+
+
+def draw_forest(found: list[Results], published) -> Path | None:
+    """Draw `forest` into published/figures/primary.png; None without a tested primary comparison."""
+    with default_style():
+        fig, path = forest(found), Path(published, "figures", "primary.png")
+        return save(fig, path) or path if fig else None
+
+
 def end_mark(axes, results, name, metric, y, **options):
     """Mean, interval and seeds of one setting at height y."""
     interval, style = results.interval(metric, name), style_of(results, name)

@@ -77,15 +77,21 @@ def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
 
 
 def specialisation(trainer) -> dict:
-    """How well experts predict a byte's class, position and domain, how far their functions differ, and what changed
+    """How well experts predict a byte's class and position, how far their functions differ, and what changed
     routes cost: means over layers, and the tables of the last layer."""
     valid, model = trainer.validation(WINDOWS), trainer.model
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
     found = {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
-    divergences = [function_divergence(part, model, valid) for part in model.moe_parts()]
-    return (found | beyond_the_byte(trainer) | bigram_classifier(trainer.corpus, valid)
-            | {"function_divergence": float(np.mean(divergences))} | counterfactuals(model, valid, nats))
+    return (found | bigram_classifier(trainer.corpus, valid) | divergence(trainer)
+            | counterfactuals(model, valid, nats))
+
+
+def divergence(trainer) -> dict[str, float | None]:
+    """`function_divergence`, the mean over layers of how far the experts' functions differ; None for a dense model."""
+    valid, layers = trainer.validation(WINDOWS), trainer.model.moe_parts()
+    found = [function_divergence(layer, trainer.model, valid) for layer in layers]
+    return {"function_divergence": float(np.mean(found)) if found else None}
 
 
 def byte_class(ids):
@@ -103,30 +109,6 @@ def information(routing, valid):
     labels = {"class": byte_class(valid.ids).ravel(), "position": np.tile(np.arange(length) * 8 // length, n_windows)}
     rng = np.random.default_rng(0)
     return {f"{name}_information_excess": _excess(routing.mask(), of, rng) for name, of in labels.items()}
-
-
-def beyond_the_byte(trainer) -> dict[str, float | None]:
-    """`domain_given_byte` of a model on the final validation windows, the mean over its layers; None if it is dense."""
-    valid = trainer.validation(trainer.plan.training.final_windows)
-    _, by_layer = losses_and_routings(trainer.model, valid, causal=False)
-    layers = [domain_given_byte(merge(routings), valid) for routings in by_layer]
-    return {"domain_given_byte": float(np.mean(layers)) if layers else None}
-
-
-def domain_given_byte(routing, valid):
-    """How well the expert predicts the domain once the byte is known: I(expert; domain | byte), minus its null.
-
-    It is I(expert; byte and domain) - I(expert; byte); the second term is the same in the null, where domains are
-    shuffled over windows, and cancels. The null is slightly too large where a domain has bytes of its own.
-    """
-    rng = np.random.default_rng(0)
-
-    def joint(domain):
-        both = np.repeat(domain, valid.ids.shape[1]) * 256 + valid.ids.ravel()
-        return metrics.mutual_information(metrics.label_load(routing, both, 256 * len(valid.names)))
-
-    null = np.mean([joint(rng.permutation(valid.domain)) for _ in range(metrics.N_SHUFFLES)])
-    return float(joint(valid.domain) - null)
 
 
 def _excess(counts, labels, rng):

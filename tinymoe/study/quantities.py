@@ -32,6 +32,11 @@ class Quantity:
     per: str = "layer"
 
     @property
+    def is_loss(self) -> bool:
+        """Whether it is a loss, or a difference of losses, in nats a byte: what MARGIN is about."""
+        return self.name.partition(":")[0].endswith("cross_entropy") or self.name in ("leak", "excess")
+
+    @property
     def title(self) -> str:
         """The label with its unit, as tables and axes show it."""
         return (self.label or self.name.replace("_", " ")) + (f" ({self.unit})" if self.unit else "")
@@ -62,6 +67,40 @@ def experts_per_token(row):
     """Measured experts of a byte, the mean over MoE layers; nan for a dense model. Some routers do not fix K."""
     loads = [sum(layer["load"]) for layer in row["layers"]]
     return float(np.mean(loads)) / row["validation_tokens"] if loads else math.nan
+
+
+def effective_experts(layer):
+    """exp(entropy of the load): E for equal loads, 1 where one expert serves all."""
+    return len(layer["load"]) ** layer["load_entropy"]
+
+
+def collapse_step(run):
+    """The first evaluation after which a layer has fewer effective experts than half of them; nan for never."""
+    return next((row["step"] for row in run.log if row["step"] and any(
+        effective_experts(layer) < len(layer["load"]) / 2 for layer in row["layers"])), math.nan)
+
+
+def reached(run, loss, of):
+    """of(row) where the causal loss first falls to `loss`, on a straight line between two evaluations; nan if never."""
+    for before, after in zip(run.log, run.log[1:]):
+        if after[LOSS] <= loss < before[LOSS]:
+            share = (before[LOSS] - loss) / (before[LOSS] - after[LOSS])
+            return of(before) + share * (of(after) - of(before))
+    return math.nan
+
+
+def tokens_of(run):
+    """A function of a row: millions of bytes that the run has learnt from."""
+    return lambda row: row["step"] * run.config["training"]["batch_size"] * run.model["seq_len"] / 1e6
+
+
+def crossing(log, other, metric):
+    """The last step at which the curves of two logs cross, on a straight line between evaluations; nan if nowhere."""
+    rows = {row["step"]: row for row in other if row["step"]}
+    found = [(row["step"], in_row(row, metric) - in_row(rows[row["step"]], metric)) for row in log
+             if row["step"] in rows]
+    crossed = [a + (b - a) * x / (x - y) for (a, x), (b, y) in zip(found, found[1:]) if x * y < 0]
+    return float(crossed[-1]) if crossed else math.nan
 
 
 def counted(run, field):
@@ -105,6 +144,8 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("cross_entropy", "training loss", "nats"),
     # load
     Quantity("load_cv", "load CV"),
+    Quantity("effective_experts", "effective experts", digits=2, of=effective_experts),
+    Quantity("collapse_step", "step with fewer than E / 2 effective experts", digits=0, of=collapse_step, per="run"),
     Quantity("worst_cv", "largest load CV while training", of=_worst("load_cv"), per="run"),
     Quantity("max_violation", "MaxVio, validation set"),
     Quantity("max_violation_batch", "MaxVio, mean over batches"),
@@ -124,6 +165,10 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("byte_over_domain", "byte information - domain information", "nats",
              of=lambda layer: _excess("byte_information")(layer) - _excess("mutual_information")(layer)),
     Quantity("domain_given_byte", "domain information beyond the byte", "nats"),
+    Quantity("byte_given_domain", "byte information beyond the domain", "nats"),
+    Quantity("byte_known", "byte information beyond the domain", "share of what could be known"),
+    Quantity("domain_known", "domain information beyond the byte", "share of what could be known"),
+    Quantity("known_gap", "the first share - the second", of=lambda layer: layer["byte_known"] - layer["domain_known"]),
     Quantity("class_information_excess", "byte class information", "nats"),
     Quantity("position_information_excess", "position information", "nats"),
     Quantity("repetition", "repetition"),
@@ -150,8 +195,20 @@ QUANTITIES = {quantity.name: quantity for quantity in (
         ("path", "microseconds for a batch and layer"))))}
 
 
+FAMILIES = {  # quantities with a parameter: `causal_cross_entropy:python`, `seconds_to:1.8`, `tokens_to:1.8`
+    LOSS: lambda name, domain: Quantity(name, f"causal loss, {domain}", "nats", per="row",
+                                        of=lambda row: row.get("causal_by_domain", {}).get(domain, math.nan)),
+    "seconds_to": lambda name, loss: Quantity(name, f"training time to a causal loss of {loss}", "seconds", per="run",
+                                              of=lambda run: reached(run, float(loss), lambda row: row["seconds"])),
+    "tokens_to": lambda name, loss: Quantity(name, f"training text to a causal loss of {loss}", "million bytes",
+                                             per="run", of=lambda run: reached(run, float(loss), tokens_of(run)))}
+
+
 def quantity(name: str) -> Quantity:
     """The Quantity of a name; a field of a row that has no entry, such as a new term of the loss, is read as it is."""
+    family, _, parameter = name.partition(":")
+    if parameter and family in FAMILIES:
+        return FAMILIES[family](name, parameter)
     return QUANTITIES.get(name) or Quantity(name)
 
 
@@ -169,12 +226,19 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     if one.per == "row":
         return float(one.of(row))
     layers = row.get("layers", []) if layer is None else row["layers"][layer:layer + 1]
-    numbers = [row[name]] if name in row else [one.of(each) if one.of else each.get(name) for each in layers]
+    numbers = [row[name]] if name in row else [_in_layer(one, each) for each in layers]
     if numbers and None not in numbers:
         return float(np.mean(numbers))
     if name in QUANTITIES or name in row:
         return math.nan
     raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
+
+
+def _in_layer(one, layer):
+    try:
+        return one.of(layer) if one.of else layer.get(one.name)
+    except KeyError:  # a row of before
+        return None
 
 
 def value(run, name: str) -> float:

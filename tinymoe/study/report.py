@@ -16,12 +16,12 @@ from ..files import printable, write_atomically
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, title, value
 from .results import COMPACT, Results, RunRecord, load_runs
-from .statistics import enough_digits, t_interval
+from .statistics import MARGIN, enough_digits, t_interval
 
 GLOSSARY = """- A *router* chooses K of E *experts* for each byte: its route. The *gate* is the weight with which a \
 chosen expert's output is added.
-- *Loss* is the mean cross-entropy of the validation text in nats per byte; lower is better. *Perplexity* is \
-exp(loss).
+- *Loss* is the cross-entropy of the validation text in nats per byte, the mean over its domains; lower is \
+better. *Perplexity* is exp(loss).
 - *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
 *Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
 - The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
@@ -33,32 +33,48 @@ is *starved* if it is not collapsed but has a dead expert. Otherwise it is *in u
 - *Domain information* says how well the expert of a byte predicts the domain of the text, in nats; 0 is chance. *Byte \
 information* says the same of the byte. *Repetition*: the share of choices whose expert also serves the next byte; \
 chance is about K / E.
-- ± and brackets are 95% intervals over seeds (Student's t). There is no ± for one seed, or where all seeds agree. \
-Differences are paired by seed.
-- A difference is *clear* when its interval excludes 0 even after Holm's correction for the number of planned \
-differences, and *suggestive* when it excludes 0 only before the correction. Otherwise it is *undecided*, which does \
-not mean that the two are equal."""
+- A *primary* comparison answers a question of an experiment. It was planned before the runs, with a *margin*: \
+differences below the margin do not matter. For losses it is 0.01 nats, which is 1% of perplexity. All other \
+comparisons are *exploratory*: they suggest questions for other runs.
+- Two settings are *different* when their difference is not 0 (t-test over seeds, 5%, after the correction for all \
+comparisons of its kind in the experiment). They are the *same* when it is shown to lie within the margin (two \
+one-sided tests, 5%). Otherwise the answer is *not known*; then the table has the smallest effect that could have been \
+seen. *Not tested*: fewer than two common seeds.
+- ± and brackets are 95% intervals over seeds (Student's t) unless a column says otherwise. There is no ± for one \
+seed, or where all seeds agree. Differences are paired by seed."""
 METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
 shuffled labels. Domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine \
 over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
 layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
 its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
-which is the same for all settings. Intervals cover the seed, not the choice of text. They assume that seeds scatter \
-normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a coverage of 1. Curves \
-over steps use fewer validation windows than the tables; their bands show the range of the seeds."""
-VERDICTS = """A claim *held* where every condition holds across its 95% interval, paired by seed. It *did not hold* \
-where one condition fails across its interval. Otherwise it is *undecided*. Two kinds of numbers are judged in every \
-run instead: those that cannot pass their bound (dead experts, coverage), and changes that are either rounding or not. \
-There is no correction for the number of claims."""
+which is the same for all settings. Intervals cover the seed, not the choice of text, but for those over seeds and \
+text: a bootstrap that draws seeds, and stretches of the validation text within each domain. The others assume that \
+seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
+coverage of 1. Curves over steps use fewer validation windows than the tables; their bands show the range of the \
+seeds."""
+VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
+seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
+*undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. Two kinds of numbers are \
+judged in every run instead: those that cannot pass their bound (dead experts, coverage), and changes that are either \
+rounding or not. There is no correction for the number of claims."""
+PRIMARY = """Corrected p: Holm's correction over the primary comparisons of the experiment. Sign flips: the \
+permutation test that changes the signs of the seeds' differences. Same: p value of the two one-sided tests against \
+the margin. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% \
+power whether the difference is 0 or as large as the margin. Both are reckoned without the correction."""
+EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
+and Hochberg: of those that are *different*, 5% are expected to be so by chance."""
+SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
+taken before any other run existed; these runs are in no other number."""
+DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
+CROSSINGS = "The last step at which two curves cross, on a straight line between evaluations; – where they do not."
 ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
-has a document of its own with its tables, figures and planned differences."""
-OPEN = """Published results disagree on these questions. A negative difference is in favour of the first setting."""
-CANNOT = """All experiments but `rate` train at one learning rate, which may not be the best for a setting. Compare \
-their differences with those that another rate makes in `rate`. Two things cannot be seen at this scale: training that \
-is several times faster, and the stability that the z-loss gives at low precision. Holm's correction is made within \
-each experiment. There is none over all experiments, so one of the ten verdicts may be wrong by chance. The same runs \
-(top-1 or top-2 with coefficient 0.01) are the reference of several experiments, so these are not independent \
-evidence."""
+has a document of its own with all its tables, figures and run ids."""
+CANNOT = """Experiments without a table of learning rates train all settings at one rate, which may not be the best \
+for a setting. Two things cannot be seen at this scale: training that is several times faster, and the stability that \
+the z-loss gives at low precision. Corrections are made within each experiment. There is none over all experiments, \
+so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are the reference \
+of several experiments, so these are not independent evidence."""
+YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -91,17 +107,17 @@ def run_ids(results):
 
 
 def about(results):
-    """What the runs share: their number, length and size, in a sentence."""
+    """What was trained, and how, in two sentences."""
     run, seeds = results.runs[0], sorted({run.seed for run in results.runs})
     steps = sorted({run.summary["steps"] for run in results.runs})
     sizes = ", ".join(f"{name} {run.model[name]}" for name in ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff")
                       if name in run.model)
     settings = "1 setting" if len(results.groups) == 1 else f"{len(results.groups)} settings"
-    return (f"{settings} with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. "
+    return (f"{settings} with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))} saw "
             f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
-            f"{run.model['seq_len']} bytes. Unless a setting says otherwise: {escaped(sizes)}. "
-            f"Text: {escaped(', '.join(run.config['domains']))}. Words such as *causal*, *load* and *suggestive* are "
-            "explained [below](#words-used-here).")
+            f"{run.model['seq_len']} bytes of {escaped(', '.join(run.config['domains']))}; unless a setting says "
+            f"otherwise: {escaped(sizes)}. Words such as *different*, *causal* and *load* are explained "
+            "[below](#words-used-here).")
 
 
 def warnings(results: Results) -> list[str]:
@@ -117,6 +133,11 @@ def warnings(results: Results) -> list[str]:
         said.append(f"One seed, so no interval and no test: {', '.join(single)}.")
     if steps < SCALES["default"].steps:
         said.append(f"{steps} steps show that the experiment runs. Draw no conclusion from them.")
+    hashes = [run.plan_hash for run in results.runs]
+    for n, what in ((len(hashes) - hashes.count(e.plan_hash) - hashes.count(None), "The plan was changed after"),
+                    (hashes.count(None), "No plan was recorded by")):
+        if n:
+            said.append(f"{what} {n} run{'s' if n > 1 else ''}.")
     return [*said, *differing_settings(results), *left_out(results)]
 
 
@@ -125,7 +146,8 @@ def differing_settings(results):
     settings = {s.id: s for s in results.experiment.settings}
     configs = {name: runs[0].config for name, runs in results.groups.items()}
     for part in ("model", "training"):
-        intended = set().union(*(s.changed[part] for s in settings.values()))
+        chosen = ["learning_rate"] if results.sweep else []
+        intended = set().union(chosen, *(s.changed[part] for s in settings.values()))
         for field in sorted({field for config in configs.values() for field in config[part]} - intended):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
@@ -149,17 +171,114 @@ def left_out(results):
         why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
         what = {"failed": f"failed ({escaped(why)})", "incomplete": "is incomplete",
                 "complete": "is no setting of this experiment"}
-        if run not in results.runs:
+        if run not in results.runs and run not in results.sweep_runs:
             yield f"`{escaped(run.run_id)}` {what[run.state]} and is in no number."
 
 
+def answers(results: Results) -> list[str]:
+    """For each primary comparison its sentence, the number, the verdict, and how sure it is."""
+    return [f"**{one.sentence(found)}** {title(found.contrast.metric)}, {found.contrast}: {cells(found)[0]}. "
+            f"*{cells(found)[-1].capitalize()}*{how_sure(found)}."
+            for one, found in zip(results.experiment.primary, results.primary)]
+
+
+def how_sure(found) -> str:
+    """What a verdict rests on, in brackets."""
+    smallest = f"only an effect above {found.smallest:.3f} could have been seen" if found.tested else ""
+    decide = "" if not found.tested else f"; {found.needed} seeds would decide" if found.needed else \
+        "; over 1,000 seeds would decide"
+    said = {"different": f"{p_value(found.corrected)} after correction", "not known": smallest + decide,
+            "same": f"within {found.margin:g}, {p_value(found.p_same)}"}.get(found.verdict)
+    return f" ({said}; {found.n} seeds)" if said else ""
+
+
+def p_value(p):
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def cells(found, interval=None):
+    """[mean, interval, verdict] of a Comparison as text, so many digits that no end of the interval looks like 0."""
+    interval, shown = interval or found.interval, found.contrast.shown
+    numbers = tuple(map(shown, (interval.mean, interval.low, interval.high)))
+    size, bound = abs(numbers[0]), 1 if found.contrast.over else 0
+    digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4, bound)
+    mean, low, high = (f"{x:{'' if found.contrast.over else '+'},.{digits}f}" for x in numbers)
+    return ["–" if math.isnan(numbers[0]) else mean, f"[{low}, {high}]" if found.tested else "–",
+            found.verdict if found.n else "no common seed"]
+
+
 def finding(results: Results) -> list[str]:
-    """The sentences of the experiment."""
+    """The answers, and what else the experiment says."""
     if not results.ready:
         return ["No finding: a setting has no finished run, or no seed is common to all."]
-    if results.experiment.say:
-        return results.experiment.say(results)
-    return list(map(results.range_and_verdicts, dict.fromkeys(one.metric for one in results.experiment.planned)))
+    said = results.experiment.say(results) if results.experiment.say else []
+    return [*(answers(results) or ["No primary comparison was planned."]), *said]
+
+
+def primary_table(results):
+    """A row for each primary comparison with all that was tested."""
+    rows = []
+    for one, found in zip(results.experiment.primary, results.primary):
+        mean, interval, verdict = cells(found)
+        text = results.text_uncertainty(found.contrast) if found.tested else None
+        tests = [f"{found.corrected:.2g}", f"{found.p_flip:.2g}", cells(found, found.interval90)[1],
+                 f"{found.p_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
+                 str(found.needed or "over 1,000")] if found.tested else ["–"] * 7
+        rows.append([one.question + (f" ({one.published})" if one.published else ""),
+                     f"{title(found.contrast.metric)}, {found.contrast}", mean, interval, *tests[:3],
+                     f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
+                     *([f"[{text[0]:+.3f}, {text[1]:+.3f}]", f"{text[2]:.0%}"] if text else ["–", "–"]),
+                     f"**{verdict}**"])
+    return table(["question (published)", "difference", "mean", "95% interval", "corrected p", "sign flips",
+                  "90% interval", "margin", "same", "SD", "seeds", "smallest effect", "seeds needed",
+                  "95% over seeds and text", "text's share of the variance", "verdict"], rows) if rows else ""
+
+
+def domain_table(results):
+    """The difference of each primary comparison of the loss in each domain; "" without one."""
+    rows = [[str(found.contrast), escaped(domain), *cells(each)[:2]] for found in results.primary
+            for domain, each in results.by_domain(found.contrast).items()]
+    return table(["difference", "domain", "mean", "95% interval"], rows) if rows else ""
+
+
+def exploratory_table(results):
+    rows = [[title(one.contrast.metric), str(one.contrast), *cells(one)[:2],
+             f"{one.corrected:.2g}" if one.tested else "–", cells(one)[2]] for one in results.exploratory]
+    return table(["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"], rows) if rows else ""
+
+
+def sweep_table(results):
+    """The loss at each learning rate, the lowest in bold; says where the best is at an end of the range."""
+    rates, rows = results.experiment.rates, []
+    for name, losses in results.sweep.items():
+        best = min(losses, key=lambda rate: (losses[rate], rate))
+        shown = [f"{losses[rate]:.3f}" if math.isfinite(losses.get(rate, math.nan)) else
+                 "not finite" if rate in losses else "–" for rate in rates]
+        at_end = ", at the end of the range" if best in (min(rates), max(rates)) else ""
+        rows.append([name, *(f"**{text}**" if rate == best else text for rate, text in zip(rates, shown)),
+                     f"{best:g}{at_end}", ", ".join(s.id for s in results.experiment.settings if s.rate_of == name)])
+    return table(["setting", *(f"{rate:g}" for rate in rates), "taken", "taken for it too"], rows) if rows else ""
+
+
+def crossing_table(results):
+    rows = [[title(metric), f"`{first}`, `{second}`", *(", ".join("–" if math.isnan(step) else f"{step:.0f}"
+             for step in results.crossing(metric, first, second).values()),)]
+            for metric, first, second in results.experiment.crossings]
+    return table(["curve", "of", "step, seed by seed"], rows) if rows and results.ready else ""
+
+
+COMPUTE = ["experiment", "runs finished", "of the sweep", "failed", "core-hours"]
+
+
+def compute_row(results) -> list[str]:
+    """The experiment, its finished, sweep and failed runs, and their core-hours, those of failed runs included."""
+    done = [*results.runs, *(run for run in results.sweep_runs if run.summary)]
+    failed = [run for run in results.all_runs if run.state == "failed"]
+    seconds = [*((run, run.wall_seconds) for run in done),
+               *((run, run.log[-1]["seconds"]) for run in failed if run.log and "seconds" in run.log[-1])]
+    hours = sum(run.config.get("threads", 1) * of / 3600 for run, of in seconds)
+    return [results.experiment.name, *map(str, (len(results.runs), len(done) - len(results.runs), len(failed))),
+            f"{hours:.2f}"]
 
 
 def settings_table(results):
@@ -194,7 +313,7 @@ def claim_rows(results: Results) -> list[list[str]]:
 
 def measured(effect, numbers):
     """`load CV, a / b: 2.905 [2.411, 3.399]; > 3`; for what is judged in every run the range of the runs."""
-    shown = np.mean(numbers), *effect.ends(numbers)
+    shown = tuple(map(effect.shown, (np.mean(numbers), *effect.ends(numbers))))
     digits = enough_digits(shown, 3, effect.bound)
     mean, low, high = (f"{x:{'+' if effect.minus else ''}.{digits}f}" for x in shown)
     ends = f" (runs: {low} to {high})" if effect.every_run else f" [{low}, {high}]" if np.isfinite(shown).all() else ""
@@ -209,15 +328,13 @@ def limits(results: Results) -> list[str]:
     corpus = sum(part["train_bytes"] for part in config["corpus"].values())
     slopes = [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
     falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
-    tested = sum(one.word != "not tested" for one in results.tests)
     rates = sorted({run.config["training"]["learning_rate"] for run in results.runs})
     said = [*(f"{steps:,} steps saw {steps * window:,} bytes, {steps * window / corpus:.2f} times the {corpus:,} bytes "
               "of training text." for steps in lengths),
             f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
             f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
-            f"{tested} of {len(results.tests)} planned differences were tested. If nothing differed, about "
-            f"{0.05 * tested:.1f} intervals would exclude 0 by chance.",
-            f"One text, learning rate {', '.join(map('{:g}'.format, rates))}: settings may prefer others."]
+            f"One text, learning rate {', '.join(map('{:g}'.format, rates))}" +
+            (", chosen for each setting." if results.sweep else ": settings may prefer others.")]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
         said.append("About half of the validation lines of the domain `tables` also stand in the training text.")
     return said
@@ -229,27 +346,43 @@ def _slope(log):
     return 100 * float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else math.nan
 
 
+def images(results, place="") -> list[str]:
+    """The figures of an experiment that were drawn, as Markdown; place: the folder of its document."""
+    return [f"![{name.replace('_', ' ')}]({place}figures/{name}.png)" for name in results.experiment.figures
+            if (results.folder / "figures" / f"{name}.png").exists()]
+
+
+def chapter(heading, *parts):
+    """A heading and its paragraphs, none where the last of them is empty."""
+    return [f"## {heading}", *parts] if parts[-1] else []
+
+
 def write_findings(experiment: Experiment, folder) -> Path:
     """Write folder/FINDINGS.md of one experiment from its runs, showing the figures that are there; returns its path.
 
     Raises ValueError without a finished run, and where runs that would be averaged differ.
     """
     results = Results(experiment, folder)
-    images = [f"![{name.replace('_', ' ')}](figures/{name}.png)" for name in experiment.figures
-              if Path(folder, "figures", f"{name}.png").exists()]
-    claims, run = claim_rows(results), results.runs[0]
+    first, *others = images(results) or ["No figures yet: `--plot-only` draws them."]
+    run, claims = results.runs[0], claim_rows(results)
     versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
-    planned = [[title(one.contrast.metric), str(one.contrast), *one.cells] for one in results.tests]
+    said = finding(results)
+    n = len(experiment.primary) or 1
     return write_paragraphs(Path(folder, "FINDINGS.md"), [
-        f"# {experiment.name}: {experiment.question}", about(results), bold(warnings(results)),
-        "## Findings", bullets(finding(results)), f"Caution. {experiment.caution}",
-        "## Settings", settings_table(results), "\n\n".join(images) or "No figures yet: `--plot-only` draws them.",
-        *(["## Claims", VERDICTS, table(CLAIM_COLUMNS, claims)] if claims else []), "## Planned differences",
-        table(["quantity", "difference", "mean", "95% interval", "verdict"], planned) if planned
-        else "Nothing to compare.", "## What these runs cannot show", bullets(limits(results)),
-        "## Words used here", GLOSSARY, "## Methods", METHODS,
+        f"# {experiment.name}: {experiment.question}", *said[:n], about(results), bold(warnings(results)), first,
+        settings_table(results), bullets(said[n:]),
+        *chapter("Primary comparisons", PRIMARY, primary_table(results)),
+        *chapter("By domain", DOMAINS, domain_table(results)),
+        *chapter("Exploratory comparisons", EXPLORATORY, exploratory_table(results)),
+        *chapter("Learning rates", SWEEP, sweep_table(results)),
+        *chapter("Where curves cross", CROSSINGS, crossing_table(results)),
+        *chapter("Claims", VERDICTS, table(CLAIM_COLUMNS, claims) if claims else ""),
+        *chapter("More figures", "\n\n".join(others)),
+        "## What these runs cannot show", experiment.caution, bullets(limits(results)),
+        "## Words used here", GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),
         f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
-        f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Versions: {escaped(versions)}."])
+        f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Plan: `{experiment.plan_hash[:12]}`. "
+        f"Versions: {escaped(versions)}."])
 
 
 def write_summary_csv(study_dir) -> Path:
@@ -280,53 +413,95 @@ def all_numbers(run: RunRecord) -> dict[str, float]:
     return {name: number for name in names if math.isfinite(number := value(run, name))}
 
 
-def gather(published, study: Experiment, experiments) -> Path:
-    """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
+def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[str]]:
+    """(Results of the study and of each experiment that has a finished run, names of the experiments without).
 
-    Raises ValueError where the study has no finished run, or a run is damaged. Experiments without a finished run are
-    named as missing.
+    Raises ValueError where the study has no finished run, or a run is damaged.
     """
-    main, found, absent = Results(study, Path(published, "full")), [], []
+    found, absent = [Results(study, Path(published, "full"))], []
     for experiment in experiments:
         folder = Path(published, "experiments", experiment.name)
         if Path(folder, COMPACT).exists() or any(folder.glob("runs/*/summary.json")):
             found.append(Results(experiment, folder))
         else:
             absent.append(experiment.name)
-    disputed = ["open question", "published answers", "difference in loss here (nats)", "experiment"]
+    return found, absent
+
+
+def gather(published, study: Experiment, experiments) -> Path:
+    """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
+
+    Raises ValueError as `published_results`. Experiments without a finished run are named as missing.
+    """
+    found, absent = published_results(published, study, experiments)
+    claims = sorted(([number, text, verdict, link(results)] for results in found[1:]
+                     for number, text, _, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
+    forest = Path(published, "figures", "primary.png").exists()
     return write_paragraphs(Path(published, "FINDINGS.md"), [
-        "# Findings", ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
-        "## Words used here", GLOSSARY, "## The study", section(main, "full"), "## Ten claims of the literature",
-        VERDICTS, table(CLAIM_COLUMNS, sorted(linked(claim_rows, found), key=lambda row: int(row[0]))),
-        "## Open questions", OPEN, table(disputed, linked(dispute_rows, found)),
-        "## The laboratory, experiment by experiment",
-        *(section(results, f"experiments/{results.experiment.name}") for results in found),
-        "## What this scale cannot show", scale(found) + CANNOT, "## Methods", METHODS])
+        "# Findings", yardstick(found), "## The three questions", question_table(found[:1]),
+        "## Ten claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims),
+        "## The surprise", surprise(found), "## All primary comparisons",
+        "![all primary comparisons](figures/primary.png)" if forest else "", question_table(found[1:]),
+        ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
+        "## Words used here", GLOSSARY, VERDICTS, *map(section, found),
+        "## What this scale cannot show", scale(found[1:]) + CANNOT,
+        "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS])
 
 
-def dispute_rows(results: Results) -> list[list[str]]:
-    """Rows of the table of open questions: question, published answers, differences of the loss, experiment."""
-    def differences(pairs):
-        return "<br>".join(f"{one.contrast}: {' '.join(one.cells)}" for one in results.tests_of(LOSS)
-                           if (one.contrast.setting, one.contrast.minus) in pairs)
-
-    return [[one.question, one.published, differences(one.pairs) or "not tested", results.experiment.name]
-            for one in results.experiment.disputes]
+def place_of(results):
+    """The folder of an experiment in what is published."""
+    return "full" if results.experiment.adjustable else f"experiments/{results.experiment.name}"
 
 
-def linked(rows_of, found):
-    """The rows of all experiments; the last cell, a name, becomes a link to the document that has the run ids."""
-    return [[*row, f"[{name}](experiments/{name}/FINDINGS.md)"] for results in found for *row, name in rows_of(results)]
+def link(results):
+    return f"[{results.experiment.name}]({place_of(results)}/FINDINGS.md)"
 
 
-def section(results, place):
-    """One experiment in the gathered document."""
-    e = results.experiment
-    compared = "; ".join(f"`{escaped(results.label(s.id))}` {s.what}" for s in e.settings if s.id in results.groups)
+def yardstick(found):
+    """What a margin is, and what a mixture gains, in a sentence."""
+    gains = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
+    gain = f"; a mixture gains {-gains[0].mean:.3f} nats over a dense model of equal active size" if gains else ""
+    return (f"Losses count as the same within {MARGIN:g} nats a byte, which is {math.expm1(MARGIN):.0%} of "
+            f"perplexity{gain}. Lower is better.")
+
+
+def question_table(found):
+    """The primary comparisons of several experiments: question, answer, number, how sure."""
+    rows = [[one.question, f"**{one.sentence(each)}**", f"{cells(each)[0]} ({each.contrast})",
+             f"{cells(each)[2]}{how_sure(each)}", link(results)]
+            for results in found for one, each in zip(results.experiment.primary, results.primary)]
+    return table(["question", "answer", "difference", "how sure", "experiment"], rows)
+
+
+def surprise(found):
+    """The largest exploratory difference of the causal loss that survives its correction, in a sentence; between
+    settings that were trained from scratch for as many steps."""
+    def fair(one, settings):
+        pair = [settings[name] for name in one.contrast.settings]
+        return not any(s.start for s in pair) and len({s.length for s in pair}) == 1
+
+    settings_of = [(results, {s.id: s for s in results.experiment.settings}) for results in found]
+    differences = [(one, settings, results) for results, settings in settings_of for one in results.exploratory
+                   if one.contrast.metric == LOSS and one.contrast.minus and one.verdict == "different"
+                   and fair(one, settings)]
+    if not differences:
+        return "No exploratory difference of the loss survives its correction."
+    one, settings, results = max(differences, key=lambda found: abs(found[0].mean))
+    first, second = (settings[name] for name in one.contrast.settings)
+    better = "better" if one.mean < 0 else "worse"
+    said = f"{first.id} ({first.what}) is {abs(one.mean):.3f} nats {better} than {second.id} ({second.what})."
+    return (f"**{said}** Of all exploratory differences of the causal loss that survive the correction of their "
+            "experiment, between settings trained from scratch for equally many steps, this is the largest "
+            f"({p_value(one.corrected)}; {one.n} seeds; {link(results)}).")
+
+
+def section(results):
+    """One experiment in the gathered document: its answers, one figure, one table."""
+    e, place = results.experiment, place_of(results)
     return "\n\n".join(filter(None, [
-        f"### {e.question} (`{e.name}`)", f"Compared: {compared}.", bold(warnings(results)), bullets(finding(results)),
-        f"{e.caution} Tables, figures and {len(results.tests)} planned differences: [{place}]({place}/FINDINGS.md). "
-        f"Runs: {run_ids(results)}."]))
+        f"## {e.question} (`{e.name}`)", *answers(results), about(results), bold(warnings(results)),
+        *images(results, f"{place}/")[:1], settings_table(results),
+        f"Tables, figures, limits and run ids: {link(results)}."]))
 
 
 def scale(found):

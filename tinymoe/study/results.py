@@ -2,17 +2,19 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..files import printable, read_json, read_rows, write_rows
 from ..moe.routers import ROUTERS
-from ..training.run_folder import with_defaults
-from .experiment import Claim, Experiment
-from .quantities import LOSS, QUANTITIES, experts_per_token, quantity, value
-from .statistics import Comparison, Contrast, Interval, enough_digits, holm, t_interval
+from ..training.data import load_corpus
+from ..training.run_folder import describe, differing, with_defaults
+from . import statistics
+from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
+from .quantities import LOSS, QUANTITIES, crossing, experts_per_token, quantity, value
+from .statistics import Comparison, Contrast, Interval, corrected, enough_digits, t_interval
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
 # What tables and figures read of a run, see `_fits`. None stands for a field that is not there.
@@ -26,7 +28,8 @@ LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": in
     "token_coverage", "load_entropy", "router_entropy", "marginal_entropy", "mutual_information",
     "mutual_information_null", "byte_information", "byte_information_null"), NUMBER)
 ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
-SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "final": ROW, "measured": (dict, type(None))}
+SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "wall_seconds": OPTIONAL, "final": ROW,
+           "measured": (dict, type(None)), "causal_by_part": (dict, type(None))}
 STATES = ("collapsed", "starved", "in use")  # of an MoE layer
 
 
@@ -47,6 +50,9 @@ class RunRecord:
     measured = property(lambda self: self.summary.get("measured") or {})  # what an experiment asked of the model
     rules = property(lambda self: self.config.get("rules", ""))  # by which its routers choose, see Router.rules
     is_moe = property(lambda self: bool(self.final["layers"]))
+
+    plan_hash = property(lambda self: self.config.get("plan_hash"))
+    wall_seconds = property(lambda self: self.summary.get("wall_seconds") or self.summary["seconds"])  # newer rows
 
     # whether routing on the prefix alone gives another loss, in any row
     leaky = property(lambda self: any(row["val_cross_entropy"] != row[LOSS] for row in [*self.log, self.final]))
@@ -73,7 +79,10 @@ def load_runs(study_dir) -> list[RunRecord]:
     the numbers that are left would be taken for all, and for two different runs of one name.
     """
     runs = {}
-    for run in (*_compact_runs(Path(study_dir, COMPACT)), *_folder_runs(Path(study_dir, "runs"))):
+    folders = sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir())
+    for run in (*_compact_runs(Path(study_dir, COMPACT)), *map(_folder_run, folders)):
+        if run.run_id in runs and runs[run.run_id].state == "failed":  # its folder tries again
+            del runs[run.run_id]
         if runs.setdefault(run.run_id, run) != run:
             raise ValueError(f"{study_dir}: {run.run_id} is in {COMPACT} and in runs/, and they differ: move one away")
     return sorted(runs.values(), key=lambda run: (run.config_id, run.seed))
@@ -87,15 +96,77 @@ def compact(study_dir) -> tuple[Path, int]:
     runs = [run for run in load_runs(study_dir) if run.state != "incomplete"]
     if not runs:
         raise ValueError(f"{study_dir}: no finished run to write: train some first")
+    return _write_compact(study_dir, runs), len(runs)
+
+
+def _write_compact(study_dir, runs):
     path = Path(study_dir, COMPACT)
     write_rows(path, [{part: getattr(run, part) for part in PARTS} for run in runs])
-    return path, len(runs)
+    return path
 
 
-def _folder_runs(folder):
-    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
-        yield _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
+def remaining(plans, out, text=None, fresh: bool = False) -> list:
+    """The RunPlans that are to be trained, or looked at: all but those that out/runs.jsonl holds as finished.
+
+    A sweep run that failed counts as finished: at its rate training does not stay finite. fresh: all, and their rows
+    are taken out of the file. Raises ValueError where a row is of other settings, and for a run that starts from one
+    whose folder is gone.
+    """
+    rows, ids, runs = list(_compact_runs(Path(out, COMPACT))), {plan.run_id for plan in plans}, Path(out, "runs")
+    if fresh:
+        if any(run.run_id in ids for run in rows):
+            _write_compact(out, [run for run in rows if run.run_id not in ids])
+        return list(plans)
+    failed = [_folder_run(runs / plan.run_id) for plan in plans
+              if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
+    stand = {run.run_id: run for run in (*rows, *failed)
+             if run.state == "complete" or run.state == "failed" and "@" in run.config_id}
+    todo = [plan for plan in plans if plan.run_id not in stand]
+    for plan in todo:
+        start = replace(plan, config_id=plan.start or plan.config_id).run_id
+        if start in stand and not (runs / start).exists():
+            raise ValueError(f"{plan.run_id} starts from {start}, of which only the row in {COMPACT} is left: put its "
+                             "folder back, or start again with --fresh")
+    corpus = load_corpus(text, plans[0].model.seq_len) if len(todo) < len(plans) else None
+    for plan in plans:
+        if plan.run_id in stand and (wrong := differing(stand[plan.run_id].config, describe(plan, corpus))):
+            raise ValueError(f"{out} holds the run {plan.run_id} with other settings ({'; '.join(wrong)}): choose "
+                             "another --out, or start again with --fresh")
+    return todo
+
+
+def sweep_losses(experiment: Experiment, runs) -> dict[str, dict[float, float]]:
+    """{setting id: {rate: mean causal loss over the seeds of the sweep}}, of what is finished; infinite for a run
+    whose loss did not stay finite."""
+    ended = {run.run_id: run.final[LOSS] if run.summary else np.inf for run in runs if run.state != "incomplete"}
+    found = {}
+    for name in experiment.choosers:
+        for rate in experiment.rates:
+            ids = [f"{sweep_id(name, rate)}-seed{seed}" for seed in SWEEP_SEEDS]
+            if set(ids) <= ended.keys():
+                found.setdefault(name, {})[rate] = float(np.mean([ended[each] for each in ids]))
+    return found
+
+
+def best_rates(experiment: Experiment, runs, only=None) -> dict[str, float]:
+    """{setting id: learning rate} with the lowest loss of the sweep; of equal ones the smaller.
+
+    only: ids of some settings. Raises ValueError where the sweep of a setting is not finished, or always failed.
+    """
+    losses, rates = sweep_losses(experiment, runs), {}
+    for setting in experiment.settings:
+        chooser = setting.rate_of or setting.id
+        if chooser in experiment.choosers and (not only or setting.id in only):
+            found = losses.get(chooser, {})
+            if len(found) < len(experiment.rates) or not np.isfinite(min(found.values())):
+                raise ValueError(f"the sweep of {chooser} gives no learning rate: its runs are missing, or all failed")
+            rates[setting.id] = min(found, key=lambda rate: (found[rate], rate))
+    return rates
+
+
+def _folder_run(place):
+    config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
+    return _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
 
 
 def _json(path):
@@ -164,7 +235,10 @@ def _fits(found, shape) -> bool:
 
 
 class Results:
-    """The finished runs of an experiment under `folder`, by setting, and its planned comparisons.
+    """The finished runs of an experiment under `folder`, by setting, and its comparisons.
+
+    primary: a Comparison for each Primary of the experiment, in their order. exploratory: Comparisons of those that
+    have runs. sweep: see `sweep_losses`; its runs are in `sweep_runs`.
 
     Raises ValueError where no run is finished, and where runs that would be averaged differ in more than the seed.
     """
@@ -181,8 +255,43 @@ class Results:
         for runs in self.groups.values():
             _require_equal(runs, "model", "training", "start")
         _require_equal(self.runs, "corpus", "measured")
-        self.tests = holm([Comparison(contrast, t_interval(contrast.of(self.numbers)))
-                           for contrast in experiment.planned if self.has(contrast)])
+        self.primary = corrected([self.compared(one.contrast, one.margin) for one in experiment.primary],
+                                 statistics.holm)
+        self.exploratory = corrected([self.compared(one, statistics.MARGIN if quantity(one.metric).is_loss else None)
+                                      for one in experiment.exploratory if self.has(one)],
+                                     statistics.benjamini_hochberg)
+        ids = {sweep_id(name, rate) for name in experiment.choosers for rate in experiment.rates}
+        self.sweep_runs = [run for run in self.all_runs if run.config_id in ids]
+        self.sweep = sweep_losses(experiment, self.sweep_runs)
+
+    def compared(self, contrast: Contrast, margin: float | None = None) -> Comparison:
+        """A Comparison over the common seeds, without any where a setting has no run."""
+        numbers = contrast.of(self.numbers) if self.has(contrast) else ()
+        return Comparison(contrast, tuple(map(float, numbers)), margin)
+
+    def by_domain(self, contrast: Contrast) -> dict[str, Comparison]:
+        """{domain: Comparison} of a difference of the causal loss; {} for another, and where rows lack it."""
+        if contrast.metric != LOSS or not self.has(contrast) or "causal_by_domain" not in self.runs[0].final:
+            return {}
+        return {domain: self.compared(replace(contrast, metric=f"{LOSS}:{domain}"), statistics.MARGIN)
+                for domain in self.runs[0].config["domains"]}
+
+    def text_uncertainty(self, contrast: Contrast):
+        """What statistics.text_uncertainty finds for a difference of the causal loss; None where rows lack parts."""
+        def parts(setting, domain):
+            return {run.seed: np.array(run.summary["causal_by_part"][domain]) for run in self.groups[setting]}
+
+        wanted = [run for name in contrast.settings for run in self.groups.get(name, ())]
+        if contrast.metric != LOSS or not contrast.minus or not self.has(contrast) or not all(
+                run.summary.get("causal_by_part") for run in wanted):
+            return None
+        domains = [Contrast(domain, contrast.setting, minus=contrast.minus) for domain in wanted[0].config["domains"]]
+        return statistics.text_uncertainty([one.of(lambda domain, setting: parts(setting, domain)) for one in domains])
+
+    def crossing(self, metric: str, first: str, second: str) -> dict[int, float]:
+        """{seed: the last step at which the curves of a metric of two settings cross}; nan where they do not."""
+        logs = [{run.seed: run.log for run in self.groups.get(name, ())} for name in (first, second)]
+        return {seed: crossing(logs[0][seed], logs[1][seed], metric) for seed in logs[0] if seed in logs[1]}
 
     @property
     def ready(self) -> bool:
@@ -230,31 +339,6 @@ class Results:
         if leaky and metric.startswith("causal_") and self.groups[name][0].leaky:
             shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
         return shown
-
-    def range_and_verdicts(self, metric: str, among=None) -> str:
-        """A paragraph about a planned metric among these settings: lowest and highest mean, and its verdicts.
-
-        Each clear or suggestive difference has a sentence; those that are undecided or not tested are counted.
-        """
-        names = [name for name in self.ranked(metric, among) if np.isfinite(self.mean(metric, name))]
-        ends = ", ".join(f"`{name}` {self.cell(metric, name, half=False, leaky=False)}"
-                         for name in dict.fromkeys((*names[:1], *names[-1:]))) or "no number"
-        tests = self.tests_of(metric, among)
-        counts = Counter(one.word for one in tests)
-        said = [f"{one.contrast} is {one.cells[0]} ({one.word})." for one in tests
-                if one.word in ("clear", "suggestive")]
-        if undecided := counts["undecided"]:
-            said.append("No difference could be shown." if undecided == len(tests) else
-                        f"{undecided} other{'s are' if undecided > 1 else ' is'} undecided.")
-        if untested := counts["not tested"]:
-            said.append(f"{untested} not tested: too few common seeds.")
-        verdicts = " ".join(said) or "Nothing to compare."
-        return f"{quantity(metric).heading} Lowest and highest: {ends}. {verdicts}"
-
-    def tests_of(self, metric: str, among=None) -> list[Comparison]:
-        """The Comparisons of a metric without a factor, among these settings alone if some are named."""
-        return [one for one in self.tests if one.contrast.metric == metric and one.contrast.times == 1
-                and (among is None or set(one.contrast.settings) <= set(among))]
 
     def layers_at_the_end(self, names) -> str:
         """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""

@@ -1,16 +1,25 @@
-"""Statistics over the seeds of a study: intervals, differences paired by seed, Holm's correction, and verdicts."""
+"""Statistics over the seeds of a study: intervals, tests of differences paired by seed, corrections and verdicts.
+
+SciPy makes the tests. Two things are not in it: Holm's correction, and the number of seeds that a test needs.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy import stats
+from scipy.optimize import brentq
+
+MARGIN = 0.01  # nats a byte, below which losses count as the same: 1% of perplexity, a quarter of a mixture's gain
+LEVEL, POWER = 0.05, 0.8  # of all tests; the chance of a right verdict for which seeds are planned
+MOST_SEEDS = 1000  # more are not planned
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of n values and half the width of its 95% interval; half is nan where n is 1."""
+    """Mean of n values and half the width of its interval; half is nan where n is 1."""
 
     mean: float
     half: float
@@ -21,25 +30,30 @@ class Interval:
     high = property(lambda self: self.mean + self.half)
 
 
-def t_interval(values) -> Interval:
+def _equal(values):
+    """Whether all values are the same but for rounding, which gives equal values a standard deviation above 0."""
+    return np.ptp(values) <= 1e-12 * np.abs(values).max()
+
+
+def t_interval(values, confidence: float = 0.95) -> Interval:
     """Student's t interval of a mean, n - 1 degrees of freedom. One value has no interval, and no value a mean."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     mean = float(values.mean()) if n else math.nan
     if n < 2 or not np.isfinite(values).all():
         return Interval(mean, math.nan, n)
-    if np.ptp(values) == 0.0:  # rounding can raise the standard deviation of equal values above 0
-        return Interval(mean, 0.0, n, float(mean == 0.0))
-    error = float(values.std(ddof=1)) / math.sqrt(n)
-    half = float(student_t.ppf(0.975, n - 1)) * error
-    return Interval(mean, half, n, float(2 * student_t.sf(abs(mean) / error, n - 1)))
+    if _equal(values):
+        return Interval(float(values[0]), 0.0, n, float(mean == 0.0))
+    test = stats.ttest_1samp(values, 0)
+    return Interval(mean, float(test.confidence_interval(confidence).high) - mean, n, float(test.pvalue))
 
 
 @dataclass(frozen=True)
 class Contrast:
     """A quantity of one setting, or its difference from (`minus`) or ratio to (`over`) another's, paired by seed.
 
-    setting: an id, or a tuple of ids for the smallest of them, seed by seed. times: a factor of `minus`.
+    setting: an id, or a tuple of ids for the smallest of them, seed by seed. times: a factor of `minus`. A ratio is
+    computed on as its logarithm, which `shown` undoes.
     """
 
     metric: str
@@ -55,6 +69,7 @@ class Contrast:
         first = self.setting if isinstance(self.setting, tuple) else (self.setting,)
         return (*first, *filter(None, (self.minus, self.over)))
 
+    @np.errstate(divide="ignore", invalid="ignore")
     def of(self, numbers: Callable) -> np.ndarray:
         """(seeds,) array over the common seeds, of numbers(metric, setting) -> {seed: value}."""
         parts = [numbers(self.metric, name) for name in (self.setting, self.minus, self.over) if name]
@@ -62,7 +77,11 @@ class Contrast:
         first, *other = (np.array([part[seed] for seed in seeds], float) for part in parts)
         if self.minus:
             return first - self.times * other[0]
-        return first / other[0] if self.over else first
+        return np.log(first / other[0]) if self.over else first
+
+    def shown(self, number: float) -> float:
+        """A number of the scale of `of` as it is told: a ratio instead of its logarithm."""
+        return float(np.exp(number)) if self.over else float(number)
 
     def __str__(self) -> str:
         first = f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`"
@@ -73,37 +92,136 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A planned Contrast with its interval over seeds, and whether it survives Holm's correction."""
+    """A Contrast over its common seeds, tested against 0, and against both ends of ±margin if it has one.
+
+    values: one of each seed. corrected: its p value after the correction for the comparisons of its family.
+    """
 
     contrast: Contrast
-    interval: Interval
-    survives: bool = False
+    values: tuple
+    margin: float | None = None
+    corrected: float = math.nan
+
+    n = property(lambda self: len(self.values))
+    mean = property(lambda self: self.interval.mean)
+    tested = property(lambda self: math.isfinite(self.interval.half))
+    sd = property(lambda self: float(np.std(self.values, ddof=1)))
+
+    @cached_property
+    def interval(self) -> Interval:
+        return t_interval(self.values)
 
     @property
-    def word(self) -> str:
-        """"clear", "suggestive" or "undecided", see the glossary of report.py; "not tested" without two seeds."""
-        if not math.isfinite(self.interval.half):
+    def interval90(self) -> Interval:
+        """Inside ±margin exactly where both one-sided tests reject at 5%."""
+        return t_interval(self.values, 0.9)
+
+    @cached_property
+    def p_flip(self) -> float:
+        """Two-sided p value of the sign-flip permutation test: exact up to 16 seeds, of 65,536 draws for more."""
+        test = stats.permutation_test((self.values,), np.mean, permutation_type="samples", n_resamples=2**16,
+                                      vectorized=True, random_state=0)
+        return float(test.pvalue)
+
+    @property
+    def p_same(self) -> float:
+        """The larger p value of the two one-sided tests against -margin and margin; nan without seeds or margin."""
+        if self.margin is None or not self.tested:
+            return math.nan
+        if _equal(self.values):
+            return float(abs(self.mean) >= self.margin)
+        return float(max(stats.ttest_1samp(self.values, -self.margin, alternative="greater").pvalue,
+                         stats.ttest_1samp(self.values, self.margin, alternative="less").pvalue))
+
+    @property
+    def smallest(self) -> float:
+        """The smallest effect that so many seeds of this SD show with 80% power, by the t-test without correction."""
+        return _detectable(self.n) * self.sd / math.sqrt(self.n)
+
+    @property
+    def needed(self) -> int | None:
+        """Seeds of this SD that decide with 80% power whether the true value is 0 or the margin; None: over 1,000."""
+        return None if self.margin is None else seeds_needed(self.sd / self.margin)
+
+    @property
+    def within(self) -> bool:
+        """Whether it is shown to be inside ±margin."""
+        return self.margin is not None and self.tested and max(
+            abs(self.interval90.low), abs(self.interval90.high)) < self.margin
+
+    @property
+    def verdict(self) -> str:
+        """"different", "same" or "not known", see the glossary of report.py; "not tested" without two seeds."""
+        if not self.tested:
             return "not tested"
-        if self.interval.low <= 0 <= self.interval.high:
-            return "undecided"
-        return "clear" if self.survives else "suggestive"
-
-    @property
-    def cells(self) -> list[str]:
-        """[mean, interval, verdict] as text; with so many digits that no end of the interval looks like 0."""
-        numbers, size = (self.interval.mean, self.interval.low, self.interval.high), abs(self.interval.mean)
-        digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4)
-        mean, low, high = (f"{x:+,.{digits}f}" for x in numbers)
-        return ["–" if math.isnan(self.interval.mean) else mean,
-                "–" if self.word == "not tested" else f"[{low}, {high}]",
-                self.word if self.interval.n else "no common seed"]
+        return "different" if self.corrected < LEVEL else "same" if self.within else "not known"
 
 
-def holm(comparisons: list[Comparison]) -> list[Comparison]:
-    """The same comparisons, each marked whether it survives Holm's (1979) step-down correction at the level 0.05."""
-    tested = sorted(one.interval.p for one in comparisons if one.word != "not tested")
-    failing = next((p for rank, p in enumerate(tested) if p > 0.05 / (len(tested) - rank)), math.inf)
-    return [replace(one, survives=one.interval.p < failing) for one in comparisons]
+@cache
+def _detectable(n):
+    """The effect, in standard errors, that n seeds show with 80% power by a two-sided t-test at 5%."""
+    critical = stats.t.ppf(1 - LEVEL / 2, n - 1)  # the other tail adds less than 1e-6 to the power
+    return brentq(lambda effect: stats.nct.sf(critical, n - 1, effect) - POWER, 0, 100)
+
+
+def seeds_needed(scatter: float) -> int | None:
+    """The smallest number of seeds with 80% power for both verdicts; None where it is over MOST_SEEDS.
+
+    scatter: the SD in units of the margin. "different" for a true value of the margin (t-test at two-sided 5%), "same"
+    for a true value of 0 (two one-sided tests at 5%; the power is exact where it is not small).
+    """
+    if scatter == 0:
+        return 2
+    n = np.arange(2, MOST_SEEDS + 1)
+    effect = np.minimum(np.sqrt(n) / scatter, 30)  # beyond it the power is 1
+    differ = stats.nct.sf(stats.t.ppf(1 - LEVEL / 2, n - 1), n - 1, effect)
+    same = 2 * stats.nct.sf(stats.t.ppf(1 - LEVEL, n - 1), n - 1, effect) - 1
+    enough = np.flatnonzero((differ >= POWER) & (same >= POWER))
+    return int(n[enough[0]]) if len(enough) else None
+
+
+def holm(p_values) -> np.ndarray:
+    """Adjusted p values of Holm's (1979) step-down correction."""
+    p = np.asarray(p_values, float)
+    order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
+
+
+benjamini_hochberg = stats.false_discovery_control
+
+
+def corrected(comparisons, correction) -> list[Comparison]:
+    """The same comparisons, a family, with corrected p values. One that is not tested counts as one with p = 1."""
+    p_values = [one.interval.p if one.tested else 1.0 for one in comparisons]
+    return [replace(one, corrected=float(p)) for one, p in zip(comparisons, correction(p_values) if p_values else [])]
+
+
+def text_uncertainty(differences, n_resamples: int = 1000) -> tuple[float, float, float] | None:
+    """(low, high, share): the 95% percentile interval of a mean over seeds and text, and the text's share of its
+    variance.
+
+    differences: for each domain an array (seeds, stretches of text). The mean is that of the means of the domains. The
+    bootstrap draws seeds, and stretches within each domain; the share is the variance where it draws only stretches
+    over that where it draws both. None with one seed or one stretch.
+    """
+    if min(min(each.shape) for each in differences) < 2:
+        return None
+
+    def bootstrap(arrays, *indices):
+        def mean(seeds, *parts, axis):
+            return np.mean([a[seeds[..., :, None], part[..., None, :]].mean((-2, -1))
+                            for a, part in zip(arrays, parts)], axis=0)
+
+        fixed = () if indices else (np.zeros(1, int),)
+        return stats.bootstrap((*indices, *(np.arange(each.shape[1]) for each in arrays)),
+                               lambda *drawn, axis: mean(*fixed, *drawn, axis=axis), vectorized=True,
+                               method="percentile", n_resamples=n_resamples, random_state=0)
+
+    both = bootstrap(differences, np.arange(len(differences[0])))
+    text = bootstrap([each.mean(axis=0, keepdims=True) for each in differences])
+    share = (text.standard_error / both.standard_error) ** 2 if both.standard_error else math.nan
+    return *map(float, both.confidence_interval), min(1.0, float(share))
 
 
 def enough_digits(numbers, digits: int, bound: float = 0.0) -> int:

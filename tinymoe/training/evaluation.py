@@ -108,7 +108,7 @@ def layer_numbers(routings, valid: Validation) -> dict:
 
 
 def _information(routing, valid):
-    """I(expert; domain) and I(expert; byte), each with its mean under shuffled labels.
+    """I(expert; domain) and I(expert; byte), each with its mean under shuffled labels; and each given the other label.
 
     Domains are shuffled over windows, because all bytes of a window share one; bytes are shuffled over tokens.
     """
@@ -122,4 +122,5 @@ def _information(routing, valid):
             "mutual_information": metrics.mutual_information(domain_load),
             "mutual_information_null": metrics.shuffled_information(by_window, valid.domain, n_domains, rng),
             "byte_information": metrics.mutual_information(metrics.label_load(routing, bytes_, n_bytes)),
-            "byte_information_null": metrics.shuffled_information(mask, bytes_, n_bytes, rng)}
+            "byte_information_null": metrics.shuffled_information(mask, bytes_, n_bytes, rng),
+            **metrics.information_given(routing, valid.ids, valid.domain, rng)}

@@ -148,13 +148,11 @@ class RunFolder:
 
     def require_same(self, config: dict):
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
-        path, wanted = self.path / "config.json", _identity(config)
+        path = self.path / "config.json"
         try:
-            found = _identity(files.read_json(path))
+            different = differing(files.read_json(path), config)
         except (ValueError, TypeError, AttributeError, KeyError):
             raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
-        different = [f"{name} is {found.get(name)}, not {wanted.get(name)}"
-                     for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
         if different:
             raise RunError(f"{self.path} holds a run with other settings ({'; '.join(different)}): choose another "
                            "--out, or start again with --fresh")
@@ -175,6 +173,13 @@ def _identity(config):
              "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
     return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba")} | {
         f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def differing(found: dict, wanted: dict) -> list[str]:
+    """What distinguishes two runs, from the contents of their config.json: `steps is 5, not 6`; [] for one run."""
+    found, wanted = _identity(found), _identity(wanted)
+    return [f"{name} is {found.get(name)}, not {wanted.get(name)}"
+            for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
 
 
 def with_defaults(model: dict) -> dict:

@@ -40,7 +40,7 @@ class Trainer:
         self.generators = {name: np.random.default_rng([plan.seed, i, *continued])
                            for i, name in ((1, "data"), (2, "noise"))}
         self.step, self.seconds, self.rows = 0, 0.0, []
-        self.wall_started = time.perf_counter()  # minus the time before an interruption
+        self.wall_started = time.perf_counter()  # less the time before an interruption
         self.since_row = []  # the numbers of each step since the last row of the log, by name
         self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
 
@@ -112,11 +112,6 @@ class Trainer:
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
         return measured
 
-    @property
-    def wall_seconds(self) -> float:
-        """Of the run so far: `seconds`, in which it learns, and those of evaluating and saving."""
-        return time.perf_counter() - self.wall_started
-
     def arrays(self) -> dict:
         """Every array of the state, by name: weights p/..., and the moments m/... and v/... of the optimizer."""
         parts = {"p": {name: p.data for name, p in self.parameters.items()}, "m": self.optimizer.m,
@@ -126,8 +121,8 @@ class Trainer:
     def state(self) -> dict:
         """The rest of the state, ready for JSON: the header of a checkpoint."""
         return {"kind": "checkpoint", "run_id": self.plan.run_id, "model": self.plan.model.to_dict(),
-                "step": self.step, "seconds": self.seconds, "wall_seconds": self.wall_seconds,
-                "n_rows": len(self.rows), "optimizer_steps": self.optimizer.steps,
+                "step": self.step, "seconds": self.seconds, "n_rows": len(self.rows),
+                "wall_seconds": time.perf_counter() - self.wall_started, "optimizer_steps": self.optimizer.steps,
                 "generators": {name: g.bit_generator.state for name, g in self.generators.items()}}
 
     def restore(self, arrays: dict, state: dict, rows: list):
@@ -187,7 +182,7 @@ def _train_to_the_end(trainer, folder, on_event):
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
                "status": "complete", "seconds": round(trainer.seconds, 3),
-               "wall_seconds": round(trainer.wall_seconds, 3), "final": {"step": trainer.step, **final},
+               "wall_seconds": round(trainer.state()["wall_seconds"], 3), "final": {"step": trainer.step, **final},
                "causal_by_part": losses_by_part(nats, valid)}
     if plan.measure:
         summary["measured"] = plan.measure(trainer)
