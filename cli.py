@@ -385,15 +385,19 @@ def compact(folder):
 
 
 @main.command()
+@click.option("--long", "whole", is_flag=True, help="A page with formulas, sources and users: docs/routers.md.")
 @_import_option
-def routers(imports):
+def routers(whole, imports):
     """List the routers: who chooses, balance, causality, cost."""
     from tinymoe.moe.routers import ROUTERS
+    from tinymoe.tools import router_page
+    if whole:
+        click.echo(router_page.page(), nl=False)
+        return
     columns = {"name": "<15", "who chooses": "<11", "equal load": "<22", "causal": "<18", "learned": "<7",
                "cost a layer": "<34", "paper": "<"}
-    _table(columns, ((name, r.chooses, r.balanced,
-                      "no" if not r.causal else "yes" if r.causal_training else "not while training",
-                      "yes" if r.learned else "no", r.cost, r.paper) for name, r in ROUTERS.items()))
+    _table(columns, ((name, r.chooses, r.balanced, router_page.causal(r), "yes" if r.learned else "no", r.cost, r.paper)
+                     for name, r in ROUTERS.items()))
     click.echo("\nN tokens, D width, E experts. Causal: a token's route depends on its own prefix alone.\n"
                "`study --config D --set router=NAME --out results/NAME` trains one.")
 

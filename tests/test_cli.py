@@ -435,6 +435,15 @@ def test_routers_are_listed():
     assert code == 0 and all(name in output for name in ("top_k", "base_assignment", "not while training"))
 
 
+def test_the_page_of_routers_is_made_from_the_classes():
+    """After a change of a router: python cli.py routers --long > docs/routers.md"""
+    page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, ROOT / "cli.py", "routers", "--long"], capture_output=True)
+    assert done.stdout.decode() == page
+    assert re.findall(r"^## `(\w+)`$", page, re.M)[:2] == ["top_k", "noisy_top_k"]
+    assert "- formula: p = softmax(x W); the K largest p; gates p / (sum of the chosen p), or p for K = 1\n" in page
+
+
 def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
     small = [x for name in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2") for x in ("--set", name)]
     code, output = invoke("probe", "expert_choice", "--steps", 1, *small)

@@ -60,6 +60,8 @@ class Router(Module):
     """
 
     paper = "–"
+    formula = "–"  # the choice and the gates, in one line
+    used_by = "–"  # who trains with it
     chooses = "token"  # "token" chooses its experts, "expert" its tokens, or "neither"
     balanced = "no"  # whether the load is equal by construction
     causal = True  # outside training, a token's route depends on its own prefix alone
