@@ -441,6 +441,8 @@ def test_the_page_of_routers_is_made_from_the_classes():
     done = subprocess.run([sys.executable, ROOT / "cli.py", "routers", "--long"], capture_output=True)
     assert done.stdout.decode() == page
     assert re.findall(r"^## `(\w+)`$", page, re.M)[:2] == ["top_k", "noisy_top_k"]
+    missing = re.findall(r"## `(\w+)`\n\n[^#]*- (?:formula|used by): –", page)
+    assert not missing, f"a class attribute formula or used_by is missing: {missing}"
     assert "- formula: p = softmax(x W); the K largest p; gates p / (sum of the chosen p), or p for K = 1\n" in page
 
 

@@ -22,13 +22,14 @@ def page() -> str:
 def _section(router):
     what = " ".join(inspect.getdoc(router).split("\n\n")[0].split())
     options = ", ".join(name for name in router.options() if name != "vocab_size")
+    formula, users = (vars(router).get(name, "–") for name in ("formula", "used_by"))  # a parent's are not its own
     return f"""## `{router.name}`
 
 {what}
 
-- formula: {router.formula}
+- formula: {formula}
 - source: {router.paper}
-- used by: {router.used_by}
+- used by: {users}
 - causal: {causal(router)}; learned: {"yes" if router.learned else "no"}; equal load: {router.balanced}
 - cost of a layer: {router.cost}
 - options: {options or "none"}

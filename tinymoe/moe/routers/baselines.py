@@ -82,6 +82,8 @@ class Oracle(Router, name="oracle"):
     """
 
     paper = "arXiv 2604.07030"
+    formula = "domain d: the K experts from d K on, modulo E; gates 1 / K"
+    used_by = "studies, as an upper bound"
     chooses = "neither"
     learned = False
     cost = "a lookup"
