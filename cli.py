@@ -418,15 +418,19 @@ def compact(folder):
 
 
 @main.command()
+@click.option("--long", "whole", is_flag=True, help="A page with formulas, sources and users: docs/routers.md.")
 @_import_option
-def routers(imports):
+def routers(whole, imports):
     """List the routers: who chooses, balance, causality, cost."""
     from tinymoe.moe.routers import ROUTERS
+    from tinymoe.tools import router_page
+    if whole:
+        click.echo(router_page.page(), nl=False)
+        return
     columns = {"name": "<15", "who chooses": "<11", "equal load": "<22", "causal": "<18", "learned": "<7",
                "cost a layer": "<34", "paper": "<"}
-    _table(columns, ((name, r.chooses, r.balanced,
-                      "no" if not r.causal else "yes" if r.causal_training else "not while training",
-                      "yes" if r.learned else "no", r.cost, r.paper) for name, r in ROUTERS.items()))
+    _table(columns, ((name, r.chooses, r.balanced, router_page.causal(r), "yes" if r.learned else "no", r.cost, r.paper)
+                     for name, r in ROUTERS.items()))
     click.echo("\nN tokens, D width, E experts. Causal: a token's route depends on its own prefix alone.\n"
                "`study --config D --set router=NAME --out results/NAME` trains one.")
 
@@ -491,45 +495,75 @@ def params(model, context, width):
 
 
 @main.command()
-@click.argument("router")
-@click.option("--steps", type=click.IntRange(min=0), default=50, help="Training steps before the probes.")
+@click.argument("subject", metavar="ROUTER|RUN|FILE")
+@click.option("--steps", type=click.IntRange(min=0), show_default="50", help="Of a router: training steps before.")
+@click.option("--ids", type=click.Path(), help="Of a file or run: a file of token ids, as text or .npy.")
+@click.option("--text", type=click.Path(), help="A file, a folder whose entries are domains, or: synthetic.")
 @_import_option
 @_set_option
-def probe(router, steps, imports, overrides):
-    """Test a router on a small model: causality, gradients, collapse."""
-    from tinymoe.model.config import ModelConfig
-    from tinymoe.moe.routers import ROUTERS
-    from tinymoe.study import probes
-    from tinymoe.training.data import load_corpus
-    from tinymoe.training.plan import TrainConfig
-    model, training = _settings(overrides)
-    with _refusing(ValueError, TypeError, MemoryError):
-        model = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64,
-                 "router": router} | model
-        names = model["router"] if isinstance(model["router"], list) else [model["router"]]
-        top_1_only = any(cls.top_1_only and name in names for name, cls in ROUTERS.items())
-        config = ModelConfig(**{"top_k": 1 if top_1_only else 2} | model)
-        if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
-            raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
-        training = TrainConfig(**{"steps": max(1, steps)} | training)
-        model, ids, targets, domain = probes.trained(config, load_corpus(None, seq_len=config.seq_len), steps, training)
+def probe(subject, steps, ids, text, imports, overrides):
+    """Test whether MoE layers leak, collapse, or starve experts.
 
+    ROUTER is trained in a small model first. RUN is a folder with a checkpoint. FILE is an .npz of weights, or
+    published weights: a folder with config.json and .safetensors files.
+
+    The tokens are bytes of text: validation windows of the text that a run was trained on, or of the installed texts.
+    Published weights whose vocabulary is not of bytes get random ids, unless --ids gives others.
+    """
+    from tinymoe.files import printable
+    from tinymoe.study import probes
+    with _refusing(OSError, ValueError, TypeError, MemoryError, ImportError):
+        found = _probed(subject, steps, ids, text, overrides)
+        model, ids, targets, domain = found.model, found.ids, found.targets, found.domain
+        click.echo(f"{printable(found.about)}\n")
+        reports = probes.layer_reports(model, ids, domain)
+    _table({"layer": "5", "router": "<14", "leaks": "6.1%", "leaks in training": "17.1%", "effective experts": "17.2f",
+            "of": "4", "largest load": "12.1%", "dead": "4", "tokens without": "14.1%"},
+           ((r.layer, r.router, *r.leaks, r.effective, len(r.load), r.load.max() / max(1, r.load.sum()),
+             r.dead, r.uncovered) for r in reports))
+    click.echo("leaks: share of earlier tokens whose experts change when later tokens do, by this layer's own choice.\n"
+               "effective experts: exp(entropy of the load). dead: experts under 1% of their fair share.")
+    click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
     effects = {"later tokens, as evaluated": probes.causality(model, ids, domain=domain),
                "later tokens, as trained": probes.causality(model, ids, domain=domain, training=True),
                "later tokens, routed on the prefix alone": probes.causality(model, ids, domain=domain, causal=True)}
     apart = probes.batch_independence(model, ids, domain)
     effects |= {f"other sequences: {what}": found for what, found in apart.items()}
-    click.echo(f"{', '.join(config.routers)} after {steps} steps, {len(ids)} sequences of {config.seq_len} bytes\n")
-    _table({"effect on a token of": "<44", "rerouted": "8.1%", "largest change of logits": "24.1e"},
+    click.echo()
+    _table({"effect on a token of, through all layers": "<44", "rerouted": "8.1%", "largest change of logits": "24.1e"},
            ((what, found.tokens, found.logits) for what, found in effects.items()))
     flattery = probes.flattery(model, ids, targets, domain)
     click.echo(f"\nloss on the prefix alone, minus as evaluated: {flattery:+.5f} nats\n")
     _table({"the router's gradient from": "<44", "coefficient": "11g", "norm": "9.2e", "": "<"},
-           ((term, coefficient, norm, "exactly zero" if norm == 0 else "")
+           ((term, coefficient, norm, "exactly zero" if norm == 0 else "" if coefficient else "at coefficient 1")
             for term, (coefficient, norm) in probes.gradient_path(model, ids, targets, domain).items()))
     click.echo("\nfirst MoE layer: mean score of the exact balanced assignment, minus that of another way to choose")
     _table({"way to choose": "<44", "shortfall": "+9.5f"}, probes.assignment_shortfall(model, ids, domain).items())
-    click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
+
+
+def _probed(subject, steps, ids, text, overrides):
+    """The probes.Subject of a router's name, trained for some steps, or of a path."""
+    from tinymoe.model.config import ModelConfig
+    from tinymoe.moe.routers import ROUTERS, find
+    from tinymoe.study import probes
+    from tinymoe.training.plan import TrainConfig
+    if subject not in ROUTERS and os.path.exists(subject):
+        if steps is not None or overrides:
+            raise click.UsageError("--steps and --set are for a router: a file or run is probed as it is")
+        return probes.loaded(subject, ids, text)
+    if ids is not None:
+        raise click.UsageError("--ids is for a file or run: a router is trained and probed on text")
+    if subject not in ROUTERS and (os.sep in subject or Path(subject).suffix in (".npz", ".safetensors")):
+        raise ValueError(f"{subject} does not exist: check the path, or name a router")
+    model, training = _settings(overrides)
+    model = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": subject} | model
+    for name in model["router"] if isinstance(model["router"], list) else [model["router"]]:
+        if isinstance(name, str) and find(name).top_1_only:
+            model = {"top_k": 1} | model
+    config, steps = ModelConfig(**model), 50 if steps is None else steps
+    if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
+        raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
+    return probes.trained(config, steps, TrainConfig(**{"steps": max(1, steps)} | training), text)
 
 
 @main.command()
@@ -545,7 +579,7 @@ def route(run, text, gate, entropy, layers, imports):
     It shows each MoE layer of the model in folder RUN. Routes are decided on the prefix alone. Below each byte stands
     its first choice, the expert with the largest gate.
     """
-    model, data = _model(run), text.encode("utf-8", "surrogateescape")
+    (model, step), data = _model(run), text.encode("utf-8", "surrogateescape")
     from tinymoe.tools import view
     config = model.config
     if not data:
@@ -556,7 +590,7 @@ def route(run, text, gate, entropy, layers, imports):
     colour, width = os.isatty(1) and not os.environ.get("NO_COLOR"), shutil.get_terminal_size((80, 24)).columns
     for layer, routing in zip(config.moe_layers, view.prefix_routings(model, data)):
         if not layers or layer in layers:
-            click.echo(f"layer {layer}, {routing.n_experts} experts")
+            click.echo(f"layer {layer}, {routing.n_experts} experts, step {step:,}")
             click.echo("\n".join(view.lines(data, routing, colour, width, gate, entropy)))
     bars = "; bars: ▁ 0 to █ 1, an entropy as a share of ln E, its largest" if gate or entropy else ""
     click.echo(f"-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127{bars}")
@@ -568,8 +602,9 @@ def route(run, text, gate, entropy, layers, imports):
 
 @_refusing(OSError)
 def _model(run):
-    from tinymoe.training.run_folder import load_model
-    return load_model(run)
+    """(model, step) of the last checkpoint of a run."""
+    from tinymoe.training.run_folder import load_checkpoint
+    return load_checkpoint(run)
 
 
 @main.command()
@@ -607,7 +642,7 @@ def generate(run, prompt, length, temperature, top, seed, imports):
 
     Each byte is routed on the prefix alone.
     """
-    model, data = _model(run), prompt.encode("utf-8", "surrogateescape")
+    (model, step), data = _model(run), prompt.encode("utf-8", "surrogateescape")
     import numpy as np
 
     from tinymoe import kernels
@@ -626,6 +661,7 @@ def generate(run, prompt, length, temperature, top, seed, imports):
         show(bytes([byte]))
     show(b"", final=True)
     click.echo()
+    _say(f"checkpoint of step {step:,}")  # not into the text where that goes to a file
 
 
 @main.command()

@@ -435,12 +435,25 @@ def test_routers_are_listed():
     assert code == 0 and all(name in output for name in ("top_k", "base_assignment", "not while training"))
 
 
+def test_the_page_of_routers_is_made_from_the_classes():
+    """After a change of a router: python cli.py routers --long > docs/routers.md"""
+    page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, ROOT / "cli.py", "routers", "--long"], capture_output=True)
+    assert done.stdout.decode() == page
+    assert re.findall(r"^## `(\w+)`$", page, re.M)[:2] == ["top_k", "noisy_top_k"]
+    missing = re.findall(r"## `(\w+)`\n\n[^#]*- (?:formula|used by): –", page)
+    assert not missing, f"a class attribute formula or used_by is missing: {missing}"
+    assert "- formula: p = softmax(x W); the K largest p; gates p / (sum of the chosen p), or p for K = 1\n" in page
+
+
 def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
     small = [x for name in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2") for x in ("--set", name)]
     code, output = invoke("probe", "expert_choice", "--steps", 1, *small)
     assert code == 0 and "exactly zero" not in output and "nats" in output
     code, output = invoke("probe", "hash", "--steps", 1, *small)
     assert code == 0 and output.count("exactly zero") == 3
+    code, output = invoke("probe", "sinkhorn", "--steps", 1, *small, "--text", "synthetic")
+    assert code == 0 and "sinkhorn leaks while training, not when it is evaluated" in output
     code, output = invoke("probe", "topk")
     assert code == 1 and "unknown router 'topk'" in output
     for option in ("moe_layers=[]", "seq_len=1", "vocab_size=100"):
@@ -532,7 +545,8 @@ def test_every_command_shows_a_run_with_a_router_of_the_users(text, tmp_path):
                 ["study", "--plot-only", "--out", tmp_path / "out"]]
     for args in commands:
         done = program(*args, stdout=subprocess.PIPE)
-        assert done.returncode == 0 and done.stderr == b"", done.stderr
+        said = b"checkpoint of step 6\n" if args[0] == "generate" else b""
+        assert done.returncode == 0 and done.stderr == said, done.stderr
     assert "mine_recorded" in (tmp_path / "out/runs/D-seed0/view.html").read_text(encoding="utf-8")
     assert "D mine_recorded, K=" in (tmp_path / "out/FINDINGS.md").read_text(encoding="utf-8")
 
@@ -558,9 +572,29 @@ def test_probe_takes_a_router_for_each_layer():
     assert code == 1 and "one name for each of the 2 MoE layers" in output
 
 
+def test_probe_takes_a_run_a_checkpoint_and_weights(run, finished, text, tmp_path):
+    code, output = invoke("probe", run, "--text", text)
+    assert code == 0 and re.match(rf"{run}, step 6: top_k; \d sequences of 16 bytes of text\n", output), output
+    assert output == invoke("probe", run / "checkpoint.npz", "--text", text)[1].replace("/checkpoint.npz,", ",")
+    code, output = invoke("probe", finished / "runs" / "E-seed0", "--text", text)
+    assert code == 0 and "layer 1: expert_choice leaks: later tokens change the experts of" in output
+    assert "trained on a text that is not here: give --text" in invoke("probe", run)[1]
+    tinymoe.Transformer(ModelConfig(**MODEL)).save(tmp_path / "weights.npz")
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, range(200))))
+    code, output = invoke("probe", tmp_path / "weights.npz", "--ids", tmp_path / "ids.txt")
+    assert code == 0 and f"weights: top_k; 8 sequences of 16 ids of {tmp_path}" in output
+    for args, code, message in (([run, "--steps", 3], 2, "as it is"), ([run, "--set", "top_k=1"], 2, "as it is"),
+                                (["top_k", "--ids", "x"], 2, "--ids is for a file or run"),
+                                ([tmp_path / "none.npz"], 1, "does not exist"), ([tmp_path], 1, "no .safetensors"),
+                                ([run, "--ids", tmp_path / "none"], 1, "none"), ([text], 1, "config.json")):
+        found = invoke("probe", *args)
+        assert found[0] == code and message in found[1].splitlines()[-1], found
+
+
 def test_route_shows_each_byte_above_its_expert(run, finished, monkeypatch):
     code, output = invoke("route", run, "one two\n", "--gate", "--entropy")
     text, expert, gate, entropy = (line[8:] for line in output.splitlines()[1:5])
+    assert output.startswith("layer 1, 4 experts, step 6\n")
     assert code == 0 and text == "one two↵"
     assert set(expert) <= set("0123") and len(expert) == len(gate) == len(entropy) == 8
     assert "prefix alone" not in output and "windows" not in output
@@ -590,6 +624,7 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     assert all(c.isprintable() or c in "\n\t" for c in output)
     assert output == invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40)[1]
     assert output != invoke("generate", run, "--prompt", "Grüße \udcff", "--length", 40, "--seed", 1)[1]
+    assert output.splitlines()[-1] == "checkpoint of step 6"
     greedy = [invoke("generate", run, "--prompt", "ab", "--length", 8, *options)
               for options in (("--temperature", 0), ("--top", 1))]
     assert greedy[0] == greedy[1] and greedy[0][0] == 0

@@ -1,21 +1,40 @@
-"""Tests of what a router does to a model, as `python cli.py probe ROUTER` runs them on a briefly trained model.
+"""Tests of what routers do to a model, as `python cli.py probe` runs them.
 
 Does a later token, or another sequence of the batch, change the output for an earlier one? Which terms of the loss
-give the router a gradient? Has routing collapsed?
+give the router a gradient? Has routing collapsed? The model is trained briefly with the router of that name, or it is
+a run, a file of weights, or published weights.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..autograd.tensor import no_grad
+from ..autograd.tensor import Tensor, no_grad
+from ..model import published
 from ..model.transformer import Transformer
 from ..moe import metrics
-from ..moe.routers import greedy_assignment, shortfall, sinkhorn_plan
+from ..moe.routers import RouteContext, greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
+from ..training.data import load_corpus
 from ..training.evaluation import Validation, losses_and_routings
 from ..training.plan import RunPlan
+from ..training.run_folder import corpus_of, load_checkpoint
 from ..training.trainer import Trainer
+
+LONGEST = 128  # tokens of a probed sequence, at most
+SEQUENCES = 8  # of ids that are not text
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to probe, and the tokens to probe it with. about: what both are, in words."""
+
+    model: Transformer
+    ids: np.ndarray  # (B, T)
+    targets: np.ndarray
+    domain: np.ndarray | None  # (B,) where it is known
+    about: str
 
 
 @dataclass(frozen=True)
@@ -45,9 +64,15 @@ def causality(model, ids: np.ndarray, causal: bool = False, training: bool = Fal
     ids (B, T); their second halves become random tokens. training: route as a training step does, with the same noise
     both times. Attention is causal, so any change comes through the routers.
     """
+    half, other = later_changed(model, ids)
+    return compared(model, ids, other, lambda x: x[:, :half], domain, causal=causal, training=training)
+
+
+def later_changed(model, ids):
+    """(T // 2, a copy of ids (B, T) with random tokens from there on)."""
     half, other = ids.shape[1] // 2, ids.copy()
     other[:, half:] = np.random.default_rng(0).integers(0, model.config.vocab_size, ids[:, half:].shape)
-    return compared(model, ids, other, lambda x: x[:, :half], domain, causal=causal, training=training)
+    return half, other
 
 
 def batch_independence(model, ids: np.ndarray, domain=None) -> dict[str, Influence]:
@@ -72,20 +97,20 @@ def flattery(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> float:
 def gradient_path(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> dict[str, tuple]:
     """The gradient that each term of the loss gives to all routers' weights: dict term -> (coefficient, norm).
 
-    The coefficient is the config's, or 1 where that is 0: what the term would do. A norm of 0.0 is exactly zero: the
-    router learns nothing from the term.
+    The norm is that of coefficient * term, and of the term itself where its coefficient is 0: what it would do. A norm
+    of 0.0 is exactly zero: the router learns nothing from the term.
     """
     terms = model.loss(ids, targets, training=True, rng=np.random.default_rng(0), domain=domain)
-    coefficients = {**model.config.coefficients(), "multi_token": model.config.mtp_coef}
+    coefficients = {"cross_entropy": 1.0, "penalty": 1.0, "multi_token": model.config.mtp_coef,
+                    **model.config.coefficients()}
     weights = [p for layer in model.moe_parts() for p in layer.router.parameters().values() if p.requires_grad]
     norms = {}
     for name, term in {"cross_entropy": terms.cross_entropy, **terms.terms}.items():
-        coefficient = coefficients.get(name) or 1.0  # neither the cross-entropy nor a penalty has one of its own
         _clear_gradients(model)
         if term.requires_grad:
-            (coefficient * term).backward()
+            ((coefficients[name] or 1.0) * term).backward()
         squares = sum((p.grad.astype(float) ** 2).sum() for p in weights if p.grad is not None)
-        norms[name] = coefficient, float(np.sqrt(squares))
+        norms[name] = coefficients[name], float(np.sqrt(squares))
     _clear_gradients(model)
     return norms
 
@@ -107,18 +132,166 @@ def assignment_shortfall(model, ids, domain=None):
     return {name: shortfall(scores, chosen) for name, chosen in ways.items()}
 
 
+@dataclass(frozen=True)
+class LayerReport:
+    """What one MoE layer does to B * T tokens."""
+
+    layer: int
+    router: str
+    declared: tuple[bool, bool]  # whether it is declared causal: as evaluated, as trained
+    leaks: tuple[float, float]  # share of earlier tokens that later tokens reroute: as evaluated, as trained
+    load: np.ndarray  # (E,)
+    uncovered: float  # share of tokens without expert
+
+    @property
+    def dead(self) -> int:
+        """Experts with less than 1% of their fair share."""
+        return metrics.dead_experts(self.load)
+
+    @property
+    def effective(self) -> float:
+        """exp(entropy of the load): so many experts with equal loads have the same entropy."""
+        return len(self.load) ** metrics.load_entropy(self.load) if self.load.any() else 0.0
+
+    def warnings(self) -> list[str]:
+        """Sentences on leaks and collapse."""
+        said, (evaluated, trained), E = [], self.leaks, len(self.load)
+        if evaluated or trained:
+            when = "" if evaluated else " while training, not when it is evaluated"
+            unexpected = ", although it is declared causal" if self.declared[not evaluated] else ""
+            said.append(f"{self.router} leaks{when}: later tokens change the experts of {evaluated or trained:.1%} of "
+                        f"the earlier tokens{unexpected}")
+        elif not all(self.declared):
+            when = "" if not self.declared[0] else " while training"
+            said.append(f"{self.router} is declared not causal{when}, but no leak was found with these tokens")
+        if self.effective < E / 2:
+            said.append(f"the load collapses: it is as uneven as if {self.effective:.1f} of {E} experts shared all "
+                        "tokens equally")
+        return [f"layer {self.layer}: {sentence}" for sentence in said]
+
+
+def layer_reports(model, ids: np.ndarray, domain=None) -> list[LayerReport]:
+    """A LayerReport of each MoE layer on ids (B, T). domain (B,): for routers that need it."""
+    with no_grad():
+        routings = model.forward(ids, rng=np.random.default_rng(0), domain=domain).routings
+        leaks = zip(*(own_leaks(model, ids, training, domain) for training in (False, True)))
+    limit = "" if model.config.capacity_factor is None else " with a capacity limit"
+    return [LayerReport(i, part.router.name + limit, (part.causal, part.causal and part.router.causal_training), leak,
+                        r.load, uncovered=1 - metrics.token_coverage(r))
+            for i, part, leak, r in zip(model.config.moe_layers, model.moe_parts(), leaks, routings)]
+
+
+def own_leaks(model, ids: np.ndarray, training: bool = False, domain=None) -> list[float]:
+    """The share of the first halves' tokens that each MoE layer reroutes when the second halves become random tokens.
+
+    ids (B, T). The layer sees the states of the first halves unchanged, so a leak of an earlier layer does not count.
+    """
+    half, other = later_changed(model, ids)
+    before, changed = (layer_inputs(model, those, domain) for those in (ids, other))
+    after = [np.concatenate([x[:, :half], z[:, half:]], axis=1) for x, z in zip(before, changed)]
+
+    def choices(states, ids):
+        context = RouteContext(ids, training, np.random.default_rng(0), domain=domain)
+        return [layer(Tensor(x), context)[1].mask().reshape(*ids.shape, -1)[:, :half]
+                for layer, x in zip(model.moe_parts(), states)]
+
+    return [float((a != b).any(axis=-1).mean()) for a, b in zip(choices(before, ids), choices(after, other))]
+
+
+def layer_inputs(model, ids, domain=None):
+    """The input (B, T, D) of each MoE layer, as an array."""
+    found, layers = [], model.moe_parts()
+
+    def note(routing, x):
+        found.append(x.data.reshape(*ids.shape, -1))
+        return routing
+
+    before = [layer.change_routing for layer in layers]
+    try:
+        for layer in layers:
+            layer.change_routing = note
+        model.forward(ids, rng=np.random.default_rng(0), domain=domain)
+    finally:
+        for layer, function in zip(layers, before):
+            layer.change_routing = function
+    return found
+
+
 def alarms(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> list[str]:
-    """Warnings about the model's layers, as sentences: dead or crowded experts, routers without a gradient."""
+    """Warnings about the model's layers, as sentences: leaks, collapse, dead or crowded experts, no gradient."""
+    _clear_gradients(model)
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0), domain=domain).total.backward()
-    layers = zip(model.config.moe_layers, model.moe_parts(), model.forward(ids, domain=domain).routings)
-    return [warning for i, part, routing in layers
-            for warning in metrics.alarms(i, routing.load, routing.n_tokens, part.router)]
+    return [warning for report, part in zip(layer_reports(model, ids, domain), model.moe_parts()) for warning in
+            [*report.warnings(), *metrics.alarms(report.layer, report.load, ids.size, part.router)]]
 
 
-def trained(config, corpus, steps, training):
-    """A model after so many training steps; validation ids and targets (8, T) of all domains, and domains (8,)."""
-    plan = RunPlan("probe", purpose="probe", seed=0, model=config, training=training)
-    trainer = Trainer(Transformer(config), plan, corpus)
+def trained(config, steps: int, training, text=None) -> Subject:
+    """A model after so many training steps, with validation windows of all domains."""
+    corpus = load_corpus(text, seq_len=config.seq_len)
+    trainer = Trainer(Transformer(config), RunPlan("probe", purpose="probe", seed=0, model=config, training=training),
+                      corpus)
     for _ in range(steps):
         trainer.advance()
-    return trainer.model, *corpus.validation(2, config.seq_len)
+    windows = corpus.validation(2, config.seq_len)
+    about = f"{', '.join(config.routers)} after {steps} steps, {len(windows[0])} sequences of {config.seq_len} bytes"
+    return Subject(trainer.model, *windows, about)
+
+
+def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | None = None) -> Subject:
+    """The model of a run folder, of an .npz file of weights, or of published weights, and tokens to probe it with.
+
+    ids: a file of token ids. Otherwise the tokens are bytes: of `text`, or of the text that a run was trained on, or of
+    the installed texts. A model whose vocabulary is not of bytes gets random ids.
+    Raises CheckpointError, CorpusError, OSError or ValueError for what cannot be read, or has no layer with experts.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    is_run = path.name == "checkpoint.npz" or (path / "checkpoint.npz").exists() or (path / "log.jsonl").exists()
+    if is_run:
+        model, step = load_checkpoint(folder)
+        what = f"step {step:,}"
+    elif path.suffix == ".npz":
+        model, what = Transformer.load(path), "weights"
+    else:
+        model, what = published.load(path), "published weights"
+    c = model.config
+    has_bytes = c.vocab_size == 256 or c.vocab_size > 256 and what != "published weights"
+    if not c.moe_layers or c.seq_len < 2:
+        raise ValueError(f"{path} has no layer with experts, or sequences below 2 tokens: there is nothing to probe")
+    windows, words = _tokens(c, has_bytes, ids, text, trained_on=folder if is_run else None)
+    n, length = windows[0].shape
+    return Subject(model, *windows, f"{path}, {what}: {', '.join(c.routers)}; {n} sequences of {length} {words}")
+
+
+def _tokens(config, has_bytes, ids, text, trained_on):
+    """((ids, targets, domain), what they are in words). trained_on: the folder of a run, or None."""
+    V, length = config.vocab_size, min(config.seq_len, LONGEST)
+    if ids is not None and text is not None or text is not None and not has_bytes:
+        raise ValueError(f"--text {text} goes neither with --ids nor where the {V} tokens are not bytes: leave it out")
+    if ids is not None:
+        return cut(read_ids(ids, V), length), f"ids of {ids}"
+    if not has_bytes:
+        drawn = np.random.default_rng(0).integers(0, V, SEQUENCES * length + 1)
+        return cut(drawn, length), "random ids, which tell less than text does (--ids FILE gives others)"
+    corpus = corpus_of(trained_on, length) if trained_on and text is None else load_corpus(text, length)
+    return corpus.validation(2, length), "bytes of text"
+
+
+def read_ids(path, vocab_size):
+    """(n,) token ids of a file: a .npy array, or numbers as text. Raises ValueError unless they are from 0 to V - 1."""
+    try:
+        ids = np.load(path, allow_pickle=False) if str(path).endswith(".npy") else np.array(
+            Path(path).read_text(encoding="utf-8").replace(",", " ").split(), dtype=np.int64)
+        ids = ids.astype(np.int64, casting="safe").reshape(-1)
+    except (ValueError, TypeError, EOFError, OverflowError):
+        raise ValueError(f"--ids {path} must hold whole numbers: as text, or as a .npy array") from None
+    if len(ids) < 6 or ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"--ids {path} must hold at least 6 numbers from 0 to {vocab_size - 1}")
+    return ids
+
+
+def cut(ids, length):
+    """(ids, targets, None) of a stream of at least 5 ids: 2 to SEQUENCES windows (B, T), shorter if it is short."""
+    length = min(length, (len(ids) - 1) // 2)
+    n = min(SEQUENCES, (len(ids) - 1) // length) * length
+    return ids[:n].reshape(-1, length), ids[1:n + 1].reshape(-1, length), None

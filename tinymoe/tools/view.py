@@ -9,15 +9,15 @@ import click
 import numpy as np
 
 from ..autograd.tensor import no_grad
-from ..files import CheckpointError, load_arrays, read_json
+from ..files import CheckpointError, load_arrays
 from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
 from ..study.palette import COLOURS
-from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, snapshot
-from ..training.run_folder import FILES, ROUTINGS, load_model, load_recorded_imports
+from ..training.run_folder import FILES, ROUTINGS, corpus_of, load_model, load_recorded_imports
 
 PALETTE = (*COLOURS, "#F0E442")  # experts beyond the eighth share colours; their numbers tell them apart
 BARS = "▁▂▃▄▅▆▇█"
@@ -125,7 +125,7 @@ def _now(folder, text):
         names, ids = ["text"], _windows(text, length)
         domain = np.zeros(len(ids), int)
     else:
-        corpus = _trained_on(folder, length)
+        corpus = corpus_of(folder, length)
         names, (ids, _, domain) = corpus.names, corpus.validation(RECORDED, length)
     with no_grad():
         known = domain if text is None else None
@@ -134,22 +134,6 @@ def _now(folder, text):
         raise CorpusError(f"{folder} is a model without a mixture-of-experts layer: it routes nothing")
     header = {"run_id": Path(folder).resolve().name, "model": model.config.to_dict(), "step": None, "names": names}
     return snapshot(ids, domain, [[r] for r in routings]), header
-
-
-def _trained_on(folder, length):
-    """The Corpus that a run was trained on: the default one (also where config.json does not say) or the synthetic."""
-    def hashes(described):
-        return {name: text["sha256"] for name, text in described.items()}
-
-    try:
-        wanted = hashes(read_json(Path(folder, "config.json"))["corpus"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        wanted = None
-    for text in (None, SYNTHETIC):
-        corpus = load_corpus(text, length)
-        if wanted in (None, hashes(corpus.describe())):
-            return corpus
-    raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
 
 
 def _windows(path, length):

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 import platform
 import re
@@ -29,6 +30,7 @@ from ..files import CheckpointError
 from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe import routers
+from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
 ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file for each evaluation
@@ -237,6 +239,11 @@ def load_recorded_imports(folder: str | Path) -> None:
 
 def load_model(folder: str | Path) -> Transformer:
     """The model of a run's last checkpoint, after `load_recorded_imports`. Raises CheckpointError if there is none."""
+    return load_checkpoint(folder)[0]
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Transformer, int]:
+    """(model, step) of a run's last checkpoint, as `load_model` reads it."""
     path = Path(folder, "checkpoint.npz")
     if Path(folder, "log.jsonl").exists() and not path.exists():
         raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
@@ -247,9 +254,28 @@ def load_model(folder: str | Path) -> Transformer:
         for name, array in weights.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} is not finite")
-        return Transformer.from_arrays(header["model"], weights)
+        return Transformer.from_arrays(header["model"], weights), operator.index(header["step"])
     except (KeyError, ValueError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
+
+
+def corpus_of(folder: str | Path, seq_len: int) -> Corpus:
+    """The Corpus that a run was trained on: the default one (also where config.json does not say) or the synthetic.
+
+    Raises CorpusError for another text, which a run does not keep.
+    """
+    def hashes(described):
+        return {name: text["sha256"] for name, text in described.items()}
+
+    try:
+        wanted = hashes(files.read_json(Path(folder, "config.json"))["corpus"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        wanted = None
+    for text in (None, SYNTHETIC):
+        corpus = load_corpus(text, seq_len)
+        if wanted in (None, hashes(corpus.describe())):
+            return corpus
+    raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
 
 
 def first_model(plan, runs: Path) -> Transformer:

@@ -18,6 +18,8 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
     """
 
     paper = "Clark 2022"
+    formula = "the K largest entries of exp(x W), scaled to balance, while training; else of x W"
+    used_by = "BlackMamba; studies: Clark 2022"
     balanced = "nearly, while training"
     causal_training = False
     cost = "2 N D E + 2 N E an iteration"
@@ -40,6 +42,8 @@ class BaseAssignment(LinearRouter, name="base_assignment"):
     """
 
     paper = "Lewis 2021"
+    formula = "the balanced assignment of largest total x W while training, else the best expert; gate sigmoid(x W)"
+    used_by = "BASE layers (Lewis 2021)"
     chooses = "neither"
     balanced = "while training"
     causal_training = False

@@ -60,6 +60,7 @@ class Router(Module):
     """
 
     paper = "–"
+    formula = used_by = "–"  # its choice and gates in one line, and who trains with it; not inherited
     chooses = "token"  # "token" chooses its experts, "expert" its tokens, or "neither"
     balanced = "no"  # whether the load is equal by construction
     causal = True  # outside training, a token's route depends on its own prefix alone

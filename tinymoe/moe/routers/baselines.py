@@ -16,6 +16,8 @@ class Frozen(TopK, name="frozen"):
     """
 
     paper = "Fan 2024"
+    formula = "as top_k, with W as it was drawn"
+    used_by = "studies: Fan 2024"
     learned = False
 
 
@@ -27,7 +29,8 @@ class Shuffled(TopK, name="shuffled"):
     Raises ValueError for context.causal without ids.
     """
 
-    paper = Router.paper
+    paper, used_by = Router.paper, "this study, as a baseline"
+    formula = "the choices of top_k, permuted over the tokens"
     chooses = "neither"
     causal = causal_training = False
 
@@ -52,6 +55,8 @@ class Hash(Router, name="hash"):
     """
 
     paper = "Roller 2021"
+    formula = "table[id], K experts drawn once for each id; gates 1 / K"
+    used_by = "studies; with learned gates, the first layers of DeepSeek-V4"
     chooses = "neither"
     learned = False
     cost = "a lookup"
@@ -77,6 +82,8 @@ class Oracle(Router, name="oracle"):
     """
 
     paper = "arXiv 2604.07030"
+    formula = "domain d: the K experts from d K on, modulo E; gates 1 / K"
+    used_by = "studies, as an upper bound"
     chooses = "neither"
     learned = False
     cost = "a lookup"
@@ -94,6 +101,8 @@ class Random(Router, name="random"):
     It draws from the context's generator, or without one from the same fixed seed in each call.
     """
 
+    formula = "K experts drawn anew for each token; gates 1 / K"
+    used_by = "THOR (Zuo 2021)"
     chooses = "neither"
     balanced = "on average"
     learned = False

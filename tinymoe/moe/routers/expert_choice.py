@@ -37,6 +37,8 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     """
 
     paper = "Zhou 2022"
+    formula = "p = softmax(x W); each expert takes the N K / E tokens of largest p, or those above a threshold; gates p"
+    used_by = "EC-DIT (Sun 2024), which draws images"
     chooses = "expert"
     balanced = "yes"
     causal = causal_training = False
@@ -116,6 +118,8 @@ class ExpertThreshold(ExpertChoice, name="expert_threshold"):
     """
 
     paper = "Sun 2026"
+    formula = "p = softmax(x W); expert e takes every token with p_e >= theta_e; gates p"
+    used_by = "studies: Sun 2026"
     balanced = "nearly"
     causal = causal_training = True
     rule, causal_rule = "threshold", "threshold"  # fixed

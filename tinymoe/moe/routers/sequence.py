@@ -19,6 +19,8 @@ class Sequence(TopK, name="sequence"):
     """
 
     paper = "Fan 2024"
+    formula = "as top_k, of the mean state of the prefix or of the whole sequence"
+    used_by = "studies: Fan 2024"
     chooses = "sequence"
     sequence_pool: Literal["prefix", "mean"] = "prefix"
     sequence_scope: Literal["layer", "global"] = "layer"

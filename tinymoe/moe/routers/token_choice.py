@@ -21,6 +21,8 @@ class NoisyTopK(TopK, name="noisy_top_k"):
     """
 
     paper = "Shazeer 2017"
+    formula = "h = x W + noise softplus(x V) while training, else x W; then as top_k"
+    used_by = "Shazeer's mixtures of LSTMs; V-MoE, with a fixed width of the noise"
     cost = "4 N D E"
     shapes = {"weight": "DE", "noise": "DE"}
     has_soft_load = True
@@ -66,6 +68,8 @@ class SigmoidBias(TopK, name="sigmoid_bias"):
     """
 
     paper = "DeepSeek-AI 2024; Wang 2024"
+    formula = "s = sigmoid(x W); the K largest s + b; gates s / (sum of the chosen s); b += rate sign(mean load - load)"
+    used_by = "DeepSeek-V3, Kimi K2, GLM-4.5"
     balanced = "in the long run"
     shapes = {"weight": "DE", "bias": "E"}
     bias_rate: float = 1e-3
@@ -105,6 +109,8 @@ class Reinforce(LinearRouter, name="reinforce"):
     """
 
     paper = "Williams 1992"
+    formula = "an expert drawn from softmax(x W) while training, else the most probable; gate 1"
+    used_by = "studies: Bengio 2015, Clark 2022"
     top_1_only = True
     sampled = True
     losses = {"policy": 1.0}
