@@ -630,6 +630,21 @@ def view(run, text, out, imports):
 
 
 @main.command()
+@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--port", type=click.IntRange(0, 65535), default=8321, help="Of the page; 0 takes a free one.")
+@_refusing(OSError)
+def watch(out, port):
+    """Serve a page that follows the runs in folder OUT as they train.
+
+    It shows losses, loads and routes, on this machine alone (127.0.0.1), and only reads. Ctrl-C ends it.
+    """
+    from tinymoe.tools.watch import serve
+    with serve(out, port) as server:
+        click.echo(f"http://127.0.0.1:{server.server_port} follows {out}; Ctrl-C ends it")
+        server.serve_forever()
+
+
+@main.command()
 @click.argument("run", type=PATH)
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--length", type=COUNT, default=256, help="Bytes to add.")

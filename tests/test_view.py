@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+import naive
 from test_train import WORDS, tiny
 from tinymoe import Tensor, Transformer, files
 from tinymoe.files import CheckpointError, load_arrays, save_arrays
@@ -19,6 +21,7 @@ from tinymoe.tools import view
 from tinymoe.training import run_folder
 from tinymoe.training import trainer as train
 from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
+from tinymoe.training.run_folder import load_model
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -232,7 +235,17 @@ try {
   domains[1].click(); say("one domain", windows.map(w => !w.hidden)); say("pressed", domains[1].getAttribute("aria-pressed"));
   domains[0].click(); say("all domains", windows.map(w => !w.hidden));
   experts[2].click(); say("dim", cells.map(row => row.map(c => c.classList.contains("dim")))); experts[0].click(); say("bright", count(".dim"));
-  $("numbers").click(); say("numbers", getComputedStyle(cells[0][0], "::after").content);
+  say("numbers", getComputedStyle(cells[0][0], "::after").content);
+  $("numbers").click(); say("no numbers", getComputedStyle(cells[0][0], "::after").content); $("numbers").click();
+  say("sums", cells.flat().map(c => { show(c); const t = $("detail").querySelector(".gates"); return t ? t.textContent : ""; }));
+  show(cells[1][3]); say("logits", [...document.querySelectorAll("#detail .logit")].map(c => c.textContent)); say("sum", panel());
+  slide(0); show(cells[1][3]); say("no logits", [...document.querySelectorAll("#detail .logit")].map(c => c.textContent).join("")); slide(data.steps.length - 1);
+  const second = [...$("choice").querySelectorAll("button")][1];
+  if (second) { second.click(); say("second", cells[1].map(c => c.dataset.expert)); $("choice").querySelector("button").click(); }
+  say("wide", [...document.querySelectorAll("body *")].filter(c => c.getBoundingClientRect().right > innerWidth + 0.5).map(c => c.outerHTML.slice(0, 80)));
+  say("width", innerWidth); say("text", getComputedStyle(cells[0][0]).color);
+  const colours = () => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color];
+  say("light", colours()); $("dark").click(); say("dark", colours());
   say("resources", performance.getEntriesByType("resource").length);
   say("reachable", [...document.querySelectorAll("button, input")].every(c => c.tabIndex === 0 && (c.textContent || c.labels.length)));
 } catch (error) { errors.push(String(error)); }
@@ -252,7 +265,8 @@ def shown(run, tmp_path):
     (tmp_path / "page.html").write_text(page_with_script, encoding="utf-8")
     quiet = "disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
     dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", *(f"--{name}" for name in quiet.split()),
-                          f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
+                          f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900",
+                          "--virtual-time-budget=5000", "--dump-dom",
                           (tmp_path / "page.html").as_uri()], capture_output=True, timeout=120).stdout.decode()
     return json.loads(html.unescape(re.search(r'<pre [^>]*id="result">(.*?)</pre>', dom, re.S)[1])), data_of(page)
 
@@ -289,4 +303,73 @@ def test_the_page_in_a_browser(shown, run):
     # filters
     assert got["one domain"] == [d == 0 for d in data["domain"]] and all(got["all domains"])
     assert got["pressed"] == "true"
-    assert got["dim"] == (~chosen[:, :, 1]).tolist() and got["bright"] == 0 and len(got["numbers"]) > 2
+    assert got["dim"] == (~chosen[:, :, 1]).tolist() and got["bright"] == 0
+    assert len(got["numbers"]) > 2 and got["no numbers"] == "none"
+    # gates that sum as shown; second choices
+    for line in filter(None, got["sums"]):
+        parts, whole = line.removeprefix("gates: ").split(" = ")
+        assert round(sum(map(float, parts.split(" + "))), 2) == float(whole)
+        assert float(whole) == 1 or data["router"] == "expert_choice" or limited
+    if "second" in got:
+        for shown_expert, gate, taken in zip(got["second"], saved[-1]["gates"][1], chosen[1]):
+            assert shown_expert == "–" if taken.sum() < 2 else gate[int(shown_expert)] <= gate[taken].max()
+    # narrow and dark
+    assert got["width"] == 500 and got["wide"] == []
+    (bright, ink), (ground, pale) = got["light"], got["dark"]
+    assert lightness(bright) > 200 > 60 > lightness(ink) and lightness(ground) < 60 < 200 < lightness(pale)
+
+
+def lightness(rgb):
+    return np.mean([int(part) for part in re.findall(r"\d+", rgb)[:3]])
+
+
+@pytest.mark.slow
+def test_the_byte_in_focus_shows_logits_and_the_weighted_sum_of_the_last_step(shown, run):
+    """Computed again from the checkpoint, by loops."""
+    got, data = shown
+    caught, model = [], load_model(run)
+    part = model.moe_parts()[1]
+    part.change_routing = lambda routing, x: caught.append((routing, x.data)) or routing
+    model.forward(files.load_arrays(run / "routings/000006.npz", "routings")[0]["ids"].astype(int))
+    (routing, x), bank = caught[0], part.experts
+    np.testing.assert_allclose(list(map(float, got["logits"])), routing.logits.data[3], atol=0.0051)
+    assert got["no logits"] == ""
+    total, gates = np.zeros(x.shape[1]), routing.to_dense().data[3]
+    for e in np.flatnonzero(routing.mask()[3]):
+        w1, b1, w2, b2 = (w.data[e] for w in (bank.w1, bank.b1, bank.w2, bank.b2))
+        hidden = np.array([naive.activation(z, "gelu") for z in x[3] @ w1 + b1])
+        total += gates[e] * (hidden @ w2 + b2)
+        assert f"{np.linalg.norm(hidden @ w2 + b2):.2f}" in got["sum"] and f"FFN{e}(x)" in got["sum"]
+    assert f"size of y: {np.linalg.norm(total):.2f}" in got["sum"] or not gates.any()
+
+
+def test_without_a_checkpoint_and_for_a_large_page_the_outputs_are_left_out(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint.npz"))
+    assert "logits" in data_of(view.page(run)) and "logits" not in data_of(view.page(tmp_path / "run"))
+    monkeypatch.setattr(view, "MAX_VALUES", 9)
+    assert "logits" not in data_of(view.page(run))
+
+
+# -- colours, as people with each kind of colour blindness see them --
+
+SEEN = {"all cones": np.eye(3),  # Machado et al. 2009, severity 1, on linear RGB
+        "protanopia": [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
+        "deuteranopia": [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.011820, .042940, .968881]],
+        "tritanopia": [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .303900]]}
+
+
+def lab(linear):
+    """CIE Lab of linear RGB, white D65."""
+    xyz = np.array([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750], [.0193339, .1191920, .9503041]])
+    x, y, z = (np.cbrt(t) if t > 216 / 24389 else (24389 / 27 * t + 16) / 116
+               for t in xyz @ np.clip(linear, 0, 1) / [.95047, 1, 1.08883])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", SEEN)
+def test_no_two_experts_of_eight_have_colours_that_look_alike(eyes):
+    """The distance in CIE Lab; 2.3 can just be seen. Okabe and Ito's eight have 16, and 6 as light tints."""
+    rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in view.PALETTE]) / 255
+    linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
+    seen = [lab(np.array(SEEN[eyes]) @ colour) for colour in linear]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20

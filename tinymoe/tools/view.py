@@ -1,6 +1,7 @@
 """Which expert each byte goes to, in the terminal and as one HTML page (its template is view.html)."""
 
 import base64
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -8,21 +9,23 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..autograd.tensor import no_grad
+from ..autograd.tensor import Tensor, no_grad
 from ..files import CheckpointError, load_arrays
 from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
-from ..moe.routing import merge
-from ..study.palette import COLOURS
+from ..moe.routing import from_mask, merge
+from ..study.measures import rerouted
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, snapshot
 from ..training.run_folder import FILES, ROUTINGS, corpus_of, load_model, load_recorded_imports
 
-PALETTE = (*COLOURS, "#F0E442")  # experts beyond the eighth share colours; their numbers tell them apart
+# Chosen so that the smallest CIEDE2000 difference is 20, also as seen with protanopia, deuteranopia and tritanopia
+# (Machado et al. 2009). Experts beyond the eighth share colours; their numbers tell them apart.
+PALETTE = ("#5028C8", "#F0F028", "#A02828", "#78F0C8", "#C87850", "#C8C8F0", "#287878", "#A078F0")
 BARS = "▁▂▃▄▅▆▇█"
 MAX_WINDOWS = 8  # shown of a user's text
-MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB
+MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB; also bytes of the last step's outputs
 
 
 def symbol(byte):
@@ -87,7 +90,7 @@ def _bar(share):
 
 def _coloured(character, expert):
     red, green, blue = (int(PALETTE[expert % len(PALETTE)][i:i + 2], 16) for i in (1, 3, 5))
-    light = 0.299 * red + 0.587 * green + 0.114 * blue > 110
+    light = 0.299 * red + 0.587 * green + 0.114 * blue > 110  # the page's script decides alike
     return click.style(character, fg="black" if light else "bright_white", bg=(red, green, blue))
 
 
@@ -102,7 +105,7 @@ def page(folder, text=None):
     steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     try:
-        data = json.dumps(_data(steps), allow_nan=False)
+        data = json.dumps(_data(steps) | _inside(folder, steps[-1][0]), allow_nan=False)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{Path(folder, ROUTINGS)} holds routings of another version or of several runs "
                               f"({type(error).__name__}): move it away") from None
@@ -174,5 +177,41 @@ def _data(steps):
                   for arrays, _ in steps]}
 
 
-def _base64(array):
-    return base64.b64encode(np.rint(array).astype(np.uint8).tobytes()).decode()
+def _inside(folder, final):
+    """What the last checkpoint computes at each byte, for the page: {} without a checkpoint, or for a large page.
+
+    logits, sizes: float32 (L, N, E) in base64; a size is the norm of an expert's output. total: (L, N), the norm of
+    the weighted sum. They are nan where the last checkpoint, given these windows alone, chooses other experts.
+    """
+    if 8 * final["probs"].size > MAX_VALUES:
+        return {}
+    try:
+        model = load_model(folder)
+    except CheckpointError:
+        return {}
+    caught = []
+    with contextlib.ExitStack() as stack, no_grad():
+        for part in model.moe_parts():
+            stack.enter_context(rerouted(part, lambda routing, x, bank=part.experts: caught.append(
+                (routing, *_outputs(bank, x, routing))) or routing))
+        model.forward(final["ids"].astype(np.int64), rng=np.random.default_rng([0, 0]))
+    routings, sizes, total = zip(*caught)
+    same = (np.stack([r.mask() for r in routings]) == final["chosen"]).all(axis=2)
+    arrays = {"logits": np.stack([r.logits.data for r in routings]), "sizes": np.stack(sizes), "total": np.stack(total)}
+    return {name: _base64(np.where(same if a.ndim == 2 else same[..., None], a, np.nan), np.float32)
+            for name, a in arrays.items()}
+
+
+def _outputs(bank, x, routing):
+    """(norms (N, E) of the experts' outputs, 0 where not chosen; norms (N,) of the weighted sums)."""
+    sizes = np.zeros(routing.probs.shape)
+    for e in range(routing.n_experts):
+        alone = np.broadcast_to(np.arange(routing.n_experts) == e, sizes.shape) & routing.mask()
+        ones = Tensor(alone.astype(x.dtype))
+        sizes[:, e] = np.linalg.norm(bank(x, from_mask(alone, ones, ones, ones)).data, axis=1)
+    return sizes, np.linalg.norm(bank(x, routing).data, axis=1)
+
+
+def _base64(array, dtype=np.uint8):
+    """The bytes of an array in base64; rounded, for whole numbers."""
+    return base64.b64encode((np.rint(array) if dtype == np.uint8 else array).astype(dtype).tobytes()).decode()

@@ -1,0 +1,116 @@
+"""A page on 127.0.0.1 that follows the runs of a folder while they train: losses, loads and routes. It only reads."""
+
+import json
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+
+from ..files import CheckpointError, load_arrays, printable
+from ..study.quantities import LOSS
+from ..study.results import load_runs
+from ..training.data import CorpusError
+from ..training.run_folder import ROUTINGS
+from . import view
+
+NEVER = "no-store"  # the page and the rows change all the time
+
+
+def state(folder) -> dict:
+    """What the page shows of a results folder, ready for JSON: its runs, by id, or `error`, why they cannot be read."""
+    try:
+        runs = [_run(Path(folder), run) for run in load_runs(folder)]
+        return {"folder": str(folder), "runs": runs, "error": "" if runs else "no run yet"}
+    except (OSError, ValueError) as error:
+        return {"folder": str(folder), "runs": [], "error": printable(error)}
+    except (KeyError, TypeError, IndexError, AttributeError):
+        return {"folder": str(folder), "runs": [], "error": "its rows are of another version"}
+
+
+def _run(folder, run):
+    steps = run.config.get("training", {}).get("steps")
+    layers = [layer["layer"] for layer in run.log[-1]["layers"]] if run.log else []
+    return {"id": run.run_id, "state": run.state, "steps": steps, "made": run.model.get("router"),
+            "rows": [[row["step"], row.get("cross_entropy"), row[LOSS], row["seconds"]] for row in run.log],
+            "loads": {layer: [_shares(row["layers"][place]["load"]) for row in run.log]
+                      for place, layer in enumerate(layers)},
+            "warnings": run.log[-1].get("warnings", []) if run.log else [],
+            "routes": _routes(folder / "runs" / run.run_id)}
+
+
+def _shares(load):
+    """The load of each expert over the mean: 1 at balance."""
+    return [round(share, 3) for share in (np.array(load) / max(np.mean(load), 1e-9)).tolist()]
+
+
+def _routes(run):
+    """The newest saved routes of the first window of each domain: the bytes, and first choices by layer; or None."""
+    paths = sorted((run / ROUTINGS).glob("[0-9]*.npz"))
+    if not paths:
+        return None
+    try:
+        arrays, header = load_arrays(paths[-1], "routings")
+    except CheckpointError:  # a file that is no routing
+        return None
+    shape, n_experts = arrays["ids"].shape, arrays["probs"].shape[2]
+    first = np.where(arrays["chosen"].any(axis=2), np.where(arrays["chosen"], arrays["gates"], -1).argmax(axis=2), -1)
+    windows = [int(np.argmax(arrays["domain"] == d)) for d in range(len(header["names"]))]
+    return {"step": header["step"], "experts": n_experts, "names": header["names"],
+            "text": ["".join(map(view.symbol, arrays["ids"][w].tolist())) for w in windows],
+            "first": {layer: first[place].reshape(shape)[windows].tolist()
+                      for place, layer in enumerate(header["model"]["moe_layers"])}}
+
+
+def page() -> str:
+    """The page; its script asks for the state every few seconds."""
+    template = Path(__file__).with_name("watch.html").read_text(encoding="utf-8")
+    return template.replace("__COLOURS__", json.dumps(view.PALETTE))
+
+
+def serve(folder, port: int = 0) -> ThreadingHTTPServer:
+    """A server of this folder on 127.0.0.1; port 0 takes a free one. Call its serve_forever(). Raises OSError."""
+    return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, Path(folder)))
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """GET / is the page, GET /state its JSON, GET /routes/RUN the page of `view`. There is nothing else."""
+
+    def __init__(self, folder, *connection):
+        self.folder = folder
+        super().__init__(*connection)
+
+    def do_GET(self):
+        host = self.headers.get("Host", "").rsplit(":", 1)[0]
+        if host not in ("127.0.0.1", "localhost"):  # a page of another site that points its name here
+            return self.send_error(403)
+        if self.path == "/":
+            self._send(page(), "text/html")
+        elif self.path == "/state":
+            self._send(json.dumps(state(self.folder)), "application/json")
+        elif self.path.startswith("/routes/"):
+            self._send_routes(unquote(self.path.removeprefix("/routes/")))
+        else:
+            self.send_error(404)
+
+    def _send_routes(self, name):
+        run = self.folder / "runs" / name
+        if run.parent != self.folder / "runs" or not run.is_dir() or name.startswith("."):
+            return self.send_error(404)
+        try:
+            self._send(view.page(run), "text/html")
+        except (CheckpointError, CorpusError, OSError) as error:
+            self._send(printable(error), "text/plain", 404)
+
+    def _send(self, text, kind, code=200):
+        body = text.encode("utf-8", "replace")
+        self.send_response(code)
+        for name, value in (("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))),
+                            ("Cache-Control", NEVER), ("X-Content-Type-Options", "nosniff")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Nothing: the terminal stays quiet."""
