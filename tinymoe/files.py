@@ -5,10 +5,13 @@ array; pickled content is never loaded.
 """
 
 import contextlib
+import functools
+import hashlib
 import io
 import json
 import math
 import os
+import platform
 import re
 import time
 import zipfile
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})\.tinymoe")  # a file that is being written, and the process that writes it
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})?([0-9a-f]{8})\.tinymoe")  # a file that is being written: host, process
 MAX_INFLATED = 1 << 30  # bytes that the compressed arrays of one file may become in memory
 NPY = re.compile(rb"\x93NUMPY(?:\x01\0..|[\x02\x03]\0....)"  # magic, version, length of the header (numpy.lib.format)
                  rb"\{'descr': '([<>|][biufcU]\d{1,9})', 'fortran_order': (True|False), "
@@ -51,7 +54,7 @@ def write_atomically(path, content, follow=False):
         return path.write_bytes(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid():08x}.tinymoe")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with open(temporary, "xb") as f:  # its permissions are what the umask leaves
             f.write(data)
@@ -66,12 +69,31 @@ def write_atomically(path, content, follow=False):
         raise
 
 
+@functools.cache
+def host_tag() -> str:
+    """Eight hex digits that tell this host, since it was started, from others. A container counts as a host."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts += Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process of this host has ended; False where that cannot be seen."""
+    return Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists()
+
+
+def temporary_name(name: str) -> str:
+    """The name of the file that this process writes before it gets the name `name`."""
+    return f".{name}.{host_tag()}{os.getpid():08x}.tinymoe"
+
+
 def remove_leftovers(folder):
     """Delete the temporary files of killed writes in a folder: those a minute old, or whose process is gone."""
     for path in Path(folder).glob(".*.tinymoe"):
         if name := TEMPORARY.fullmatch(path.name):
-            writer = int(name[1], 16)
-            gone = writer == os.getpid() or Path("/proc/self").exists() and not Path(f"/proc/{writer}").exists()
+            writer = int(name[2], 16)
+            gone = name[1] in (None, host_tag()) and (writer == os.getpid() or is_gone(writer))
             with contextlib.suppress(OSError):  # it is removed by now, or another user's
                 if path.is_file() and (gone or time.time() - path.stat().st_mtime > 60):
                     path.unlink()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import printable, write_atomically
+from ..training.run_folder import processors
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, title, value
 from .results import COMPACT, Results, RunRecord, load_runs
@@ -163,6 +164,9 @@ def differing_settings(results):
         if len(found) > 1:
             those = "; ".join(f"{run_id}: {shown}" for shown, run_id in found.items())
             yield escaped(f"The runs do not share the same {key} ({those}).")
+    kinds = sorted({kind for run in results.runs for kind in processors(run.config)})
+    if len(kinds) > 1:
+        yield escaped(f"The runs used {len(kinds)} kinds of processor, so last bits can differ ({'; '.join(kinds)}).")
 
 
 def left_out(results):

@@ -31,6 +31,7 @@ from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe import routers
 from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
+from .lease import Lease
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
 ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file for each evaluation
@@ -38,14 +39,18 @@ AGAIN = "move this run's folder away and run the same command again"
 
 
 class RunError(Exception):
-    """A run that cannot continue, for example because its folder is in use or holds a run with other settings."""
+    """A run that cannot continue, for example because its folder holds a run with other settings."""
+
+
+class Busy(RunError):
+    """A run that another process trains now."""
 
 
 class RunFolder:
     """The files of one run. Only files of a run are removed. A link is an error: it leads out of the folder."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.lease = Path(path), None
 
     def summary(self) -> dict | None:
         """The summary of a finished run whose files are complete; None for any other."""
@@ -56,47 +61,83 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
+    def finished(self, config: dict, fresh: bool | str) -> dict | None:
+        """The summary if the run is finished and not to be trained again. Raises RunError if it is another run."""
+        summary = None if fresh and not self.is_fresh(fresh) else self.summary()
+        if summary:
+            self.require_same(config)
+        return summary
+
+    def is_fresh(self, fresh: bool | str) -> bool:
+        """Whether the run that is there was begun by the command whose name is `fresh`."""
+        try:
+            return isinstance(fresh, str) and files.read_json(self.path / "config.json").get("fresh") == fresh
+        except (OSError, ValueError):
+            return False
+
     @contextlib.contextmanager
     def locked(self):
-        """Make the folder and hold its lock, so that only one process writes it. The lock ends with the process.
+        """Make the folder and hold its lock and lease, so that only one process writes it. Both end with the process.
 
-        Raises RunError if another process holds it, or if the folder cannot be locked.
+        Raises Busy if another process holds it, RunError if the folder cannot be locked.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        inside = [self.path / name for name in (".", ".lock", ROUTINGS, *FILES)]
+        inside = [self.path / name for name in (".", ".lock", ".lease", ROUTINGS, *FILES)]
         for path in [*inside, *self.path.glob(f"{ROUTINGS}/*")]:
             if path.is_symlink():
                 raise RunError(f"{path} is a link, but a run writes only inside its own folder: remove the link")
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        lease = Lease(self.path)
         try:
-            if fcntl and not os.environ.get("TINYMOE_NO_LOCK"):
-                self._wait_for_lock(handle)
+            if fcntl:
+                self._wait_for_lock(handle, lease)
+                self.lease = lease
             yield
         finally:
+            self.lease = None
+            lease.release()
             os.close(handle)
 
-    def _wait_for_lock(self, handle):
+    def _wait_for_lock(self, handle, lease):
+        locked = False
         for _ in range(100):  # ten seconds: the workers of a killed study need a moment to exit
-            try:
-                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError as error:
-                raise RunError(f"{self.path} cannot be locked ({error.strerror}): choose another --out, or set "
-                               "TINYMOE_NO_LOCK=1 if no other process writes there") from None
-        raise RunError(f"{self.path} is being written by another process: wait for it, or choose another --out")
+            locked = locked or self._lock(handle)
+            if (locked or os.environ.get("TINYMOE_NO_LOCK")) and lease.take(locked):
+                return
+            time.sleep(0.1)
+        raise Busy(f"{self.path} is being written by another process: wait for it, or choose another --out")
 
-    def create(self, config: dict, fresh: bool):
+    def _lock(self, handle):
+        """Lock a file for this process, unless TINYMOE_NO_LOCK is set; whether that succeeded."""
+        if os.environ.get("TINYMOE_NO_LOCK"):
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be locked ({error.strerror}): choose another --out, or set "
+                           "TINYMOE_NO_LOCK=1 if no other process writes there") from None
+
+    def create(self, config: dict, fresh: bool | str):
         """Write config.json, or check that it describes the same run; remove what belongs to no checkpoint.
 
-        fresh: first remove the files of the run that is there. Raises RunError if the folder holds another run.
+        fresh: first remove the files of the run that is there, see `train`. Raises RunError if the folder holds another
+        run. A run that continues on another kind of processor notes that in config.json.
         """
-        for name in FILES if fresh else ():  # summary.json first: after a crash no run looks finished
-            (self.path / name).unlink(missing_ok=True)
-        if (self.path / "config.json").exists():
+        path = self.path / "config.json"
+        if fresh and not self.is_fresh(fresh):
+            for name in FILES:  # summary.json first: after a crash no run looks finished
+                (self.path / name).unlink(missing_ok=True)
+        if path.exists():
             self.require_same(config)
+            found = files.read_json(path)
+            kinds = processors(found)
+            if kinds and config["processor"] not in kinds:
+                files.write_json(path, found | {"processors": [*kinds, config["processor"]]})
         else:
-            files.write_json(self.path / "config.json", config)
+            files.write_json(path, config | ({"fresh": fresh} if isinstance(fresh, str) else {}))
         (self.path / "failure.json").unlink(missing_ok=True)
         routings = self.path / ROUTINGS
         files.remove_leftovers(routings)
@@ -145,8 +186,11 @@ class RunFolder:
         files.write_json(self.path / name, value)
 
     def _require_there(self):
+        """Raise RunError if the folder vanished, Busy if another process took it over while this one was stopped."""
         if not (self.path / "config.json").exists():  # writing would make the folder again, with a part of the files
             raise RunError(f"{self.path} vanished while the run was training: run the same command again")
+        if self.lease and not self.lease.held():
+            raise Busy(f"{self.path} was taken over by another process while this one was stopped: wait for that one")
 
     def require_same(self, config: dict):
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
@@ -204,6 +248,12 @@ def machine() -> dict:
             versions[package] = version(package)
     return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
             "thread_info": kernels.thread_info(), "versions": versions}
+
+
+def processors(config: dict) -> list:
+    """The kinds of processor that a run was trained on, from its config.json; empty where it does not say."""
+    found = config.get("processors") or [config.get("processor")]
+    return [str(kind) for kind in found if kind] if isinstance(found, list) else []
 
 
 @functools.cache

@@ -141,16 +141,17 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
     """Train a run in `folder`, from its checkpoint if there is one. Returns the summary, a dict.
 
     A finished run is left as it is. on_event is called with an Event when the run is resumed and after every step.
-    fresh: throw away what the run left in the folder. Raises RunError, files.CheckpointError, and NonFiniteLoss, which
-    failure.json records.
+    fresh: throw away what the run left in the folder; a str throws it away once, however often train is called with it.
+    Raises RunError, files.CheckpointError, and NonFiniteLoss, which failure.json records.
     """
     folder = RunFolder(folder)
     config = describe(plan, corpus)
-    if not fresh and (summary := folder.summary()):  # without the lock, so that a read-only folder will do
-        folder.require_same(config)
+    if summary := folder.finished(config, fresh):  # without the lock, so that a read-only folder will do
         return summary
     kernels.compile_all(np.float32)  # before training: every process then reads the same code, and has the same bits
     with folder.locked():
+        if summary := folder.finished(config, fresh):  # another process has trained it, and this one waited
+            return summary
         try:  # build the model first: running out of memory must not delete files
             trainer = Trainer(first_model(plan, folder.path.parent), plan, corpus)
         except (ValueError, TypeError) as error:

@@ -1,0 +1,166 @@
+"""The lease of a run's folder: one process writes, on whatever host it is; a lease of the dead is taken over."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from test_train import corpus, reference, results, stopped, tiny  # noqa: F401  (fixtures)
+from tinymoe import files
+from tinymoe.training import lease, run_folder
+from tinymoe.training import trainer as t
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def left(folder, tag="another1", pid=7, age=0.0, content=None):
+    """A lease that a process of some host left, `age` seconds ago."""
+    path = folder / ".lease"
+    path.write_text(json.dumps({"host": "far", "tag": tag, "pid": pid}) if content is None else content)
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def take(folder, locked=False):
+    """Whether the folder's lease can be had; it is released again."""
+    one = lease.Lease(folder)
+    try:
+        return one.take(locked)
+    finally:
+        one.release()
+
+
+def test_a_lease_is_of_one_process_and_is_gone_after_it(tmp_path):
+    first = lease.Lease(tmp_path)
+    assert first.take(False) and first.held() and not take(tmp_path)
+    assert lease.holder(tmp_path)["pid"] == os.getpid() and [p.name for p in tmp_path.iterdir()] == [".lease"]
+    first.release()
+    assert lease.holder(tmp_path) is None and not list(tmp_path.iterdir()) and take(tmp_path)
+
+
+@pytest.mark.parametrize("case, free", [
+    (dict(age=lease.SECONDS - 30), False), (dict(age=lease.SECONDS + 30), True),  # another host: by its time alone
+    (dict(tag="mine", pid=2**22 + 1), True), (dict(tag="mine", pid=os.getppid()), False),  # this host: is it alive?
+    (dict(content="", age=0.5), False), (dict(content="", age=5), True), (dict(content="[1]", age=5), True)])
+def test_a_lease_is_taken_over_when_it_is_stale(tmp_path, case, free):
+    if case.get("tag") == "mine":
+        if not sys.platform.startswith("linux"):
+            pytest.skip("it is not seen that a process is gone")
+        case = case | {"tag": files.host_tag()}
+    left(tmp_path, **case)
+    assert take(tmp_path) is free
+    assert bool(list(tmp_path.iterdir())) is not free
+
+
+def test_the_lock_shows_that_a_holder_on_this_host_is_gone(tmp_path):
+    left(tmp_path, files.host_tag(), os.getppid())  # a number that another process has by now
+    assert take(tmp_path, locked=True)
+
+
+def test_a_holder_renews_its_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "SECONDS", 0.3)
+    first = lease.Lease(tmp_path)
+    first.take(False)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        assert not take(tmp_path)
+        time.sleep(0.02)
+    first.release()
+
+
+PROGRAM = """
+import os, random, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tinymoe.training.lease import Lease
+folder, rng, left = Path(sys.argv[1]), random.Random(sys.argv[2]), 30
+while left:
+    one = Lease(folder)
+    if not one.take(False):
+        time.sleep(rng.random() * 0.002)
+        continue
+    number = int((folder / "number").read_text())
+    time.sleep(rng.random() * 0.001)
+    (folder / "number").write_text(str(number + 1))
+    left -= 1
+    if rng.random() < 0.5:
+        one._ended.set()
+        os.utime(one.path, (0, 0))  # as if it had died long ago
+    else:
+        one.release()
+"""
+
+
+@pytest.mark.slow
+def test_many_processes_never_hold_it_at_once(tmp_path):
+    """Four processes each add 1 to a number 30 times, and half of the times leave a stale lease behind."""
+    (tmp_path / "number").write_text("0")
+    programs = [subprocess.Popen([sys.executable, "-c", PROGRAM.format(root=str(ROOT)), tmp_path, str(seed)])
+                for seed in range(4)]
+    assert [program.wait(60) for program in programs] == [0] * 4
+    assert (tmp_path / "number").read_text() == "120"
+
+
+# -- runs --
+
+
+def test_a_run_that_another_host_trains_is_busy(corpus, stopped, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: None)
+    left(stopped)
+    with pytest.raises(run_folder.Busy, match="is being written by another process"):
+        t.train(tiny(), corpus, stopped)
+
+
+def test_a_stale_lease_is_taken_over_and_the_run_ends_with_the_same_bits(corpus, stopped, reference):  # noqa: F811
+    left(stopped, age=lease.SECONDS + 30)
+    t.train(tiny(), corpus, stopped)
+    assert results(stopped) == reference and not (stopped / ".lease").exists()
+
+
+def test_a_process_that_slept_too_long_writes_no_more(corpus, stopped, reference):  # noqa: F811
+    def sleep(event):
+        if event.kind == "step":
+            left(stopped)
+
+    with pytest.raises(run_folder.Busy, match="was taken over by another process while this one was stopped"):
+        t.train(tiny(), corpus, stopped, sleep)
+    assert json.loads((stopped / ".lease").read_text())["host"] == "far"
+    (stopped / ".lease").unlink()
+    t.train(tiny(), corpus, stopped)
+    assert results(stopped) == reference
+
+
+def test_a_run_that_ended_while_this_process_waited_is_not_trained_again(corpus, stopped, tmp_path, monkeypatch):  # noqa: F811
+    def end(seconds):
+        shutil.copytree(tmp_path / "elsewhere", stopped, dirs_exist_ok=True)
+        (stopped / ".lease").unlink()
+
+    t.train(tiny(), corpus, tmp_path / "elsewhere")
+    left(stopped)
+    monkeypatch.setattr(run_folder.time, "sleep", end)
+    events = []
+    assert t.train(tiny(), corpus, stopped, events.append)["steps"] == 6 and events == []
+
+
+def test_a_run_begun_by_a_command_is_begun_once(corpus, tmp_path):  # noqa: F811
+    """A cluster may start a task of the command `--fresh` twice: it throws away what was there before the first."""
+    def steps(fresh):
+        events = []
+        t.train(tiny(), corpus, tmp_path, lambda event: events.append(event.step), fresh)
+        return len(events)
+
+    assert [steps(fresh) for fresh in (False, "one", "one", "two", "two", False, True)] == [6, 6, 0, 6, 0, 0, 6]
+
+
+def test_a_resume_on_another_processor_is_noted(corpus, stopped, monkeypatch):  # noqa: F811
+    before = files.read_json(stopped / "config.json")
+    monkeypatch.setattr(t, "machine", lambda: run_folder.machine() | {"processor": "other"})
+    t.train(tiny(), corpus, stopped)
+    config = files.read_json(stopped / "config.json")
+    assert run_folder.processors(config) == [before["processor"], "other"]
+    assert config == before | {"processors": [before["processor"], "other"]}
