@@ -42,8 +42,8 @@ def _softmax(scores, start):
 
 
 @loop
-def _softmax_backward(probs, d):
-    """d (keys,n), the gradient of probs, becomes that of the scores, in place: p (d - sum of p d over the column)"""
+def _softmax_backward(probs, scale, d):
+    """d (keys,n), the gradient of probs, becomes that of q . k, in place: scale p (d - sum of p d over the column)"""
     keys, n = probs.shape
     inner = np.zeros(n, probs.dtype)
     for j in range(keys):
@@ -51,7 +51,7 @@ def _softmax_backward(probs, d):
             inner[i] += probs[j, i] * d[j, i]
     for j in range(keys):
         for i in range(n):
-            d[j, i] = probs[j, i] * (d[j, i] - inner[i])
+            d[j, i] = scale * probs[j, i] * (d[j, i] - inner[i])
 
 
 @loop
@@ -61,9 +61,9 @@ def _attend(q, k, v, scale, out, saved):
     for start in range(0, T, QUERIES):
         stop = min(T, start + QUERIES)
         weights = _block(saved, stop - start, stop, done)
-        multiply(k[:stop], q[start:stop].T, weights, scale, 0)
+        multiply(k[:stop], scale * q[start:stop].T, weights, False)
         _softmax(weights, start)
-        multiply(weights.T, v[:stop], out[start:stop], 1, 0)
+        multiply(weights.T, v[:stop], out[start:stop], False)
         done += weights.size
 
 
@@ -75,11 +75,11 @@ def _attend_backward(dout, q, k, v, saved, scale, dq, dk, dv):
         stop = min(T, start + QUERIES)
         weights = _block(saved, stop - start, stop, done)
         d = np.empty_like(weights)
-        multiply(v[:stop], dout[start:stop].T, d, 1, 0)
-        _softmax_backward(weights, d)
-        multiply(weights, dout[start:stop], dv[:stop], 1, 1)
-        multiply(d, q[start:stop], dk[:stop], scale, 1)
-        multiply(d.T, k[:stop], dq[start:stop], scale, 0)
+        multiply(v[:stop], dout[start:stop].T.copy(), d, False)
+        _softmax_backward(weights, scale, d)
+        multiply(weights, dout[start:stop], dv[:stop], True)
+        multiply(d, q[start:stop], dk[:stop], True)
+        multiply(d.T, k[:stop], dq[start:stop], False)
         done += weights.size
 
 

@@ -3,9 +3,11 @@ import numpy as np
 from numba import prange
 
 from .compile import example, loop, pool
+from .product import product
 from .runtime import PIECE, SLICE, blocks, contiguous
 
-SEGMENT = 256           # rows of one matrix product, and of one partial weight gradient
+SEGMENT = 256           # rows of one partial weight gradient
+LINEAR_ROWS, LINEAR_COLUMNS = 512, 64       # in a piece of a linear layer
 
 
 @loop
@@ -27,22 +29,26 @@ def column_sums(rows, out):
 
 @pool
 def _linear(x, w, b, y):
-    for block in prange(blocks(x.shape[0], SEGMENT)):
-        part = slice(block * SEGMENT, min(x.shape[0], (block + 1) * SEGMENT))
-        np.dot(x[part], w, y[part])
+    for block in prange(blocks(x.shape[0], LINEAR_ROWS)):
+        part = slice(block * LINEAR_ROWS, min(x.shape[0], (block + 1) * LINEAR_ROWS))
+        product(x[part], w, y[part])
         if b.size > 0:
             add_bias(y[part], b)
 
 
 @pool
-def _linear_backward(dy, x, w, dx, dw, db, dw_slots, db_slots):
-    """The first segment of rows is summed into dw (I,O) and db (O,), each of the others into a slot."""
-    segments = 1 + dw_slots.shape[0]
-    for s in prange(segments):
-        part = slice(x.shape[0] * s // segments, x.shape[0] * (s + 1) // segments)
-        np.dot(x[part].T, dy[part], dw if s == 0 else dw_slots[s - 1])
-        np.dot(dy[part], w.T, dx[part])
-        column_sums(dy[part], db if s == 0 else db_slots[s - 1])
+def _linear_backward(dy, x, w, dx, dw, db):
+    """Two kinds of task: some rows of dx, or some columns of dw and db."""
+    by_row = blocks(x.shape[0], LINEAR_ROWS)
+    for task in prange(by_row + blocks(w.shape[1], LINEAR_COLUMNS)):
+        if task < by_row:
+            part = slice(task * LINEAR_ROWS, min(x.shape[0], (task + 1) * LINEAR_ROWS))
+            product(dy[part], w.T, dx[part])
+        else:
+            start = (task - by_row) * LINEAR_COLUMNS
+            part = slice(start, min(w.shape[1], start + LINEAR_COLUMNS))
+            product(x.T, dy[:, part], dw[:, part])
+            column_sums(dy[:, part], db[part])
 
 
 @loop
@@ -71,7 +77,7 @@ def add_partials(totals, slots, first, empty):
         _add_partials(total.reshape(len(total), size), partial.reshape(len(partial), size), first, empty)
 
 
-@example(lambda ones: linear(ones(SEGMENT + 1, 2), ones(2, 2), ones(2)))
+@example(lambda ones: linear(ones(2, 2), ones(2, 2), ones(2)))
 def linear(x, w, b):
     x, w, b = map(contiguous, (x, w, np.empty(0, x.dtype) if b is None else b))
     y = np.empty((len(x), w.shape[1]), x.dtype)
@@ -79,15 +85,11 @@ def linear(x, w, b):
     return y
 
 
-@example(lambda ones: linear_backward(ones(SEGMENT + 1, 2), ones(SEGMENT + 1, 2), ones(2, 2)))     # with a partial sum
+@example(lambda ones: linear_backward(ones(2, 2), ones(2, 2), ones(2, 2)))
 def linear_backward(dy, x, w):
     dy, x, w = map(contiguous, (dy, x, w))
-    n_slots = max(1, blocks(len(x), segment_rows(len(x)))) - 1
     dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
-    slots = [np.empty((n_slots, *total.shape), x.dtype) for total in (dw, db)]
-    _linear_backward(dy, x, w, dx, dw, db, *slots)
-    if n_slots:
-        add_partials((dw[None], db[None]), slots, np.array([0, n_slots]), np.array([False]))
+    _linear_backward(dy, x, w, dx, dw, db)
     return dx, dw, db
 
 
