@@ -102,6 +102,29 @@ def thresholds(batches, n_chosen, decay):
     return np.array(theta)
 
 
+# -- biases that balance --
+
+
+def momentum_bias(loads, rate, clamp, momentum):
+    """The bias after steps with these loads (E,): a tanh of the violation, centred, in a running mean, added up."""
+    bias = mean = [0.0] * len(loads[0])
+    for load in loads:
+        fair = sum(load) / len(load)
+        step = [rate * math.tanh(clamp * (fair - n) / fair) for n in load]
+        step = [s - sum(step) / len(step) for s in step]
+        mean = [momentum * m + (1 - momentum) * s for m, s in zip(mean, step)]
+        bias = [b + m for b, m in zip(bias, mean)]
+    return np.array(bias)
+
+
+def quantile_bias(scores, bias, k):
+    """Minus the (N K / E + 1)-th largest of each column of scores - alpha, alpha the (K + 1)-th largest of a row."""
+    n, e = scores.shape
+    alpha = [sorted((s + b for s, b in zip(row, bias)), reverse=True)[k] for row in scores]
+    place = capacity(n, e, k, 1)
+    return np.array([-sorted((scores[t, i] - alpha[t] for t in range(n)), reverse=True)[place] for i in range(e)])
+
+
 # -- metrics --
 
 

@@ -13,6 +13,8 @@ from tinymoe.moe import metrics, routers
 from tinymoe.moe.losses import load_balancing_loss
 from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.moe.routers.expert_choice import prefix_softmax
+from tinymoe.moe.routers.token_choice import log_softplus
+from tinymoe.moe.routing import from_mask
 from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
@@ -81,6 +83,129 @@ def test_the_bias_alone_balances_a_collapsed_router():
     for _ in range(400):
         router.after_step(router(x, RouteContext()))
     assert before > 2 and metrics.max_violation(router(x, RouteContext())) < .2
+
+
+def test_sqrt_softplus_scores_by_hand():
+    """Logits log(exp(s^2) - 1) have the scores s: the gates are those of sigmoid scores of the same s."""
+    for options in ({}, {"renormalise": False, "gate_scale": 1.5}):
+        got, same = (route(z, "sigmoid_bias", 2, score=score, **options) for z, score in (
+            (np.log(np.expm1(np.square(S))), "sqrt_softplus"), (logit(S), "sigmoid")))
+        np.testing.assert_allclose(got.to_dense().data, same.to_dense().data)
+        np.testing.assert_allclose(got.probs.data, same.probs.data)
+
+
+def test_softmax_scores_with_a_bias_by_hand():
+    """The bias (0, .3, 0) makes the second expert the first; the gate stays its probability."""
+    r = route(np.log([[.5, .3, .2]]), "sigmoid_bias", 1, bias=[0, .3, 0], score="softmax")
+    np.testing.assert_allclose(r.to_dense().data, [[0, .3, 0]])
+    np.testing.assert_allclose(r.probs.data, [[.5, .3, .2]])
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
+@pytest.mark.parametrize("shift", [0, -60., -200., 50.])
+def test_every_score_has_probs_that_sum_to_1_and_finite_gradients(score, shift):
+    z = Tensor((np.random.default_rng(0).standard_normal((5, 4)) + shift).astype("f"), requires_grad=True)
+    router = routers.make("sigmoid_bias", 4, 4, 2, score=score)
+    router.weight.data = np.eye(4, dtype=np.float32)
+    r = router(z, RouteContext())
+    np.testing.assert_allclose(r.probs.data.sum(axis=1), 1, rtol=1e-5)
+    ((r.probs * np.arange(4, dtype=np.float32)).sum() + r.gate.sum()).backward()
+    assert np.isfinite(z.grad).all() and r.gate.dtype == np.float32
+
+
+def test_log_softplus_has_the_right_value_and_gradient():
+    z = np.array([-700., -41, -40, -39, -1, 0, 3, 800])
+    by_hand = [-700, -41, -40, -39, np.log(np.log1p(np.exp(-1))), np.log(np.log(2)), np.log(np.log1p(np.exp(3))),
+               np.log(800)]
+    np.testing.assert_allclose(log_softplus(Tensor(z)).data, by_hand, rtol=1e-15)
+    assert gradcheck(log_softplus, Tensor(z[3:7]))
+
+
+def after(router, load):
+    """The bias of a router after a step with this load."""
+    x = np.repeat(np.eye(len(load)), load, axis=0)
+    router.after_step(from_mask(x > 0, Tensor(x), Tensor(x), Tensor(x)))
+    return router.bias.data
+
+
+def test_the_centred_step_has_mean_zero():
+    """Loads (4, 1, 1), mean 2: signs (-1, 1, 1), their mean 1/3."""
+    router = routers.make("sigmoid_bias", 3, 3, 1, dtype=np.float64, bias_rate=.3, bias_rule="centred")
+    np.testing.assert_allclose(after(router, [4, 1, 1]), [-.4, .2, .2])
+
+
+def test_the_smooth_step_by_hand():
+    """Loads (3, 1), mean 2: v = (-1/2, 1/2), steps .1 tanh(v) = -+.046212, of which half counts, and half of the rest
+    in the next step, at balance."""
+    router = routers.make("momentum_bias", 2, 2, 1, dtype=np.float64, bias_rate=.1, clamp=1, momentum=.5)
+    step = .1 * np.tanh(.5) / 2
+    np.testing.assert_allclose(after(router, [3, 1]), [-step, step])
+    np.testing.assert_allclose(after(router, [2, 2]), [-1.5 * step, 1.5 * step])
+    loads = np.random.default_rng(0).integers(1, 9, (5, 2))
+    again = routers.make("momentum_bias", 2, 2, 1, dtype=np.float64)
+    for load in loads:
+        after(again, load)
+    np.testing.assert_allclose(again.bias.data, naive_routing.momentum_bias(loads.tolist(), 1e-3, 2, .5))
+    assert np.isfinite(after(again, [0, 0])).all()
+
+
+def test_the_quantile_bias_by_hand():
+    """Scores (.9, .1), (.8, .3), (.7, .6), (.2, .4); K = 1, C = 2. Alpha, the second of each: .1, .3, .6, .2. Column 0
+    minus alpha: .8, .5, .1, 0, the third largest .1; column 1: 0, 0, 0, .2, the third 0. Bias (-.1, 0)."""
+    scores = np.array([[.9, .1], [.8, .3], [.7, .6], [.2, .4]])
+    router = routers.make("quantile_bias", 2, 2, 1, dtype=np.float64)
+    router.weight.data = np.eye(2)
+    router.after_step(router(Tensor(logit(scores)), context(training=True)))
+    np.testing.assert_allclose(router.bias.data, [-.1, 0], atol=1e-12)
+
+
+def test_the_quantile_bias_against_plain_loops_and_at_its_limits():
+    rng = np.random.default_rng(0)
+    router = routers.make("quantile_bias", 4, 4, 2, dtype=np.float64)
+    router.weight.data, bias = np.eye(4), np.zeros(4)
+    for _ in range(4):
+        z = rng.standard_normal((10, 4)) + [2, 0, 0, -1]
+        router.after_step(router(Tensor(z), RouteContext()))
+        bias = naive_routing.quantile_bias(1 / (1 + np.exp(-z)), bias, 2)
+        np.testing.assert_allclose(router.bias.data, bias, atol=1e-12)
+    everything = routers.make("quantile_bias", 2, 2, 2, dtype=np.float64)
+    everything.after_step(everything(Tensor(np.ones((3, 2))), RouteContext()))
+    assert not everything.bias.data.any()
+
+
+@pytest.mark.parametrize("name, steps, limit", [("quantile_bias", 5, .1), ("momentum_bias", 2000, .2)])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_these_biases_balance_a_collapsed_router(name, steps, limit, score):
+    rng = np.random.default_rng(0)
+    router = routers.make(name, 4, 4, 1, dtype=np.float64, score=score)
+    router.weight.data, x = np.eye(4), Tensor(rng.standard_normal((256, 4)) + [3, 0, 0, 0])
+    before = metrics.max_violation(router(x, RouteContext()))
+    for _ in range(steps):
+        router.after_step(router(x, RouteContext()))
+    assert before > 1.5 and metrics.max_violation(router(x, RouteContext())) < limit
+
+
+# -- a hash chooses, the scores weigh ------------------------------------------------------------
+
+def test_hash_gated_by_hand():
+    """The table sends id 0 to experts 0 and 2, id 1 to 1 and 2, whatever the scores, which alone make the gates."""
+    router = routers.make("hash_gated", 3, 3, 2, dtype=np.float64, vocab_size=2, gate_scale=2)
+    router.weight.data, router.table.data = np.eye(3), np.array([[1., 0, 1], [0, 1, 1]])
+    r = router(Tensor(logit(S)), context(ids=np.array([[1, 0]])))
+    np.testing.assert_allclose(r.to_dense().data, [[0, 2 * .6 / .8, 2 * .2 / .8], [2 * .5 / .8, 0, 2 * .3 / .8]])
+    assert not router.table.requires_grad
+    with pytest.raises(ValueError, match="hash_gated needs RouteContext.ids"):
+        router(Tensor(logit(S)), RouteContext())
+
+
+def test_hash_gated_in_the_first_layers_alone():
+    names = ["hash_gated", "sigmoid_bias"]
+    config = small("top_k", router=names, moe_layers=(0, 1), router_options={"score": "sqrt_softplus"})
+    model, ids = Transformer(config), np.array([[3, 5, 3, 5, 3, 5]])
+    first, second = (layer.router for layer in model.moe_parts())
+    mask = model.forward(ids).routings[0].mask()
+    assert (first.name, second.name) == tuple(names) and first.score == second.score == "sqrt_softplus"
+    np.testing.assert_array_equal(mask, first.table.data[ids[0]] > 0)
 
 
 # -- options of the token-choice routers --------------------------------------------------------
