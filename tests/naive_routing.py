@@ -4,6 +4,7 @@ A routing is given as what it means: a boolean matrix (N tokens, E experts), and
 """
 
 import math
+import operator
 
 import numpy as np
 
@@ -100,6 +101,25 @@ def thresholds(batches, n_chosen, decay):
         now = [sorted(column, reverse=True)[n_chosen - 1] for column in scores.T]
         theta = now if theta is None else [decay * t + (1 - decay) * new for t, new in zip(theta, now)]
     return np.array(theta)
+
+
+def top_p(probs, least):
+    """The fewest experts of each row whose sum is at least `least`; ties go to the lowest index."""
+    chosen = np.zeros(probs.shape, bool)
+    for row, mine in zip(probs, chosen):
+        total = 0.0
+        for i in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+            if total < least:
+                mine[i] = True
+                total += row[i]
+    return chosen
+
+
+def similarity(weight):
+    """Sum of |R^T R - I|."""
+    columns = [list(column) for column in weight.T]
+    products = [(i == j, sum(map(operator.mul, a, b))) for i, a in enumerate(columns) for j, b in enumerate(columns)]
+    return sum(abs(product - one) for one, product in products)
 
 
 # -- biases that balance --

@@ -526,6 +526,100 @@ def test_thresholds_are_saved_with_the_model_and_resume(tmp_path):
     np.testing.assert_array_equal(*(m.forward(ids, causal=True).logits.data for m in (model, again)))
 
 
+# -- logits of other forms ----------------------------------------------------------------------
+
+def test_a_learned_bias_is_in_choice_and_gate():
+    """Logits (0, ln 2) and a bias (ln 6, 0): probabilities 3/4 and 1/4. It is trained, unlike that of sigmoid_bias."""
+    r = route([[0, np.log(2)]], "biased_top_k", 1, bias=[np.log(6), 0])
+    np.testing.assert_allclose(r.to_dense().data, [[.75, 0]])
+    assert routers.make("biased_top_k", 2, 2).bias.requires_grad
+
+
+def test_normalised_logits_by_hand():
+    """(1, 3, 5) has mean 3 and variance 8/3: times 2 it is 2 (-sqrt 3/2, 0, sqrt 3/2). Equal logits stay equal."""
+    r = route([[1, 3, 5], [4, 4, 4]], "normalised_top_k", 1, logit_scale=2.)
+    np.testing.assert_allclose(r.logits.data, [[-np.sqrt(6), 0, np.sqrt(6)], [0, 0, 0]], atol=1e-6)
+    shifted = route(np.array([[1, 3, 5], [4, 4, 4]]) * 7 + 2, "normalised_top_k", 1, logit_scale=2.)
+    np.testing.assert_allclose(shifted.logits.data, r.logits.data, atol=1e-6)
+
+
+def test_cosines_by_hand():
+    """Token (3, 4) and experts (1, 0), (0, 2), (-6, -8): cosines .6, .8, -1, divided by tau = .5. Tau stays >= .01."""
+    router = routers.make("cosine_top_k", 2, 3, 2, dtype=np.float64, router_width=2)
+    router.projection.data, router.weight.data = np.eye(2), np.array([[1., 0, -6], [0, 2, -8]])
+    x = Tensor(np.array([[3., 4], [0, 0]]))
+    np.testing.assert_allclose(router(x, RouteContext()).logits.data, [[1.2, 1.6, -2], [0, 0, 0]])
+    router.log_scale.data = np.array(9.)
+    np.testing.assert_allclose(router(x, RouteContext()).logits.data[0], [60, 80, -100])
+    with pytest.raises(ValueError, match="temperature 0.001 must be at least 0.01"):
+        routers.make("cosine_top_k", 2, 3, 2, temperature=.001)
+
+
+# -- a number of experts that the token decides ----------------------------------------------------
+
+def test_top_p_by_hand():
+    """At .7 the first token needs .5 and .3, the second .8 alone, and the tie of the third goes to the lowest."""
+    p = [[.5, .2, .3], [.1, .8, .1], [.4, .2, .4]]
+    r = route(np.log(p), "top_p", 1, top_p=.7)
+    np.testing.assert_allclose(r.to_dense().data, [[.5, 0, .3], [0, .8, 0], [.4, 0, .4]])
+    one = route(np.log(p), "top_p", 1, top_p=.3, renormalise=True)
+    np.testing.assert_allclose(one.to_dense().data, [[1, 0, 0], [0, 1, 0], [1, 0, 0]])
+    p = np.random.default_rng(0).dirichlet(np.ones(5), 40)
+    np.testing.assert_array_equal(route(np.log(p), "top_p", 1, top_p=.6).mask(), naive_routing.top_p(p, .6))
+    with pytest.raises(ValueError, match="top_p 0 must be above 0"):
+        routers.make("top_p", 2, 2, top_p=0)
+
+
+def test_top_p_is_steered_to_k_experts_a_token():
+    """At .5 the tokens have 1, 1 and 2 experts, 4/3 on average, and K = 2 of 4: .5 + .3 (2/3) / 4 = .55."""
+    router = routers.make("top_p", 4, 4, 2, dtype=np.float64, top_p=.5, steer=.3)
+    router.weight.data = np.eye(4)
+    p = np.log([[.7, .1, .1, .1], [.1, .6, .2, .1], [.24, .24, .26, .26]])
+    router.after_step(router(Tensor(p), RouteContext()))
+    assert router.threshold.item() == pytest.approx(.55)
+    fixed = routers.make("top_p", 4, 4, 2, dtype=np.float64, top_p=.5)
+    fixed.after_step(fixed(Tensor(p), RouteContext()))
+    assert fixed.threshold.item() == .5
+    x = Tensor(np.random.default_rng(0).standard_normal((400, 4)))
+    for _ in range(200):
+        router.after_step(router(x, RouteContext()))
+    assert router(x, RouteContext()).coverage.mean() == pytest.approx(2, abs=.1)
+
+
+def test_remoe_by_hand():
+    """Gates are the positive logits. Two of four tokens use expert 0 (mean gate 3/4), one expert 1 (1/2); K = 1 of 2:
+    lambda 2 (1/2 3/4 + 1/4 1/2) = lambda. Three of four tokens' worth is less than K, so lambda falls by 1.2."""
+    router = routers.make("remoe", 2, 2, 1, dtype=np.float64, penalty_start=.5)
+    router.weight.data = np.eye(2)
+    r = router(Tensor(np.array([[1., -1], [2, 2], [-3, 0], [-1, -2]])), RouteContext())
+    np.testing.assert_allclose(r.to_dense().data, [[1, 0], [2, 2], [0, 0], [0, 0]])
+    assert router.penalty(r, None).item() == pytest.approx(.5)
+    router.after_step(r)
+    assert router.coefficient.item() == pytest.approx(.5 / 1.2)
+    router.after_step(router(Tensor(np.ones((3, 2))), RouteContext()))
+    assert router.coefficient.item() == pytest.approx(.5)
+    router.after_step(router(Tensor(np.array([[1., -1]])), RouteContext()))  # exactly K
+    assert router.coefficient.item() == pytest.approx(.5)
+
+
+def test_mixture_of_depths_by_hand():
+    """One expert, half of each sequence: tokens of logit 3 and 2, and of 0 and -1; causally those above 0.
+
+    The penalty is the mean of log(1 + exp z) - [chosen] z.
+    """
+    z, ids = np.array([[3.], [1], [2], [-5], [-1], [-2], [0], [-3]]), np.zeros((2, 4), int)
+    router = routers.make("mixture_of_depths", 1, 1, .5, dtype=np.float64, choice_loss=1.)
+    router.weight.data = np.eye(1)
+    r = router(Tensor(z), context(ids=ids))
+    np.testing.assert_allclose(r.to_dense().data[:, 0], [3, 0, 2, 0, -1, 0, 0, 0])
+    assert r.coverage.tolist() == [1, 0, 1, 0, 1, 0, 1, 0]
+    chosen = z[:, 0] * [1, 0, 1, 0, 1, 0, 1, 0]
+    assert router.penalty(r, None).item() == pytest.approx((np.log1p(np.exp(z[:, 0])) - chosen).mean())
+    assert router(Tensor(z), context(ids=ids, causal=True)).coverage.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="mixture_of_depths needs RouteContext.ids"):
+        router(Tensor(z), RouteContext())
+
+
 # -- matchings ----------------------------------------------------------------------------------
 
 def test_sinkhorn_by_hand():
@@ -725,7 +819,7 @@ def test_one_token_one_expert_and_all_experts(name):
     one_expert = routers.make(name, 3, 1, 1)(Tensor(np.ones((5, 3), "f")), context(True, np.zeros((1, 5), int)))
     assert one_expert.load.tolist() == [5]
     all_experts = routers.make(name, 3, 4, k)(Tensor(np.ones((1, 3), "f")), context(True, np.zeros((1, 1), int)))
-    assert all_experts.coverage.tolist() == [k] or name == "expert_choice"
+    assert all_experts.coverage.tolist() == [k] or ROUTERS[name].mean_k
     assert all_experts.gate.dtype == np.float32
 
 
@@ -737,7 +831,7 @@ def test_every_router_says_what_it_is(name):
     assert all(router.meaning(option) for option in router.options())
     config = small(name)
     parameters = Transformer(config).moe_parts()[0].router.parameters()
-    length = {"D": config.d_model, "E": config.n_experts, "V": config.vocab_size}
+    length = {"D": config.d_model, "E": config.n_experts, "V": config.vocab_size, "R": 16}
     assert {n: p.shape for n, p in parameters.items()} == {
         n: tuple(map(length.get, axes)) for n, axes in router.shapes.items()
     }
