@@ -185,6 +185,15 @@ def test_these_biases_balance_a_collapsed_router(name, steps, limit, score):
     assert before > 1.5 and metrics.max_violation(router(x, RouteContext())) < limit
 
 
+def test_the_bias_of_real_experts_by_hand():
+    """K = 2, four tokens, loads (3, 1) of two real experts and 4 of a copy. A token is to have 1 real expert: 1/4 of
+    the assignments for each. They have 3/8 and 1/8, so the steps are -1/8 and 1/8 of the rate."""
+    router = routers.make("real_bias", 3, 3, 2, dtype=np.float64, n_real=2, real_k=1, bias_rate=.8)
+    chosen = np.array([[1, 0, 1], [1, 0, 1], [1, 0, 1], [0, 1, 1]])
+    router.after_step(from_mask(chosen > 0, *[Tensor(chosen.astype(float))] * 3))
+    np.testing.assert_allclose(router.bias.data, [-.1, .1, 0])
+
+
 # -- a hash chooses, the scores weigh ------------------------------------------------------------
 
 def test_hash_gated_by_hand():

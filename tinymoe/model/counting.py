@@ -30,17 +30,18 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
 
     context: positions that a token attends to. experts_per_token: the measured mean, for a router that does not fix K;
     None for top_k.
+    Copy and zero experts have no parameters.
     """
     c, D, n_moe = config, config.d_model, len(config.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
     shared = _feed_forward(c, c.shared_width) if c.n_shared else (0, 0)  # side by side, one wide layer
     shared = shared[0] + D * c.shared_gate, shared[1]
     norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
-    length = {"D": D, "E": c.n_experts, "V": c.vocab_size, "R": _router_width(c)}
+    length = {"D": D, "E": c.n_columns, "V": c.vocab_size, "R": _router_width(c)}
     shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
     sizes = [(math.prod(map(length.get, axes)), axes in ("DE", "DR", "RE")) for axes in shapes]
     if c.losses.get("global_batch"):
-        sizes += [(c.n_experts, False)] * n_moe  # the running mean of the load
+        sizes += [(c.n_columns, False)] * n_moe  # the running mean of the load
     routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
     second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 

@@ -68,6 +68,7 @@ def cases() -> dict[str, Callable[[], GradcheckResult]]:
         "experts": {f"{backend}, {name}": _experts(backend, mask) for backend in BACKENDS
                     for name, mask in ASSIGNMENTS.items()},
         "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75),
+                  "MoELayer, copy and zero experts": _moe_layer(n_copy=1, n_zero=2),
                   "Transformer, balance over batches": _model(losses={"global_batch": 0.5}),
                   "MoELayer, gated shared expert": _moe_layer(n_shared=1, shared_gate=True)} |
                  {f"Transformer, {name}": _model(**options) for name, options in MODELS.items()},

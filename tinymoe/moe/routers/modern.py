@@ -1,5 +1,7 @@
 """Routers since 2024, each a variation of one in the files before."""
 
+from typing import Literal
+
 import numpy as np
 
 from ...autograd import functional as F
@@ -254,6 +256,27 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
             return np.zeros_like(bias)
         alpha = np.sort(s + bias, axis=1)[:, -self.top_k - 1]
         return self.bias_rate * (-np.sort(s - alpha[:, None], axis=0)[place] - bias)
+
+
+class RealBias(SigmoidBias, name="real_bias"):
+    """Softmax scores, and a bias that steers how many real experts a token has (LongCat-Flash 2025, arXiv 2509.01322).
+
+    For ModelConfig.n_copy or n_zero: the first n_real experts are real. After each training step b_e += bias_rate *
+    (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
+
+    n_real: n_experts of the model.
+    real_k: real experts that a token is to have on average.
+    """
+
+    paper = "Meituan 2025"
+    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "softmax"
+    n_real: int = 8
+    real_k: float = 1.0
+    bias_rule = "sign"  # fixed; not used
+
+    def _step(self, routing):
+        step = self.real_k / self.top_k / self.n_real - routing.wanted / (routing.n_tokens * self.top_k)
+        return self.bias_rate * np.where(np.arange(self.n_experts) < self.n_real, step, 0)
 
 
 class HashGated(Scored, name="hash_gated"):
