@@ -4,6 +4,7 @@ A routing is given as what it means: a boolean matrix (N tokens, E experts), and
 """
 
 import math
+import operator
 
 import numpy as np
 
@@ -100,6 +101,48 @@ def thresholds(batches, n_chosen, decay):
         now = [sorted(column, reverse=True)[n_chosen - 1] for column in scores.T]
         theta = now if theta is None else [decay * t + (1 - decay) * new for t, new in zip(theta, now)]
     return np.array(theta)
+
+
+def top_p(probs, least):
+    """The fewest experts of each row whose sum is at least `least`; ties go to the lowest index."""
+    chosen = np.zeros(probs.shape, bool)
+    for row, mine in zip(probs, chosen):
+        total = 0.0
+        for i in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+            if total < least:
+                mine[i] = True
+                total += row[i]
+    return chosen
+
+
+def similarity(weight):
+    """Sum of |R^T R - I|."""
+    columns = [list(column) for column in weight.T]
+    products = [(i == j, sum(map(operator.mul, a, b))) for i, a in enumerate(columns) for j, b in enumerate(columns)]
+    return sum(abs(product - one) for one, product in products)
+
+
+# -- biases that balance --
+
+
+def momentum_bias(loads, rate, clamp, momentum):
+    """The bias after steps with these loads (E,): a tanh of the violation, centred, in a running mean, added up."""
+    bias = mean = [0.0] * len(loads[0])
+    for load in loads:
+        fair = sum(load) / len(load)
+        step = [rate * math.tanh(clamp * (fair - n) / fair) for n in load]
+        step = [s - sum(step) / len(step) for s in step]
+        mean = [momentum * m + (1 - momentum) * s for m, s in zip(mean, step)]
+        bias = [b + m for b, m in zip(bias, mean)]
+    return np.array(bias)
+
+
+def quantile_bias(scores, bias, k):
+    """Minus the (N K / E + 1)-th largest of each column of scores - alpha, alpha the (K + 1)-th largest of a row."""
+    n, e = scores.shape
+    alpha = [sorted((s + b for s, b in zip(row, bias)), reverse=True)[k] for row in scores]
+    place = capacity(n, e, k, 1)
+    return np.array([-sorted((scores[t, i] - alpha[t] for t in range(n)), reverse=True)[place] for i in range(e)])
 
 
 # -- metrics --

@@ -178,6 +178,24 @@ def test_unknown_conventions_are_refused():
         losses.equivalent_coefficient(.01, "tinymoe", "gshard", 3, 2)
 
 
+# -- entropy, similarity ------------------------------------------------------------------------
+
+def test_entropy_by_hand():
+    """ln 2 of two equal logits, and nothing of a certain choice; whatever the probs are."""
+    r = routing(np.eye(2), logits=[[0, 0], [800, 0]], probs=[[1, 0], [.5, .5]])
+    assert losses.entropy_loss(r).item() == pytest.approx(np.log(2) / 2)
+    p = np.random.default_rng(0).dirichlet(np.ones(4), 6)
+    assert losses.entropy_loss(routing(p, logits=np.log(p))).item() == pytest.approx(naive_routing.mean_entropy(p))
+
+
+def test_similarity_by_hand():
+    """Columns (2, 0) and (1, 1): R^T R = (4, 2; 2, 2), less I: 3 + 2 + 2 + 1."""
+    assert losses.similarity_loss(Tensor(np.array([[2., 1], [0, 1]]))).item() == 8
+    assert losses.similarity_loss(Tensor(np.eye(3)[:, :2])).item() == 0
+    weight = np.random.default_rng(0).standard_normal((5, 3))
+    assert losses.similarity_loss(Tensor(weight)).item() == pytest.approx(naive_routing.similarity(weight))
+
+
 # -- z, importance, load ------------------------------------------------------------------------
 
 def test_z_by_hand():

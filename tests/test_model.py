@@ -11,6 +11,7 @@ import pytest
 from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.files import CheckpointError, save_arrays
+from tinymoe.model.counting import count
 from tinymoe.moe import losses, routers
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask, largest
@@ -321,6 +322,31 @@ def test_the_first_place_that_is_not_finite(name, value, where):
 
 
 # -- shared experts, other widths, upcycling ----------------------------------------------------
+
+def test_copy_and_zero_experts_by_hand():
+    """Columns: two experts, a copy, a zero. Gates 1/2 each: a token adds half of each of its experts' outputs."""
+    config = ModelConfig(**SMALL | dict(n_experts=2, n_copy=1, n_zero=1, router="hash", losses={"global_batch": .1}))
+    layer = Transformer(config, seed=1, dtype=np.float64).moe_parts()[0]
+    table = np.zeros((7, 4))
+    table[0, [0, 2]] = table[1, [1, 3]] = table[2, [2, 3]] = 1
+    layer.router.table.data = table
+    x = Tensor(np.random.default_rng(0).standard_normal((1, 3, 4)))
+    y, routing = layer(x, RouteContext(np.array([[0, 1, 2]])))
+    bank = layer.experts
+    outputs = [F.activation(x[0] @ bank.w1[e] + bank.b1[e], "gelu") @ bank.w2[e] + bank.b2[e] for e in (0, 1)]
+    wanted = [outputs[0][0] + x[0, 0], outputs[1][1], x[0, 2]]
+    np.testing.assert_allclose(y.data[0], [row.data / 2 for row in wanted])
+    assert routing.load.tolist() == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("router", ["top_k", "real_bias", "expert_choice", "cosine_top_k"])
+def test_copy_and_zero_experts_are_counted_without_parameters(router):
+    config = ModelConfig(**SMALL | dict(n_copy=1, n_zero=2, router=router, losses={"global_batch": .1}))
+    parts = {part.name: part.total for part in count(config)}
+    assert parts["all"] == Transformer(config).count_parameters()["total"]
+    with pytest.raises(ValueError, match="n_devices 3 must be 1 where there are copy or zero experts"):
+        ModelConfig(**SMALL | dict(n_copy=1, n_devices=3))
+
 
 def test_a_shared_expert_is_a_column_of_ones():
     """A shared expert added to what the others give equals a bank in which expert 0 serves every token with gate 1."""

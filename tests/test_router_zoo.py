@@ -13,6 +13,8 @@ from tinymoe.moe import metrics, routers
 from tinymoe.moe.losses import load_balancing_loss
 from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.moe.routers.expert_choice import prefix_softmax
+from tinymoe.moe.routers.token_choice import log_softplus
+from tinymoe.moe.routing import from_mask
 from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
@@ -81,6 +83,138 @@ def test_the_bias_alone_balances_a_collapsed_router():
     for _ in range(400):
         router.after_step(router(x, RouteContext()))
     assert before > 2 and metrics.max_violation(router(x, RouteContext())) < .2
+
+
+def test_sqrt_softplus_scores_by_hand():
+    """Logits log(exp(s^2) - 1) have the scores s: the gates are those of sigmoid scores of the same s."""
+    for options in ({}, {"renormalise": False, "gate_scale": 1.5}):
+        got, same = (route(z, "sigmoid_bias", 2, score=score, **options) for z, score in (
+            (np.log(np.expm1(np.square(S))), "sqrt_softplus"), (logit(S), "sigmoid")))
+        np.testing.assert_allclose(got.to_dense().data, same.to_dense().data)
+        np.testing.assert_allclose(got.probs.data, same.probs.data)
+
+
+def test_softmax_scores_with_a_bias_by_hand():
+    """The bias (0, .3, 0) makes the second expert the first; the gate stays its probability."""
+    r = route(np.log([[.5, .3, .2]]), "sigmoid_bias", 1, bias=[0, .3, 0], score="softmax")
+    np.testing.assert_allclose(r.to_dense().data, [[0, .3, 0]])
+    np.testing.assert_allclose(r.probs.data, [[.5, .3, .2]])
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
+@pytest.mark.parametrize("shift", [0, -60., -200., 50.])
+def test_every_score_has_probs_that_sum_to_1_and_finite_gradients(score, shift):
+    z = Tensor((np.random.default_rng(0).standard_normal((5, 4)) + shift).astype("f"), requires_grad=True)
+    router = routers.make("sigmoid_bias", 4, 4, 2, score=score)
+    router.weight.data = np.eye(4, dtype=np.float32)
+    r = router(z, RouteContext())
+    np.testing.assert_allclose(r.probs.data.sum(axis=1), 1, rtol=1e-5)
+    ((r.probs * np.arange(4, dtype=np.float32)).sum() + r.gate.sum()).backward()
+    assert np.isfinite(z.grad).all() and r.gate.dtype == np.float32
+
+
+def test_log_softplus_has_the_right_value_and_gradient():
+    z = np.array([-700., -41, -40, -39, -1, 0, 3, 800])
+    by_hand = [-700, -41, -40, -39, np.log(np.log1p(np.exp(-1))), np.log(np.log(2)), np.log(np.log1p(np.exp(3))),
+               np.log(800)]
+    np.testing.assert_allclose(log_softplus(Tensor(z)).data, by_hand, rtol=1e-15)
+    assert gradcheck(log_softplus, Tensor(z[3:7]))
+
+
+def after(router, load):
+    """The bias of a router after a step with this load."""
+    x = np.repeat(np.eye(len(load)), load, axis=0)
+    router.after_step(from_mask(x > 0, Tensor(x), Tensor(x), Tensor(x)))
+    return router.bias.data
+
+
+def test_the_centred_step_has_mean_zero():
+    """Loads (4, 1, 1), mean 2: signs (-1, 1, 1), their mean 1/3."""
+    router = routers.make("sigmoid_bias", 3, 3, 1, dtype=np.float64, bias_rate=.3, bias_rule="centred")
+    np.testing.assert_allclose(after(router, [4, 1, 1]), [-.4, .2, .2])
+
+
+def test_the_smooth_step_by_hand():
+    """Loads (3, 1), mean 2: v = (-1/2, 1/2), steps .1 tanh(v) = -+.046212, of which half counts, and half of the rest
+    in the next step, at balance."""
+    router = routers.make("momentum_bias", 2, 2, 1, dtype=np.float64, bias_rate=.1, clamp=1, momentum=.5)
+    step = .1 * np.tanh(.5) / 2
+    np.testing.assert_allclose(after(router, [3, 1]), [-step, step])
+    np.testing.assert_allclose(after(router, [2, 2]), [-1.5 * step, 1.5 * step])
+    loads = np.random.default_rng(0).integers(1, 9, (5, 2))
+    again = routers.make("momentum_bias", 2, 2, 1, dtype=np.float64)
+    for load in loads:
+        after(again, load)
+    np.testing.assert_allclose(again.bias.data, naive_routing.momentum_bias(loads.tolist(), 1e-3, 2, .5))
+    assert np.isfinite(after(again, [0, 0])).all()
+
+
+def test_the_quantile_bias_by_hand():
+    """Scores (.9, .1), (.8, .3), (.7, .6), (.2, .4); K = 1, C = 2. Alpha, the second of each: .1, .3, .6, .2. Column 0
+    minus alpha: .8, .5, .1, 0, the third largest .1; column 1: 0, 0, 0, .2, the third 0. Bias (-.1, 0)."""
+    scores = np.array([[.9, .1], [.8, .3], [.7, .6], [.2, .4]])
+    router = routers.make("quantile_bias", 2, 2, 1, dtype=np.float64)
+    router.weight.data = np.eye(2)
+    router.after_step(router(Tensor(logit(scores)), context(training=True)))
+    np.testing.assert_allclose(router.bias.data, [-.1, 0], atol=1e-12)
+
+
+def test_the_quantile_bias_against_plain_loops_and_at_its_limits():
+    rng = np.random.default_rng(0)
+    router = routers.make("quantile_bias", 4, 4, 2, dtype=np.float64)
+    router.weight.data, bias = np.eye(4), np.zeros(4)
+    for _ in range(4):
+        z = rng.standard_normal((10, 4)) + [2, 0, 0, -1]
+        router.after_step(router(Tensor(z), RouteContext()))
+        bias = naive_routing.quantile_bias(1 / (1 + np.exp(-z)), bias, 2)
+        np.testing.assert_allclose(router.bias.data, bias, atol=1e-12)
+    everything = routers.make("quantile_bias", 2, 2, 2, dtype=np.float64)
+    everything.after_step(everything(Tensor(np.ones((3, 2))), RouteContext()))
+    assert not everything.bias.data.any()
+
+
+@pytest.mark.parametrize("name, steps, limit", [("quantile_bias", 5, .1), ("momentum_bias", 2000, .2)])
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_these_biases_balance_a_collapsed_router(name, steps, limit, score):
+    rng = np.random.default_rng(0)
+    router = routers.make(name, 4, 4, 1, dtype=np.float64, score=score)
+    router.weight.data, x = np.eye(4), Tensor(rng.standard_normal((256, 4)) + [3, 0, 0, 0])
+    before = metrics.max_violation(router(x, RouteContext()))
+    for _ in range(steps):
+        router.after_step(router(x, RouteContext()))
+    assert before > 1.5 and metrics.max_violation(router(x, RouteContext())) < limit
+
+
+def test_the_bias_of_real_experts_by_hand():
+    """K = 2, four tokens, loads (3, 1) of two real experts and 4 of a copy. A token is to have 1 real expert: 1/4 of
+    the assignments for each. They have 3/8 and 1/8, so the steps are -1/8 and 1/8 of the rate."""
+    router = routers.make("real_bias", 3, 3, 2, dtype=np.float64, n_real=2, real_k=1, bias_rate=.8)
+    chosen = np.array([[1, 0, 1], [1, 0, 1], [1, 0, 1], [0, 1, 1]])
+    router.after_step(from_mask(chosen > 0, *[Tensor(chosen.astype(float))] * 3))
+    np.testing.assert_allclose(router.bias.data, [-.1, .1, 0])
+
+
+# -- a hash chooses, the scores weigh ------------------------------------------------------------
+
+def test_hash_gated_by_hand():
+    """The table sends id 0 to experts 0 and 2, id 1 to 1 and 2, whatever the scores, which alone make the gates."""
+    router = routers.make("hash_gated", 3, 3, 2, dtype=np.float64, vocab_size=2, gate_scale=2)
+    router.weight.data, router.table.data = np.eye(3), np.array([[1., 0, 1], [0, 1, 1]])
+    r = router(Tensor(logit(S)), context(ids=np.array([[1, 0]])))
+    np.testing.assert_allclose(r.to_dense().data, [[0, 2 * .6 / .8, 2 * .2 / .8], [2 * .5 / .8, 0, 2 * .3 / .8]])
+    assert not router.table.requires_grad
+    with pytest.raises(ValueError, match="hash_gated needs RouteContext.ids"):
+        router(Tensor(logit(S)), RouteContext())
+
+
+def test_hash_gated_in_the_first_layers_alone():
+    names = ["hash_gated", "sigmoid_bias"]
+    config = small("top_k", router=names, moe_layers=(0, 1), router_options={"score": "sqrt_softplus"})
+    model, ids = Transformer(config), np.array([[3, 5, 3, 5, 3, 5]])
+    first, second = (layer.router for layer in model.moe_parts())
+    mask = model.forward(ids).routings[0].mask()
+    assert (first.name, second.name) == tuple(names) and first.score == second.score == "sqrt_softplus"
+    np.testing.assert_array_equal(mask, first.table.data[ids[0]] > 0)
 
 
 # -- options of the token-choice routers --------------------------------------------------------
@@ -401,6 +535,100 @@ def test_thresholds_are_saved_with_the_model_and_resume(tmp_path):
     np.testing.assert_array_equal(*(m.forward(ids, causal=True).logits.data for m in (model, again)))
 
 
+# -- logits of other forms ----------------------------------------------------------------------
+
+def test_a_learned_bias_is_in_choice_and_gate():
+    """Logits (0, ln 2) and a bias (ln 6, 0): probabilities 3/4 and 1/4. It is trained, unlike that of sigmoid_bias."""
+    r = route([[0, np.log(2)]], "biased_top_k", 1, bias=[np.log(6), 0])
+    np.testing.assert_allclose(r.to_dense().data, [[.75, 0]])
+    assert routers.make("biased_top_k", 2, 2).bias.requires_grad
+
+
+def test_normalised_logits_by_hand():
+    """(1, 3, 5) has mean 3 and variance 8/3: times 2 it is 2 (-sqrt 3/2, 0, sqrt 3/2). Equal logits stay equal."""
+    r = route([[1, 3, 5], [4, 4, 4]], "normalised_top_k", 1, logit_scale=2.)
+    np.testing.assert_allclose(r.logits.data, [[-np.sqrt(6), 0, np.sqrt(6)], [0, 0, 0]], atol=1e-6)
+    shifted = route(np.array([[1, 3, 5], [4, 4, 4]]) * 7 + 2, "normalised_top_k", 1, logit_scale=2.)
+    np.testing.assert_allclose(shifted.logits.data, r.logits.data, atol=1e-6)
+
+
+def test_cosines_by_hand():
+    """Token (3, 4) and experts (1, 0), (0, 2), (-6, -8): cosines .6, .8, -1, divided by tau = .5. Tau stays >= .01."""
+    router = routers.make("cosine_top_k", 2, 3, 2, dtype=np.float64, router_width=2)
+    router.projection.data, router.weight.data = np.eye(2), np.array([[1., 0, -6], [0, 2, -8]])
+    x = Tensor(np.array([[3., 4], [0, 0]]))
+    np.testing.assert_allclose(router(x, RouteContext()).logits.data, [[1.2, 1.6, -2], [0, 0, 0]])
+    router.log_scale.data = np.array(9.)
+    np.testing.assert_allclose(router(x, RouteContext()).logits.data[0], [60, 80, -100])
+    with pytest.raises(ValueError, match="temperature 0.001 must be at least 0.01"):
+        routers.make("cosine_top_k", 2, 3, 2, temperature=.001)
+
+
+# -- a number of experts that the token decides ----------------------------------------------------
+
+def test_top_p_by_hand():
+    """At .7 the first token needs .5 and .3, the second .8 alone, and the tie of the third goes to the lowest."""
+    p = [[.5, .2, .3], [.1, .8, .1], [.4, .2, .4]]
+    r = route(np.log(p), "top_p", 1, top_p=.7)
+    np.testing.assert_allclose(r.to_dense().data, [[.5, 0, .3], [0, .8, 0], [.4, 0, .4]])
+    one = route(np.log(p), "top_p", 1, top_p=.3, renormalise=True)
+    np.testing.assert_allclose(one.to_dense().data, [[1, 0, 0], [0, 1, 0], [1, 0, 0]])
+    p = np.random.default_rng(0).dirichlet(np.ones(5), 40)
+    np.testing.assert_array_equal(route(np.log(p), "top_p", 1, top_p=.6).mask(), naive_routing.top_p(p, .6))
+    with pytest.raises(ValueError, match="top_p 0 must be above 0"):
+        routers.make("top_p", 2, 2, top_p=0)
+
+
+def test_top_p_is_steered_to_k_experts_a_token():
+    """At .5 the tokens have 1, 1 and 2 experts, 4/3 on average, and K = 2 of 4: .5 + .3 (2/3) / 4 = .55."""
+    router = routers.make("top_p", 4, 4, 2, dtype=np.float64, top_p=.5, steer=.3)
+    router.weight.data = np.eye(4)
+    p = np.log([[.7, .1, .1, .1], [.1, .6, .2, .1], [.24, .24, .26, .26]])
+    router.after_step(router(Tensor(p), RouteContext()))
+    assert router.threshold.item() == pytest.approx(.55)
+    fixed = routers.make("top_p", 4, 4, 2, dtype=np.float64, top_p=.5)
+    fixed.after_step(fixed(Tensor(p), RouteContext()))
+    assert fixed.threshold.item() == .5
+    x = Tensor(np.random.default_rng(0).standard_normal((400, 4)))
+    for _ in range(200):
+        router.after_step(router(x, RouteContext()))
+    assert router(x, RouteContext()).coverage.mean() == pytest.approx(2, abs=.1)
+
+
+def test_remoe_by_hand():
+    """Gates are the positive logits. Two of four tokens use expert 0 (mean gate 3/4), one expert 1 (1/2); K = 1 of 2:
+    lambda 2 (1/2 3/4 + 1/4 1/2) = lambda. Three of four tokens' worth is less than K, so lambda falls by 1.2."""
+    router = routers.make("remoe", 2, 2, 1, dtype=np.float64, penalty_start=.5)
+    router.weight.data = np.eye(2)
+    r = router(Tensor(np.array([[1., -1], [2, 2], [-3, 0], [-1, -2]])), RouteContext())
+    np.testing.assert_allclose(r.to_dense().data, [[1, 0], [2, 2], [0, 0], [0, 0]])
+    assert router.penalty(r, None).item() == pytest.approx(.5)
+    router.after_step(r)
+    assert router.coefficient.item() == pytest.approx(.5 / 1.2)
+    router.after_step(router(Tensor(np.ones((3, 2))), RouteContext()))
+    assert router.coefficient.item() == pytest.approx(.5)
+    router.after_step(router(Tensor(np.array([[1., -1]])), RouteContext()))  # exactly K
+    assert router.coefficient.item() == pytest.approx(.5)
+
+
+def test_mixture_of_depths_by_hand():
+    """One expert, half of each sequence: tokens of logit 3 and 2, and of 0 and -1; causally those above 0.
+
+    The penalty is the mean of log(1 + exp z) - [chosen] z.
+    """
+    z, ids = np.array([[3.], [1], [2], [-5], [-1], [-2], [0], [-3]]), np.zeros((2, 4), int)
+    router = routers.make("mixture_of_depths", 1, 1, .5, dtype=np.float64, choice_loss=1.)
+    router.weight.data = np.eye(1)
+    r = router(Tensor(z), context(ids=ids))
+    np.testing.assert_allclose(r.to_dense().data[:, 0], [3, 0, 2, 0, -1, 0, 0, 0])
+    assert r.coverage.tolist() == [1, 0, 1, 0, 1, 0, 1, 0]
+    chosen = z[:, 0] * [1, 0, 1, 0, 1, 0, 1, 0]
+    assert router.penalty(r, None).item() == pytest.approx((np.log1p(np.exp(z[:, 0])) - chosen).mean())
+    assert router(Tensor(z), context(ids=ids, causal=True)).coverage.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="mixture_of_depths needs RouteContext.ids"):
+        router(Tensor(z), RouteContext())
+
+
 # -- matchings ----------------------------------------------------------------------------------
 
 def test_sinkhorn_by_hand():
@@ -600,7 +828,7 @@ def test_one_token_one_expert_and_all_experts(name):
     one_expert = routers.make(name, 3, 1, 1)(Tensor(np.ones((5, 3), "f")), context(True, np.zeros((1, 5), int)))
     assert one_expert.load.tolist() == [5]
     all_experts = routers.make(name, 3, 4, k)(Tensor(np.ones((1, 3), "f")), context(True, np.zeros((1, 1), int)))
-    assert all_experts.coverage.tolist() == [k] or name == "expert_choice"
+    assert all_experts.coverage.tolist() == [k] or ROUTERS[name].mean_k
     assert all_experts.gate.dtype == np.float32
 
 
@@ -612,7 +840,7 @@ def test_every_router_says_what_it_is(name):
     assert all(router.meaning(option) for option in router.options())
     config = small(name)
     parameters = Transformer(config).moe_parts()[0].router.parameters()
-    length = {"D": config.d_model, "E": config.n_experts, "V": config.vocab_size}
+    length = {"D": config.d_model, "E": config.n_experts, "V": config.vocab_size, "R": 16}
     assert {n: p.shape for n, p in parameters.items()} == {
         n: tuple(map(length.get, axes)) for n, axes in router.shapes.items()
     }

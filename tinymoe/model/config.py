@@ -63,6 +63,8 @@ class ModelConfig:
     moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
     d_expert: int | None = setting(None, "hidden width of an expert; by default d_ff", WHOLE.or_none())
+    n_copy: int = setting(0, "further columns of the router whose expert returns its input (MoE++)", COUNT)
+    n_zero: int = setting(0, "further columns of the router whose expert returns 0 (MoE++)", COUNT)
     n_shared: int = setting(0, "further experts that serve every token", COUNT)
     d_shared: int | None = setting(None, "hidden width of a shared expert; by default d_expert", WHOLE.or_none())
     shared_gate: bool = setting(False, "multiply the shared experts by sigmoid(x w), as Qwen2-MoE does", FLAG)
@@ -117,6 +119,8 @@ class ModelConfig:
     def _check_mixture(self):
         """Check the settings of experts, losses and devices together."""
         self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
+        self._refuse("n_devices", self.n_devices > 1 and self.n_columns > self.n_experts,
+                     "1 where there are copy or zero experts")
         self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
         for name in ("d_shared", "shared_gate"):
             self._refuse(name, getattr(self, name) and not self.n_shared, "left out where n_shared is 0")
@@ -141,7 +145,7 @@ class ModelConfig:
             taken = ", ".join(sorted(known - {"vocab_size"})) or "none"
             raise ValueError(f"{option} is no option of {', '.join(self.routers)}, which takes {taken}")
         for name in self.routers:
-            routers.find(name).check(self.n_experts, self.top_k, self.options_of(name))
+            routers.find(name).check(self.n_columns, self.top_k, self.options_of(name))
 
     @property
     def head_width(self) -> int:
@@ -167,6 +171,11 @@ class ModelConfig:
     def shared_width(self) -> int:
         """The hidden width of all shared experts together."""
         return self.n_shared * (self.d_shared or self.expert_width)
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the gate matrix: the experts, then copy experts, then zero experts."""
+        return self.n_experts + self.n_copy + self.n_zero
 
     @property
     def routers(self) -> tuple[str, ...]:

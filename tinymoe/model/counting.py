@@ -30,17 +30,18 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
 
     context: positions that a token attends to. experts_per_token: the measured mean, for a router that does not fix K;
     None for top_k.
+    Copy and zero experts have no parameters.
     """
     c, D, n_moe = config, config.d_model, len(config.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
     shared = _feed_forward(c, c.shared_width) if c.n_shared else (0, 0)  # side by side, one wide layer
     shared = shared[0] + D * c.shared_gate, shared[1]
     norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
-    length = {"D": D, "E": c.n_experts, "V": c.vocab_size}
+    length = {"D": D, "E": c.n_columns, "V": c.vocab_size, "R": _router_width(c)}
     shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
-    sizes = [(math.prod(map(length.get, axes)), axes == "DE") for axes in shapes]
+    sizes = [(math.prod(map(length.get, axes)), axes in ("DE", "DR", "RE")) for axes in shapes]
     if c.losses.get("global_batch"):
-        sizes += [(c.n_experts, False)] * n_moe  # the running mean of the load
+        sizes += [(c.n_columns, False)] * n_moe  # the running mean of the load
     routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
     second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 
@@ -73,6 +74,12 @@ def _attention(c):
     biases = {"none": 0, "qkv": d * (H + 2 * G), "all": d * (H + 2 * G) + D}[c.attention_biases]
     norms = d * (2 if c.qk_norm == "head" else H + G) if c.qk_norm else 0
     return D * d * (2 * H + 2 * G), biases + norms
+
+
+def _router_width(c):
+    """R, the width of a router's projection, where one has the option; else 0."""
+    found = (find(name).options().get("router_width") for name in c.routers)
+    return c.router_options.get("router_width", next((option.default for option in found if option), 0))
 
 
 def _score_flops(c):

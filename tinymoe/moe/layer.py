@@ -11,7 +11,7 @@ from . import routers
 from .experts import ExpertBank
 from .losses import running_share
 from .routers import RouteContext
-from .routing import Routing, limit_capacity
+from .routing import Routing, first_experts, limit_capacity
 
 
 class MoELayer(Module):
@@ -22,7 +22,7 @@ class MoELayer(Module):
     """
 
     def __init__(self, config, router: str, rng: np.random.Generator, out_std: float, dtype):
-        self.router = routers.make(router, config.d_model, config.n_experts, top_k=config.top_k, seed=rng, dtype=dtype,
+        self.router = routers.make(router, config.d_model, config.n_columns, top_k=config.top_k, seed=rng, dtype=dtype,
                                    **config.options_of(router))
         self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, activation=config.activation,
                                   backend=config.expert_backend, seed=rng, dtype=dtype, out_std=out_std,
@@ -35,9 +35,10 @@ class MoELayer(Module):
         if config.shared_gate:  # their sum times sigmoid(x w), w (D, 1) (Qwen2, Yang et al. 2024)
             self.shared_gate = Linear(config.d_model, 1, rng, bias=False, dtype=dtype)
         self.capacity_factor, self.drop_policy, self.top_k = config.capacity_factor, config.drop_policy, config.top_k
+        self.n_copy = config.n_copy
         self.balance_batches, self.recent_share = config.balance_batches, None
         if config.losses.get("global_batch"):
-            self.recent_share = Tensor(np.zeros(config.n_experts, dtype))  # no gradient, but saved with the model
+            self.recent_share = Tensor(np.zeros(config.n_columns, dtype))  # no gradient, but saved with the model
         self.change_routing: Callable[[Routing, Tensor], Routing] | None = None
 
     @property
@@ -52,8 +53,17 @@ class MoELayer(Module):
             routing = limit_capacity(routing, self.capacity_factor, self.top_k, self.drop_policy)
         if self.change_routing is not None:
             routing = self.change_routing(routing, rows)
-        y = self.experts(rows, routing).reshape(x.shape)
+        y = self._experts(rows, routing).reshape(x.shape)
         return (y if self.shared is None else y + self._shared(x)), routing
+
+    def _experts(self, x, routing):
+        """The experts' output (N, D). After the bank's columns come those of n_copy experts, then zero experts."""
+        n = self.experts.n_experts
+        if routing.n_experts == n:
+            return self.experts(x, routing)
+        start, end = routing.offsets[[n, n + self.n_copy]]
+        copied = F.scatter_add(routing.gate[start:end], routing.token[start:end], len(x))  # (N,)
+        return self.experts(x, first_experts(routing, n)) + copied.reshape(-1, 1) * x
 
     def after_step(self, routing: Routing) -> None:
         """Update what changes outside the gradient, after each training step with the step's Routing."""

@@ -57,7 +57,7 @@ def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
 
 
 def global_balance_loss(routing: Routing, before: np.ndarray, batches: int) -> Tensor:
-    """load_balancing_loss with f_e counted over many batches (Qiu et al. 2025, arXiv 2501.11873, eq. 3).
+    """load_balancing_loss with f_e counted over many batches (Qiu et al. 2025, arXiv 2501.11873).
 
     The paper adds up the counts of a global batch, over devices and accumulation steps; P_e is of the part at hand.
     Here f_e is `running_share`, a mean over training steps, this one included. With batches = 1 it is
@@ -111,6 +111,24 @@ def _device_probs(routing, n_devices):
 def z_loss(routing: Routing) -> Tensor:
     """Mean over tokens of logsumexp(logits)^2: keeps the logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
     return (F.logsumexp(routing.logits) ** 2).mean()
+
+
+def entropy_loss(routing: Routing) -> Tensor:
+    """Mean over tokens of -sum p ln p of `probs` = softmax(logits): a small one makes tokens sure of their experts.
+
+    Dynamic K needs it (Huang et al. 2024, arXiv 2403.07652). For logits of other scores it is that of their
+    softmax.
+    """
+    return -(F.softmax(routing.logits) * F.log_softmax(routing.logits)).sum(axis=-1).mean()
+
+
+def similarity_loss(weight: Tensor) -> Tensor:
+    """Sum of |R^T R - I| over its E x E entries, for a router's weight R (D, E) (SimBal, Omi et al. 2025, 2506.14038).
+
+    0 where the columns are orthonormal; the logits then keep the angles between tokens.
+    """
+    gram = weight.T @ weight - np.eye(weight.shape[1], dtype=weight.dtype)
+    return (gram * np.sign(gram.data)).sum()
 
 
 def importance_loss(routing: Routing) -> Tensor:
@@ -180,6 +198,10 @@ class Loss:
 LOSSES = {
     "balance": Loss("load balance (Switch); its coefficient is aux_coef", lambda r, c: load_balancing_loss(r), True),
     "z": Loss("router z-loss (ST-MoE)", lambda r, c: z_loss(r), True),
+    "entropy": Loss("entropy of each token's probabilities (Huang 2024); 1e-4 by default for top_p",
+                    lambda r, c: entropy_loss(r)),
+    "similarity": Loss("the router's columns orthonormal (SimBal, Omi 2025)", lambda r, c:
+                       similarity_loss(c.router.weight) if c.router.shapes.get("weight") == "DE" else None),
     "importance": Loss("CV^2 of the experts' summed gates (Shazeer 2017)", lambda r, c: importance_loss(r)),
     "load": Loss("CV^2 of the smooth load of noisy_top_k (Shazeer 2017)",
                  lambda r, c: None if r.soft_load is None else load_loss(r)),

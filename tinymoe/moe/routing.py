@@ -127,6 +127,13 @@ def merge(routings: list[Routing]) -> Routing:
                      n_dropped=sum(r.n_dropped for r in routings))
 
 
+def first_experts(routing: Routing, n: int) -> Routing:
+    """The Routing to the first n experts alone."""
+    end = routing.offsets[n]
+    return Routing(routing.token[:end], routing.offsets[:n + 1], routing.gate[:end], routing.logits[:, :n],
+                   routing.probs[:, :n])
+
+
 def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.0) -> int:
     """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
     exact = min(n_tokens, factor * n_tokens * per_token / n_experts)

@@ -59,13 +59,17 @@ def padding(run):
     if model.get("capacity_factor") is None or not final["layers"]:
         return math.nan
     n = run.config["training"]["batch_size"] * model["seq_len"]
-    places = model["n_experts"] * capacity(n, model["n_experts"], model["top_k"], model["capacity_factor"]) / n
+    columns = sum(model.get(name, 0) for name in ("n_experts", "n_copy", "n_zero"))
+    places = columns * capacity(n, columns, model["top_k"], model["capacity_factor"]) / n
     return 1 - experts_per_token(final) / places
 
 
-def experts_per_token(row):
-    """Measured experts of a byte, the mean over MoE layers; nan for a dense model. Some routers do not fix K."""
-    loads = [sum(layer["load"]) for layer in row["layers"]]
+def experts_per_token(row, first=None):
+    """Measured experts of a byte, the mean over MoE layers; nan for a dense model. Some routers do not fix K.
+
+    first: count the first so many experts alone, without those that copy their input or return 0.
+    """
+    loads = [sum(layer["load"][:first]) for layer in row["layers"]]
     return float(np.mean(loads)) / row["validation_tokens"] if loads else math.nan
 
 
@@ -109,7 +113,7 @@ def counted(run, field):
     nan where the model is of another version.
     """
     try:
-        measured = experts_per_token(run.final) if run.is_moe else None
+        measured = experts_per_token(run.final, run.model["n_experts"]) if run.is_moe else None
         parts = count(architecture(run.model), context=run.model["seq_len"] / 2, experts_per_token=measured)
         return getattr(parts[-1], field) / 1e6
     except (KeyError, TypeError, ValueError):

@@ -68,6 +68,7 @@ def cases() -> dict[str, Callable[[], GradcheckResult]]:
         "experts": {f"{backend}, {name}": _experts(backend, mask) for backend in BACKENDS
                     for name, mask in ASSIGNMENTS.items()},
         "whole": {"MoELayer": _moe_layer(), "MoELayer, capacity 0.75": _moe_layer(capacity_factor=0.75),
+                  "MoELayer, copy and zero experts": _moe_layer(n_copy=1, n_zero=2),
                   "Transformer, balance over batches": _model(losses={"global_batch": 0.5}),
                   "MoELayer, gated shared expert": _moe_layer(n_shared=1, shared_gate=True)} |
                  {f"Transformer, {name}": _model(**options) for name, options in MODELS.items()},
@@ -155,6 +156,12 @@ ROUTER_OPTIONS = {  # (router, label) -> what differs from the default
     ("noisy_top_k", "evaluation"): dict(training=False),
     ("noisy_top_k", "smooth load"): dict(function=lambda routing, context: routing.soft_load),
     ("sigmoid_bias", "groups"): dict(n_groups=2, group_limit=1),
+    ("sigmoid_bias", "sqrt_softplus"): dict(score="sqrt_softplus"),
+    ("sigmoid_bias", "softmax"): dict(score="softmax"),
+    ("hash_gated", "not renormalised"): dict(renormalise=False, score="sqrt_softplus"),
+    ("cosine_top_k", "K = 1"): dict(top_k=1),
+    ("top_p", "renormalised"): dict(renormalise=True),
+    ("mixture_of_depths", "causal"): dict(causal=True),
     ("sinkhorn", "K = 1"): dict(top_k=1),
     ("sinkhorn", "evaluation"): dict(training=False),
     ("sequence", "mean"): dict(sequence_pool="mean"),

@@ -158,13 +158,13 @@ def _data(steps):
     every = math.ceil(len(steps) * final["probs"].size / MAX_VALUES)
     steps = steps[::-every][::-1]  # keeps the last one
     config = ModelConfig.from_dict(header["model"])
-    shape = len(config.moe_layers), final["ids"].size, config.n_experts  # (L, N, E)
+    shape = len(config.moe_layers), final["ids"].size, config.n_columns  # (L, N, E)
     for array in (arrays[name] for arrays, _ in steps for name in ("probs", "gates", "chosen")):
         if array.shape != shape or not np.isfinite(array).all():
             raise ValueError(f"an array that is not finite, or of another shape than {shape}")
     scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
     return {
-        "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_experts,
+        "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_columns,
         "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": config.moe_layers,
         "names": header["names"], "domain": final["domain"].tolist(), "length": final["ids"].shape[1],
         "text": _base64(final["ids"]), "colours": PALETTE,

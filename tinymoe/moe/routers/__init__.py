@@ -21,6 +21,8 @@ from .baselines import Frozen, Hash, Oracle, Random, Shuffled
 from .expert_choice import ExpertChoice, ExpertThreshold
 from .assignment import BaseAssignment, Sinkhorn, balanced_assignment, greedy_assignment, shortfall, sinkhorn_plan
 from .sequence import Sequence
+from .modern import BiasedTopK, CosineTopK, HashGated, MixtureOfDepths, MomentumBias, NormalisedTopK, QuantileBias
+from .modern import RealBias, ReMoE, TopP
 from .user_files import load_file
 
 for _file in pkgutil.iter_modules(__path__):  # files of this folder that are not named above

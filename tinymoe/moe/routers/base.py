@@ -67,7 +67,7 @@ class Router(Module):
     causal_training = True  # and while training
     learned = True
     cost = "2 N D E"  # floating-point operations and what else takes time
-    shapes = {}  # parameter -> its axes: D width, E experts, V vocabulary
+    shapes = {}  # parameter -> its axes: D width, E experts, V vocabulary, R the option router_width, "" a number
     losses = {}  # coefficients of losses.LOSSES that this router needs
     mean_k = False  # top_k is only the mean over tokens and may be a fraction
     top_1_only = False

@@ -1,5 +1,7 @@
 """Other routers in which each token chooses: by noisy scores, by sigmoid scores with a bias, by a random draw."""
 
+from typing import Literal
+
 import numpy as np
 
 from ...autograd import functional as F
@@ -55,7 +57,51 @@ class NoisyTopK(TopK, name="noisy_top_k"):
         return F.normal_cdf((clean - F.gather(noisy, rival)) / sigma).sum(axis=0)
 
 
-class SigmoidBias(TopK, name="sigmoid_bias"):
+def log_softplus(z: Tensor) -> Tensor:
+    """log(log(1 + exp(z))), which is z where exp(z) is too small for the other form."""
+    low = z.data < -40
+    return F.where(low, z, F.softplus(F.where(low, 0, z)).log())
+
+
+SCORES = {  # name -> (score of the logits, its logarithm)
+    "sigmoid": (lambda z: F.sigmoid(z), lambda z: -F.softplus(-z)),  # DeepSeek-V3
+    "softmax": (lambda z: F.softmax(z), lambda z: F.log_softmax(z)),
+    "sqrt_softplus": (lambda z: (0.5 * log_softplus(z)).exp(), lambda z: 0.5 * log_softplus(z)),  # DeepSeek-V4
+}
+
+
+class Scored(TopK):
+    """Scores s of the logits, of which the gates are gate_scale * s / (sum of the chosen s + 1e-20).
+
+    `probs` are s / (sum of all s), which sum to 1 whatever the scores.
+
+    score: s is the sigmoid of the logit (DeepSeek-V3), sqrt(log(1 + exp(logit))) (sqrt_softplus, DeepSeek-V4) or the
+        softmax over experts.
+    gate_scale: a factor of all gates.
+    """
+
+    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
+    gate_scale: float = 1.0
+    jitter, second_expert, second_threshold = 0.0, "all", 0.5  # fixed
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        s = SCORES[self.score][0](logits)
+        chosen = self._select(s.data, context)
+        gates = s * chosen
+        if self.renormalise:
+            gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
+        return from_mask(chosen, gates * self.gate_scale, logits, self._shares(s, logits))
+
+    def _shares(self, s, logits):
+        """s / (sum of all s), which sums to 1 even where every s is too small for that division."""
+        if self.score == "softmax":
+            return s
+        total = s.sum(axis=-1, keepdims=True)
+        return s / (total + TINY) if (total.data > 1e-9).all() else F.softmax(SCORES[self.score][1](logits))
+
+
+class SigmoidBias(Scored, name="sigmoid_bias"):
     """Sigmoid scores, and a bias that balances the load without a loss (DeepSeek-V3, eq. 12 to 16; Wang et al. 2024).
 
     s = sigmoid(x W). Each token takes the K experts of largest s + b. Its gates are gate_scale * s / (sum of the chosen
@@ -63,7 +109,8 @@ class SigmoidBias(TopK, name="sigmoid_bias"):
     `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss.
 
     bias_rate: how much the bias changes in a training step.
-    gate_scale: a factor of all gates.
+    bias_rule: "sign" is that of Wang et al.; "centred" subtracts the mean of the step over the experts, so that the
+        biases cannot drift together (torchtitan).
     n_groups, group_limit: as in top_k, but the score of a group is the sum of its two largest s + b.
     """
 
@@ -73,31 +120,24 @@ class SigmoidBias(TopK, name="sigmoid_bias"):
     balanced = "in the long run"
     shapes = {"weight": "DE", "bias": "E"}
     bias_rate: float = 1e-3
-    gate_scale: float = 1.0
-    jitter, second_expert, second_threshold = 0.0, "all", 0.5  # fixed
+    bias_rule: Literal["sign", "centred"] = "sign"
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
         self.bias = Tensor(np.zeros(n_experts, dtype))  # no gradient, but saved with the model
 
-    def forward(self, x, context):
-        logits = self.scores(x)
-        s = F.sigmoid(logits)
-        chosen = largest(self._in_best_groups(s.data + self.bias.data, n_best=2), self.top_k)
-        gates = s * chosen
-        if self.renormalise:
-            gates = gates / (gates.sum(axis=-1, keepdims=True) + TINY)
-        return from_mask(chosen, gates * self.gate_scale, logits, self._shares(s, logits))
-
-    def _shares(self, s, logits):
-        """s / (sum of all s), which sums to 1 even where every s is too small for that division."""
-        total = s.sum(axis=-1, keepdims=True)
-        return s / (total + TINY) if (total.data > 1e-9).all() else F.softmax(-F.softplus(-logits))
+    def _select(self, scores, context):
+        return largest(self._in_best_groups(scores + self.bias.data, n_best=2), self.top_k)
 
     def after_step(self, routing):
         if self.weight.requires_grad:  # a frozen router keeps its bias too
-            load = routing.wanted
-            self.bias.data = self.bias.data + (self.bias_rate * np.sign(load.mean() - load)).astype(self.bias.dtype)
+            self.bias.data = (self.bias.data + self._step(routing)).astype(self.bias.dtype)
+
+    def _step(self, routing):
+        """(E,): the change of the bias after a training step with this Routing."""
+        load = routing.wanted
+        step = self.bias_rate * np.sign(load.mean() - load)
+        return step - step.mean() if self.bias_rule == "centred" else step
 
 
 class Reinforce(LinearRouter, name="reinforce"):

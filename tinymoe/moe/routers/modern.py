@@ -1,0 +1,304 @@
+"""Routers since 2024, each a variation of one in the files before."""
+
+from typing import Literal
+
+import numpy as np
+
+from ...autograd import functional as F
+from ...autograd.tensor import Tensor
+from ...layers.nn import INIT_STD, normal, zeros
+from ..routing import capacity, from_mask, largest
+from .base import LinearRouter
+from .token_choice import SCORES, Scored, SigmoidBias
+from .top_k import TopK
+
+
+class BiasedTopK(TopK, name="biased_top_k"):
+    """top_k with a learned bias in the logits, z = x W + b (GPT-OSS, OpenAI 2025).
+
+    The bias starts at 0. GPT-OSS takes the softmax over the chosen logits, which renormalised gates are.
+    """
+
+    paper = "OpenAI 2025"
+    shapes = {"weight": "DE", "bias": "E"}
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.bias = zeros(n_experts, dtype)
+
+    def scores(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class NormalisedTopK(TopK, name="normalised_top_k"):
+    """top_k of logits that are normalised for each token (Skywork-MoE, Wei et al. 2024).
+
+    z' = logit_scale * (z - mean z) / sqrt(var z + 1e-12) over the E experts, with the population variance. `logits` of
+    the Routing are z'.
+
+    logit_scale: the standard deviation of a token's logits; a larger one makes its gates more different.
+    """
+
+    paper = "Wei 2024"
+    logit_scale: float = 1.0
+
+    def scores(self, x):
+        z = super().scores(x)
+        z = z - z.mean(axis=-1, keepdims=True)
+        return z * (self.logit_scale / ((z ** 2).mean(axis=-1, keepdims=True) + 1e-12).sqrt())
+
+
+class CosineTopK(TopK, name="cosine_top_k"):
+    """top_k of cosines between projected tokens and experts (X-MoE, Chi et al. 2022; Swin-MoE).
+
+    z_e = cos(x P, c_e) / tau, P (D, R), with a learned tau of at least 0.01. P has no bias; in Tutel it has one.
+
+    router_width: R, the width of the projection.
+    temperature: tau at the start; 0.5 in Tutel.
+    """
+
+    paper = "Chi 2022"
+    cost = "2 N R (D + E)"
+    shapes = {"weight": "RE", "projection": "DR", "log_scale": ""}
+    router_width: int = 16
+    temperature: float = 0.5
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.weight = normal(rng, (self.router_width, n_experts), self.router_std or INIT_STD, dtype)
+        self.projection = normal(rng, (d_model, self.router_width), INIT_STD, dtype)
+        self.log_scale = Tensor(np.array(-np.log(self.temperature), dtype), requires_grad=True)  # log(1 / tau)
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        if options.get("temperature", 1) < 0.01:
+            raise ValueError(f"temperature {options['temperature']} must be at least 0.01")
+
+    def scores(self, x):
+        top = np.log(100.0).astype(x.dtype)
+        scale = F.where(self.log_scale.data < top, self.log_scale, top).exp()
+        return F.linear(_unit(F.linear(x, self.projection), axis=1), _unit(self.weight, axis=0)) * scale
+
+
+def _unit(x, axis):
+    """x divided by its length along an axis; a vector of zeros stays."""
+    return x / ((x * x).sum(axis=axis, keepdims=True) + 1e-24).sqrt()
+
+
+class TopP(LinearRouter, name="top_p"):
+    """The fewest experts whose probabilities sum to at least top_p (Huang et al. 2024, arXiv 2403.07652).
+
+    A token that is sure of its expert has one, an undecided one many. A gate is the probability of its expert. The loss
+    "entropy" keeps the number small; its default here is the paper's 1e-4.
+
+    top_p: the least sum of the chosen probabilities.
+    steer: if above 0, after each training step top_p rises by steer * (K - mean experts of a token) / E, within 0.01 to
+        1, so that a token has K experts on average. DTop-p (Jin et al. 2025, arXiv 2512.13996) has a PI controller;
+        this is its integral part. top_p is saved with the model.
+    renormalise: whether a token's gates are divided by their sum.
+    """
+
+    paper = "Huang 2024"
+    mean_k = True
+    shapes = {"weight": "DE", "threshold": ""}
+    losses = {"entropy": 1e-4}
+    top_p: float = 0.4
+    steer: float = 0.0
+    renormalise: bool = False
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.threshold = Tensor(np.array(self.top_p, dtype))
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        if not 0 < options.get("top_p", 1) <= 1:
+            raise ValueError(f"top_p {options['top_p']} must be above 0 and at most 1")
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        probs = F.softmax(logits)
+        order = np.argsort(-probs.data, axis=1, kind="stable")
+        ranked = np.take_along_axis(probs.data, order, axis=1).astype(float)
+        chosen = np.empty(probs.shape, bool)  # an expert is in where the larger ones do not reach top_p
+        np.put_along_axis(chosen, order, ranked.cumsum(axis=1) - ranked < self.threshold.data, axis=1)
+        gates = probs * chosen
+        if self.renormalise:
+            gates = gates / gates.sum(axis=-1, keepdims=True)
+        return from_mask(chosen, gates, logits, probs)
+
+    def after_step(self, routing):
+        p, missing = self.threshold, self.top_k - routing.coverage.mean()
+        p.data = np.clip(p.data + self.steer * missing / self.n_experts, min(0.01, self.top_p), 1).astype(p.dtype)
+
+
+class ReMoE(LinearRouter, name="remoe"):
+    """Gates relu(x W): every expert with a positive logit is chosen, and K is a mean (Wang et al. 2024, 2412.14711).
+
+    All of it has a gradient. The penalty is lambda * E / K * sum over e of f_e * (mean of g_e), with f_e the share of
+    the tokens that expert e serves, without gradient. After each training step lambda grows by the factor
+    where more than K / E of the gates are positive, and shrinks by it where fewer are. The paper has one lambda for
+    all layers; here each layer has its own, which is saved with the model. `probs` are the softmax of the logits.
+
+    penalty_start: lambda at the start.
+    penalty_factor: what lambda is multiplied or divided by.
+    """
+
+    paper = "Wang 2024"
+    mean_k = True
+    shapes = {"weight": "DE", "coefficient": ""}
+    penalty_start: float = 1e-8
+    penalty_factor: float = 1.2
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.coefficient = Tensor(np.array(self.penalty_start, dtype))
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        return from_mask(logits.data > 0, F.relu(logits), logits, F.softmax(logits))
+
+    def penalty(self, routing, context):
+        share = (routing.wanted / routing.n_tokens).astype(routing.gate.dtype)
+        total = F.scatter_add(routing.gate, routing.expert, routing.n_experts)  # (E,)
+        return (share * total).sum() * (self.coefficient.data * self.n_experts / (self.top_k * routing.n_tokens))
+
+    def after_step(self, routing):
+        surplus = np.sign(routing.wanted.sum() - self.top_k * routing.n_tokens)
+        self.coefficient.data = (self.coefficient.data * self.penalty_factor ** surplus).astype(self.coefficient.dtype)
+
+
+class MixtureOfDepths(LinearRouter, name="mixture_of_depths"):
+    """The tokens of largest score in each sequence pass through the experts, the others skip them (Raposo et al. 2024).
+
+    As published (arXiv 2404.02258, eq. 1) with n_experts 1 and top_k below 1, the share of the tokens that pass: the
+    ceil(T * K / E) tokens of largest logit z = x w, with z itself as the gate. (The paper routes around the attention
+    too; here only the experts are skipped.) With more experts each takes its own tokens. That choice sees later tokens.
+    With context.causal an expert takes the tokens with z > 0, as the paper does to sample: the penalty, a binary
+    cross-entropy that predicts the choice from z, trains z to be positive there.
+
+    choice_loss: coefficient of the penalty. It also reaches the layers below.
+    Raises ValueError without RouteContext.ids, unless context.causal is set.
+    """
+
+    paper = "Raposo 2024"
+    chooses = "expert"
+    balanced = "yes"
+    causal = causal_training = False
+    mean_k = True
+    choice_loss: float = 0.01
+
+    def forward(self, x, context):
+        logits = self.scores(x)
+        if context.causal:
+            chosen = logits.data > 0
+        else:
+            length = context.need("ids", self).shape[1]
+            sequences = logits.data.reshape(-1, length, self.n_experts)  # (B, T, E)
+            chosen = largest(sequences, capacity(length, self.n_experts, self.top_k), axis=1).reshape(logits.shape)
+        return from_mask(chosen, logits, logits, F.softmax(logits))
+
+    def penalty(self, routing, context):
+        z = routing.logits
+        return self.choice_loss * (F.softplus(z) - routing.mask().astype(z.dtype) * z).mean()
+
+
+class MomentumBias(SigmoidBias, name="momentum_bias"):
+    """sigmoid_bias whose bias moves smoothly (SMEBU: Arcee Trinity, Singh et al. 2026, arXiv 2602.17004).
+
+    v_e = (mean load - load_e) / mean load; step = bias_rate * tanh(clamp * v), minus its mean over the experts;
+    m <- momentum * m + (1 - momentum) * step; b <- b + m. The mean m is saved with the model.
+
+    bias_rate: the largest step, before its mean is subtracted.
+    clamp: the slope of tanh at balance; a large one makes the step a sign.
+    momentum: the weight of the steps before.
+    """
+
+    paper = "Singh 2026"
+    shapes = {"weight": "DE", "bias": "E", "mean_step": "E"}
+    clamp: float = 2.0
+    momentum: float = 0.5
+    bias_rule = "centred"  # fixed
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        self.mean_step = Tensor(np.zeros(n_experts, dtype))
+
+    def _step(self, routing):
+        load = routing.wanted
+        step = self.bias_rate * np.tanh(self.clamp * (1 - load / max(load.mean(), 1e-20)))
+        mean = self.momentum * self.mean_step.data + (1 - self.momentum) * (step - step.mean())
+        self.mean_step.data = mean.astype(self.mean_step.dtype)
+        return mean
+
+
+class QuantileBias(SigmoidBias, name="quantile_bias"):
+    """sigmoid_bias whose bias is solved for, not stepped (quantile balancing, Su 2026, kexue.fm/archives/11619).
+
+    Each token takes the K experts of largest s + b. After each training step, for the batch's scores s (N, E):
+    alpha_n = the (K + 1)-th largest of s_n + b; b_e <- - (the (N K / E + 1)-th largest over n of s_e - alpha). So N K /
+    E tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual variables of
+    the balanced assignment, which the two lines solve in turn.
+
+    bias_rate: how far the bias goes to its new value in a training step; 1 is the published rule.
+    """
+
+    paper = "Su 2026"
+    bias_rate: float = 1.0
+    bias_rule = "sign"  # fixed; not used
+
+    def _step(self, routing):
+        s, bias = SCORES[self.score][0](routing.logits).data, self.bias.data
+        place = len(s) - 1 - capacity(*s.shape, self.top_k)  # of the (C + 1)-th largest of N in rising order
+        if place < 0:  # every expert takes every token
+            return np.zeros_like(bias)
+        alpha = np.sort(s + bias, axis=1)[:, -self.top_k - 1]
+        return self.bias_rate * (-np.sort(s - alpha[:, None], axis=0)[place] - bias)
+
+
+class RealBias(SigmoidBias, name="real_bias"):
+    """Softmax scores, and a bias that steers how many real experts a token has (LongCat-Flash 2025, arXiv 2509.01322).
+
+    For ModelConfig.n_copy or n_zero: the first n_real experts are real. After each training step b_e += bias_rate *
+    (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
+
+    n_real: n_experts of the model.
+    real_k: real experts that a token is to have on average.
+    """
+
+    paper = "Meituan 2025"
+    score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "softmax"
+    n_real: int = 8
+    real_k: float = 1.0
+    bias_rule = "sign"  # fixed; not used
+
+    def _step(self, routing):
+        step = self.real_k / self.top_k / self.n_real - routing.wanted / (routing.n_tokens * self.top_k)
+        return self.bias_rate * np.where(np.arange(self.n_experts) < self.n_real, step, 0)
+
+
+class HashGated(Scored, name="hash_gated"):
+    """A random table of the token's id chooses K experts, and learned scores of those are the gates (DeepSeek-V4).
+
+    DeepSeek-V4 has it in the first three MoE layers, with score sqrt_softplus, and sigmoid_bias in the others: give
+    ModelConfig a list of routers. Raises ValueError without RouteContext.ids.
+
+    vocab_size: ids run from 0 to vocab_size - 1; the model gives its own.
+    """
+
+    paper = "DeepSeek-AI 2026"
+    chooses = "neither"
+    cost = "2 N D E + a lookup"
+    shapes = {"weight": "DE", "table": "VE"}
+    vocab_size: int = 256
+    n_groups, group_limit = 1, None  # fixed
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        chosen = largest(rng.random((self.vocab_size, n_experts)), top_k)
+        self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
+
+    def _select(self, scores, context):
+        return self.table.data[context.need("ids", self).reshape(-1)] > 0
