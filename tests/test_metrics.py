@@ -193,3 +193,39 @@ def test_noise_floor_of_uniform_random_top_1():
     assert cv == pytest.approx(math.sqrt(7 / 2048), rel=.06) and cv == pytest.approx(.058, abs=.003)
     dropped = np.mean([metrics.drop_rate(limit_capacity(r, 1.0, 1)) for r in routings])
     assert dropped == pytest.approx(.023, abs=.0015)
+
+
+# -- what experts know of one label beyond the other --
+
+@pytest.mark.parametrize("expert, byte_known, domain_known", [
+    (lambda byte, domain: 2 * domain + byte % 2, 1, 1),  # of byte: ln 2 of ln 2, as the experts have ln 4 in all
+    (lambda byte, domain: byte % 2, 1, 0), (lambda byte, domain: domain, 0, 1), (lambda byte, domain: 0 * byte, 0, 0),
+    (lambda byte, domain: byte % 2 ^ domain, 1, 1)])  # neither alone says anything
+def test_shares_of_what_could_be_known_by_hand(expert, byte_known, domain_known):
+    """Two bytes and two domains, all four pairs equally often: ln 2 of each is open once the other is known."""
+    rng = np.random.default_rng(0)
+    domain, ids = np.arange(200) % 2, np.tile(np.arange(32) % 2, (200, 1))
+    gates = np.eye(4)[np.broadcast_to(expert(ids, domain[:, None]), ids.shape).ravel()]
+    found = metrics.information_given(routing(gates), ids, domain, rng)
+    assert found["byte_known"] == pytest.approx(byte_known, abs=0.03)
+    assert found["domain_known"] == pytest.approx(domain_known, abs=0.03)
+    assert found["byte_given_domain"] == pytest.approx(byte_known * np.log(2), abs=0.03)
+
+
+@pytest.mark.parametrize("n_bytes, chosen, share", [
+    (4, lambda byte: [byte // 2], 1),  # 2 experts can carry ln 2 of the ln 4 of four bytes: all that they can
+    (8, lambda byte: [byte % 2, 2 + byte // 2 % 2], 1),  # 2 of 4 a byte: ln 4 - ln 2 at most. H(e) = ln 4
+    (8, lambda byte: [byte % 2, 2], np.log(2) / 2 / np.log(2))])  # half of the assignments say ln 2, the others nothing
+def test_what_experts_can_carry_is_the_ceiling(n_bytes, chosen, share):
+    ids = np.tile(np.arange(64) % n_bytes, (100, 1))
+    gates = np.zeros((ids.size, 4 if n_bytes == 8 else 2))
+    for token, byte in enumerate(ids.ravel()):
+        gates[token, chosen(byte)] = 0.5
+    found = metrics.information_given(routing(gates), ids, np.arange(100) % 2, np.random.default_rng(0))
+    assert found["byte_known"] == pytest.approx(share, abs=0.03) and abs(found["domain_known"]) < 0.03
+
+
+def test_where_nothing_could_be_known_the_share_is_0():
+    ids, alone = np.tile(np.arange(8), (4, 1)), np.ones((32, 1))
+    found = metrics.information_given(routing(alone), ids, np.zeros(4, int), np.random.default_rng(0))
+    assert found == dict.fromkeys(("byte_given_domain", "domain_given_byte", "byte_known", "domain_known"), 0)

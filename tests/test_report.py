@@ -44,6 +44,7 @@ def layer_row(load, coverage):
 def row(step, loss, leaky_loss, layers, tokens=512):
     numbers = {"val": leaky_loss, "causal": loss}
     return {"step": step, "seconds": float(step), **{f"{k}_cross_entropy": v for k, v in numbers.items()},
+            "causal_by_domain": {"prose": loss - 0.25, "verse": loss + 0.25},
             **{f"{k}_perplexity": math.exp(v) for k, v in numbers.items()},
             **{f"{k}_bits_per_byte": v / math.log(2) for k, v in numbers.items()}, "layers": layers,
             "validation_tokens": tokens}
@@ -65,7 +66,9 @@ def write_run(study, name, seed, loss, dense=False):
     rows = [row(step, loss + 0.1 - step / 200, leaky + 0.1 - step / 200, layers, tokens) for step in (0, 10, 20)]
     (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     (folder / "summary.json").write_text(json.dumps({"run_id": folder.name, "steps": 20, "seconds": 20.0,
-                                                     "final": row(20, loss, leaky, layers, tokens)}))
+                                                     "final": row(20, loss, leaky, layers, tokens),
+                                                     "causal_by_part": {"prose": [loss - 0.5, loss],
+                                                                        "verse": [loss, loss + 0.5]}}))
     return folder
 
 
@@ -226,7 +229,7 @@ def test_flipped_bits_of_rows_change_nothing_or_are_refused_in_one_line(tmp_path
             refused += 1
             assert "\n" not in str(error) and re.search(r"-seed\d|runs.jsonl: line", str(error)), (at, bit)
         else:
-            same = [shape(json.loads(line)) for text in (raw, path.read_bytes())
+            same = [shape(json.loads(line)) for text in (raw, path.read_text(errors="replace"))
                     for line in (text.splitlines() if name.endswith("l") else [text])]
             half = len(same) // 2
             assert after == before or same[:half] == same[half:], (at, bit)
@@ -279,6 +282,8 @@ def test_text_of_rows_is_escaped_in_the_findings(tmp_path):
         folder = tmp_path / f"runs/{name}-seed0"
         change(folder, "model", router=bad, **{bad: name})
         change(folder, None, domains=[bad, "verse"])
+        for path in (folder / "log.jsonl", folder / "summary.json"):
+            path.write_text(path.read_text().replace('"prose"', json.dumps(bad)))
     change(tmp_path / "runs/A-seed0", "versions", **{bad: bad})
     (tmp_path / "runs/D-seed0/summary.json").rename(tmp_path / "runs/D-seed0/failure.json")
     (tmp_path / "runs/D-seed0/failure.json").write_text(json.dumps({"reason": bad}))

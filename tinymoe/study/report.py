@@ -279,7 +279,8 @@ def compute_row(results) -> list[str]:
     done = [*results.runs, *(run for run in results.sweep_runs if run.summary)]
     failed = [run for run in results.all_runs if run.state == "failed"]
     seconds = [*((run, run.wall_seconds) for run in done),
-               *((run, run.log[-1]["seconds"]) for run in failed if run.log and "seconds" in run.log[-1])]
+               *((run, row["seconds"]) for run in failed for row in run.log[-1:]
+                 if isinstance(row.get("seconds"), float))]
     hours = sum(run.config.get("threads", 1) * of / 3600 for run, of in seconds)
     return [results.experiment.name, *map(str, (len(results.runs), len(done) - len(results.runs), len(failed))),
             f"{hours:.2f}"]
@@ -448,7 +449,7 @@ def gather(published, study: Experiment, experiments) -> Path:
         "![all primary comparisons](figures/primary.png)" if forest else "", question_table(found[1:]),
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
         "## Words used here", GLOSSARY, VERDICTS, *map(section, found),
-        "## What this scale cannot show", scale(found[1:]) + CANNOT,
+        "## What this scale cannot show", CANNOT,
         "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS])
 
 
@@ -506,21 +507,3 @@ def section(results):
         f"## {e.question} (`{e.name}`)", *answers(results), about(results), bold(warnings(results)),
         *images(results, f"{place}/")[:1], settings_table(results),
         f"Tables, figures, limits and run ids: {link(results)}."]))
-
-
-def scale(found):
-    """How small the experiments are, in sentences."""
-    def ends(numbers):
-        return " to ".join(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sorted({min(numbers), max(numbers)}))
-
-    runs = [run for results in found for run in results.runs]
-    if not runs:
-        return ""
-    scatter = [results.interval("causal_perplexity", name) for results in found for name in results.groups]
-    shares = sorted(100 * one.half / one.mean for one in scatter if one.n > 1)
-    said = (f"Without pairing by seed, the perplexity of one setting is known to {shares[0]:.1f} to {shares[-1]:.1f}% "
-            f"(95%, median {np.median(shares):.1f}%). ") if shares else ""
-    return (f"The experiments train models of {ends([value(run, 'parameters') for run in runs])} million parameters "
-            f"for {ends([run.summary['steps'] for run in runs])} steps, with "
-            f"{ends([len(runs) for results in found for runs in results.groups.values()])} seeds for a setting. "
-            f"Peak learning rates: {ends([run.config['training']['learning_rate'] for run in runs])}. {said}")

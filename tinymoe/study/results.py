@@ -29,7 +29,8 @@ LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": in
     "mutual_information_null", "byte_information", "byte_information_null"), NUMBER)
 ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
 SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "wall_seconds": OPTIONAL, "final": ROW,
-           "measured": (dict, type(None)), "causal_by_part": (dict, type(None))}
+           "measured": (dict, type(None))}
+BY_DOMAIN = {"causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}  # of each domain, where newer rows have them
 STATES = ("collapsed", "starved", "in use")  # of an MoE layer
 
 
@@ -220,7 +221,10 @@ def _is_whole(name, config, log, summary):
     alike = all(row.keys() >= final.keys() and layers(row) == layers(final) for row in log)
     parts = (final, *log, *(layer for row in (final, *log) for layer in row["layers"]), summary.get("measured") or {})
     numbers = all(isinstance(part.get(metric), OPTIONAL) for part in parts for metric in QUANTITIES)
-    return config["run_id"] == summary["run_id"] == name and log[-1]["step"] == summary["steps"] and alike and numbers
+    by_domain = all(_fits(part[name], {...: of}) and part[name].keys() == set(config["domains"])
+                    for part in (summary, final, *log) for name, of in BY_DOMAIN.items() if name in part)
+    alike = alike and log[-1]["step"] == summary["steps"]
+    return config["run_id"] == summary["run_id"] == name and alike and numbers and by_domain
 
 
 def _fits(found, shape) -> bool:
@@ -278,15 +282,17 @@ class Results:
 
     def text_uncertainty(self, contrast: Contrast):
         """What statistics.text_uncertainty finds for a difference of the causal loss; None where rows lack parts."""
-        def parts(setting, domain):
-            return {run.seed: np.array(run.summary["causal_by_part"][domain]) for run in self.groups[setting]}
+        def in_parts(domain, setting):
+            return {run.seed: run.summary.get("causal_by_part", {}).get(domain, []) for run in self.groups[setting]}
 
         wanted = [run for name in contrast.settings for run in self.groups.get(name, ())]
-        if contrast.metric != LOSS or not contrast.minus or not self.has(contrast) or not all(
-                run.summary.get("causal_by_part") for run in wanted):
+        domains = self.runs[0].config["domains"]
+        if contrast.metric != LOSS or not contrast.minus or not self.has(contrast):
             return None
-        domains = [Contrast(domain, contrast.setting, minus=contrast.minus) for domain in wanted[0].config["domains"]]
-        return statistics.text_uncertainty([one.of(lambda domain, setting: parts(setting, domain)) for one in domains])
+        parts = [run.summary.get("causal_by_part", {}) for run in wanted]
+        if len({tuple(len(part.get(domain, ())) for domain in domains) for part in parts}) > 1:
+            return None
+        return statistics.text_uncertainty([replace(contrast, metric=domain).of(in_parts) for domain in domains])
 
     def crossing(self, metric: str, first: str, second: str) -> dict[int, float]:
         """{seed: the last step at which the curves of a metric of two settings cross}; nan where they do not."""

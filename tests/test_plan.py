@@ -1,0 +1,275 @@
+"""A plan and its runs: learning rates that a sweep chooses, commands that go on where they stopped, changed plans."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from test_experiments import TOY
+from test_report import LOSSES, STUDY, change, layer_row, row, write_run, write_study
+from tinymoe.experiments import EXPERIMENTS
+from tinymoe.study import figures, quantities, report
+from tinymoe.study.experiment import CANDIDATES, sweep_id
+from tinymoe.study.quantities import LOSS, value
+from tinymoe.study.results import Results, RunRecord, best_rates, load_runs, sweep_losses
+from tinymoe.study.statistics import Contrast
+
+SMALL = dict(batch_size=2, n_evaluations=2, eval_windows=2, final_windows=3)
+MIXTURE, ACTIVE, TOTAL = EXPERIMENTS["dense"].settings
+TOY_DENSE = dataclasses.replace(  # the third setting shares the rate of the second
+    EXPERIMENTS["dense"], settings=(MIXTURE, ACTIVE, dataclasses.replace(TOTAL, rate_of="dense-active")),
+    scales={"default": TOY}, training=SMALL, rates=(1e-3, 4e-3), steps=4, seeds=2)
+
+
+# -- what a plan is --
+
+def test_the_runs_of_a_sweep_are_named_by_their_rate():
+    scale = TOY_DENSE.scale("full")
+    plans = TOY_DENSE.sweep(scale)
+    assert [plan.run_id for plan in plans[:4]] == ["mixture@0.001-seed100", "mixture@0.004-seed100",
+                                                   "dense-active@0.001-seed100", "dense-active@0.004-seed100"]
+    assert len(plans) == 8 and {plan.seed for plan in plans} == {100, 101}
+    assert all(f"@{plan.training.learning_rate:g}-" in plan.run_id and plan.training.steps == 4 for plan in plans)
+    assert [plan.config_id for plan in TOY_DENSE.sweep(scale, only=["dense-total"])] == ["dense-active@0.001",
+                                                                                         "dense-active@0.004"] * 2
+    assert [sweep_id("a", rate) for rate in CANDIDATES] == ["a@0.001", "a@0.002", "a@0.004", "a@0.008"]
+
+
+def test_chosen_rates_reach_the_runs_and_a_given_rate_wins():
+    rates = {"mixture": 4e-3, "dense-active": 1e-3, "dense-total": 1e-3}
+    runs = TOY_DENSE.runs(TOY, 1, rates=rates)
+    assert {run.config_id: run.training.learning_rate for run in runs} == rates
+    (run,) = TOY_DENSE.runs(TOY, 1, ["mixture"], training={"learning_rate": 0.5}, rates=rates)
+    assert run.training.learning_rate == 0.5 and run.plan_hash == TOY_DENSE.plan_hash
+
+
+@pytest.mark.parametrize("changed", [{"rate_of": "mixture"}, {"start": "dense-active"}])
+def test_a_setting_whose_rate_is_undefined_is_refused(changed):
+    settings = (MIXTURE, dataclasses.replace(ACTIVE, rate_of="mixture"), dataclasses.replace(TOTAL, **changed))
+    if "rate_of" in changed:
+        settings = (settings[0], settings[1], dataclasses.replace(TOTAL, rate_of="dense-active"))  # that chooses none
+    with pytest.raises(ValueError, match="dense-total needs rate_of"):
+        dataclasses.replace(TOY_DENSE, settings=settings)
+
+
+def test_the_hash_is_of_the_plan_and_of_nothing_else():
+    def changed(**fields):
+        return dataclasses.replace(TOY_DENSE, **fields).plan_hash != TOY_DENSE.plan_hash
+
+    first, second = TOY_DENSE.primary
+    assert changed(seeds=3) and changed(steps=5) and changed(rates=()) and changed(settings=TOY_DENSE.settings[::-1])
+    assert changed(primary=(first,)) and changed(primary=(dataclasses.replace(first, margin=0.02), second))
+    assert changed(primary=(dataclasses.replace(first, same="It depends."), second))
+    assert not changed(caution="other") and not changed(exploratory=()) and not changed(figures={})
+
+
+# -- choosing --
+
+def swept(losses):
+    """Runs of a sweep: {(setting, rate): losses of the seeds, None for one that failed}."""
+    for (name, rate), those in losses.items():
+        for seed, loss in zip((100, 101), those):
+            plan = f"{name}@{rate:g}"
+            summary = {"final": {LOSS: loss}} if loss is not None else None
+            yield RunRecord(f"{plan}-seed{seed}", {"config_id": plan, "seed": seed}, [], summary,
+                            None if summary else {"reason": "the loss is not finite"})
+
+
+ENOUGH = {("mixture", 1e-3): (2.0, 1.0), ("mixture", 4e-3): (1.4, 1.4),
+          ("dense-active", 1e-3): (1.5, 1.5), ("dense-active", 4e-3): (1.0, 2.0)}
+
+
+def test_the_lowest_mean_loss_wins_and_of_equal_ones_the_smaller_rate():
+    assert best_rates(TOY_DENSE, list(swept(ENOUGH))) == {
+        "mixture": 4e-3, "dense-active": 1e-3, "dense-total": 1e-3}
+    assert best_rates(TOY_DENSE, list(swept(ENOUGH)), ["mixture"]) == {"mixture": 4e-3}
+
+
+def test_a_rate_at_which_a_run_failed_is_not_taken():
+    runs = list(swept(ENOUGH | {("mixture", 4e-3): (0.1, None)}))
+    assert best_rates(TOY_DENSE, runs)["mixture"] == 1e-3 and sweep_losses(TOY_DENSE, runs)["mixture"][4e-3] == float(
+        "inf")
+    with pytest.raises(ValueError, match="the sweep of mixture gives no learning rate"):
+        best_rates(TOY_DENSE, list(swept(ENOUGH | {("mixture", 1e-3): (None, 1), ("mixture", 4e-3): (1, None)})))
+
+
+def test_a_sweep_that_is_not_finished_chooses_nothing():
+    with pytest.raises(ValueError, match="the sweep of dense-active gives no learning rate"):
+        best_rates(TOY_DENSE, [run for run in swept(ENOUGH) if run.run_id != "dense-active@0.004-seed101"])
+
+
+# -- the command --
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(folder, output) of a plan that was run, its rows compact and its folders gone."""
+    out = tmp_path_factory.mktemp("plan") / "dense"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXPERIMENTS, "dense", TOY_DENSE)
+        patch.setattr(figures, "draw_all", lambda results: [])
+        output = typed(out)
+    assert CliRunner().invoke(cli.main, ["compact", str(out)]).exit_code == 0
+    shutil.rmtree(out / "runs")
+    return out, output
+
+
+def typed(out, *more, code=0):
+    result = CliRunner().invoke(cli.main, ["experiment", "dense", "--full", "--jobs", "1", "--out", str(out), *more])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def copy(done, tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "dense", TOY_DENSE)
+    monkeypatch.setattr(figures, "draw_all", lambda results: [])
+    return shutil.copytree(done[0], tmp_path / "dense")
+
+
+def test_a_plan_is_run_from_its_sweep_to_its_document(done):
+    out, output = done
+    assert output.index("8 run(s)") < output.index("learning rates: mixture 0.00") < output.index("6 run(s)")
+    runs = load_runs(out)
+    assert len(runs) == 14 and all(run.plan_hash == TOY_DENSE.plan_hash for run in runs)
+    rates = best_rates(TOY_DENSE, runs)
+    assert all(run.config["training"]["learning_rate"] == rates[run.config_id] for run in runs if run.seed < 100)
+    text = (out / "FINDINGS.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.endswith(", at the end of the range | dense-total |")]
+    assert line.startswith("| dense-active | ") and "**" in line
+    assert "| dense | 6 | 8 | 0 | 0.00 |" in text and "`mixture-seed{0,1}`" in text
+    assert "plan was changed" not in text and "No plan" not in text and "@0.001-seed100` is" not in text
+    assert "chosen for each setting" in text and "compare with care" not in text
+    assert f"Plan: `{TOY_DENSE.plan_hash[:12]}`" in text
+
+
+def test_rows_without_folders_count_as_finished_and_stay(copy):
+    before = (copy / "runs.jsonl").read_bytes()
+    output = typed(copy)
+    assert "8 of 8 runs are finished" in output and "6 of 6 runs are finished" in output and "run(s)" not in output
+    assert not (copy / "runs").exists()
+    lines = before.splitlines(keepends=True)
+    (copy / "runs.jsonl").write_bytes(b"".join(line for line in lines if b'"run_id": "mixture-seed1"' not in line))
+    assert "1 run(s) of 4 steps" in typed(copy) and len(list((copy / "runs").iterdir())) == 1
+    assert CliRunner().invoke(cli.main, ["compact", str(copy)]).output.startswith("14 runs")
+
+
+def test_the_text_has_a_share_and_every_domain_a_difference(copy):
+    results = Results(TOY_DENSE, copy)
+    low, high, share = results.text_uncertainty(results.primary[0].contrast)
+    assert low < results.primary[0].mean < high and 0 < share <= 1
+    by_domain = results.by_domain(results.primary[0].contrast)
+    assert len(by_domain) == 4
+    assert sum(one.mean for one in by_domain.values()) / 4 == pytest.approx(results.primary[0].mean)
+    assert "% | **" in report.primary_table(results) and report.domain_table(results).count("\n") == 9
+
+
+def test_rows_of_other_settings_are_refused_and_fresh_is_the_remedy(copy, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "dense", dataclasses.replace(TOY_DENSE, steps=2))
+    assert "with other settings (training steps is 4, not 2)" in typed(copy, code=1)
+    assert "8 run(s) of 2 steps" in typed(copy, "--fresh")
+    assert {run.summary["steps"] for run in load_runs(copy)} == {2}
+
+
+def test_a_failed_run_of_a_sweep_is_not_tried_again_and_another_is(copy):
+    rows = [json.loads(line) for line in (copy / "runs.jsonl").read_text().splitlines()]
+    for each in rows:
+        if each["config"]["run_id"] in ("mixture@0.004-seed100", "mixture-seed0"):
+            each["summary"], each["failure"] = None, {"reason": "the loss is not finite"}
+        each["config"]["training"]["learning_rate"] = {"mixture": 1e-3}.get(
+            each["config"]["config_id"], each["config"]["training"]["learning_rate"])
+    (copy / "runs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    output = typed(copy)
+    assert "8 of 8 runs are finished" in output and "1 run(s)" in output and "mixture-seed0: done" in output
+    assert "learning rates: mixture 0.001," in output
+    assert "not finite" in (copy / "FINDINGS.md").read_text()
+
+
+def test_a_run_that_starts_from_a_row_alone_is_refused(copy, monkeypatch):
+    settings = (MIXTURE, ACTIVE, dataclasses.replace(TOTAL, start="dense-active", rate_of="mixture"))
+    monkeypatch.setitem(EXPERIMENTS, "dense", dataclasses.replace(TOY_DENSE, settings=settings))
+    lines = (copy / "runs.jsonl").read_text().splitlines(keepends=True)
+    (copy / "runs.jsonl").write_text("".join(line for line in lines if "dense-total" not in line))
+    assert "dense-total-seed0 starts from dense-active-seed0, of which only the row" in typed(copy, code=1)
+
+
+# -- what the document says of a plan --
+
+def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
+    write_study(tmp_path)
+    change(tmp_path / "runs/A-seed0", None, plan_hash="0" * 64)
+    for seed in (0, 1):
+        change(tmp_path / f"runs/B-seed{seed}", None, plan_hash=STUDY.plan_hash)
+    text = report.write_findings(STUDY, tmp_path).read_text()
+    assert "**The plan was changed after 1 run.**" in text and "**No plan was recorded by 15 runs.**" in text
+
+
+def test_failed_runs_and_wall_clock_are_in_the_compute(tmp_path):
+    """20 seconds a run; A-seed0 took an hour on one thread, D-seed1 failed after the 20 seconds of its log."""
+    write_study(tmp_path)
+    path = tmp_path / "runs/A-seed0/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"wall_seconds": 3600.0}))
+    (tmp_path / "runs/D-seed1/summary.json").rename(tmp_path / "runs/D-seed1/failure.json")
+    hours = 1 + 17 * 20 / 3600
+    assert report.compute_row(Results(STUDY, tmp_path)) == ["study", "17", "0", "1", f"{hours:.2f}"]
+
+
+# -- quantities of curves --
+
+def curve(tmp_path, name, losses, load=(25, 25, 25, 25)):
+    folder = write_run(tmp_path, name, 0, losses[-1])
+    rows = [row(10 * i, loss, loss, [layer_row(list(load) if i else [25] * 4, 1.0)], 100)
+            for i, loss in enumerate(losses)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 10 * (len(losses) - 1)}))
+    return folder
+
+
+def test_quantities_of_curves_by_hand(tmp_path):
+    """A: 3, 2, 1 at steps and seconds 0, 10, 20; B: 3, 1.8, 1.4. A - B is 0.2 at 10 and -0.4 at 20: they cross a third
+    of the way. A falls to 1.5 at 15, after 15 steps of 4 x 16 bytes. Loads 75, 25: exp(0.5623) = 1.755 of 4 experts."""
+    curve(tmp_path, "A", (3.0, 2.0, 1.0), load=(75, 25, 0, 0))
+    curve(tmp_path, "B", (3.0, 1.8, 1.4))
+    results = Results(STUDY, tmp_path)
+    assert results.crossing(LOSS, "A", "B") == {0: pytest.approx(10 + 10 / 3)}
+    assert str(results.crossing(LOSS, "A", "A")) == "{0: nan}"
+    a, b = (runs[0] for runs in results.groups.values())
+    assert value(a, "seconds_to:1.5") == 15 and value(a, "tokens_to:1.5") == pytest.approx(15 * 64 / 1e6)
+    assert str(value(b, "seconds_to:1.2")) == "nan"
+    assert quantities.in_row(a.log[1], "effective_experts") == pytest.approx(1.7548, abs=1e-4)
+    assert value(a, "collapse_step") == 10 and str(value(b, "collapse_step")) == "nan"
+    assert str(value(a, "known_gap")) == "nan"  # rows of before have no such numbers
+
+
+def test_a_loss_has_a_margin_and_another_quantity_has_none(tmp_path):
+    experiment = dataclasses.replace(STUDY, exploratory=(Contrast(LOSS, "A", minus="B"), Contrast("leak", "E"),
+                                                         Contrast("load_cv", "A", minus="B")))
+    margins = [one.margin for one in Results(experiment, write_study(tmp_path)).exploratory]
+    assert margins == [0.01, 0.01, None]
+
+
+# -- the gathered document --
+
+def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_path):
+    """Only differences of the causal loss count, between settings trained for as many steps: A - B, and not 3 times B,
+    the load, or C - D, whose seeds scatter."""
+    losses = LOSSES | {"C": (1.0, 2.0, 3.0), "D": (2.0, 1.0, 1.5)}
+    experiment = dataclasses.replace(STUDY, exploratory=(
+        Contrast(LOSS, "A", minus="B"), Contrast(LOSS, "C", minus="D"), Contrast("load_cv", "A", minus="B")))
+    said = report.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
+    assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).**")
+    none = dataclasses.replace(STUDY, exploratory=())
+    assert report.surprise([Results(none, tmp_path)]).startswith("No exploratory difference")
+
+
+@pytest.mark.slow
+def test_the_forest_shows_what_was_tested(tmp_path):
+    results = Results(STUDY, write_study(tmp_path))
+    assert figures.draw_forest([results], tmp_path).read_bytes().startswith(b"\x89PNG")
+    with figures.default_style():
+        (axes,) = figures.forest([results]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["study: C - A", "study: E - D"]  # two of three
+    assert figures.draw_forest([], tmp_path) is None

@@ -1,0 +1,150 @@
+"""Tests over seeds: hand-worked numbers, a published table of power, simulations in plain NumPy, and verdicts."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tinymoe.study.statistics import (
+    Comparison,
+    Contrast,
+    benjamini_hochberg,
+    corrected,
+    holm,
+    seeds_needed,
+    t_interval,
+    text_uncertainty,
+)
+
+DIFFERENCE = Contrast("loss", "a", minus="b")
+
+
+def compared(*values, margin=0.01, correction=holm):
+    return corrected([Comparison(DIFFERENCE, values, margin)], correction)[0]
+
+
+def test_t_interval_by_hand():
+    # 1, 2, 6: mean 3; squares 4 + 1 + 9 = 14, variance 14 / 2 = 7, standard error sqrt(7 / 3) = 1.5275;
+    # t(0.975, 2) = 4.3027, half width 6.5724; t(0.95, 2) = 2.9200, half width 4.4604. t = 3 / 1.5275 = 1.9640 with 2
+    # degrees of freedom: p = 1 - t / sqrt(t^2 + 2) = 1 - 1.9640 / 2.4202 = 0.1885.
+    interval = t_interval([1.0, 2.0, 6.0])
+    assert interval.mean == pytest.approx(3.0)
+    assert interval.half == pytest.approx(6.5724, abs=1e-4)
+    assert interval.p == pytest.approx(0.1885, abs=1e-4)
+    assert t_interval([1.0, 2.0, 6.0], 0.9).half == pytest.approx(4.4604, abs=1e-4)
+    assert math.isnan(t_interval([1.0]).half)
+
+
+def test_equal_values_are_certain():
+    assert (t_interval([0.3] * 3).half, t_interval([0.3] * 3).p, t_interval([0.0] * 3).p) == (0, 0, 1)
+    assert t_interval([0.1 + 0.2, 0.3, 0.3]).half == 0  # the first is 4e-17 more
+
+
+def test_sign_flips_by_hand():
+    """1, 2, 6 have the largest sum of all 8 choices of signs; its mirror image is as large: 2 / 8."""
+    assert compared(1.0, 2.0, 6.0).p_flip == 0.25
+    # 12 equal signs: 2 of 4096
+    assert compared(*np.linspace(1, 2, 12)).p_flip == pytest.approx(2 / 4096)
+    # 1, 2, -6: mean -1. |sum| >= 3 for signs +++ 9, ++- 3, +-+ 5, -++ 7 and their mirror images: all 8
+    assert compared(1.0, 2.0, -6.0).p_flip == 1
+
+
+def test_two_one_sided_tests_by_hand():
+    """0, 2, 4 (in thousandths): mean 2, SD 2, standard error 2 / sqrt(3) = 1.1547. To the nearer end, 10, it is
+    t = 8 / 1.1547 = 6.9282 with 2 degrees of freedom: p = (1 - t / sqrt(t^2 + 2)) / 2 = (1 - 6.9282 / 7.0711) / 2,
+    which is 0.0101."""
+    found = compared(0.0, 0.002, 0.004)
+    assert found.p_same == pytest.approx(0.0101, abs=1e-4) and found.verdict == "same"
+    assert compared(0.0, 0.002, 0.004, margin=0.005).verdict == "not known"
+    assert math.isnan(compared(0.0, 0.002, 0.004, margin=None).p_same)
+
+
+def test_the_interval_of_90_percent_lies_in_the_margin_exactly_where_both_tests_reject():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        found = compared(*rng.normal(0.004, 0.006, rng.integers(2, 12)))
+        assert found.within == (found.p_same < 0.05)
+
+
+@pytest.mark.parametrize("values, verdict, within", [
+    ((0.02, 0.021, 0.022), "different", False), ((-0.02, -0.021, -0.022), "different", False),
+    ((0.004, 0.005, 0.006), "different", True), ((0.0, 0.002, -0.002), "same", True),
+    ((0.01, 0.03, -0.02), "not known", False), ((0.3,), "not tested", False), ((), "not tested", False),
+    ((0.1, math.nan), "not tested", False), ((0.0, 0.0), "same", True), ((0.005, 0.005), "different", True)])
+def test_verdicts(values, verdict, within):
+    found = compared(*values)
+    assert (found.verdict, found.within) == (verdict, within)
+
+
+def test_the_power_is_that_of_published_tables():
+    """One-sample t-test, two-sided 5%, power 80%: half an SD needs 34 seeds, one SD 10 (Cohen's tables)."""
+    def smallest(n):
+        values = np.array([*np.tile([1.0, -1.0], n // 2), *([0.0] * (n % 2))])
+        return compared(*values / values.std(ddof=1)).smallest
+
+    assert smallest(33) > 0.5 >= smallest(34) and smallest(9) > 1 >= smallest(10)
+
+
+@pytest.mark.parametrize("scatter", [0.6, 1.5])
+def test_so_many_seeds_are_needed_as_a_simulation_says(scatter):
+    """SD in margins. The share of 20,000 studies with the right verdict, where the truth is 0 and where it is 1."""
+    def power(n):
+        values = np.random.default_rng(n).normal(0, scatter, (20_000, n))
+        mean, error = values.mean(axis=1), values.std(axis=1, ddof=1) / np.sqrt(n)
+        same = np.abs(mean) + stats.t.ppf(0.95, n - 1) * error < 1
+        return min(same.mean(), (np.abs(mean + 1) > stats.t.ppf(0.975, n - 1) * error).mean())
+
+    n = seeds_needed(scatter)
+    assert power(n) > 0.79 and power(n - 1) < 0.81
+
+
+def test_seeds_needed_at_the_ends():
+    assert seeds_needed(0) == 2 and seeds_needed(1e-6) == 2 and seeds_needed(100) is None
+    assert compared(0.0, 1.0).needed is None and compared(1.0, 2.0, margin=None).needed is None
+
+
+def test_holm_by_hand():
+    """Sorted .01, .02, .04 times 3, 2, 1: .03, .04, .04. Of .01, .03, .04 the last may not be below the second, .06."""
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]).max() == 1
+
+
+def test_a_comparison_that_is_not_tested_counts_in_its_family():
+    """t = 11 with 2 degrees of freedom, p = 0.0082: three times that by Holm, and by Benjamini and Hochberg."""
+    family = [Comparison(DIFFERENCE, values) for values in ((0.4, 0.4, 0.3), (0.1,), ())]
+    for correction in (holm, benjamini_hochberg):
+        first, *others = corrected(family, correction)
+        assert first.corrected == pytest.approx(3 * 0.00816, abs=1e-4)
+        assert [one.verdict for one in others] == ["not tested"] * 2
+    assert corrected([], holm) == []
+
+
+def test_ratios_are_computed_as_logarithms():
+    """2 and 8 against 1 and 2: ratios 2 and 4, whose geometric mean is sqrt(8)."""
+    numbers = {"a": {0: 2.0, 1: 8.0}, "b": {0: 1.0, 1: 2.0}}
+    ratio = Contrast("m", "a", over="b")
+    found = t_interval(ratio.of(lambda metric, name: numbers[name]))
+    assert ratio.shown(found.mean) == pytest.approx(math.sqrt(8)) and ratio.shown(0.0) == 1
+
+
+def test_the_share_of_the_text():
+    """Seeds that agree leave all uncertainty to the text; stretches that agree within a domain leave none to it."""
+    rng = np.random.default_rng(0)
+    text, seeds = rng.normal(size=(1, 24)), rng.normal(size=(6, 1))
+    low, high, share = text_uncertainty([np.repeat(text, 6, axis=0), np.repeat(text + 5, 6, axis=0)])
+    assert low < text.mean() + 2.5 < high and share == pytest.approx(1, abs=0.1)
+    low, high, share = text_uncertainty([np.repeat(seeds, 24, axis=1), np.repeat(seeds + 5, 8, axis=1)])
+    assert low < seeds.mean() + 2.5 < high and share == pytest.approx(0, abs=1e-9)  # the 5 between domains adds nothing
+    assert text_uncertainty([text, text]) is None
+
+
+def test_the_uncertainty_of_seeds_and_text_by_hand():
+    """Independent noise of 6 seeds x 24 stretches: the bootstrap's variance is that of the mean of the seeds, plus that
+    of the stretches: each variance over its number."""
+    x = np.random.default_rng(1).normal(size=(6, 1)) + np.random.default_rng(2).normal(size=(1, 24))
+    low, high, share = text_uncertainty([x], n_resamples=4000)
+    parts = x.mean(axis=1).var() / 6, x.mean(axis=0).var() / 24
+    assert share == pytest.approx(parts[1] / sum(parts), abs=0.03)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(sum(parts)), rel=0.1)
