@@ -31,6 +31,15 @@ CONFIGS = {
         "decoder_sparse_step": 2, "mlp_only_layers": [], "max_position_embeddings": 12, "rms_norm_eps": 1e-6,
         "rope_theta": 1e6, "rope_scaling": None, "attention_bias": False, "use_sliding_window": False,
         "sliding_window": None, "max_window_layers": 48, "tie_word_embeddings": False},
+    "gpt_oss": {
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "vocab_size": 13, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_per_token": 2, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "attention_bias": True,
+        "max_position_embeddings": 12, "initial_context_length": 6, "rms_norm_eps": 1e-5, "rope_theta": 150.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.05, "truncate": False,
+                         "original_max_position_embeddings": 6},
+        "swiglu_limit": 7.0, "hidden_act": "silu", "tie_word_embeddings": False},
     "deepseek_v3": {
         "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 13, "hidden_size": 16,
         "intermediate_size": 10, "moe_intermediate_size": 6, "num_hidden_layers": 3, "first_k_dense_replace": 1,
@@ -91,6 +100,13 @@ def shapes(c):
         if kind.startswith("qwen") and (i in c["mlp_only_layers"] or (i + 1) % c["decoder_sparse_step"]):
             mlp(p + "mlp.", c["intermediate_size"])
             continue
+        if kind == "gpt_oss":
+            E, F = c["num_local_experts"], c["intermediate_size"]
+            out |= {a + f"{name}_proj.bias": (n,) for name, n in zip("qkvo", (H * d, G * d, G * d, D))}
+            out |= {a + "sinks": (H,), p + "mlp.router.weight": (E, D), p + "mlp.router.bias": (E,),
+                    p + "mlp.experts.gate_up_proj": (E, D, 2 * F), p + "mlp.experts.gate_up_proj_bias": (E, 2 * F),
+                    p + "mlp.experts.down_proj": (E, F, D), p + "mlp.experts.down_proj_bias": (E, D)}
+            continue
         E = c["num_local_experts" if kind == "mixtral" else "num_experts"]
         m = p + ("block_sparse_moe." if kind == "mixtral" else "mlp.")
         out[m + "gate.weight"] = (E, D)
@@ -125,13 +141,22 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def turn(x, t, theta, neighbours):
+def turn(x, t, theta, neighbours, yarn=None):
     """One vector at position t: its pairs (2i, 2i + 1), or (i, i + d/2), turn by t theta^(-2i/d) (Su et al. 2021,
-    eq. 34)."""
+    eq. 34). With YaRN (Peng et al. 2023, section 3.2 and 3.4), pair i makes L theta^(-2i/d) / 2 pi turns over the
+    original length L; a ramp goes from 0 at beta_fast turns to 1 at beta_slow, linear in i."""
     d, y = len(x), np.empty_like(x)
     for i in range(d // 2):
         a, b = (2 * i, 2 * i + 1) if neighbours else (i, i + d // 2)
         angle = t * theta ** (-2 * i / d)
+        if yarn:
+            low, high = (d * np.log(yarn["original_max_position_embeddings"] / (turns * 2 * np.pi)) / 2 / np.log(theta)
+                         for turns in (yarn["beta_fast"], yarn["beta_slow"]))
+            if yarn.get("truncate", True):
+                low, high = np.floor(low), np.ceil(high)
+            low, high = max(low, 0), min(high, d - 1)
+            ramp = min(max((i - low) / (high - low), 0), 1)
+            angle = ramp * angle / yarn["factor"] + (1 - ramp) * angle
         y[a], y[b] = x[a] * np.cos(angle) - x[b] * np.sin(angle), x[a] * np.sin(angle) + x[b] * np.cos(angle)
     return y
 
@@ -141,6 +166,35 @@ def attend(q, k, v):
     T, H, d = q.shape
     return np.array([np.concatenate([softmax(k[:t + 1, h] @ q[t, h] / np.sqrt(d)) @ v[:t + 1, h] for h in range(H)])
                      for t in range(T)])
+
+
+def sink_attention(c, w, x, window):
+    """GPT-OSS: each head has a logit more, without a value, and some layers see the last `window` positions."""
+    T, H, G, d = len(x), c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    q, k, v = ((x @ w[f"{name}_proj.weight"].T + w[f"{name}_proj.bias"]).reshape(T, -1, d) for name in "qkv")
+    yarn, theta, out = c["rope_scaling"], c["rope_theta"], np.zeros((T, H, d))
+    yarn = yarn if yarn["rope_type"] == "yarn" else None
+    factor = (yarn.get("attention_factor") or 0.1 * np.log(yarn["factor"]) + 1) if yarn else 1
+    for t in range(T):
+        for h in range(H):
+            seen, g = range(max(0, t - window + 1) if window else 0, t + 1), h // (H // G)
+            query = factor * turn(q[t, h], t, theta, False, yarn)
+            z = [query @ (factor * turn(k[s, g], s, theta, False, yarn)) / np.sqrt(d) for s in seen]
+            p = softmax(np.array([*z, w["sinks"][h]]))
+            out[t, h] = sum(p[i] * v[s, g] for i, s in enumerate(seen))
+    return out.reshape(T, H * d) @ w["o_proj.weight"].T + w["o_proj.bias"]
+
+
+def clamped_experts(c, w, x):
+    """GPT-OSS, one token: gate and up in turns, both clamped at 7, the logits with a bias."""
+    z, y = w["router.weight"] @ x + w["router.bias"], 0
+    best = np.argsort(-z)[:c["num_experts_per_tok"]]
+    for e, g in zip(best, softmax(z[best])):
+        both = x @ w["experts.gate_up_proj"][e] + w["experts.gate_up_proj_bias"][e]
+        gate, up = np.minimum(both[0::2], 7), np.clip(both[1::2], -7, 7)
+        hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+        y = y + g * (hidden @ w["experts.down_proj"][e] + w["experts.down_proj_bias"][e])
+    return y
 
 
 def grouped_attention(c, w, x):
@@ -211,6 +265,8 @@ def mlp(w, prefix, x, names=("gate_proj", "up_proj", "down_proj")):
 
 def feed_forward(c, w, x):
     """One token x (D,)."""
+    if c["model_type"] == "gpt_oss":
+        return clamped_experts(c, w, x)
     if "gate.weight" not in w:
         return mlp(w, "", x)
     names = [("w1", "w3", "w2")] if c["model_type"] == "mixtral" else []
@@ -228,6 +284,9 @@ def block(c, weights, i, x):
 
     attention = latent_attention if c["model_type"] == "deepseek_v3" else grouped_attention
     w, eps = part("block_sparse_moe" if c["model_type"] == "mixtral" else "mlp"), c["rms_norm_eps"]
+    if c["model_type"] == "gpt_oss":
+        def attention(c, w, x):
+            return sink_attention(c, w, x, c["sliding_window"] if c["layer_types"][i] == "sliding_attention" else 0)
     x = x + attention(c, part("self_attn"), norm(x, part("input_layernorm")["weight"], eps))
     return x + np.array([feed_forward(c, w, row) for row in norm(x, part("post_attention_layernorm")["weight"], eps)])
 

@@ -6,6 +6,7 @@ from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers.attention import CausalSelfAttention
 from tinymoe.layers.latent_attention import LatentAttention
+from tinymoe.layers.windowed_attention import WindowedAttention, stretched
 
 B, T, D = 2, 5, 8
 
@@ -87,6 +88,39 @@ def test_grouped_attention_against_a_loop(H, G, d, rotary, qk_norm):
     assert gradcheck(lambda x, *_: layer(x), Tensor(x), *layer.parameters().values())
 
 
+@pytest.mark.parametrize("window, sinks, yarn", [(2, False, None), (0, True, None), (1, True, None), (9, False, None),
+                                                 (3, True, dict(factor=2.0, original_length=8, beta_fast=1.0))])
+def test_windowed_attention_against_a_loop(window, sinks, yarn):
+    """A query at t sees the positions s > t - window; a sink adds exp(s) to the sum of the weights."""
+    layer = decided(WindowedAttention(D, 4, np.random.default_rng(0), dtype=np.float64, n_kv_heads=2, biases="qkv",
+                                      rotary=yarn is not None, window=window, sinks=sinks, yarn=yarn))
+    x, d, out = states(B, T, D), 2, np.zeros((B, T, D))
+    q, k, v = (x @ w.weight.data + w.bias.data for w in (layer.query, layer.key, layer.value))
+    angles, factor = stretched(d, 10_000.0, **yarn) if yarn else (np.zeros(1), 1)
+    for b, h, t in np.ndindex(B, 4, T):
+        g, seen = h // 2, range(max(0, t - window + 1) if window else 0, t + 1)
+        query, keys = q[b, t, h * d:][:d], {s: k[b, s, g * d:][:d] for s in seen}
+        z = {s: (complex(*query) * np.exp(1j * angles[0] * (t - s)) * complex(*keys[s]).conjugate()).real for s in seen}
+        weights = {s: np.exp(factor**2 * z[s] / np.sqrt(d)) for s in seen}
+        total = sum(weights.values()) + (np.exp(layer.sinks.data[h]) if sinks else 0)
+        out[b, t, h * d:][:d] = sum(weights[s] / total * v[b, s, g * d:][:d] for s in seen)
+    np.testing.assert_allclose(layer(Tensor(x)).data, out @ layer.out.weight.data, atol=1e-12)
+    assert gradcheck(lambda x, *_: layer(x), Tensor(x), *layer.parameters().values())
+
+
+def test_stretched_positions_by_hand():
+    """d = 8 and base e^2 give the frequencies e^-0.5i. With L = 2 pi e the turns over L are e^(1 - 0.5i): e for pair 0,
+    1 for pair 2 and 1/e for pair 4. So pair 0 keeps its frequency, and with beta_slow 1/e, pair i has i/4 of the
+    frequency that is 3 times slower. 0.1 ln 3 + 1 scales queries and keys."""
+    base, L = np.exp(2), 2 * np.pi * np.e
+    options = dict(factor=3.0, original_length=L, beta_fast=np.e, beta_slow=1 / np.e)
+    angles, factor = stretched(8, base, **options, truncate=False)
+    np.testing.assert_allclose(angles, [np.exp(-0.5 * i) * (i / 4 / 3 + 1 - i / 4) for i in range(4)])
+    assert factor == pytest.approx(1 + 0.1 * np.log(3)) and stretched(8, base, **options, attention_factor=2.0)[1] == 2
+    rounded, _ = stretched(8, base, **options | dict(beta_fast=np.exp(0.6), beta_slow=np.exp(-0.4)))  # i 0.8 to 2.8
+    np.testing.assert_allclose(rounded, [np.exp(-0.5 * i) * (i / 3 / 3 + 1 - i / 3) for i in range(4)])
+
+
 @pytest.mark.parametrize("q_rank", [0, 3])
 def test_latent_attention_against_a_loop(q_rank):
     H, d, r, dv, c = 2, 3, 4, 5, 6
@@ -121,6 +155,18 @@ def test_biases_of_attention(biases, those):
         ModelConfig(**SMALL | dict(attention="latent", attention_bias=biases))
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(windows=[2]), r"windows \(2,\) must be a list with one number for each of the 2 layers"),
+    (dict(windows=[2, -1]), "windows"), (dict(yarn=dict(factor=2.0, original_length=4)), "without rotary positions"),
+    (dict(attention="latent", sinks=True), "sinks True must be left out with latent"),
+    (dict(positions="rotary", yarn=dict(factor=2.0)), "must be an object with factor and original_length"),
+    (dict(positions="rotary", yarn=dict(factor=0, original_length=4)), "yarn"),
+    (dict(positions="rotary", yarn=dict(factor=2, original_length=4, other=1)), "yarn")])
+def test_windows_and_stretched_positions_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**SMALL | options)
+
+
 @pytest.mark.parametrize("n_heads, options, message", [(3, {}, "n_heads 3"), (4, dict(n_kv_heads=3), "n_kv_heads 3")])
 def test_heads_must_fit(n_heads, options, message):
     with pytest.raises(ValueError, match=message):
@@ -140,6 +186,9 @@ OPTIONS = {
     "wide heads": dict(head_dim=3), "latent": dict(attention="latent", kv_rank=3, rope_dim=2, q_rank=2, v_dim=3),
     "angles and epsilons": dict(attention="latent", q_rank=2, kv_rank=3, rope_dim=4, rope_theta=9., norm_eps=.1,
                                 latent_eps=.2),
+    "windows, sinks, stretched": dict(windows=[2, 0], sinks=True, positions="rotary",
+                                      yarn=dict(factor=2., original_length=4)),
+    "clamped": dict(activation="clamped_swiglu", n_shared=1),
     "two tokens ahead": dict(mtp_coef=.3),
     "all": dict(norm="rms", positions="rotary", bias=False, n_kv_heads=1, qk_norm=True, tied=True, post_norm=True,
                 mtp_coef=.3, n_shared=1, d_shared=3, shared_gate=True)}

@@ -51,6 +51,19 @@ def test_gated_activations(name, inner):
     check(lambda x: F.activation(x, name), lambda x: naive.each(naive.activation, x[..., :4], inner) * x[..., 4:], x)
 
 
+def test_the_clamped_swiglu():
+    """a s(1.702 a) (1 + b): 1 s(1.702) 3 for (1, 2); beyond 7 as at 7 for a, and as at -7 or 7 for b."""
+    def oracle(x):
+        a, b = np.minimum(x[..., :4], 7), np.clip(x[..., 4:], -7, 7)
+        return a / (1 + np.exp(-1.702 * a)) * (1 + b)
+
+    assert F.activation(Tensor([1.0, 2.0]), "clamped_swiglu").item() == pytest.approx(3 / (1 + np.exp(-1.702)))
+    for far, near in (([9.0, 2.0], [7.0, 2.0]), ([-9.0, 99.0], [-9.0, 7.0]), ([1.0, -99.0], [1.0, -7.0])):
+        assert F.activation(Tensor(far), "clamped_swiglu").item() == F.activation(Tensor(near), "clamped_swiglu").item()
+    check(lambda x: F.activation(x, "clamped_swiglu"), oracle, np.asarray(6 * normal(3, 2, 8)))
+    assert F.activation(Tensor(np.ones((2, 4), np.float32)), "clamped_swiglu").dtype == np.float32
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 2), (0, 3)])
 def test_activations(name, shape):

@@ -40,6 +40,14 @@ CASES = [
             dict(num_key_value_heads=1, num_experts_per_tok=1, tie_word_embeddings=True, rms_norm_eps=0.01),
             dict(head_dim=4, rope_parameters={"rope_type": "default", "rope_theta": 77.0}, rope_theta=77.0),
         ],
+        "gpt_oss": [
+            {},
+            dict(sliding_window=1, num_experts_per_tok=1, num_key_value_heads=1, tie_word_embeddings=True),
+            dict(layer_types=["full_attention"] * 3, num_experts_per_tok=4,
+                 rope_scaling={"rope_type": "default"}, rms_norm_eps=0.01),
+            dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5, "beta_slow": 0.02,
+                               "attention_factor": 0.8, "original_max_position_embeddings": 8}),
+        ],
         "deepseek_v3": [
             {},
             dict(q_lora_rank=None, norm_topk_prob=False, rope_theta=77.0),
@@ -56,6 +64,7 @@ EXPECTED = {  # logits[:, -1, :4] of published.tensors(config) at IDS, by transf
     "olmoe": [[-0.216276, -0.871258, 0.390392, 1.451659], [-0.478358, -0.479563, 0.300667, 0.174819]],
     "qwen2_moe": [[-0.463739, 0.676507, -1.779352, -0.984865], [1.317792, 0.569951, -2.503868, 1.119230]],
     "qwen3_moe": [[0.108560, -0.874207, 1.484422, -1.010987], [0.169598, -0.641300, 1.078199, 0.882139]],
+    "gpt_oss": [[-1.626823, 2.229304, -0.491924, 1.837184], [-0.868555, 1.478827, -2.794535, 1.718482]],
     "deepseek_v3": [[-2.234393, 0.191332, -0.717464, -1.475339], [-1.564351, -0.051145, -1.487943, 2.180880]]}
 
 
@@ -93,13 +102,14 @@ def test_the_logits_are_those_of_another_implementation(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind, layer", [("mixtral", 0), ("olmoe", 1), ("deepseek_v3", 0), ("deepseek_v3", 2),
-                                         ("qwen2_moe", 0), ("qwen2_moe", 1), ("qwen3_moe", 1)])
+                                         ("qwen2_moe", 0), ("qwen2_moe", 1), ("qwen3_moe", 1), ("gpt_oss", 1),
+                                         ("gpt_oss", 2)])
 def test_a_block_alone(tmp_path, kind, layer):
     """Its tensors are enough, under the model's names or under its own; so is the whole model."""
     config = published.CONFIGS[kind]
     tensors, prefix = published.tensors(config, dtype=np.float64), f"model.layers.{layer}."
     part = {name: a for name, a in tensors.items() if name.startswith(prefix)}
-    x = np.random.default_rng(1).standard_normal((1, 12, 16))
+    x = np.random.default_rng(1).standard_normal((1, 12, config["hidden_size"]))
     expected = published.block(config, tensors, layer, x[0])
     for held in (tensors, part, {name.removeprefix(prefix): a for name, a in part.items()}):
         block = interop.load_block(write(tmp_path / "block", config, held), layer, np.float64)
@@ -150,6 +160,30 @@ def test_a_qwen3_file_may_call_its_experts_local(tmp_path):
     config, tensors, model = model_of(tmp_path, "qwen3_moe", {})
     renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in config.items()}
     np.testing.assert_array_equal(logits(interop.load(write(tmp_path / "new", renamed, tensors))), logits(model))
+
+
+def test_numbers_of_four_bits(tmp_path):
+    """Blocks of 16 bytes hold 32 numbers, the lower half of a byte first; a scale s multiplies them by 2^(s - 127)."""
+    config = published.CONFIGS["gpt_oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
+    tensors, packed, rng = published.tensors(config), {}, np.random.default_rng(0)
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, inner, outer = tensors[name].shape
+        blocks = rng.integers(0, 256, (E, outer, inner // 32, 16), dtype=np.uint8)
+        scales = rng.integers(122, 126, (E, outer, inner // 32), dtype=np.uint8)
+        exact = np.zeros((E, inner, outer), np.float32)
+        for e, o, b, i in np.ndindex(blocks.shape):
+            for half, number in enumerate((blocks[e, o, b, i] % 16, blocks[e, o, b, i] // 16)):
+                exact[e, 32 * b + 2 * i + half, o] = values[number] * 2.0 ** (int(scales[e, o, b]) - 127)
+        tensors[name] = exact
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    plain = logits(interop.load(write(tmp_path / "plain", config, tensors)))
+    rest = {name: a for name, a in tensors.items() if f"{name}_blocks" not in packed}
+    np.testing.assert_array_equal(logits(interop.load(write(tmp_path / "packed", config, rest | packed))), plain)
+    np.testing.assert_allclose(plain, published.logits(config, tensors, IDS), atol=1e-5)
+    del packed["model.layers.1.mlp.experts.down_proj_scales"]
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.down_proj_scales \(4, 32, 2\) is missing"):
+        interop.load(write(tmp_path / "packed", config, rest | packed))
 
 
 def test_it_is_a_model_like_any_other(tmp_path):
@@ -205,6 +239,18 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
         ("qwen3_moe", dict(decoder_sparse_step=0), "decoder_sparse_step 0 must be a whole number"),
         ("qwen3_moe", dict(mlp_only_layers=3), "mlp_only_layers 3 must be a list"),
         ("qwen3_moe", dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn"),
+        ("gpt_oss", dict(swiglu_limit=6.0), "swiglu_limit 6.0"),
+        ("gpt_oss", dict(rope_scaling=None), "rotary positions with .* for gpt_oss a rope_type of default or yarn"),
+        ("gpt_oss", dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "linear"),
+        ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}), "mscale"),
+        ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn .* original_length"),
+        ("gpt_oss", dict(quantization_config={"quant_method": "gptq"}), "only quant_method mxfp4"),
+        ("gpt_oss", dict(layer_types=["full_attention"]), "layer_types must name each of the 3 layers, not 1"),
+        ("gpt_oss", dict(layer_types=["chunked_attention"] * 3), "layer_types chunked_attention"),
+        ("gpt_oss", dict(sliding_window=-1), "sliding_window -1"),
+        ("mixtral", dict(attention_bias=True), "attention_bias True"),
+        ("mixtral", dict(scoring_func="sigmoid"), "scoring_func 'sigmoid'.* changes nothing for this mixtral"),
+        ("olmoe", dict(swiglu_limit=7.0), "swiglu_limit 7.0"),
         ("deepseek_v3", dict(topk_method="greedy"), "topk_method 'greedy'"),
         ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func 'softmax'"),
         ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq 2"),

@@ -30,6 +30,11 @@ PUBLISHED = {  # the keys and values of the models' own config files
         "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
         "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
         "attention_bias": False, "vocab_size": 151936, "tie_word_embeddings": False},
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss", "num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "sliding_window": 128, "attention_bias": True, "vocab_size": 201088,
+        "tie_word_embeddings": False},
     "deepseek-v3": {
         "model_type": "deepseek_v3", "num_hidden_layers": 61, "first_k_dense_replace": 3, "hidden_size": 7168,
         "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
@@ -46,7 +51,7 @@ def whole(preset, **options):
 @pytest.mark.parametrize("preset, total, active", [
     ("mixtral-8x7b", 46_702_792_704, 12.9e9), ("grok-1", 315_684_820_992, None), ("olmoe-1b-7b", 6_919_161_856, 1.3e9),
     ("qwen1.5-moe-a2.7b", 14_315_784_192, 2.7e9), ("qwen3-30b-a3b", 30_532_122_624, 3.3e9),
-    ("deepseek-v3", 671_026_419_200, None)])
+    ("gpt-oss-20b", 20_914_757_184, None), ("deepseek-v3", 671_026_419_200, None)])
 def test_the_published_models(preset, total, active):
     counted = whole(preset)
     assert counted.total == total
@@ -54,6 +59,13 @@ def test_the_published_models(preset, total, active):
         params.architecture(params.PRESETS[preset])
     )
     assert active is None or counted.active == pytest.approx(active, rel=.02)
+
+
+def test_gpt_oss_counts_3_6_billion_active_without_one_of_its_embeddings():
+    parts = {p.name: p for p in params.count(params.PRESETS["gpt-oss-20b"])}
+    assert parts["all"].active - parts["embedding"].active == pytest.approx(3.6e9, rel=.01)
+    full = dataclasses.replace(params.PRESETS["gpt-oss-20b"], windows=())
+    assert params.count(full, context=4096)[-1].flops > params.count(params.PRESETS["gpt-oss-20b"], 4096)[-1].flops
 
 
 def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
@@ -78,6 +90,7 @@ def test_deepseek_counts_37_billion_active_without_one_of_its_embeddings():
         dict(attention_bias="all", bias=False),
         dict(attention_bias="none"),
         dict(positions="rotary"),
+        dict(sinks=True, windows=[3, 0], activation="clamped_swiglu", router="biased_top_k"),
         dict(attention="latent", q_rank=3, v_dim=5),
         dict(attention="latent", bias=False),
     ],
@@ -109,6 +122,8 @@ def test_work_by_hand():
     """
     a = ModelConfig(n_layers=1, d_model=2, vocab_size=5, n_heads=1, d_ff=3, moe_layers=(), seq_len=7)
     assert params.count(a)[-1].flops == 76 and params.count(a, context=7)[-1].flops == 76 + 56
+    two = dataclasses.replace(a, n_layers=2, windows=[3, 0])  # 3 and 7 positions, or 2 and 2 of a context of 2
+    assert [params.count(two, context=n)[-1].flops - params.count(two)[-1].flops for n in (7, 2)] == [80, 32]
     tied = params.count(dataclasses.replace(a, tied=True))[-1]
     assert tied.flops == 76 and tied.total == params.count(a)[-1].total - 10
 
@@ -140,6 +155,7 @@ def test_a_small_model_of_the_same_kind_is_a_setting(preset):
         kv_rank=3,
         rope_dim=2,
         v_dim=big.v_dim and 2,
+        windows=big.windows and (3, 0),
         top_k=2,
         router_options=big.router_options
         | ({"n_groups": 4, "group_limit": 2} if "n_groups" in big.router_options else {}),
@@ -178,7 +194,7 @@ TINY_MIXTRAL = {
         ({"num_experts_per_tok": None}, "top_k None"),
         ({"intermediate_size": 0}, "d_ff 0 must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads 3 must be a divisor of n_heads 4"),
-        ({"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not understood"),
+        ({"model_type": "llama4"}, "model_type 'llama4' is not understood"),
         ({"model_type": "qwen2_moe"}, "lacks shared_expert_intermediate_size"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step 0 must be"),
         ({"moe_layer_freq": None}, "moe_layer_freq None must be"),

@@ -13,6 +13,9 @@ from scipy.special import expit, ndtr
 from .. import kernels
 from .tensor import Axis, Tensor, primitive, record
 
+CLAMPED = "clamped_swiglu"  # the activation without a kernel
+ACTIVATIONS, GATED = (*kernels.ACTIVATIONS, CLAMPED), (*kernels.GATED, CLAMPED)
+
 
 def _rows(x):
     """(..., D) as rows (N, D). NumPy cannot work out N from D = 0."""
@@ -38,8 +41,15 @@ def activation(x: Tensor, name: str) -> Tensor:
     """An activation by name: "gelu", "silu", "relu", or a gated one.
 
     "geglu" and "swiglu" take x (..., 2F) to f(a) * b (..., F), where a and b are the halves of x (Shazeer 2020).
+    "clamped_swiglu" takes x to a * sigmoid(1.702 a) * (1 + b), with a at most 7 and b from -7 to 7 (GPT-OSS, OpenAI
+    2025). It is composed of other operations and has no kernel.
     """
     _check_dtypes(name, x)
+    if name == CLAMPED:
+        half = x.shape[-1] // 2
+        a, b = x[..., :half], x[..., half:]
+        a, b = where(a.data < 7, a, 7.0), where(np.abs(b.data) < 7, b, np.sign(b.data) * 7)
+        return a * sigmoid(a * 1.702) * (b + 1)
     return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
 
 
@@ -201,16 +211,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
 
 
-def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
+def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape. ValueError for others.
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
     depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
+    base: a number, or the angles of a position (d/2,).
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
     T, d = x.shape[1], x.shape[-1]
-    angle = np.arange(T)[:, None] * base ** (-np.arange(0, d, 2) / d)  # (T, d/2)
+    angle = np.arange(T)[:, None] * (base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d))  # (T, d/2)
     cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
 
     def turn(z, sin):

@@ -49,4 +49,8 @@ class CausalSelfAttention(Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary:
             q, k = F.rotary(q, self.rope_theta), F.rotary(k, self.rope_theta)
-        return self.out(F.causal_attention(q, k, v).reshape(*x.shape[:2], self.n_heads * self.head_dim))
+        return self.out(self.attend(q, k, v).reshape(*x.shape[:2], self.n_heads * self.head_dim))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, T, H, d), k and v (B, T, G, d) -> (B, T, H, d)."""
+        return F.causal_attention(q, k, v)

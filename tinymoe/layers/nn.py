@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .. import kernels
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor
 
@@ -103,13 +102,13 @@ class Embedding(Module):
 class FeedForward(Module):
     """The dense feed-forward layer, activation(x @ up) @ down, for x (..., D). The hidden width is d_ff.
 
-    activation: a name in kernels.ACTIVATIONS. A gated one takes two halves, so `up` is then 2 d_ff wide.
+    activation: a name in functional.ACTIVATIONS. A gated one takes two halves, so `up` is then 2 d_ff wide.
     """
 
     def __init__(self, d_model: int, d_ff: int, rng: np.random.Generator, activation: str = "gelu",
                  out_std: float = INIT_STD, dtype: DTypeLike = np.float32, bias: bool = True):
         self.activation = activation
-        self.up = Linear(d_model, 2 * d_ff if activation in kernels.GATED else d_ff, rng, bias, dtype=dtype)
+        self.up = Linear(d_model, 2 * d_ff if activation in F.GATED else d_ff, rng, bias, dtype=dtype)
         self.down = Linear(d_ff, d_model, rng, bias, std=out_std, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels import ACTIVATIONS
+from ..autograd.functional import ACTIVATIONS
 from ..layers.nn import LayerNorm, RMSNorm
 from ..moe import routers
 from ..moe.experts import BACKENDS
@@ -15,11 +15,16 @@ from .former import current
 
 BIASES = ("none", "qkv", "all")
 QK_NORM = Check(lambda value: FLAG.fits(value) or value == "head", 'true, false or "head"')
+YARN_OPTIONS = {**dict.fromkeys(("factor", "original_length", "beta_fast", "beta_slow"), POSITIVE),
+                "attention_factor": POSITIVE.or_none(), "truncate": FLAG}
 NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
               "a list of names")
 LAYERS = Check(lambda value: isinstance(value, (tuple, list)) and all(map(COUNT.fits, value)),
-               "a list of layer numbers")
+               "a list of whole numbers of at least 0")
+YARN = Check(lambda value: isinstance(value, dict) and {"factor", "original_length"} <= value.keys() and all(
+    name in YARN_OPTIONS and YARN_OPTIONS[name].fits(one) for name, one in value.items()),
+    "an object with factor and original_length, and perhaps beta_fast, beta_slow, truncate and attention_factor")
 ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
 OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
 COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGATIVE.fits, value.values())),
@@ -54,6 +59,10 @@ class ModelConfig:
                                   QK_NORM)
     attention_bias: str | None = setting(None, "biases of attention: none, qkv, or all (qkv and output); by default "
                                          "all where bias is true", one_of(*BIASES).or_none())
+    windows: tuple = setting((), "positions that attention sees: a number for each layer, 0 or [] for all", LAYERS)
+    sinks: bool = setting(False, "a learned logit of each head that only takes weight away (GPT-OSS)", FLAG)
+    yarn: dict | None = setting(None, "stretched rotary positions: {\"factor\": 32, \"original_length\": 4096, ...}",
+                                YARN.or_none())
     q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
     kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
     rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
@@ -90,6 +99,7 @@ class ModelConfig:
     def __post_init__(self):
         check_fields(self)
         for name, value in (("moe_layers", tuple(sorted(set(map(int, self.moe_layers))))),
+                            ("windows", tuple(map(int, self.windows))),
                             ("freeze", tuple(self.freeze)), ("losses", self.losses or {}),
                             ("router_options", self.router_options or {}),
                             ("router", self.router if isinstance(self.router, str) else tuple(self.router))):
@@ -113,7 +123,10 @@ class ModelConfig:
                      f"a divisor of n_heads {self.n_heads}, or None")
         self._refuse("positions", self.positions == "rotary" and not latent and head % 2,
                      f"learned where a head has an odd number of entries ({head})")
-        for name in ("n_kv_heads", "qk_norm", "attention_bias"):
+        self._refuse("windows", self.windows and len(self.windows) != self.n_layers,
+                     f"a list with one number for each of the {self.n_layers} layers")
+        self._refuse("yarn", self.yarn and self.positions != "rotary", "left out without rotary positions")
+        for name in ("n_kv_heads", "qk_norm", "attention_bias", "windows", "sinks", "yarn"):
             self._refuse(name, getattr(self, name) and latent, "left out with latent attention")
 
     def _check_mixture(self):
@@ -156,6 +169,10 @@ class ModelConfig:
     def attention_biases(self) -> str:
         """The linear layers of attention that have a bias: none, qkv or all."""
         return self.attention_bias or ("all" if self.bias and self.attention != "latent" else "none")
+
+    def window_of(self, layer: int) -> int:
+        """How many positions the attention of a layer sees; 0 for all."""
+        return self.windows[layer] if self.windows else 0
 
     @property
     def learned_positions(self) -> bool:

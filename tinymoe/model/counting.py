@@ -9,7 +9,7 @@ attention over `context` positions.
 import math
 from dataclasses import dataclass
 
-from ..kernels import GATED
+from ..autograd.functional import GATED
 from ..moe.routers import find
 from ..moe.settings import COUNT, DEPTH, WHOLE
 from .config import LAYERS, ModelConfig
@@ -43,6 +43,7 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
     if c.losses.get("global_batch"):
         sizes += [(c.n_columns, False)] * n_moe  # the running mean of the load
     routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
+    seen = sum(min(context, c.window_of(i) or context) for i in range(c.n_layers))  # positions, over all layers
     second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 
     def part(name, weights, others, copies=1, used=None, more_flops=0):
@@ -52,7 +53,7 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
 
     parts = [
         part("embedding", 0, (c.vocab_size + (c.seq_len if c.learned_positions else 0)) * D),
-        part("attention", *attention, c.n_layers, more_flops=context * c.n_layers * _score_flops(c)),
+        part("attention", *attention, c.n_layers, more_flops=seen * _score_flops(c)),
         part("dense layers", *dense, c.n_layers - n_moe),
         part("experts", *expert, n_moe * c.n_experts,
              n_moe * (c.top_k if experts_per_token is None else experts_per_token)),
@@ -73,7 +74,7 @@ def _attention(c):
         return queries + D * (c.kv_rank + c.rope_dim) + c.kv_rank * H * (d + v) + H * v * D, c.q_rank + c.kv_rank
     biases = {"none": 0, "qkv": d * (H + 2 * G), "all": d * (H + 2 * G) + D}[c.attention_biases]
     norms = d * (2 if c.qk_norm == "head" else H + G) if c.qk_norm else 0
-    return D * d * (2 * H + 2 * G), biases + norms
+    return D * d * (2 * H + 2 * G), biases + norms + H * c.sinks
 
 
 def _router_width(c):
@@ -126,6 +127,11 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         n_layers=48, moe_layers=tuple(range(48)), d_model=2048, d_ff=6144, d_expert=768, n_heads=32, n_kv_heads=4,
         head_dim=128, qk_norm="head", vocab_size=151936, seq_len=40960, n_experts=128, top_k=8, activation="swiglu",
         aux_coef=0.001, **MODERN),
+    "gpt-oss-20b": ModelConfig(  # OpenAI 2025
+        n_layers=24, moe_layers=tuple(range(24)), d_model=2880, d_ff=2880, n_heads=64, n_kv_heads=8, head_dim=64,
+        vocab_size=201088, seq_len=131072, n_experts=32, top_k=4, router="biased_top_k", activation="clamped_swiglu",
+        windows=(128, 0) * 12, sinks=True, yarn={"factor": 32.0, "original_length": 4096, "truncate": False},
+        rope_theta=150_000.0, norm="rms", positions="rotary"),
     "deepseek-v3": ModelConfig(  # DeepSeek-AI 2024, without its second head
         n_layers=61, moe_layers=tuple(range(3, 61)), d_model=7168, d_ff=18432, d_expert=2048, n_heads=128, head_dim=128,
         attention="latent", q_rank=1536, kv_rank=512, rope_dim=64, v_dim=128, vocab_size=129280, seq_len=4096,
@@ -133,7 +139,7 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         router_options={"gate_scale": 2.5, "n_groups": 8, "group_limit": 4}, aux_coef=0.0, losses={"sequence": 0.0001},
         activation="swiglu", **MODERN),
 }
-KINDS = "mixtral olmoe qwen2_moe qwen3_moe grok-1 deepseek_v2 deepseek_v3 llama mistral".split()  # known model types
+KINDS = "mixtral olmoe qwen2_moe qwen3_moe gpt_oss grok-1 deepseek_v2 deepseek_v3 llama mistral".split()  # known
 KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 SHARED = ("shared_expert_intermediate_size",)  # and this one for qwen2_moe
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
@@ -148,27 +154,39 @@ def architecture(config: ModelConfig | dict) -> ModelConfig:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
     if kind not in KINDS:
         raise ValueError(f"model_type {kind!r} is not understood: it must be one of {', '.join(KINDS)}")
-    if biased := [key for key in UNCOUNTED if get(key) and kind != "qwen3_moe"]:
+    if biased := [key for key in UNCOUNTED if get(key) and kind not in ("qwen3_moe", "gpt_oss")]:
         raise ValueError(f"{biased[0]} {get(biased[0])!r}: a model with such biases is not counted right here")
     n_experts = get("n_routed_experts") or get("num_local_experts") or get("num_experts") or 0
+    moe_layers = _moe_layers(config, n_experts)
     sizes = {"n_kv_heads": get("num_key_value_heads"), "head_dim": get("head_dim")}
     if get("kv_lora_rank"):
         sizes = {"attention": "latent", "q_rank": get("q_lora_rank") or 0, "kv_rank": get("kv_lora_rank"),
                  "head_dim": get("qk_nope_head_dim"), "rope_dim": get("qk_rope_head_dim"), "v_dim": get("v_head_dim")}
     if n_experts:
         sizes |= {"n_experts": n_experts, "top_k": get("num_experts_per_tok"), "n_shared": get("n_shared_experts") or 0,
-                  "d_expert": get("moe_intermediate_size") or get("intermediate_size"),
-                  "router": "sigmoid_bias" if kind == "deepseek_v3" else "top_k"}
+                  "d_expert": get("moe_intermediate_size") or get("intermediate_size")}
+    return ModelConfig(**{
+        "n_layers": config["num_hidden_layers"], "moe_layers": moe_layers, "d_model": config["hidden_size"],
+        "vocab_size": config["vocab_size"], "n_heads": config["num_attention_heads"], "d_ff": get("intermediate_size"),
+        "activation": "swiglu", "tied": bool(get("tie_word_embeddings"))} | MODERN | sizes | _particulars(config, kind))
+
+
+def _particulars(config, kind):
+    """The fields of ModelConfig in which a family differs from the others."""
+    get = config.get
     if kind == "qwen2_moe":
-        sizes |= {"attention_bias": "qkv" if get("qkv_bias", True) else "none", "n_shared": 1, "shared_gate": True,
-                  "d_shared": config["shared_expert_intermediate_size"]}
-    elif kind == "qwen3_moe":
-        sizes |= {"attention_bias": "all" if get("attention_bias") else "none"}
-    return ModelConfig(
-        n_layers=config["num_hidden_layers"], moe_layers=_moe_layers(config, n_experts), d_model=config["hidden_size"],
-        vocab_size=config["vocab_size"], n_heads=config["num_attention_heads"], d_ff=get("intermediate_size"),
-        activation="swiglu", tied=bool(get("tie_word_embeddings")), post_norm=kind == "grok-1",
-        qk_norm={"olmoe": True, "qwen3_moe": "head"}.get(kind, False), **MODERN, **sizes)
+        return {"attention_bias": "qkv" if get("qkv_bias", True) else "none", "n_shared": 1, "shared_gate": True,
+                "d_shared": config["shared_expert_intermediate_size"]}
+    if kind == "qwen3_moe":
+        return {"attention_bias": "all" if get("attention_bias") else "none", "qk_norm": "head"}
+    if kind == "gpt_oss":
+        types = get("layer_types") or ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2 + 1)
+        window = get("sliding_window") or 0
+        return {"attention_bias": "all" if get("attention_bias", True) else "none", "bias": True, "sinks": True,
+                "windows": [window * (name == "sliding_attention") for name in types[:config["num_hidden_layers"]]],
+                "router": "biased_top_k", "activation": "clamped_swiglu"}
+    return {"olmoe": {"qk_norm": True}, "grok-1": {"post_norm": True},
+            "deepseek_v3": {"router": "sigmoid_bias"}}.get(kind, {})
 
 
 def _moe_layers(config, n_experts):

@@ -29,15 +29,22 @@ SIZES = {  # whole numbers that a config.json needs besides KEYS
         moe_intermediate_size shared_expert_intermediate_size""",
     "qwen3_moe": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_experts
         moe_intermediate_size""",
+    "gpt_oss": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts
+        head_dim""",
     "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
         moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace"""}
-OTHERS = {"mixtral": "", **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), "norm_topk_prob"),  # it needs these too
+OTHERS = {"mixtral": "", "gpt_oss": "sliding_window",  # other keys that it needs
+          **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), "norm_topk_prob"),
           "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
+YARN = {"original_length": "original_max_position_embeddings"} | {
+    name: name for name in ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor")}
 QWEN = "decoder_sparse_step mlp_only_layers use_sliding_window max_window_layers layer_types"
-OPTIONAL = {"qwen2_moe": f"{QWEN} qkv_bias", "qwen3_moe": f"{QWEN} attention_bias num_local_experts"}
+OPTIONAL = {"qwen2_moe": f"{QWEN} qkv_bias", "qwen3_moe": f"{QWEN} attention_bias num_local_experts",
+            "gpt_oss": "layer_types attention_bias initial_context_length experts_per_token quantization_config"}
 DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "qwen2_moe": (1e-6, 1e4), "qwen3_moe": (1e-6, 1e4),
-            "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
-ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+            "gpt_oss": (1e-5, 1.5e5), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
+ONLY = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+        "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}}  # key -> the only value that can be computed
 READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
     rope_interleave sliding_window num_nextn_predict_layers""".split()
 IGNORED = """model_type architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id
@@ -45,6 +52,7 @@ IGNORED = """model_type architectures auto_map dtype torch_dtype transformers_ve
     router_jitter_noise aux_loss_alpha seq_aux pretraining_tp ep_size qk_head_dim _name_or_path return_dict id2label
     label2id chunk_size_feed_forward""".split()
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # the numbers of four bits
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LATENT = {"query_down": "q_a_proj", "query_norm": "q_a_layernorm", "query": "q_b_proj", "latent": "kv_a_proj_with_mqa",
           "latent_norm": "kv_a_layernorm", "key_value": "kv_b_proj", "out": "o_proj"}
@@ -55,9 +63,10 @@ GROUPED = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": 
 def model_config(config: dict) -> ModelConfig:
     """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
 
-    model_type: mixtral, olmoe, qwen2_moe, qwen3_moe or deepseek_v3.
-    Raises ValueError for another model_type, a missing or unknown key, and unsupported settings: stretched rotary
-    positions (YaRN), a sliding window below the longest sequence, other biases, clipping, quantised weights.
+    model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, gpt_oss or deepseek_v3.
+    Raises ValueError for another model_type, a missing or unknown key, and unsupported settings: but for gpt_oss,
+    stretched rotary positions (YaRN), a sliding window below the longest sequence and quantised weights; other biases
+    and clipping.
     """
     kind = config.get("model_type")
     if kind not in SIZES:
@@ -66,14 +75,15 @@ def model_config(config: dict) -> ModelConfig:
         config = {"num_experts": config["num_local_experts"]} | config
     _refuse(config, kind)
     eps, theta = DEFAULTS[kind]
-    options = {"renormalise": kind == "mixtral" or bool(config["norm_topk_prob"])}
+    options = {"renormalise": kind in ("mixtral", "gpt_oss") or bool(config["norm_topk_prob"])}
     if kind == "deepseek_v3":
         options["gate_scale"] = float(config["routed_scaling_factor"])
         if (config["n_group"] or 1) > 1:
             options |= {"n_groups": config["n_group"], "group_limit": config["topk_group"]}
+    theta, yarn = _rope(config, kind, theta)
     return dataclasses.replace(
         architecture(config), seq_len=config["max_position_embeddings"], norm_eps=config.get("rms_norm_eps", eps),
-        rope_theta=_rope_theta(config, theta), latent_eps=eps if kind == "deepseek_v3" else None,
+        rope_theta=theta, yarn=yarn, latent_eps=eps if kind == "deepseek_v3" else None,
         router_options=options, aux_coef=0.0)
 
 
@@ -85,13 +95,17 @@ def _refuse(config, kind):
     for key in sizes:
         {"num_attention_heads": WHOLE, "num_hidden_layers": DEPTH}.get(key, COUNT).require(key, config[key])
     COUNT.or_none().require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
-    for key, value in ONLY.items():
+    only = {"hidden_act": "silu"} | ONLY.get(kind, {})
+    for key, value in only.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
-    known = {*sizes, *others, *ONLY, *READ, *IGNORED, *OPTIONAL.get(kind, "").split()}
+    known = {*sizes, *others, *only, *READ, *IGNORED, *OPTIONAL.get(kind, "").split()}
     if other := [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]:
         raise ValueError(f"not supported: {printable(', '.join(other))}; remove it from the config if it changes "
                          f"nothing for this {kind}")
+    quantised = config.get("quantization_config") or {"quant_method": "mxfp4"}
+    if not isinstance(quantised, dict) or quantised.get("quant_method") != "mxfp4":
+        raise ValueError(f"quantization_config {printable(str(quantised))[:80]}: only quant_method mxfp4 can be read")
     _refuse_windows(config, kind)
     heads = config["num_attention_heads"]
     if kind == "deepseek_v3" and config.get("num_key_value_heads", heads) not in (heads, None):
@@ -104,22 +118,34 @@ def _refuse_windows(config, kind):
     window, longest = config.get("sliding_window"), config["max_position_embeddings"]
     if kind.startswith("qwen") and not config.get("use_sliding_window"):
         window = None
-    if window and window < longest:
+    if kind == "gpt_oss":
+        COUNT.or_none().require("sliding_window", window)
+    elif window and window < longest:
         raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, so "
                          "that no sequence is longer than the window")
-    types = {"full_attention", "sliding_attention"} if window else {"full_attention"}
-    if other := set(config.get("layer_types") or ()) - types:
-        raise ValueError(f"layer_types {printable(', '.join(map(str, other)))}: only full_attention is supported")
+    types, layers = {"full_attention", *(["sliding_attention"] if window else [])}, config.get("layer_types") or ()
+    if other := set(layers) - types:
+        raise ValueError(f"layer_types {printable(', '.join(map(str, other)))}: only {' and '.join(sorted(types))} "
+                         "can be computed here")
+    if kind == "gpt_oss" and layers and len(layers) < config["num_hidden_layers"]:
+        raise ValueError(f"layer_types must name each of the {config['num_hidden_layers']} layers, not {len(layers)}")
 
 
-def _rope_theta(config, default):
-    """The base of the rotary angles, from any of the keys that hold it. ValueError for stretched positions."""
+def _rope(config, kind, default):
+    """(base of the rotary angles, ModelConfig.yarn), from any of the keys that hold them.
+
+    GPT-OSS must say which positions it has. Raises ValueError for other stretched positions than its YaRN.
+    """
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
-    usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    if any(usual.get(key) != value for key, value in rope.items()):
-        raise ValueError(f"rotary positions with {rope} are not supported: only plain ones are, without rope_scaling")
-    return theta
+    rest = {name: value for name, value in rope.items() if name not in ("rope_type", "type")}
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"] * (kind != "gpt_oss")
+    if kind == "gpt_oss" and "yarn" in kinds and rest.keys() <= set(YARN.values()):
+        return theta, {name: rest[key] for name, key in YARN.items() if rest.get(key) is not None}
+    if set(map(str, kinds)) != {"default"} or any(item != ("partial_rotary_factor", 1) for item in rest.items()):
+        raise ValueError(f"rotary positions with {rope} are not supported: only plain ones are, without rope_scaling, "
+                         "and for gpt_oss a rope_type of default or yarn")
+    return theta, None
 
 
 def _read(path):
@@ -197,21 +223,36 @@ class _Weights:
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit its config.json: {error}") from None
 
-    def take(self, name, shape):
+    def take(self, name, shape, dtypes=DTYPES):
         """The named array, checked against its published shape, in the model's dtype."""
         found = self.tensors.pop(name, None)
         if found is None:
             self.problems.append(f"{name} {shape} is missing")
         elif tuple(found["shape"]) != shape:
             self.problems.append(f"{name} has shape {tuple(found['shape'])}, not {shape}")
-        elif found["dtype"] not in DTYPES:
-            self.problems.append(f"{name} is {found['dtype']}, not one of {', '.join(DTYPES)}")
+        elif found["dtype"] not in dtypes:
+            self.problems.append(f"{name} is {found['dtype']}, not one of {', '.join(dtypes)}")
         else:
-            array = np.frombuffer(found["data"], DTYPES[found["dtype"]]).reshape(shape)
+            array = np.frombuffer(found["data"], dtypes[found["dtype"]]).reshape(shape)
             if found["dtype"] == "BF16":  # the upper half of a float32, a type that NumPy lacks
                 array = (array.astype(np.uint32) << 16).view(np.float32)
             return array.astype(self.dtype)
         return np.zeros(shape, self.dtype)
+
+    def take_packed(self, name, shape):
+        """The named array (E, I, O), plain or in MXFP4: 32 numbers of a row share a scale (OCP 2023, section 5.1).
+
+        In MXFP4, NAME_blocks (E, O, I / 32, 16) has two numbers a byte, the lower half first, and NAME_scales
+        (E, O, I / 32) the exponents, plus 127.
+        """
+        E, I, O = shape  # noqa: E741
+        if name in self.tensors or I % 32:
+            return self.take(name, shape)
+        blocks, scales = (self.take(f"{name}_{part}", (E, O, I // 32, *rest), {"U8": "u1"}).astype(np.uint8)
+                          for part, rest in (("blocks", (16,)), ("scales", ())))
+        numbers = MXFP4[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(E, O, I // 32, 32)
+        exact = np.ldexp(numbers.astype(self.dtype), scales[..., None].astype(int) - 127)
+        return np.ascontiguousarray(exact.reshape(E, O, I).transpose(0, 2, 1))
 
     def fill(self, parameter, name):
         """Set a parameter to the named tensor, transposed."""
@@ -260,9 +301,10 @@ def load_block(path: str | Path, layer: int = 0, dtype=np.float32) -> Block:
     if layer not in range(config.n_layers):
         raise ValueError(f"layer {layer!r} must be from 0 to {config.n_layers - 1}")
     prefix = f"model.layers.{layer}." if any(name.startswith("model.layers.") for name in tensors) else ""
-    alone = dataclasses.replace(config, vocab_size=1, n_layers=1, moe_layers=(0,) if config.router_of(layer) else ())
+    alone = dataclasses.replace(config, vocab_size=1, n_layers=1, moe_layers=(0,) if config.router_of(layer) else (),
+                                windows=())
     weights = _Weights(path, alone, {name: t for name, t in tensors.items() if name.startswith(prefix)}, dtype)
-    block = Block(config, config.router_of(layer), np.random.default_rng(0), dtype)
+    block = Block(config, config.router_of(layer), np.random.default_rng(0), dtype, config.window_of(layer))
     _fill(block, weights, prefix, config, published)
     weights.finish()
     return block
@@ -285,6 +327,9 @@ def _fill(block, weights, prefix, config, published):
     if not block.is_moe:
         layer.up.weight.data, layer.down.weight.data = _gated(weights, mlp, config.d_model, config.d_ff)
         return
+    if kind == "gpt_oss":
+        _fill_gpt_oss(block, weights, prefix)
+        return
     weights.fill(layer.router.weight, f"{mlp}gate.weight")
     if latent:
         weights.fill(layer.router.bias, f"{mlp}gate.e_score_correction_bias")
@@ -297,6 +342,19 @@ def _fill(block, weights, prefix, config, published):
             weights, f"{mlp}{name}.", config.d_model, config.shared_width)
     if layer.shared_gate is not None:
         weights.fill(layer.shared_gate.weight, f"{mlp}shared_expert_gate.weight")
+
+
+def _fill_gpt_oss(block, weights, prefix):
+    """Set sinks, router and experts. GPT-OSS stores all experts in one array, with gate and up in turns."""
+    layer, bank = block.feed_forward, block.feed_forward.experts
+    weights.fill(block.attention.sinks, f"{prefix}self_attn.sinks")
+    for name in ("weight", "bias"):
+        weights.fill(getattr(layer.router, name), f"{prefix}mlp.router.{name}")
+    experts, halves = f"{prefix}mlp.experts.", np.r_[0:bank.w1.shape[2]:2, 1:bank.w1.shape[2]:2]
+    bank.w1.data = weights.take_packed(f"{experts}gate_up_proj", bank.w1.shape)[..., halves]
+    bank.b1.data = weights.take(f"{experts}gate_up_proj_bias", bank.b1.shape)[..., halves]
+    bank.w2.data = weights.take_packed(f"{experts}down_proj", bank.w2.shape)
+    bank.b2.data = weights.take(f"{experts}down_proj_bias", bank.b2.shape)
 
 
 def _gated(weights, prefix, d_model, width, mixtral=False):

@@ -12,6 +12,7 @@ from ..files import CheckpointError, load_arrays, load_arrays_into, save_arrays
 from ..layers.attention import CausalSelfAttention
 from ..layers.latent_attention import LatentAttention
 from ..layers.nn import INIT_STD, Embedding, FeedForward, Linear, Module, freeze
+from ..layers.windowed_attention import WindowedAttention
 from ..moe.experts import ExpertBank
 from ..moe.layer import MoELayer
 from ..moe.losses import LOSSES, LossContext
@@ -50,16 +51,18 @@ class LossTerms:
         raise AttributeError(name)
 
 
-def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float, dtype) -> Module:
-    """The attention layer that a config describes."""
+def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float, dtype, window: int = 0) -> Module:
+    """The attention layer that a config describes, with this window."""
     c = config
     shared = dict(out_std=out_std, dtype=dtype, head_dim=c.head_dim, rope_theta=c.rope_theta)
     if c.attention == "latent":
         return LatentAttention(c.d_model, c.n_heads, rng, **shared, q_rank=c.q_rank, kv_rank=c.kv_rank,
                                rope_dim=c.rope_dim, v_dim=c.v_dim, norm_eps=c.latent_eps or c.norm_eps)
-    return CausalSelfAttention(c.d_model, c.n_heads, rng, **shared, n_kv_heads=c.n_kv_heads,
-                               biases=c.attention_biases, rotary=c.positions == "rotary", qk_norm=c.qk_norm,
-                               norm_eps=c.norm_eps)
+    shared |= dict(n_kv_heads=c.n_kv_heads, biases=c.attention_biases, rotary=c.positions == "rotary",
+                   qk_norm=c.qk_norm, norm_eps=c.norm_eps)
+    if window or c.sinks or c.yarn:
+        return WindowedAttention(c.d_model, c.n_heads, rng, **shared, window=window, sinks=c.sinks, yarn=c.yarn)
+    return CausalSelfAttention(c.d_model, c.n_heads, rng, **shared)
 
 
 def make_norm(config: ModelConfig, dtype) -> Module:
@@ -70,11 +73,11 @@ def make_norm(config: ModelConfig, dtype) -> Module:
 class Block(Module):
     """Attention, then experts behind the named router (None: a dense layer), each normalised before and added."""
 
-    def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype):
+    def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype, window: int = 0):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
         self.is_moe = router is not None
         self.norm1, self.norm2 = make_norm(config, dtype), make_norm(config, dtype)
-        self.attention = make_attention(config, rng, out_std, dtype)
+        self.attention = make_attention(config, rng, out_std, dtype, window)
         self.feed_forward = (MoELayer(config, router, rng, out_std, dtype) if self.is_moe else FeedForward(
             config.d_model, config.d_ff, rng, activation=config.activation, out_std=out_std, dtype=dtype,
             bias=config.bias))
@@ -128,7 +131,8 @@ class Transformer(Module):
         self.token_embedding = Embedding(config.vocab_size, config.d_model, rng, dtype)
         self.position_embedding = (Embedding(config.seq_len, config.d_model, rng, dtype)
                                    if config.learned_positions else None)
-        self.blocks = [Block(config, config.router_of(i), rng, dtype) for i in range(config.n_layers)]
+        self.blocks = [Block(config, config.router_of(i), rng, dtype, config.window_of(i))
+                       for i in range(config.n_layers)]
         self.norm = make_norm(config, dtype)
         self.head = None if config.tied else Linear(config.d_model, config.vocab_size, rng, bias=False, dtype=dtype)
         self.next_but_one = NextButOne(config, rng, dtype) if config.mtp_coef else None

@@ -35,9 +35,20 @@ def naive(bank, x, routing):
     return (routing.to_dense().T[:, :, None] * outputs).sum(axis=0)
 
 
+def grouped(bank, x, routing):
+    """Each expert on its own tokens, one after the other: for an activation without a kernel."""
+    rows = []
+    for e, s in enumerate(map(slice, routing.offsets, routing.offsets[1:])):
+        hidden = F.activation(x[routing.token[s]] @ bank.w1[e] + bank.b1[e], bank.activation)
+        rows.append(routing.gate[s].reshape(-1, 1) * (hidden @ bank.w2[e] + bank.b2[e]))
+    return F.scatter_add(F.concatenate(rows), routing.token, len(x))
+
+
 def sparse(chosen):
     """A backend that runs each expert on its own tokens, by a kernel of `chosen`."""
     def backend(bank, x, routing):
+        if bank.activation == F.CLAMPED:
+            return grouped(bank, x, routing)
         parents = (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2)
         rows, gate, *weights = (t.data for t in parents)
         inputs = (rows, routing.token, routing.offsets, gate, weights, bank.activation)
@@ -53,7 +64,7 @@ BACKENDS = {"loop": loop, "naive": naive, "numpy": sparse(reference), "numba": s
 class ExpertBank(Module):
     """E experts, each a feed-forward network D -> F -> D. bank(x (N, D), routing) -> (N, D).
 
-    activation: gelu, silu, relu, or gated, geglu or swiglu: then w1 and b1 are 2F wide.
+    activation: gelu, silu, relu, or gated, geglu, swiglu or clamped_swiglu: then w1 and b1 are 2F wide.
     backend: a name in BACKENDS. seed: an integer or a NumPy Generator.
     out_std: standard deviation of the initial w2. bias: False for experts without b1 and b2.
     Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
@@ -64,12 +75,12 @@ class ExpertBank(Module):
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int, activation="gelu", backend="numba", seed=0,
                  dtype=np.float32, out_std=INIT_STD, bias=True):
-        for what, name, known in ("expert backend", backend, BACKENDS), ("activation", activation, kernels.ACTIVATIONS):
+        for what, name, known in ("expert backend", backend, BACKENDS), ("activation", activation, F.ACTIVATIONS):
             if name not in known:
                 raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
         rng = np.random.default_rng(seed)
         self.n_experts, self.activation, self.backend = n_experts, activation, backend
-        up = 2 * d_ff if activation in kernels.GATED else d_ff
+        up = 2 * d_ff if activation in F.GATED else d_ff
         self.w1, self.b1 = normal(rng, (n_experts, d_model, up), INIT_STD, dtype), zeros((n_experts, up), dtype)
         self.w2, self.b2 = normal(rng, (n_experts, d_ff, d_model), out_std, dtype), zeros((n_experts, d_model), dtype)
         self.bias = self.b1.requires_grad = self.b2.requires_grad = bias

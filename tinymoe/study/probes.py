@@ -279,6 +279,8 @@ def _tokens(config, has_bytes, ids, text, trained_on):
 
 def read_ids(path, vocab_size):
     """(n,) token ids of a file: a .npy array, or numbers as text. Raises ValueError unless they are from 0 to V - 1."""
+    if not Path(path).is_file():
+        raise ValueError(f"--ids {path} is not a file: check the path")
     try:
         ids = np.load(path, allow_pickle=False) if str(path).endswith(".npy") else np.array(
             Path(path).read_text(encoding="utf-8").replace(",", " ").split(), dtype=np.int64)

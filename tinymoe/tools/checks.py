@@ -19,6 +19,7 @@ from ..autograd.tensor import Tensor
 from ..layers.attention import CausalSelfAttention
 from ..layers.latent_attention import LatentAttention
 from ..layers.nn import Embedding, FeedForward, LayerNorm, Linear, RMSNorm
+from ..layers.windowed_attention import WindowedAttention
 from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe import routers
@@ -115,7 +116,7 @@ OPERATIONS = {  # name -> (function, its inputs)
     "causal_attention, two groups of two heads": (
         F.causal_attention, _normal(2, 5, 4, 3), _normal(2, 5, 2, 3, seed=1), _normal(2, 5, 2, 2, seed=2)),
     **{f.__name__: (f, A) for f in (F.gelu, F.silu, F.relu, F.sigmoid, F.softplus, F.normal_cdf)},
-    **{f"activation, {name}": (lambda a, name=name: F.activation(a, name), A) for name in kernels.ACTIVATIONS},
+    **{f"activation, {name}": (lambda a, name=name: F.activation(a, name), A) for name in F.ACTIVATIONS},
 }
 
 
@@ -126,6 +127,7 @@ LAYERS = {  # name -> (function that makes one, its inputs)
     "Embedding": (lambda: Embedding(3, 4, _rng(), dtype=float), IDS),
     "FeedForward": (lambda: FeedForward(4, 7, _rng(), dtype=float), B),
     "CausalSelfAttention": (lambda: CausalSelfAttention(4, 2, _rng(), dtype=float), B),
+    "WindowedAttention": (lambda: WindowedAttention(4, 2, _rng(), dtype=float, window=2, sinks=True), B),
     "LatentAttention": (lambda: LatentAttention(4, 2, _rng(), dtype=float, q_rank=3, kv_rank=5, rope_dim=2), B),
 }
 

@@ -20,6 +20,8 @@ class BiasedTopK(TopK, name="biased_top_k"):
     """
 
     paper = "OpenAI 2025"
+    formula = "z = x W + b, with a learned b; the K largest z; gates softmax over the chosen z"
+    used_by = "GPT-OSS"
     shapes = {"weight": "DE", "bias": "E"}
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
