@@ -135,7 +135,7 @@ def _cores():
 
 
 def _out_option(text, **settings):
-    return click.option("--out", type=click.Path(), callback=_folder, help=text, **settings)
+    return click.option("--out", "-o", type=click.Path(), callback=_folder, help=text, **settings)
 
 
 _import_option = click.option("--import", "imports", multiple=True, type=click.Path(), metavar="FILE.py", is_eager=True,
@@ -147,7 +147,7 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="NAME=VA
 def _training_options(command):
     """The options of the commands that train many runs."""
     for option in reversed((
-            click.option("--jobs", type=COUNT, default=_cores, show_default="number of cores",
+            click.option("--jobs", "-j", type=COUNT, default=_cores, show_default="number of cores",
                          help="Runs side by side, each in a process with one thread."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
@@ -192,7 +192,7 @@ def _settings(overrides):
 @click.option("--quick", "scale", flag_value="quick", help="200 steps a config instead of 2,000.")
 @click.option("--full", "scale", flag_value="full", help="As planned for publication: every seed, and learning rates "
               "that are chosen first.")
-@click.option("--steps", type=COUNT, help="Training steps of each run.")
+@click.option("--steps", "-n", type=COUNT, help="Training steps of each run.")
 @click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEF"), case_sensitive=False),
               help="Train only this config; repeat for several.  [default: all]")
 @click.option("--seeds", type=click.IntRange(1, 1000),
@@ -418,6 +418,52 @@ def compact(folder):
 
 
 @main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+                metavar="RUN_OR_FOLDER...")
+@_out_option("The figure.", default=RESULTS / "compare.png")
+@_refusing(ValueError, OSError)
+def compare(paths, out):
+    """Put runs of any folders into one table and one figure.
+
+    Give run folders and results folders. Runs that differ only in their seed are one line, their mean. The figure shows
+    the loss and the load of the busiest expert over the steps, and one against the other.
+    """
+    from tinymoe.study import compare as c
+    from tinymoe.study.figures import save
+    found = c.groups(paths)
+    columns, rows = c.table(found)
+    forms = [f"<{max(map(len, (name, *(str(row[i]) for row in rows))))}" if i < 2 else f"{len(name)}.3f" if i > 2 else
+             f"{len(name)}" for i, name in enumerate(columns)]
+    _table(dict(zip(columns, forms)), rows)
+    for line in c.cautions(found):
+        click.echo(f"Careful: {line}")
+    save(c.draw(found), out)
+    click.echo(f"figure in {out}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--csv", "form", flag_value="csv", default="csv", help="A table that every program reads (the default).")
+@click.option("--parquet", "form", flag_value="parquet", help="A smaller file with types; needs the package pyarrow.")
+@_out_option("The file to write.  [default: FOLDER/rows.csv or FOLDER/rows.parquet]")
+@_refusing(ValueError, OSError)
+def rows(folder, form, out):
+    """Write every row of a folder's runs as one flat table, for pandas or R.
+
+    It has one line for each run, evaluation and MoE layer, and columns such as load.0 for the load of expert 0.
+    """
+    from tinymoe.files import write_atomically
+    from tinymoe.study import compare as c
+    flat, out = c.flat_rows(folder), out or folder / f"rows.{form}"
+    try:
+        content = c.as_csv(flat) if form == "csv" else c.as_parquet(flat)
+    except ImportError:
+        raise click.ClickException("--parquet needs the package pyarrow: pip install pyarrow, or use --csv") from None
+    write_atomically(out, content, follow=True)
+    click.echo(f"{len(flat)} rows of {len(flat[0])} columns in {out}")
+
+
+@main.command()
 @click.option("--long", "whole", is_flag=True, help="A page with formulas, sources and users: docs/routers.md.")
 @_import_option
 def routers(whole, imports):
@@ -496,7 +542,7 @@ def params(model, context, width):
 
 @main.command()
 @click.argument("subject", metavar="ROUTER|RUN|FILE")
-@click.option("--steps", type=click.IntRange(min=0), show_default="50", help="Of a router: training steps before.")
+@click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50", help="Of a router: training steps before.")
 @click.option("--ids", type=click.Path(), help="Of a file or run: a file of token ids, as text or .npy.")
 @click.option("--text", type=click.Path(), help="A file, a folder whose entries are domains, or: synthetic.")
 @_import_option
@@ -610,7 +656,7 @@ def _model(run):
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--text", type=click.Path(), help="Show the first bytes of this file instead of validation windows.")
-@click.option("--out", type=PATH, help="The page to write.  [default: RUN/view.html]")
+@click.option("--out", "-o", type=PATH, help="The page to write.  [default: RUN/view.html]")
 @_import_option
 @_refusing(OSError)
 def view(run, text, out, imports):
@@ -647,7 +693,7 @@ def watch(out, port):
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--length", type=COUNT, default=256, help="Bytes to add.")
+@click.option("--length", "-n", type=COUNT, default=256, help="Bytes to add.")
 @click.option("--temperature", type=float, default=1.0, help="Below 1 favours likely bytes; 0 takes the likeliest.")
 @click.option("--top", type=COUNT, help="Draw only among the N likeliest bytes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="The same seed gives the same text.")
