@@ -448,7 +448,9 @@ def compare(paths, out):
 @_out_option("The file to write.  [default: FOLDER/rows.csv or FOLDER/rows.parquet]")
 @_refusing(ValueError, OSError)
 def rows(folder, form, out):
-    """Write every row of a folder's runs as one flat table, for pandas or R.
+    """Write every row of a folder's runs as one flat table.
+
+    For pandas, R and others.
 
     It has one line for each run, evaluation and MoE layer, and columns such as load.0 for the load of expert 0.
     """
