@@ -544,7 +544,8 @@ def params(model, context, width):
 
 @main.command()
 @click.argument("subject", metavar="ROUTER|RUN|FILE")
-@click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50", help="Of a router: training steps before.")
+@click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50",
+              help="Of a router: training steps before.")
 @click.option("--ids", type=click.Path(), help="Of a file or run: a file of token ids, as text or .npy.")
 @click.option("--text", type=click.Path(), help="A file, a folder whose entries are domains, or: synthetic.")
 @_import_option
