@@ -199,6 +199,7 @@ def _settings(overrides):
               help="Runs of each config, seeds 0 to N - 1.  [default: 1; with --full as planned]")
 @_out_option("Folder of the results.  [default: results/full, results/quick, or with --full results/planned]")
 @click.option("--plot", is_flag=True, help="Draw the figures at the end.")
+@click.option("--extend", is_flag=True, help="Let runs that are there go on to --steps, from their checkpoints.")
 @_training_options
 @_set_option
 def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
@@ -207,6 +208,8 @@ def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
     Interrupt it at any time; the same command resumes from the last checkpoint.
     """
     from tinymoe.experiments import STUDY
+    if how["extend"] and (scale == "full" or how["fresh"]):
+        raise click.UsageError("--extend goes on from what is there: leave --full and --fresh out")
     model, training = _settings(overrides)
     fields = {"only": list(dict.fromkeys(map(str.upper, configs))), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
@@ -267,7 +270,7 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
     return failures if len(failures) < len(runs) else None
 
 
-def _train(runs, out, text, jobs, fresh, imports):
+def _train(runs, out, text, jobs, fresh, imports, extend=False):
     """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}."""
     import dataclasses
 
@@ -275,6 +278,10 @@ def _train(runs, out, text, jobs, fresh, imports):
     from tinymoe.study import runner
     from tinymoe.study.results import remaining
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
+    if extend:
+        from tinymoe.training.run_folder import RunFolder
+        for run in runs:
+            RunFolder(out / "runs" / run.run_id).lengthen(run)
     with _refusing(ValueError, OSError):
         todo = remaining(runs, out, text, fresh)
     if len(todo) < len(runs):
@@ -349,7 +356,7 @@ def _duration(seconds):
 
 
 @main.command()
-@click.argument("name", required=False)
+@click.argument("name", metavar="[NAME|FILE.py]", required=False)
 @click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds, to test that it runs.")
 @click.option("--full", "scale", flag_value="full", help="As planned for publication: its steps, seeds, and learning "
               "rates that are chosen first; takes hours.")
@@ -360,20 +367,27 @@ def _duration(seconds):
 def experiment(name, scale, seeds, out, plot_only, text, **how):
     """Run an experiment and report the result, or list them all.
 
-    Without NAME it lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
+    NAME is one of the list, or a file of yours that defines an Experiment, such as docs/my_question.py. Without NAME it
+    lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
     """
-    from tinymoe.experiments import EXPERIMENTS
+    from tinymoe.experiments import EXPERIMENTS, from_file
     if name is None:
         for name, each in EXPERIMENTS.items():
             click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
         click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
-    if name not in EXPERIMENTS:
-        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}")
-    chosen = EXPERIMENTS[name]
+    if name in EXPERIMENTS:
+        chosen = EXPERIMENTS[name]
+    elif name.endswith(".py"):
+        with _refusing(ValueError):
+            chosen = from_file(name)
+        if chosen.measure:
+            how["jobs"] = 1  # another process could not find a function of this file
+    else:
+        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}, or give a file.py")
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
-    out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
+    out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / chosen.name
     _conduct(chosen, None if plot_only else scale or "default", seeds, out, True, _print_finding,
              text=chosen.text if text is None else text, **how)
 
