@@ -135,7 +135,7 @@ def _cores():
 
 
 def _out_option(text, **settings):
-    return click.option("--out", type=click.Path(), callback=_folder, help=text, **settings)
+    return click.option("--out", "-o", type=click.Path(), callback=_folder, help=text, **settings)
 
 
 _import_option = click.option("--import", "imports", multiple=True, type=click.Path(), metavar="FILE.py", is_eager=True,
@@ -147,7 +147,7 @@ _set_option = click.option("--set", "overrides", multiple=True, metavar="NAME=VA
 def _training_options(command):
     """The options of the commands that train many runs."""
     for option in reversed((
-            click.option("--jobs", type=COUNT, default=_cores, show_default="number of cores",
+            click.option("--jobs", "-j", type=COUNT, default=_cores, show_default="number of cores",
                          help="Runs side by side, each in a process with one thread."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
@@ -192,13 +192,14 @@ def _settings(overrides):
 @click.option("--quick", "scale", flag_value="quick", help="200 steps a config instead of 2,000.")
 @click.option("--full", "scale", flag_value="full", help="As planned for publication: every seed, and learning rates "
               "that are chosen first.")
-@click.option("--steps", type=COUNT, help="Training steps of each run.")
+@click.option("--steps", "-n", type=COUNT, help="Training steps of each run.")
 @click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEF"), case_sensitive=False),
               help="Train only this config; repeat for several.  [default: all]")
 @click.option("--seeds", type=click.IntRange(1, 1000),
               help="Runs of each config, seeds 0 to N - 1.  [default: 1; with --full as planned]")
 @_out_option("Folder of the results.  [default: results/full, results/quick, or with --full results/planned]")
 @click.option("--plot", is_flag=True, help="Draw the figures at the end.")
+@click.option("--extend", is_flag=True, help="Let runs that are there go on to --steps, from their checkpoints.")
 @_training_options
 @_set_option
 def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
@@ -207,6 +208,8 @@ def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
     Interrupt it at any time; the same command resumes from the last checkpoint.
     """
     from tinymoe.experiments import STUDY
+    if how["extend"] and (scale == "full" or how["fresh"]):
+        raise click.UsageError("--extend goes on from what is there: leave --full and --fresh out")
     model, training = _settings(overrides)
     fields = {"only": list(dict.fromkeys(map(str.upper, configs))), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
@@ -267,7 +270,7 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
     return failures if len(failures) < len(runs) else None
 
 
-def _train(runs, out, text, jobs, fresh, imports):
+def _train(runs, out, text, jobs, fresh, imports, extend=False):
     """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}."""
     import dataclasses
 
@@ -275,6 +278,10 @@ def _train(runs, out, text, jobs, fresh, imports):
     from tinymoe.study import runner
     from tinymoe.study.results import remaining
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
+    if extend:
+        from tinymoe.training.run_folder import RunFolder
+        for run in runs:
+            RunFolder(out / "runs" / run.run_id).lengthen(run)
     with _refusing(ValueError, OSError):
         todo = remaining(runs, out, text, fresh)
     if len(todo) < len(runs):
@@ -349,7 +356,7 @@ def _duration(seconds):
 
 
 @main.command()
-@click.argument("name", required=False)
+@click.argument("name", metavar="[NAME|FILE.py]", required=False)
 @click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds, to test that it runs.")
 @click.option("--full", "scale", flag_value="full", help="As planned for publication: its steps, seeds, and learning "
               "rates that are chosen first; takes hours.")
@@ -360,20 +367,27 @@ def _duration(seconds):
 def experiment(name, scale, seeds, out, plot_only, text, **how):
     """Run an experiment and report the result, or list them all.
 
-    Without NAME it lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
+    NAME is one of the list, or a file of yours that defines an Experiment, such as docs/my_question.py. Without NAME it
+    lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
     """
-    from tinymoe.experiments import EXPERIMENTS
+    from tinymoe.experiments import EXPERIMENTS, from_file
     if name is None:
         for name, each in EXPERIMENTS.items():
             click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
         click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
-    if name not in EXPERIMENTS:
-        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}")
-    chosen = EXPERIMENTS[name]
+    if name in EXPERIMENTS:
+        chosen = EXPERIMENTS[name]
+    elif name.endswith(".py"):
+        with _refusing(ValueError):
+            chosen = from_file(name)
+        if chosen.measure:
+            how["jobs"] = 1  # another process could not find a function of this file
+    else:
+        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}, or give a file.py")
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
-    out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / name
+    out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / chosen.name
     _conduct(chosen, None if plot_only else scale or "default", seeds, out, True, _print_finding,
              text=chosen.text if text is None else text, **how)
 
@@ -415,6 +429,54 @@ def compact(folder):
     from tinymoe.study.results import compact as write_compact
     path, n = write_compact(folder)
     click.echo(f"{n} runs in {path}")
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+                metavar="RUN_OR_FOLDER...")
+@_out_option("The figure.", default=RESULTS / "compare.png")
+@_refusing(ValueError, OSError)
+def compare(paths, out):
+    """Put runs of any folders into one table and one figure.
+
+    Give run folders and results folders. Runs that differ only in their seed are one line, their mean. The figure shows
+    the loss and the load of the busiest expert over the steps, and one against the other.
+    """
+    from tinymoe.study import compare as c
+    from tinymoe.study.figures import save
+    found = c.groups(paths)
+    columns, rows = c.table(found)
+    forms = [f"<{max(map(len, (name, *(str(row[i]) for row in rows))))}" if i < 2 else f"{len(name)}.3f" if i > 2 else
+             f"{len(name)}" for i, name in enumerate(columns)]
+    _table(dict(zip(columns, forms)), rows)
+    for line in c.cautions(found):
+        click.echo(f"Careful: {line}")
+    save(c.draw(found), out)
+    click.echo(f"figure in {out}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--csv", "form", flag_value="csv", default="csv", help="A table that every program reads (the default).")
+@click.option("--parquet", "form", flag_value="parquet", help="A smaller file with types; needs the package pyarrow.")
+@_out_option("The file to write.  [default: FOLDER/rows.csv or FOLDER/rows.parquet]")
+@_refusing(ValueError, OSError)
+def rows(folder, form, out):
+    """Write every row of a folder's runs as one flat table.
+
+    For pandas, R and others.
+
+    It has one line for each run, evaluation and MoE layer, and columns such as load.0 for the load of expert 0.
+    """
+    from tinymoe.files import write_atomically
+    from tinymoe.study import compare as c
+    flat, out = c.flat_rows(folder), out or folder / f"rows.{form}"
+    try:
+        content = c.as_csv(flat) if form == "csv" else c.as_parquet(flat)
+    except ImportError:
+        raise click.ClickException("--parquet needs the package pyarrow: pip install pyarrow, or use --csv") from None
+    write_atomically(out, content, follow=True)
+    click.echo(f"{len(flat)} rows of {len(flat[0])} columns in {out}")
 
 
 @main.command()
@@ -496,7 +558,8 @@ def params(model, context, width):
 
 @main.command()
 @click.argument("subject", metavar="ROUTER|RUN|FILE")
-@click.option("--steps", type=click.IntRange(min=0), show_default="50", help="Of a router: training steps before.")
+@click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50",
+              help="Of a router: training steps before.")
 @click.option("--ids", type=click.Path(), help="Of a file or run: a file of token ids, as text or .npy.")
 @click.option("--text", type=click.Path(), help="A file, a folder whose entries are domains, or: synthetic.")
 @_import_option
@@ -610,7 +673,7 @@ def _model(run):
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--text", type=click.Path(), help="Show the first bytes of this file instead of validation windows.")
-@click.option("--out", type=PATH, help="The page to write.  [default: RUN/view.html]")
+@click.option("--out", "-o", type=PATH, help="The page to write.  [default: RUN/view.html]")
 @_import_option
 @_refusing(OSError)
 def view(run, text, out, imports):
@@ -647,7 +710,7 @@ def watch(out, port):
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--prompt", required=True, help="The text to continue.")
-@click.option("--length", type=COUNT, default=256, help="Bytes to add.")
+@click.option("--length", "-n", type=COUNT, default=256, help="Bytes to add.")
 @click.option("--temperature", type=float, default=1.0, help="Below 1 favours likely bytes; 0 takes the likeliest.")
 @click.option("--top", type=COUNT, help="Draw only among the N likeliest bytes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="The same seed gives the same text.")

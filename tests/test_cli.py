@@ -177,6 +177,49 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
     assert results(tmp_path / "torn/runs/F-seed0") == results(tmp_path / "whole/runs/F-seed0")
 
 
+# -- a longer study --
+
+
+def test_a_finished_study_is_lengthened_from_its_checkpoint(text, tmp_path, monkeypatch):
+    """The rows of before stay; the rate follows the longer schedule from there on; an interruption changes no bit."""
+    from tinymoe.training.optim import learning_rate
+    real = train.Trainer.learn
+    for out in ("torn", "whole"):
+        assert study(text, tmp_path / out, "--config", "F")[0] == 0
+        before = files.read_rows(tmp_path / out / "runs/F-seed0/log.jsonl")
+        if out == "torn":
+            monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if self.step < 9
+                                else (_ for _ in ()).throw(KeyboardInterrupt))
+            assert study(text, tmp_path / out, "--config", "F", "--extend", steps=12)[0] == 130
+            monkeypatch.undo()
+        code, output = study(text, tmp_path / out, "--config", "F", "--extend", steps=12)
+        assert code == 0, output
+    assert results(tmp_path / "torn/runs/F-seed0") == results(tmp_path / "whole/runs/F-seed0")
+    run = tmp_path / "whole/runs/F-seed0"
+    log, config = files.read_rows(run / "log.jsonl"), files.read_json(run / "config.json")
+    assert log[:len(before)] == before
+    assert log[-1]["step"] == 12 and config["extended"] == [{"step": 6, "from": 6, "to": 12}]
+    later = next(row for row in log if row["step"] > 6)
+    c = config["training"]
+    assert later["learning_rate"] == learning_rate(later["step"], 12, c["learning_rate"], c["warmup"])
+    assert "1 run was lengthened at step 6 from 6 to 12 steps" in (tmp_path / "whole/FINDINGS.md").read_text()
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: pytest.fail("it trained"))
+    assert study(text, tmp_path / "whole", "--config", "F", steps=12)[0] == 0  # afterwards it is a study like any other
+
+
+def test_only_the_steps_may_differ_in_what_is_extended(text, tmp_path):
+    assert study(text, tmp_path, "--config", "F")[0] == 0
+    before = snapshot(tmp_path)
+    code, output = study(text, tmp_path, "--config", "F", "--extend", steps=12, learning_rate=0.5)
+    assert code == 1 and "differs in more than its steps (training learning_rate is" in output
+    assert study(text, tmp_path, "--config", "F", "--extend", "--fresh", steps=12)[0] == 2
+    assert study(text, tmp_path, "--config", "F", "--extend")[0] == 0 and snapshot(tmp_path) == before
+    (tmp_path / "runs/F-seed0/checkpoint.npz").unlink()
+    code, output = study(text, tmp_path, "--config", "F", "--extend", steps=12)
+    assert code == 1 and "checkpoint.npz does not exist" in output
+    assert (tmp_path / "runs/F-seed0/summary.json").exists()
+
+
 def test_ctrl_c_while_figures_are_drawn_is_orderly_too(finished, monkeypatch):
     monkeypatch.setattr(files, "write_atomically", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     for module in (plots, report):

@@ -5,6 +5,7 @@ import itertools
 import re
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,6 +331,45 @@ def test_the_command_runs_draws_and_says(corpora, tmp_path, monkeypatch):
     assert (tmp_path / "out/figures/at_the_end.png").exists()
     again = CliRunner().invoke(cli.main, [*typed, "--plot-only"])
     assert again.exit_code == 0 and again.output.splitlines()[-1] == done.output.splitlines()[-1]
+
+
+QUESTION = Path(__file__).parent.parent / "docs/my_question.py"
+
+
+def test_a_question_of_ones_own_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(lab.SCALES, "quick", TOY)
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))
+    typed = ["--quick", "--jobs", "1", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.main, ["experiment", str(QUESTION), *typed])
+    assert done.exit_code == 0, done.output
+    assert "Is the second expert of a byte worth its work?" in done.output
+    assert {path.name for path in (tmp_path / "out/runs").iterdir()} == {
+        f"top-{k}-seed{seed}" for k in (1, 2) for seed in (0, 1)}
+    assert (tmp_path / "out/figures/over_steps.png").exists()
+    assert QUESTION.read_text().count("\n") < 15
+
+
+def test_a_measure_of_ones_own_runs_in_this_process(tmp_path, monkeypatch):
+    monkeypatch.setitem(lab.SCALES, "quick", TOY)
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))
+    mine = QUESTION.read_text().replace("metrics=(", 'measure=lambda trainer: {"seven": 7.0}, metrics=("seven", ')
+    (tmp_path / "mine.py").write_text(mine)
+    done = CliRunner().invoke(cli.main, ["experiment", str(tmp_path / "mine.py"), "--quick", "--jobs", "2", "--text",
+                                         str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "| seven |" in (tmp_path / "out/FINDINGS.md").read_text()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x = 1", "defines 0 experiments"), ("import nonsense_of_mine", "cannot import"), (None, "cannot import"),
+    ("second = dataclasses.replace(my_question, name='other')", "defines 2 experiments"),
+    ("my_question = dataclasses.replace(my_question, name='dense')", "has an experiment dense already")])
+def test_a_file_that_is_no_question_is_refused_in_one_line(tmp_path, text, message):
+    if text is not None:
+        begin = "" if "my_question" not in text else QUESTION.read_text() + "import dataclasses\n"
+        (tmp_path / "mine.py").write_text(begin + text)
+    refused = CliRunner().invoke(cli.main, ["experiment", str(tmp_path / "mine.py")])
+    assert refused.exit_code == 1 and message in refused.output and refused.output.count("\n") == 1
 
 
 def test_nothing_to_gather_and_nothing_to_draw_are_said(tmp_path):

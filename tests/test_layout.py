@@ -18,6 +18,7 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(ROOT.glob("tinymoe/**/*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 EVERYWHERE = [*FILES, ROOT / "cli.py"]
+OPTIONAL = {"bench_pytorch.py": {"torch"}, "compare.py": {"pyarrow"}}  # imported only where they are asked for
 
 
 def module(path):
@@ -102,8 +103,7 @@ def test_only_the_compiled_kernels_import_numba():
 @pytest.mark.parametrize("path", EVERYWHERE, ids=[*NAMES, "cli.py"])
 def test_a_file_depends_on_the_requirements_alone_and_unpickles_nothing(path):
     needed = {re.match(r"\w+", line)[0] for line in requirements()} - {"pytest", "hypothesis"}
-    optional = {"torch"} if path.name == "bench_pytorch.py" else set()  # run in a process of its own where it is there
-    assert outside(path) - set(sys.stdlib_module_names) <= needed | optional
+    assert outside(path) - set(sys.stdlib_module_names) - OPTIONAL.get(path.name, set()) <= needed
     assert not outside(path) & {"pickle", "marshal", "shelve", "dill"}
     assert "allow_pickle=True" not in path.read_text(encoding="utf-8")
 

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,10 @@ def warnings(results: Results) -> list[str]:
         said.append(f"One seed, so no interval and no test: {', '.join(single)}.")
     if steps < SCALES["default"].steps:
         said.append(f"{steps} steps show that the experiment runs. Draw no conclusion from them.")
+    for (step, before, steps), n in Counter((one["step"], one["from"], one["to"]) for run in results.runs
+                                            for one in run.config.get("extended", ())).items():
+        said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {steps} steps: "
+                    "there the learning rate had fallen already, and rose again.")
     hashes = [run.plan_hash for run in results.runs]
     for n, what in ((len(hashes) - hashes.count(e.plan_hash) - hashes.count(None), "The plan was changed after"),
                     (hashes.count(None), "No plan was recorded by")):

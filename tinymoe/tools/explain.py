@@ -62,7 +62,8 @@ class Example:
         self.x, self.weight = Tensor(x), getattr(self.router, "weight", None)
         if self.weight is not None and self.weight.shape == weight.shape:
             self.weight.data = weight
-        self.routing = self.router(self.x, RouteContext(self.ids, rng=np.random.default_rng(0)))
+        context = RouteContext(self.ids, rng=np.random.default_rng(0), domain=np.zeros(1, int))
+        self.routing = self.router(self.x, context)
         self.labels = [f"{n} {character}" for n, character in enumerate(TEXT)]
         self.experts = [f"e{e}" for e in range(self.config.n_experts)]
         self.dims = [f"d{d}" for d in range(self.config.d_model)]

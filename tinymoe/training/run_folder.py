@@ -148,6 +148,30 @@ class RunFolder:
             with contextlib.suppress(OSError):  # it does not exist, or holds files of the user
                 routings.rmdir()
 
+    def lengthen(self, plan):
+        """Let the run that is there, if there is one, go on to the steps of `plan`, which must be alike in all else.
+
+        config.json notes it under `extended`: at which step, from and to how many steps. From there on the learning
+        rate follows the schedule of the longer run. Raises RunError for another run, CheckpointError without a
+        checkpoint.
+        """
+        path, steps = self.path / "config.json", plan.training.steps
+        if not path.exists():
+            return
+        with self.locked():
+            found = files.read_json(path)
+            before = found.get("training", {}).get("steps", steps)
+            if before >= steps:
+                return
+            longer = found | {"training": found["training"] | {"steps": steps}}
+            wanted = longer | {"model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training)}
+            if different := differing(longer, wanted):
+                raise RunError(f"{self.path} differs in more than its steps ({'; '.join(different)}): not extended")
+            at = files.load_arrays(self.path / "checkpoint.npz", "checkpoint")[1]["step"]
+            (self.path / "summary.json").unlink(missing_ok=True)  # first: after a crash the old command ends it again
+            files.write_json(path, longer | {"extended": [*found.get("extended", []),
+                                                          {"step": at, "from": before, "to": steps}]})
+
     def resume(self, trainer) -> bool:
         """Restore the trainer's state from the checkpoint; False if there is none.
 

@@ -1,8 +1,9 @@
-"""Files of the user's that define routers or losses."""
+"""Files of the user's that define routers, losses or experiments."""
 
 import hashlib
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 
 def load_file(path: str | Path) -> str:
@@ -10,13 +11,19 @@ def load_file(path: str | Path) -> str:
 
     Raises ValueError where the file cannot be read or run.
     """
+    return run_file(path)[1]
+
+
+def run_file(path: str | Path) -> tuple[ModuleType, str]:
+    """(module, sha256) of a Python file of the user's, which is run. Raises ValueError as `load_file` does."""
     path = Path(path)
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
         if spec is None:
             raise ImportError("its name must end in .py")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct it") from None
-    return digest
+    return module, digest

@@ -1,0 +1,11 @@
+"""A question of one's own, in one file. Run it by: python cli.py experiment docs/my_question.py --quick"""
+
+from tinymoe.experiments import LOSS, Contrast, Experiment, Primary, Setting, over_steps
+
+my_question = Experiment(
+    name="second-expert", question="Is the second expert of a byte worth its work?",
+    settings=(Setting("top-1", "one expert a byte", model={"top_k": 1}), Setting("top-2", "two experts a byte")),
+    primary=(Primary(question="Does a second expert lower the loss?", contrast=Contrast(LOSS, "top-2", minus="top-1"),
+                     lower="The second expert lowers the loss.", higher="The second expert raises the loss.",
+                     same="The second expert changes nothing.", not_known="Whether it helps is not known."),),
+    metrics=(LOSS, "megaflops", "load_cv"), figures={"over_steps": over_steps("top-1", LOSS)})
