@@ -21,6 +21,7 @@ NAMES = ["gelu", "silu", "relu"]
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 # sizes for more than one piece of the numba kernels (a test compares them with the kernels' own)
 MANY = 2 * 256 + 3 if COMPILED else 5           # rows of dense layers and experts: more than two pieces
+TILE_COLUMNS = 256 + 9 if COMPILED else 5       # of a linear layer
 QUERIES = 64 + 3                                # time steps of attention
 ENTRIES = 5 * 8192 if COMPILED else 7           # of a parameter
 ONE_THREAD = 4 * 8192 if COMPILED else 8        # entries that are still left to one thread
@@ -66,6 +67,16 @@ def test_linear(n, dtype):
 def test_linear_over_many_pieces_and_strided_inputs(dtype):
     x, w, dy = normal(2, MANY, dtype=dtype).T, normal(3, 2, dtype=dtype).T, normal(MANY, 3, dtype=dtype)
     close(kernels.linear(x, w, None), x @ w)
+    all_close(kernels.linear_backward(dy, x, w), (dy @ w.T, x.T @ dy, dy.sum(0)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_over_many_tiles(dtype):
+    """More rows, columns and terms of a sum than fit in one tile of a matrix product, and more than one task."""
+    n, i, o = MANY, 70, TILE_COLUMNS
+    x, w, dy = normal(n, i, dtype=dtype), normal(i, o, dtype=dtype), normal(n, o, dtype=dtype)
+    b = normal(o, dtype=dtype)
+    close(kernels.linear(x, w, b), x @ w + b)
     all_close(kernels.linear_backward(dy, x, w), (dy @ w.T, x.T @ dy, dy.sum(0)), dtype)
 
 
@@ -326,7 +337,9 @@ def test_every_kernel_has_a_twin_with_the_same_arguments_and_an_example(both_ker
 
 def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
     if both_kernels == "numba" and COMPILED:
-        from tinymoe.kernels.compiled import attention, dense, runtime, updates
+        from tinymoe.kernels.compiled import attention, dense, product, runtime, updates
+        assert MANY > dense.LINEAR_ROWS > product.ROWS and 70 > product.DEPTH
+        assert TILE_COLUMNS > dense.LINEAR_COLUMNS > product.COLUMNS
         assert MANY > 2 * dense.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
         assert ENTRIES > ONE_THREAD > runtime.SLICE and ONE_THREAD == updates.ONE_THREAD
 

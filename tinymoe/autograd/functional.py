@@ -15,6 +15,7 @@ from .tensor import Axis, Tensor, primitive, record
 
 CLAMPED = "clamped_swiglu"  # the activation without a kernel
 ACTIVATIONS, GATED = (*kernels.ACTIVATIONS, CLAMPED), (*kernels.GATED, CLAMPED)
+FLOAT32, FLOAT64 = {np.dtype(np.float32)}, {np.dtype(np.float64)}
 
 
 def _rows(x):
@@ -24,9 +25,10 @@ def _rows(x):
 
 def _check_dtypes(name, *tensors):
     """TypeError unless all tensors are float32, or all are float64: the kernels take nothing else."""
-    found = sorted({t.dtype.name for t in tensors})
-    if found not in (["float32"], ["float64"]):
-        raise TypeError(f"{name} takes float32 or float64 alone, not {' and '.join(found)}: convert with .astype first")
+    found = {t.data.dtype for t in tensors}
+    if found != FLOAT32 and found != FLOAT64:
+        names = " and ".join(sorted(dtype.name for dtype in found))
+        raise TypeError(f"{name} takes float32 or float64 alone, not {names}: convert with .astype first")
 
 
 def _check_widths(name, x, *vectors):
@@ -90,12 +92,19 @@ def _softmax(x, axis):
     return e / e.sum(axis=axis, keepdims=True)
 
 
-def _shift(x, axis):
-    """(top, rest): the largest entry and log sum exp(x - top). A large top + rest would round rest away."""
+def _exponentials(x, axis):
+    """(top, exp(x - top)), where top is the largest entry."""
     top = x.max(axis=axis, keepdims=True)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
+    e = x - top
+    return top, np.exp(e, out=e)
+
+
+def _shift(x, axis):
+    """(top, rest): the largest entry and log sum exp(x - top). A large top + rest would round rest away."""
+    top, e = _exponentials(x, axis)
     with np.errstate(divide="ignore"):
-        return top, np.log(np.exp(x - top).sum(axis=axis, keepdims=True))
+        return top, np.log(e.sum(axis=axis, keepdims=True))
 
 
 def _log_softmax(x, axis):
@@ -134,15 +143,15 @@ def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:
     if n == 0 or targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= v:
         raise ValueError(f"targets must be at least one integer, each from 0 to {v - 1}")
     rows = np.arange(n)
-    log_probs = _log_softmax(logits.data, -1)
+    top, e = _exponentials(logits.data, -1)
+    total = e.sum(axis=1, keepdims=True)
 
     def vjp(g):
-        d = np.exp(log_probs)
-        d[rows, targets] -= 1
-        d *= g / n
+        d = e * (g / n / total)
+        d[rows, targets] -= g / n
         return d
 
-    return primitive(-log_probs[rows, targets].mean(), (logits, vjp))
+    return primitive((np.log(total[:, 0]) - (logits.data[rows, targets] - top[:, 0])).mean(), (logits, vjp))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -123,9 +123,10 @@ def _activation(x, y, kind):
 
 
 @pool
-def _activation_backward(x, dx, kind):
+def _activation_backward(dy, x, dx, kind):
     for block in prange(blocks(x.size, SLICE)):
         part = slice(block * SLICE, min(x.size, (block + 1) * SLICE))
+        dx[part] = dy[part]
         activate_backward(x[part], np.empty_like(x[part]), dx[part], dx[part], kind)
 
 
@@ -145,6 +146,7 @@ def activation_backward(dy, x, name):
     if name in GATED:
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([activation_backward(dy * b, a, GATED[name]), dy * activation(a, GATED[name])], axis=-1)
-    x, dx = contiguous(x), np.array(dy, order="C")
-    _activation_backward(x.reshape(-1), dx.reshape(-1), KINDS[name])
+    dy, x = contiguous(dy), contiguous(x)
+    dx = np.empty_like(x)
+    _activation_backward(dy.reshape(-1), x.reshape(-1), dx.reshape(-1), KINDS[name])
     return dx

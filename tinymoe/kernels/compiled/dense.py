@@ -7,7 +7,7 @@ from .product import product
 from .runtime import PIECE, SLICE, blocks, contiguous
 
 SEGMENT = 256           # rows of one partial weight gradient
-LINEAR_ROWS, LINEAR_COLUMNS = 512, 64       # in a piece of a linear layer
+LINEAR_ROWS, LINEAR_COLUMNS = 512, 256      # in a piece of a linear layer
 
 
 @loop

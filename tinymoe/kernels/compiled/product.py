@@ -9,8 +9,8 @@ from .compile import loop
 
 # Where the CPU has AVX-512, OpenBLAS multiplies small matrices without packing them, if M N K is at most a million and
 # b is not transposed. Such tiles run at up to 190 GFLOP/s a core, large products at 150. Elsewhere tiles are slower.
-AVX512 = "+avx512f" in str(cpu_target.target_context.codegen().magic_tuple())
-ROWS, COLUMNS, DEPTH = (96, 64, 128) if AVX512 else [1 << 40] * 3
+TILED = "+avx512f" in str(cpu_target.target_context.codegen().magic_tuple())
+ROWS, DEPTH, COLUMNS = 128, 64, 64
 
 
 def multiply(a, b, out, add):
@@ -24,7 +24,7 @@ def multiply(a, b, out, add):
 @loop
 def _layout(x):
     """(n, or t for a transpose; elements from one row of the untransposed matrix to the next)"""
-    if x.strides[1] == x.itemsize:
+    if x.strides[1] == x.itemsize or x.size == 0:                           # empty arrays have strides of 0
         return ord("n"), max(x.strides[0] // x.itemsize, x.shape[1], 1)
     return ord("t"), max(x.strides[1] // x.itemsize, x.shape[0], 1)
 
@@ -45,9 +45,12 @@ def _multiply_compiled(a, b, out, add):
 
 @loop
 def product(a, b, out):
-    """out = a b, tile by tile; the arguments are those of `multiply`"""
-    for j in range(0, b.shape[1], COLUMNS):
-        for k in range(0, max(1, b.shape[0]), DEPTH):
+    """out = a b, in tiles where those are faster; the arguments are those of `multiply`"""
+    if not TILED or a.shape[1] == 0:
+        multiply(a, b, out, False)
+        return
+    for k in range(0, b.shape[0], DEPTH):
+        for j in range(0, b.shape[1], COLUMNS):
             tile = b[k:k + DEPTH, j:j + COLUMNS].copy()                     # contiguous and not transposed
             for i in range(0, a.shape[0], ROWS):
                 multiply(a[i:i + ROWS, k:k + DEPTH], tile, out[i:i + ROWS, j:j + COLUMNS], k > 0)
