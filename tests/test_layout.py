@@ -156,13 +156,10 @@ def test_the_lock_holds_the_versions_of_the_published_rows():
 
 
 def published_versions():
-    """What the rows of the full study say of the versions that made them."""
-    folder = ROOT / "results/published/full"
-    configs = [json.loads(path.read_bytes()) for path in folder.glob("runs/*/config.json")]
-    if (folder / "runs.jsonl").exists():
-        configs += [json.loads(line)["config"] for line in (folder / "runs.jsonl").read_text().splitlines()]
-    assert configs
-    return [config["versions"] for config in configs]
+    """What the published rows say of the versions that made them."""
+    rows = [json.loads(line) for path in (ROOT / "results/published").rglob("runs.jsonl")
+            for line in path.read_text().splitlines()]
+    return [row["config"]["versions"] for row in rows]
 
 
 def test_long_tests_have_the_marker_that_leaves_them_out():

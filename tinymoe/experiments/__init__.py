@@ -1,4 +1,4 @@
-"""The experiments: the study of configs A to F, and the laboratory by name. Each is data and sentences, no machinery.
+"""The experiments: the study of configs A to G, and the laboratory by name. Each is data and sentences, no machinery.
 
 To add one, make an Experiment in a file of this folder, import it here and name it in EXPERIMENTS.
 """
@@ -10,14 +10,14 @@ from ..study.quantities import LOSS
 from ..study.results import Results
 from ..study.statistics import Contrast
 from .architecture import dense, fine_grained, shared, surface, upcycle
-from .balancing import balance, capacity, collapse, expert_choice
-from .choosing import frozen, rate, reinforce, unit
-from .inside import batch, known, specialise, traffic
+from .balancing import balance, capacity, collapse, expert_choice, phase, scope
+from .choosing import frozen, hash_routing, modern, rate, reinforce, unit
+from .inside import batch, specialise, traffic
 from .routers_a_to_f import routers_a_to_f as STUDY
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (
-    collapse, balance, capacity, expert_choice, shared, fine_grained, dense, surface, frozen, unit, specialise, rate,
-    upcycle, reinforce, batch, traffic, known)}
+    expert_choice, dense, hash_routing, scope, phase, balance, modern, collapse, capacity, shared, fine_grained,
+    surface, frozen, unit, specialise, upcycle, reinforce, batch, traffic, rate)}
 
 __all__ = ["EXPERIMENTS", "LOSS", "SCALES", "STUDY", "Claim", "Contrast", "Effect", "Experiment", "Primary", "Results",
            "Scale", "Setting", "against", "at_the_end", "contrasts", "from_file", "over_steps"]

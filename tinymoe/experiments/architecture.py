@@ -7,21 +7,24 @@ from ..study.statistics import Contrast
 
 SECONDS = "Seconds were measured on one thread while another run used the machine."
 BOUNDS = "The bounds of load CV and information depend on the number of experts."
-SHARED_OR_NOT = (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16"))
+WHOLE = {"n_evaluations": 10, "eval_windows": 16, "final_windows": 1000}  # all validation windows are scored at the end
 shared = Experiment(
     name="shared", question="Does a shared expert help?",
     settings=(Setting("2-of-8", "no shared expert"),
               Setting("1+1-of-7", "one shared, one of seven routed", model={"n_experts": 7, "top_k": 1, "n_shared": 1}),
-              Setting("4-of-16", "half as wide, no shared expert", model={"n_experts": 16, "top_k": 4}, width=0.5),
-              Setting("1+3-of-15", "half as wide, one shared, three of fifteen routed",
-                      model={"n_experts": 15, "top_k": 3, "n_shared": 1}, width=0.5)),
+              Setting("4-of-16", "half as wide, no shared expert", model={"n_experts": 16, "top_k": 4}, width=0.5,
+                      rate_of="2-of-8"),
+              Setting("1+3-of-15", "half as wide, one shared, three of fifteen routed", width=0.5, rate_of="1+1-of-7",
+                      model={"n_experts": 15, "top_k": 3, "n_shared": 1})),
     metrics=(LOSS, "parameters", "megaflops", "load_cv", "mi_excess"),
     primary=(Primary(
-        question="Does a shared expert help?", contrast=Contrast(LOSS, "1+1-of-7", minus="2-of-8"),
+        question="Does a shared expert help?", contrast=Contrast(LOSS, "1+3-of-15", minus="4-of-16"),
         lower="A shared expert lowers the loss.", higher="A shared expert raises the loss.",
-        same="A shared expert changes nothing.", not_known="Whether a shared expert helps is not known.",
+        same="A shared expert changes nothing.",
         published="yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)"),),
-    exploratory=(*contrasts((LOSS,), SHARED_OR_NOT[1:]), *contrasts(("mi_excess",), SHARED_OR_NOT)),
+    exploratory=(*contrasts((LOSS,), (("1+1-of-7", "2-of-8"),)),
+                 *contrasts(("mi_excess",), (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16")))),
+    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
     caution="Active and total parameters are equal. The gates differ: one routed expert has a raw gate, several have "
             f"gates that sum to 1, and the shared expert has none. {BOUNDS}")
@@ -29,74 +32,107 @@ shared = Experiment(
 fine_grained = Experiment(
     name="fine-grained", question="Do many small experts beat few large ones?",
     settings=(Setting("2-of-8", "as wide as a dense layer"),
-              Setting("4-of-16", "half as wide", model={"n_experts": 16, "top_k": 4}, width=0.5),
+              Setting("4-of-16", "half as wide", model={"n_experts": 16, "top_k": 4}, width=0.5, rate_of="2-of-8"),
               Setting("8-of-32", "a quarter as wide", model={"n_experts": 32, "top_k": 8}, width=0.25)),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "mi_excess"),
-    exploratory=contrasts((LOSS, "mi_excess"), against("2-of-8", ("4-of-16", "8-of-32"))),
+    primary=(Primary(
+        question="Do many small experts beat few large ones?", contrast=Contrast(LOSS, "8-of-32", minus="2-of-8"),
+        lower="Many small experts beat few large ones.", higher="Few large experts beat many small ones.",
+        same="Many small experts are as good as few large ones.",
+        published="yes: DeepSeekMoE (Dai 2024), OLMoE (Muennighoff 2024)"),),
+    exploratory=(Contrast(LOSS, "4-of-16", minus="2-of-8"),
+                 *contrasts(("mi_excess",), against("2-of-8", ("4-of-16", "8-of-32")))),
+    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
-    caution="Active and total parameters are equal but for routers and biases (1%). DeepSeekMoE and OLMoE report a "
-            f"gain at other scales. {BOUNDS} {SECONDS}")
+    caution=f"Active and total parameters are equal but for routers and biases (1%). {BOUNDS} {SECONDS}")
 
 ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}  # a dense layer
+HASH = {"router": "hash", "aux_coef": 0.0}
 dense = Experiment(
-    name="dense", question="Is a mixture better than a dense model?",
+    name="dense", question="Is a mixture worth it?",
     settings=(Setting("mixture", "top-2 of 8 experts"),
+              Setting("hash", "2 of 8 experts by a random table of the byte", model=HASH),
               Setting("dense-active", "one layer as large as the two active experts", model=ONE_EXPERT, width=2),
-              Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8)),
-    metrics=(LOSS, "cross_entropy", "parameters", "megaflops", "seconds"),
+              Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8),
+              Setting("hash-seconds", "as hash, for the seconds of the mixture", model=HASH, length=1.3,
+                      rate_of="hash"),
+              Setting("dense-active-seconds", "as dense-active, for the seconds of the mixture", model=ONE_EXPERT,
+                      width=2, length=1.3, rate_of="dense-active"),
+              Setting("dense-total-seconds", "as dense-total, for the seconds of the mixture", model=ONE_EXPERT,
+                      width=8, length=0.6, rate_of="dense-total")),
+    metrics=(LOSS, "cross_entropy", "parameters", "active_parameters", "megaflops", "seconds"),
     primary=(
-        Primary(question="Is a mixture better than a dense model with as many active parameters?",
+        Primary(question="Does a mixture beat a dense model with as many active parameters?",
                 contrast=Contrast(LOSS, "mixture", minus="dense-active"),
-                lower="A mixture is better than a dense model of equal active size.",
-                higher="A mixture is worse than a dense model of equal active size.",
+                lower="A mixture beats a dense model of equal active size.",
+                higher="A dense model of equal active size beats a mixture.",
                 same="A mixture is as good as a dense model of equal active size.",
-                not_known="Whether a mixture is better than a dense model of equal active size is not known."),
-        Primary(question="Is a dense model with as many parameters in all better than a mixture?",
+                published="yes: Shazeer 2017; Clark 2022"),
+        Primary(question="Does a dense model with as many parameters in all beat a mixture?",
                 contrast=Contrast(LOSS, "dense-total", minus="mixture"),
-                lower="A dense model of equal total size is better than a mixture.",
-                higher="A dense model of equal total size is worse than a mixture.",
+                lower="A dense model of equal total size beats a mixture.",
+                higher="A mixture beats a dense model of equal total size.",
                 same="A dense model of equal total size is as good as a mixture.",
-                not_known="Whether a dense model of equal total size is better than a mixture is not known.")),
-    exploratory=contrasts(("cross_entropy",), (("mixture", "dense-active"), ("dense-total", "mixture"))),
+                published="yes: Shazeer 2017; Clark 2022")),
+    exploratory=(*contrasts((LOSS,), (("hash", "mixture"), *against("mixture", (
+        "hash-seconds", "dense-active-seconds", "dense-total-seconds")))),
+        *contrasts(("cross_entropy",), (("mixture", "dense-active"), ("dense-total", "mixture")))),
     crossings=((LOSS, "dense-total", "mixture"),), seeds=12, steps=2000, rates=CANDIDATES,
+    training=WHOLE | {"n_evaluations": 20},
     figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS),
              "loss_against_work": one_against_other("megaflops", LOSS)},
     caution="A dense layer is a mixture of one expert. Two other things differ: only the mixture has a balance loss "
             "(0.01), and its two gates that sum to 1 average two experts where one layer twice as wide adds them. The "
-            "training loss is the mean over the last tenth of the steps. Steps, not seconds, are equal; the larger "
-            f"dense model may need more of them or another learning rate. {SECONDS}",
-    claims=(Claim(9, "A mixture beats a dense model of equal active parameters on training loss, and one of equal "
-                     "total parameters is better still", "Shazeer 2017; Clark 2022",
-                  (Effect("cross_entropy", "mixture", "<", 0, minus="dense-active"),
-                   Effect("cross_entropy", "dense-total", "<", 0, minus="mixture"))),))
+            "training loss is the mean over the last tenth of the steps. The lengths of the runs for equal seconds "
+            f"were set beforehand, from the time of a step on one thread. {SECONDS}",
+    claims=(Claim(9, "A mixture beats a dense model of equal active parameters on training loss",
+                  "Shazeer 2017; Clark 2022", (Effect("cross_entropy", "mixture", "<", 0, minus="dense-active"),)),
+            Claim(9, "A dense model of equal total parameters is better still on training loss",
+                  "Shazeer 2017; Clark 2022", (Effect("cross_entropy", "dense-total", "<", 0, minus="mixture"),))))
 
 SURFACE = {f"E{e}-K{k}": (e, k) for k in (1, 2, 4) for e in (2, 4, 8, 16, 32) if e >= k}
 surface = Experiment(
     name="surface", question="How do the loss and its cost depend on the numbers of experts and of active experts?",
-    settings=tuple(Setting(name, f"top-{k} of {e}", model={"n_experts": e, "top_k": k})
-                   for name, (e, k) in SURFACE.items()),
+    settings=tuple(Setting(name, f"top-{k} of {e}", model={"n_experts": e, "top_k": k},
+                           rate_of=None if e == 8 else f"E8-K{k}") for name, (e, k) in SURFACE.items()),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "dead_experts"),
-    exploratory=contrasts((LOSS,), (*((f"E32-K{k}", f"E4-K{k}") for k in (1, 2, 4)),
+    primary=(Primary(
+        question="Do more experts lower the loss at equal active size?", contrast=Contrast(
+            LOSS, "E32-K2", minus="E4-K2"),
+        lower="Eight times as many experts lower the loss.", higher="Eight times as many experts raise the loss.",
+        same="Eight times as many experts change nothing.", published="yes: Clark 2022"),),
+    exploratory=contrasts((LOSS,), (("E32-K1", "E4-K1"), ("E32-K4", "E4-K4"),
                                     *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
+    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"by_experts": lines_by({f"K = {k}": [name for name in SURFACE if SURFACE[name][1] == k]
                                      for k in (1, 2, 4)},
                                     lambda name: SURFACE[name][0], "experts", LOSS, "parameters", "seconds")},
     caution="An expert has the same width in all settings, so more experts are more parameters and a larger K more "
-            "active ones. K = 1 has raw gates, a larger K has gates that sum to 1, and one learning rate need not suit "
-            f"all. Where K = E there is no choice. {SECONDS}")
+            "active ones. K = 1 has raw gates, a larger K has gates that sum to 1. All settings of one K share the "
+            f"learning rate that 8 experts chose. Where K = E there is no choice. {SECONDS}")
 
 upcycle = Experiment(
     name="upcycle", question="Does it help to start from a dense model?",
     settings=(Setting("dense", "the dense start", model={"moe_layers": ()}),
-              Setting("dense-on", "the dense model, trained further", model={"moe_layers": ()}, start="dense"),
-              Setting("upcycled", "a mixture of copies of its layers, trained further", start="dense"),
+              Setting("dense-on", "the dense model, trained further", model={"moe_layers": ()}, start="dense",
+                      rate_of="dense"),
+              Setting("upcycled", "a mixture of copies of its layers, trained further", start="dense",
+                      rate_of="scratch"),
               Setting("scratch", "a mixture from scratch, as many steps as the further ones"),
-              Setting("scratch-long", "a mixture from scratch, the steps of both", length=2)),
+              Setting("scratch-long", "a mixture from scratch, the steps of both", length=2, rate_of="scratch")),
     metrics=(LOSS, "causal_perplexity", "megaflops", "load_cv", "weight_divergence"),
-    exploratory=contrasts((LOSS,), [("upcycled", other) for other in ("dense-on", "scratch", "scratch-long")]),
+    primary=(Primary(
+        question="Is upcycling as good as training a mixture from scratch for as many steps in all?",
+        contrast=Contrast(LOSS, "upcycled", minus="scratch-long"),
+        lower="Upcycling beats a mixture trained from scratch for as many steps in all.",
+        higher="A mixture trained from scratch for as many steps in all beats upcycling.",
+        same="Upcycling is as good as a mixture trained from scratch for as many steps in all.",
+        published="yes, for short further training: Komatsuzaki 2022"),),
+    exploratory=contrasts((LOSS,), [("upcycled", other) for other in ("dense-on", "scratch")]),
+    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"over_steps": over_steps("dense-on", LOSS, names=["dense-on", "upcycled"]),
              "at_the_end": at_the_end(LOSS)},
     caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start; in these the "
             "learning rate warms up and falls again. In a mixture two experts, each as wide as the dense layer, serve "
-            "a byte: more parameters and more operations. Komatsuzaki et al. (2022) ask when training from scratch "
-            "overtakes upcycling: these runs compare at one length only. The weight divergence of copies is absolute.")
+            "a byte: more parameters and more operations. These runs compare at one length only. The weight "
+            "divergence of copies is absolute.")

@@ -5,69 +5,94 @@ from itertools import combinations
 from scipy.stats import kendalltau
 
 from ..study import measures
-from ..study.experiment import Claim, Effect, Experiment, Primary, Setting, against, contrasts
-from ..study.figures import at_the_end, lines_by, over_steps
-from ..study.quantities import LOSS, TOKEN_BYTES
-from ..study.statistics import Contrast
+from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
+from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
+from ..study.quantities import LOSS
+from ..study.statistics import MARGIN, Contrast
+from .architecture import ONE_EXPERT, WHOLE
 from .routers_a_to_f import routers_a_to_f
 
-
-def say_frozen(r):
-    """Perplexity against that of learned routing, of a byte and of about a token."""
-    def worse(metric):
-        learned = r.mean(metric, "learned")
-        return ", ".join(f"`{name}` {r.mean(metric, name) / learned - 1:+.1%}"
-                         for name in r.groups if name != "learned")
-
-    return [f"**Perplexity of a byte against `learned`.** {worse('causal_perplexity')}.",
-            f"**Perplexity over {TOKEN_BYTES} bytes against `learned`.** {worse('token_perplexity')}."]
-
-
+UNLEARNED = ["frozen", "random", "shuffled", "hash"]
 frozen = Experiment(
     name="frozen", question="Must a router learn?",
     settings=(Setting("learned", "top-2"),
-              Setting("frozen", "top-2 with a router that keeps its first weights", model={"router": "frozen"}),
-              Setting("random", "drawn afresh for each byte and step", model={"router": "random"}),
+              Setting("frozen", "top-2 with a router that keeps its first weights", model={"router": "frozen"},
+                      rate_of="learned"),
+              Setting("random", "drawn afresh for each byte and step", model={"router": "random"}, rate_of="learned"),
               Setting("shuffled", "top-2, the choices given to other bytes: the same counts",
-                      model={"router": "shuffled"}),
-              Setting("hash", "by a random table of the byte", model={"router": "hash"})),
+                      model={"router": "shuffled"}, rate_of="learned"),
+              Setting("hash", "by a random table of the byte", model={"router": "hash"}),
+              Setting("dense", "one layer as large as the two active experts", model=ONE_EXPERT, width=2)),
     metrics=(LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
     primary=(Primary(
-        question="Does routing by a hash beat a learned router?", contrast=Contrast(LOSS, "hash", minus="learned"),
-        lower="A random table of the byte beats a learned router.",
-        higher="A learned router beats a random table of the byte.",
-        same="A random table of the byte is as good as a learned router.",
-        not_known="Whether a random table of the byte beats a learned router is not known.",
-        published="yes: Roller 2021; no: Clark 2022"),),
-    exploratory=contrasts((LOSS,), against("learned", ("frozen", "random", "shuffled"))), say=say_frozen,
-    crossings=((LOSS, "hash", "learned"),),
-    figures={"at_the_end": at_the_end("causal_perplexity", "load_cv", "byte_excess"),
-             "over_steps": over_steps("learned", LOSS)},
+        question="Is a frozen router as good as a learned one?", contrast=Contrast(LOSS, "frozen", minus="learned"),
+        lower="A frozen router beats a learned one.", higher="A learned router beats a frozen one.",
+        same="A frozen router is as good as a learned one.", published="nearly: Fan 2024"),),
+    exploratory=contrasts((LOSS,), (*against("learned", (*UNLEARNED[1:], "dense")), *against("dense", UNLEARNED))),
+    crossings=((LOSS, "hash", "learned"),), seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess"), "over_steps": over_steps("learned", LOSS)},
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
-            "have the balance loss; under a frozen router it moves the hidden states. At validation a random route is "
-            "drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. Its "
-            "choices are those of its own router, whose load need not be as even as that of `learned`. Papers "
-            f"count perplexity by tokens of about {TOKEN_BYTES} bytes, and the claims are judged so: a ratio by the "
-            "byte is the fourth root of that.",
-    claims=(Claim(3, f"A frozen router comes within 10% of a learned one in perplexity over {TOKEN_BYTES} bytes; "
-                     "routing drawn afresh is over 10% worse", "Fan 2024 (2402.13089), by tokens: +0.2% and about +19%",
-                  (Effect("token_perplexity", "frozen", "<=", 1.1, over="learned"),
-                   Effect("token_perplexity", "random", ">", 1.1, over="learned"))),
-            Claim(4, "Balance alone is not enough: the same counts, shuffled, lose 10% or more in perplexity over "
-                     f"{TOKEN_BYTES} bytes", "Fan 2024",
-                  (Effect("token_perplexity", "shuffled", ">=", 1.1, over="learned"),))))
+            "mixtures have the balance loss; under a frozen router it moves the hidden states. At validation a random "
+            "route is drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. "
+            "Its choices are those of its own router, whose load need not be as even as that of `learned`. The claims "
+            "are judged against what a mixture gains over a dense model.",
+    claims=(Claim(3, "A frozen router keeps what a mixture gains over a dense model (it is within 0.01 nats of a "
+                     "learned one, and better than dense); routing drawn afresh gains less than 0.01 nats",
+                  "Fan 2024 (2402.13089), perplexity by tokens: +0.2% and about +19%",
+                  (Effect(LOSS, "frozen", "<", MARGIN, minus="learned"), Effect(LOSS, "frozen", "<", 0, minus="dense"),
+                   Effect(LOSS, "random", ">", -MARGIN, minus="dense"))),
+            Claim(4, "Balance alone is not enough: with the same counts, shuffled, a mixture gains less than 0.01 nats "
+                     "over a dense model", "Fan 2024", (Effect(LOSS, "shuffled", ">", -MARGIN, minus="dense"),))))
+
+HASHED = {"hash": "a random table of the byte", "learned": "a learned router", "gated": "a table with learned gates"}
+ROUTER = {"hash": "hash", "learned": "top_k", "gated": "hash_gated"}
+
+
+def hashing(first, last):
+    """A Setting with these kinds of router in the first and the last MoE layer."""
+    name = first if first == last else f"{first}-then-{last}"
+    where = "both layers" if first == last else f"layer 1, {HASHED[last]} in layer 3"
+    return Setting(name, f"{HASHED[first]} in {where}", model={"router": (ROUTER[first], ROUTER[last])},
+                   rate_of=None if name in ("hash", "learned") else "learned" if last == "learned" else "hash")
+
+
+hash_routing = Experiment(
+    name="hash", question="Does routing by a hash of the byte keep its lead?",
+    settings=tuple(hashing(*pair) for pair in (
+        ("learned", "learned"), ("hash", "hash"), ("hash", "learned"), ("learned", "hash"), ("gated", "gated"),
+        ("gated", "learned"))),
+    metrics=(LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
+    primary=(Primary(
+        question="Is a hash in the early layer and a learned router in the late one as good as learned routers?",
+        contrast=Contrast(LOSS, "hash-then-learned", minus="learned"),
+        lower="A hash in the early layer beats learned routers in both.",
+        higher="Learned routers in both layers beat a hash in the early one.",
+        same="A hash in the early layer is as good as learned routers in both.", published="yes: DeepSeek-V4"),),
+    exploratory=contrasts((LOSS,), (*against("learned", ("hash", "learned-then-hash", "gated", "gated-then-learned")),
+                                    ("gated", "hash"))),
+    crossings=((LOSS, "hash", "learned"), (LOSS, "hash-then-learned", "learned")),
+    seeds=8, steps=4000, rates=CANDIDATES, training=WHOLE | {"n_evaluations": 20},
+    figures={"over_steps": over_steps("learned", LOSS), "at_the_end": at_the_end(LOSS, "load_cv", "byte_excess")},
+    caution="The two MoE layers are layers 1 and 3 of four. A hash has the constant gate 1/2, a table with learned "
+            "gates the scores of its experts. Settings share the learning rate of `learned` or `hash`.")
 
 UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"router": "sequence"}),
          "global": ("each prefix, once for all layers",
                     {"router": "sequence", "router_options": {"sequence_scope": "global"}})}
 unit = Experiment(
     name="unit", question="Is it better to route tokens or sequences?",
-    settings=tuple(Setting(f"{name}-K{k}", f"{what}, top-{k}", model=fields | {"top_k": k})
+    settings=tuple(Setting(f"{name}-K{k}", f"{what}, top-{k}", model=fields | {"top_k": k},
+                           rate_of=None if name == "token" else f"token-K{k}")
                    for k in (1, 2) for name, (what, fields) in UNITS.items()),
     metrics=(LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),
-    exploratory=contrasts((LOSS, "mi_excess", "byte_excess"),
-                    [pair for k in (1, 2) for pair in against(f"token-K{k}", (f"layer-K{k}", f"global-K{k}"))]),
-    figures={"at_the_end": at_the_end("causal_perplexity", "mi_excess", "byte_excess")},
+    primary=(Primary(
+        question="Is it better to route tokens or sequences?", contrast=Contrast(LOSS, "layer-K2", minus="token-K2"),
+        lower="Routing sequences beats routing tokens.", higher="Routing tokens beats routing sequences.",
+        same="Routing sequences is as good as routing tokens.", published="tokens: Fan 2024"),),
+    exploratory=(*contrasts((LOSS,), (("global-K2", "token-K2"), *against("token-K1", ("layer-K1", "global-K1")))),
+                 *contrasts(("mi_excess", "byte_excess"), (("layer-K2", "token-K2"), ("global-K2", "token-K2")))),
+    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "byte_excess")},
     caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
             "change within a window; Fan et al. average the whole sequence.",
     claims=(Claim(8, "Routing tokens beats routing sequences at equal K",
@@ -75,7 +100,7 @@ unit = Experiment(
                   tuple(Effect(LOSS, f"{name}-K{k}", ">", 0, minus=f"token-K{k}")
                         for k in (1, 2) for name in ("layer", "global"))),))
 
-RATES, CONFIGS = (5e-4, 1e-3, 2e-3), [s.id for s in routers_a_to_f.settings]
+RATES, CONFIGS = CANDIDATES, [s.id for s in routers_a_to_f.settings]
 
 
 def say_rate(r):
@@ -84,13 +109,10 @@ def say_rate(r):
     places = {rate: [order.index(c) for c in CONFIGS] for rate, order in orders.items()}
     alike = ", ".join(f"{a:g} and {b:g}: {kendalltau(places[a], places[b])[0]:+.2f}" for a, b in combinations(RATES, 2))
     best = ", ".join(f"{c} {min(RATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
-    faster = ", ".join(f"{c} {r.mean(LOSS, f'{c}-{RATES[-1]:g}') - r.mean(LOSS, f'{c}-{RATES[1]:g}'):+.3f}"
-                       for c in CONFIGS)
     ranking = "; ".join(f"at {rate:g}: {', '.join(order)}" for rate, order in orders.items())
     return [f"**Ranking from the lowest mean loss to the highest.** {ranking}.",
             f"**Agreement of these rankings** (Kendall's tau; 1: the same, -1: reversed). {alike}.",
-            f"**Best of the three rates.** {best}.",
-            f"**Mean loss at {RATES[-1]:g} minus that at {RATES[1]:g}.** {faster}."]
+            f"**Best of the rates.** {best}."]
 
 
 rate = Experiment(
@@ -99,26 +121,39 @@ rate = Experiment(
                            f"peak rate {rate:g}", model=c.model, training={"learning_rate": rate})
                    for c in routers_a_to_f.settings for rate in RATES),
     metrics=(LOSS, "causal_perplexity", "load_cv"),
-    exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"]),
-    say=say_rate,
+    primary=(Primary(
+        question="Does a larger learning rate change what noise on the scores costs?",
+        contrast=Contrast(LOSS, "F-0.004", minus="D-0.004"),
+        lower="At 0.004 noise on the scores lowers the loss.", higher="At 0.004 noise on the scores raises the loss.",
+        same="At 0.004 noise on the scores costs nothing."),),
+    exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"
+                                    if (first, rate) != ("F", 4e-3)]),
+    seeds=6, steps=1000, say=say_rate, training=WHOLE,
     figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in RATES] for c in CONFIGS},
                                  lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv")},
-    caution="A ranking of means ignores their intervals: neighbours in it need not differ. Where the largest rate is "
-            "the best of the three, a larger one may be better still.")
+    caution="A ranking of means ignores their intervals: neighbours in it need not differ.")
 
 reinforce = Experiment(
     name="reinforce", question="Can policy gradients train a router?", model={"top_k": 1},
     measure=measures.gradient_noise,
     settings=(Setting("top-k", "top-1, learned through its gate"),
               Setting("reinforce", "a draw, learned by REINFORCE with a baseline", model={"router": "reinforce"}),
-              Setting("reinforce-0.1", "the same, policy coefficient 0.1",
+              Setting("reinforce-0.1", "the same, policy coefficient 0.1", rate_of="reinforce",
                       model={"router": "reinforce", "losses": {"policy": 0.1}}),
-              Setting("frozen-draw", "a draw, by a router that keeps its first weights",
+              Setting("frozen-draw", "a draw, by a router that keeps its first weights", rate_of="reinforce",
                       model={"router": "reinforce", "losses": {"policy": 0.0}, "freeze": ("router",)}),
-              Setting("frozen", "top-1 with a router that keeps its first weights", model={"router": "frozen"})),
+              Setting("frozen", "top-1 with a router that keeps its first weights", model={"router": "frozen"},
+                      rate_of="top-k")),
     metrics=(LOSS, "causal_perplexity", "load_cv", "router_entropy", "byte_excess", "noise_share"),
-    exploratory=contrasts((LOSS,), (("reinforce", "frozen-draw"), ("reinforce-0.1", "frozen-draw"),
-                                    ("reinforce", "top-k"), ("frozen", "top-k"), ("frozen-draw", "frozen"))),
+    primary=(Primary(
+        question="Does REINFORCE teach a router anything?", contrast=Contrast(LOSS, "reinforce", minus="frozen-draw"),
+        lower="REINFORCE teaches the router: the loss is below that of a frozen router that draws.",
+        higher="REINFORCE harms: the loss is above that of a frozen router that draws.",
+        same="REINFORCE teaches nothing: the loss is that of a frozen router that draws.",
+        published="yes: Clark 2022"),),
+    exploratory=contrasts((LOSS,), (("reinforce-0.1", "frozen-draw"), ("reinforce", "top-k"), ("frozen", "top-k"),
+                                    ("frozen-draw", "frozen"))),
+    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"over_steps": over_steps("top-k", LOSS, "load_cv", "router_entropy"),
              "at_the_end": at_the_end(LOSS, "noise_share")},
     caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "
@@ -127,3 +162,35 @@ reinforce = Experiment(
             "ones. The share of noise is the variance over batches of the gradient (of the policy loss for reinforce, "
             "else of the cross-entropy) over that variance plus the squared mean, at each router's own last weights. "
             "It is 1 too for a router that has nothing more to learn. Router entropy is at most ln 8 = 2.079.")
+
+MODERN = {  # router, options, other fields, in words
+    "biased": ("biased_top_k", {}, {}, "a learned bias in the logits (GPT-OSS)"),
+    "normalised": ("normalised_top_k", {}, {}, "logits normalised for each byte (Skywork-MoE)"),
+    "cosine": ("cosine_top_k", {}, {}, "cosines (X-MoE)"),
+    "similarity": ("top_k", {}, {"aux_coef": 0.0, "losses": {"similarity": 0.1}}, "orthogonal router (SimBal)"),
+    "global": ("top_k", {}, {"aux_coef": 0.0, "losses": {"global_batch": 0.01}}, "balance over many batches (Qwen3)"),
+    "bias": ("sigmoid_bias", {}, {"aux_coef": 0.0}, "sigmoid scores and a bias (DeepSeek-V3)"),
+    "sqrt-softplus": ("sigmoid_bias", {"score": "sqrt_softplus"}, {"aux_coef": 0.0}, "other scores (DeepSeek-V4)"),
+    "quantile": ("quantile_bias", {}, {"aux_coef": 0.0}, "a bias that is solved for"),
+    "top-p": ("top_p", {"steer": 0.1}, {}, "as many experts as a share of probability needs, 2 on average"),
+    "remoe": ("remoe", {}, {"aux_coef": 0.0}, "every positive logit, 2 on average (ReMoE)"),
+    "threshold": ("expert_threshold", {}, {"aux_coef": 0.0}, "thresholds of experts, 2 a byte on average"),
+    "sinkhorn": ("sinkhorn", {}, {"aux_coef": 0.0}, "Sinkhorn while training"),
+    "base": ("base_assignment", {}, {"aux_coef": 0.0, "top_k": 1}, "balanced assignment while training, K = 1")}
+modern = Experiment(
+    name="modern", question="Is any router since top-2 better?",
+    settings=(Setting("top-2", "top-2, balance loss 0.01"),
+              *(Setting(name, what, model={"router": router, "router_options": options} | more, rate_of="top-2")
+                for name, (router, options, more, what) in MODERN.items())),
+    metrics=(LOSS, "max_violation", "effective_experts", "experts_per_token", "mi_excess", "byte_excess"),
+    primary=(Primary(
+        question="Is the router of DeepSeek-V3 better than top-2?", contrast=Contrast(LOSS, "bias", minus="top-2"),
+        lower="Sigmoid scores with a bias beat top-2.", higher="Top-2 beats sigmoid scores with a bias.",
+        same="Sigmoid scores with a bias are as good as top-2.", published="equal: arXiv 2604.14419"),),
+    exploratory=(*contrasts((LOSS,), against("top-2", [name for name in MODERN if name != "bias"])),
+                 *contrasts(("max_violation",), against("top-2", MODERN))),
+    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    figures={"balance_against_loss": one_against_other("max_violation", LOSS), "over_steps": over_steps("top-2", LOSS)},
+    caution="All share the learning rate that top-2 chose. Where the number of experts of a byte is a mean, the table "
+            "says what it was: more experts are more work. Sinkhorn and the assignment balance only while training and "
+            "are measured as top-K.")

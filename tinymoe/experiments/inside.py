@@ -1,16 +1,15 @@
-"""Experiments that look into trained models: what experts know, what changes a route, what a network would pay, and
-text whose sources are known."""
+"""Experiments that look into trained models: what experts know, what changes a route, and what a network would pay."""
 
 import numpy as np
 
 from ..study import measures
-from ..study.experiment import Claim, Effect, Experiment, Setting, against, contrasts
-from ..study.figures import add_legend, at_the_end, log_lines, over_steps, panel_grid, style_of
+from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
+from ..study.figures import add_legend, at_the_end, log_lines, panel_grid, style_of
 from ..study.quantities import LOSS, title
-from ..training.data import SYNTHETIC
-from ..training.synthetic import N_SOURCES, blind_rate, entropy_rate, sources
+from ..study.statistics import Contrast
+from .architecture import WHOLE
+from .balancing import EXPERT_CHOICE
 
-EXPERT_CHOICE = {"router": "expert_choice", "aux_coef": 0.0}
 KNOWN = ("byte_excess", "class_information_excess", "position_information_excess", "mi_excess")
 CHANGES = ("drop", "swap", "force")
 
@@ -42,13 +41,20 @@ specialise = Experiment(
     name="specialise", question="What do experts specialise in?", measure=measures.specialisation,
     settings=(Setting("top-1", "top-1, balance loss 0.01", model={"top_k": 1}),
               Setting("top-2", "top-2, balance loss 0.01"),
-              Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE),
+              Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE, rate_of="top-2"),
               Setting("hash", "top-2 by a random table of the byte", model={"router": "hash"}),
-              Setting("random", "2 at random", model={"router": "random"})),
+              Setting("random", "2 at random", model={"router": "random"}, rate_of="hash")),
     metrics=(LOSS, *KNOWN, "domain_given_byte", "weight_divergence", "function_divergence",
              *(f"{change}_cost" for change in CHANGES), "drop_spread"),
-    exploratory=contrasts(("mi_excess",), (*against("random", ("top-1", "top-2", "hash")), ("top-2", "hash"))),
-    say=say_specialise,
+    primary=(Primary(
+        question="Do experts of top-2 know more of the domain than the byte tells?", margin=0.01,
+        contrast=Contrast("domain_given_byte", "top-2", minus="random"),
+        lower="Experts know less of the domain than experts drawn at random.",
+        higher="Experts know more of the domain than the byte tells.",
+        same="Experts know no more of the domain than the byte tells."),),
+    exploratory=(*contrasts(("function_divergence",), against("random", ("top-1", "top-2", "hash"))),
+                 *contrasts(("mi_excess", "domain_given_byte"), (("top-1", "random"), ("top-2", "hash")))),
+    say=say_specialise, seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "counterfactuals": counterfactual_tables},
     caution="Random routing carries no information: its numbers show the error of one draw, the same in every seed. "
@@ -59,33 +65,35 @@ specialise = Experiment(
             "byte ln(8 / K): 2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a "
             "dropped expert is not given to the others, so its cost includes the missing share. Expert choice is "
             "routed over the batch here.",
-    claims=(Claim(10, "Experts follow token identity more than topic: information with the byte is above that with the "
-                      "domain", "Jiang 2024; Xue 2024",
-                  tuple(Effect("byte_over_domain", name, ">", 0) for name in ("top-1", "top-2"))),))
+    claims=(Claim(10, "Experts follow token identity more than topic: of what could be known, they tell a larger share "
+                      "of the byte, given its domain, than of the domain, given the byte", "Jiang 2024; Xue 2024",
+                  tuple(Effect("known_gap", name, ">", 0) for name in ("top-1", "top-2"))),))
 
 
 batch = Experiment(
     name="batch", question="Does the output for a window depend on the other windows of its batch?",
     measure=measures.influence,
     settings=(Setting("dropless", "top-2, no limit"),
-              Setting("capacity-order", "top-2, capacity factor 1, earlier bytes first",
+              Setting("capacity-order", "top-2, capacity factor 1, earlier bytes first", rate_of="dropless",
                       model={"capacity_factor": 1.0}),
-              Setting("capacity-gate", "top-2, capacity factor 1, larger gates first",
+              Setting("capacity-gate", "top-2, capacity factor 1, larger gates first", rate_of="dropless",
                       model={"capacity_factor": 1.0, "drop_policy": "gate"}),
-              Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE)),
+              Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE, rate_of="dropless")),
     metrics=("mates_rerouted", "mates_logits", "later_rerouted", "later_logits", "val_cross_entropy", LOSS),
+    primary=(Primary(
+        question="Does expert choice reroute more bytes than a capacity limit when the neighbours change?", margin=0.01,
+        contrast=Contrast("mates_rerouted", "expert-choice", minus="capacity-order"),
+        lower="Expert choice reroutes fewer bytes than a capacity limit.",
+        higher="Expert choice reroutes more bytes than a capacity limit.",
+        same="Expert choice reroutes as many bytes as a capacity limit."),),
     exploratory=contrasts(("mates_rerouted",), [(name, "dropless") for name in (
         "capacity-order", "capacity-gate", "expert-choice")]),
+    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits", "later_logits")},
     caution="All are routed as in training. The other windows of the batch, or the second half of a byte's own window, "
             "become random bytes, which route unlike text. A byte is rerouted where any layer routes it differently. A "
             "change of a logit below 1e-4 is rounding. Numbers are means over the 8 windows of a batch, each in its "
-            "place. Dropping in order favours the first window.",
-    claims=(Claim(7, "Expert choice leaks the future: a later byte changes an earlier byte's output; dropless top-K, "
-                     "by its construction, does not", "Zhou 2022; Wang 2024",
-                  (Effect("later_logits", "expert-choice", ">", 1e-4, every_run=True),
-                   Effect("later_logits", "dropless", "<", 1e-4, every_run=True),
-                   Effect("later_rerouted", "dropless", "<=", 0, every_run=True))),))
+            "place. Dropping in order favours the first window.")
 
 
 def by_devices(r):
@@ -104,44 +112,24 @@ GROUPS = {"router_options": {"n_groups": 4, "group_limit": 2}, "n_devices": 4, "
 traffic = Experiment(
     name="traffic", question="How much network traffic do the experts cause?", model={"n_experts": 16, "top_k": 4},
     measure=measures.traffic,
-    settings=(Setting("none", "top-4 of 16, no balance loss", model={"aux_coef": 0.0}, width=0.5),
+    settings=(Setting("none", "top-4 of 16, no balance loss", model={"aux_coef": 0.0}, width=0.5, rate_of="aux"),
               Setting("aux", "balance loss 0.01", width=0.5),
-              Setting("capacity", "balance loss, capacity factor 1.25", model={"capacity_factor": 1.25}, width=0.5),
-              Setting("groups", "balance loss, 2 of 4 groups", model=GROUPS, width=0.5),
+              Setting("capacity", "balance loss, capacity factor 1.25", model={"capacity_factor": 1.25}, width=0.5,
+                      rate_of="aux"),
+              Setting("groups", "balance loss, 2 of 4 groups", model=GROUPS, width=0.5, rate_of="aux"),
               Setting("groups-balanced", "the same, with device and communication balance, 0.01 each",
-                      model=GROUPS | {"losses": {"device": 0.01, "communication": 0.01}}, width=0.5)),
+                      model=GROUPS | {"losses": {"device": 0.01, "communication": 0.01}}, width=0.5, rate_of="aux")),
     metrics=("val_cross_entropy", LOSS, "reach_4", "sent_4", "link_4", "slowest_4", "path_4", "sent_16", "slowest_16",
              "path_16"),
+    primary=(Primary(
+        question="Does a limit of 2 of 4 groups cost loss?", contrast=Contrast(LOSS, "groups-balanced", minus="aux"),
+        lower="A limit on groups lowers the loss.", higher="A limit on groups raises the loss.",
+        same="A limit on groups costs no loss.", published="nothing: DeepSeek-V2"),),
     exploratory=contrasts(("sent_4", "slowest_4", "val_cross_entropy"),
                           against("aux", ("none", "capacity", "groups", "groups-balanced"))),
+    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"by_devices": by_devices},
     caution="The traffic is simulated from the routing of validation batches in one layer, with devices of "
             f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Bytes are sent to other devices "
             "and back. A phase lasts until its busiest device is done, and nothing overlaps. Groups are laid on 4 "
             "devices and allow a byte to reach 2; on 16 each device has one expert.")
-
-
-def say_known(r):
-    """What the numbers are to be compared with."""
-    blind = blind_rate() - entropy_rate(sources()[0].transitions())
-    return [f"A model that ignores the source cannot get closer than {blind:.3f} nats to the entropy.",
-            f"The source has {np.log(N_SOURCES):.3f} nats."]
-
-
-MIXTURES = ["top-1", "top-2", "expert-choice", "hash"]
-known = Experiment(
-    name="known", question="Do experts separate sources that are known?", text=SYNTHETIC,
-    settings=tuple(Setting(name, what, model=model, length=3) for name, what, model in (
-        ("top-1", "top-1, balance loss 0.01", {"top_k": 1}), ("top-2", "top-2, balance loss 0.01", {}),
-        ("expert-choice", "expert choice, 2 a byte", EXPERT_CHOICE),
-        ("hash", "top-2 by a random table of the byte", {"router": "hash"}),
-        ("dense", "no experts, layers as wide as one", {"moe_layers": ()}))),
-    metrics=(LOSS, "excess", "mi_excess", "domain_given_byte", "byte_excess", "load_cv"),
-    exploratory=contrasts(("excess", "mi_excess"), against("hash", ("top-1", "top-2"))) +
-    contrasts(("excess",), (("top-2", "dense"),)), say=say_known,
-    figures={"over_steps": over_steps("top-2", LOSS, "mi_excess", names=MIXTURES),
-             "at_the_end": at_the_end("excess", "mi_excess", "domain_given_byte")},
-    caution="The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter "
-            "alone says nothing about its source. A model that must find the source out needs at most ln 4 nats more "
-            "in a whole window than one that knows it. Runs are three times as long as those of other experiments. "
-            "`top-1` and `dense` have fewer active parameters than the others; hash routing has constant gates.")

@@ -15,11 +15,13 @@ from .statistics import MARGIN, Comparison, Contrast, t_interval
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a series of runs is: fields of ModelConfig that all settings share, training steps, and seeds."""
+    """How large a series of runs is: fields of ModelConfig that all settings share, training steps, seeds, and fields
+    of TrainConfig that win over those of the experiment."""
 
     model: dict
     steps: int
     seeds: int
+    training: dict = field(default_factory=dict)
 
 
 SMALL = {"n_layers": 4, "d_model": 64, "d_ff": 256, "moe_layers": (1, 3)}
@@ -109,7 +111,7 @@ class Primary:
     lower: str
     higher: str
     same: str
-    not_known: str
+    not_known: str = "These runs do not decide it."
     margin: float = MARGIN
     published: str = ""
 
@@ -173,10 +175,12 @@ class Experiment:
 
     @property
     def plan_hash(self) -> str:
-        """The sha256 of the plan as JSON: any change of it shows in the document."""
-        names = ("primary", "seeds", "steps", "rates", "settings", "model", "training", "text")
-        plan = {name: getattr(self, name) for name in names} | {"margin": MARGIN}
-        return hashlib.sha256(json.dumps(plan, sort_keys=True, default=asdict).encode()).hexdigest()
+        """The sha256 of the plan as JSON, without the words: any change of it shows in the document."""
+        names = ("seeds", "steps", "rates", "model", "training", "text")
+        plan = {name: getattr(self, name) for name in names} | {
+            "primary": [(asdict(one.contrast), one.margin) for one in self.primary],
+            "settings": [asdict(replace(setting, what="")) for setting in self.settings]}
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     @property
     def choosers(self) -> list[str]:
@@ -211,7 +215,8 @@ class Experiment:
         config = ModelConfig(**fields)
         if config.vocab_size < 256:
             raise ValueError(f"vocab_size {config.vocab_size} must be at least 256: the tokens of a study are bytes")
-        plan = {"steps": round(setting.length * scale.steps)} | self.training | setting.training | training
+        plan = {"steps": round(setting.length * scale.steps)} | self.training | scale.training
+        plan |= setting.training | training
         return RunPlan(config_id=setting.id, purpose=setting.what, seed=seed, model=config,
                        training=TrainConfig(**plan), start=setting.start, measure=self.measure,
                        plan_hash=self.plan_hash)

@@ -10,7 +10,7 @@ from ..moe.routing import from_mask, merge
 from ..training.evaluation import losses_and_routings
 from . import probes
 
-WINDOWS = 16  # of each domain
+WINDOWS, RULE_WINDOWS = 16, 64  # of each domain
 DEVICES = (1, 2, 4, 8, 16)
 BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
 CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
@@ -92,6 +92,26 @@ def divergence(trainer) -> dict[str, float | None]:
     valid, layers = trainer.validation(WINDOWS), trainer.model.moe_parts()
     found = [function_divergence(layer, trainer.model, valid) for layer in layers]
     return {"function_divergence": float(np.mean(found)) if found else None}
+
+
+def rules(trainer) -> dict[str, float | None]:
+    """`prefix_cost`: the causal loss of expert choice by the prefix rule minus that by thresholds, nats a byte, of the
+    same weights; None for a model that does not choose between the two."""
+    routers = [layer.router for layer in trainer.model.moe_parts()]
+    if not routers or any(getattr(router, "rule", None) != "batch" for router in routers):
+        return {"prefix_cost": None}
+    valid, before, losses = trainer.validation(RULE_WINDOWS), routers[0].causal_rule, {}
+    for rule in ("threshold", "prefix"):
+        for router in routers:
+            router.causal_rule = rule
+        losses[rule] = losses_and_routings(trainer.model, valid, causal=True)[0].mean(dtype=float)
+    for router in routers:
+        router.causal_rule = before
+    return {"prefix_cost": float(losses["prefix"] - losses["threshold"])}
+
+
+def divergence_and_rules(trainer) -> dict[str, float | None]:
+    return divergence(trainer) | rules(trainer)
 
 
 def byte_class(ids):

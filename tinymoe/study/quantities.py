@@ -34,7 +34,7 @@ class Quantity:
     @property
     def is_loss(self) -> bool:
         """Whether it is a loss, or a difference of losses, in nats a byte: what MARGIN is about."""
-        return self.name.partition(":")[0].endswith("cross_entropy") or self.name in ("leak", "excess")
+        return self.name.partition(":")[0].endswith("cross_entropy") or self.name in ("leak", "excess", "prefix_cost")
 
     @property
     def title(self) -> str:
@@ -142,6 +142,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("val_bits_per_byte", "loss routed as in training", "bits"),
     Quantity("leak", "causal loss - loss routed as in training", "nats", per="row",
              of=lambda row: row[LOSS] - row["val_cross_entropy"]),
+    Quantity("prefix_cost", "loss by the prefix rule - loss by thresholds", "nats"),
     Quantity("token_perplexity", f"causal perplexity over {TOKEN_BYTES} bytes", digits=2, per="row",
              of=lambda row: math.exp(min(TOKEN_BYTES * row[LOSS], 700))),
     Quantity("excess", "causal loss above the entropy of the text", "nats", of=above_entropy, per="run"),
