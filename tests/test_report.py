@@ -22,9 +22,10 @@ from tinymoe.study import figures, quantities, report
 from tinymoe.study.results import Results, RunRecord, compact, load_runs
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
-           "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01)}
+           "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01),
+           "G": ("top_k", 2, 0.01)}
 LOSSES = {"A": (1.9, 2.0, 2.1), "B": (1.5, 1.6, 1.8), "C": (1.6, 1.6, 1.7), "D": (1.4, 1.5, 1.6),
-          "E": (1.7, 1.8, 1.9), "F": (1.4, 1.5, 1.7)}
+          "E": (1.7, 1.8, 1.9), "F": (1.4, 1.5, 1.7), "G": (1.4, 1.5, 1.6)}
 ROOT = Path(__file__).resolve().parent.parent
 EVEN, COLLAPSED = [25, 25, 25, 25], [100, 0, 0, 0]
 
@@ -94,8 +95,7 @@ def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     assert "| A top_k, K=1, aux 0 | no load balancing | 2.000 ± 0.248 | 7.41 ± 1.84 | 2.885 ± 0.358 |" in text
     # A - B: 0.4, 0.4, 0.3: mean 0.36667, s = 0.057735, half width 4.3027 * 0.033333 = 0.14342.
     # t = 0.36667 / 0.033333 = 11, p = 1 - 11 / sqrt(11^2 + 2) = 0.0082. C - A has the same numbers with another sign;
-    # E - D is 0.3 in every seed, so its p is 0, and Holm takes twice the other: 0.016, as if E - D in divergence were
-    # tested too.
+    # E - G is 0.3 in every seed, so its p is 0, and Holm takes twice the other: 0.016.
     assert re.search(r"\| `A` - `B` \| \+0\.367 \| \[\+0\.223, \+0\.510\] \| 0\.0\d+ \| different \|", text)
     assert "**Heavy balancing lowers the loss.** causal loss (nats), `C` - `A`: -0.367. *Different*" in text
     # E: leaky loss 0.25 below the causal one; exp: 5.4739, 6.0496, 6.6859 and exp(-0.25) = 0.7788 of that.
@@ -104,7 +104,7 @@ def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
     assert "function divergence, `E` - `D`: –. *Not tested*." in text
     assert "`A` 3 collapsed" in text and "The first setting with every layer in use: `B`." in text
-    assert "coverage, `E`: 0.900 (runs: 0.900 to 0.900); needs < 1 | **held** |" in text
+    assert "effective experts, `A`: 1.000 [1.000, 1.000]; needs < 4" in text
 
 
 def test_findings_regenerate_byte_for_byte(tmp_path):
@@ -114,14 +114,14 @@ def test_findings_regenerate_byte_for_byte(tmp_path):
 def test_a_flipped_outcome_flips_the_sentence(tmp_path):
     worse = findings(write_study(tmp_path / "worse"))
     better = findings(write_study(tmp_path / "better", losses=LOSSES | {"E": (1.0, 1.1, 1.2), "A": (1.2, 1.2, 1.3)}))
-    assert "has a higher loss than top-2.** causal loss (nats), `E` - `D`: +0.300" in worse
-    assert "has a lower loss than top-2.** causal loss (nats), `E` - `D`: -0.400" in better
+    assert "is worse than top-2 with the same kind of gates.** causal loss (nats), `E` - `G`: +0.300" in worse
+    assert "is better than top-2 with the same kind of gates.** causal loss (nats), `E` - `G`: -0.400" in better
     assert "**Heavy balancing lowers the loss.**" in worse and "**Heavy balancing raises the loss.**" in better
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
-    assert "**One seed, so no interval and no test: A, B, C, D, E, F." in text
+    assert "**One seed, so no interval and no test: A, B, C, D, E, F, G." in text
     assert text.count("**Not tested: there are fewer than two common seeds.**") == 3
     numbers = [line for line in text.splitlines() if line.startswith("|")]
     assert numbers and not any("±" in line or "[+" in line or "[-" in line for line in numbers)
@@ -144,7 +144,7 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
     assert [len(run.log) for run in load_runs(tmp_path) if run.run_id == "A-seed0"] == [3]
     with open(report.write_summary_csv(tmp_path)) as file:
         states = {line["run_id"]: line["state"] for line in csv.DictReader(file)}
-    assert len(states) == 19 and states["C-seed2"] == "failed" and states["Z-seed0"] == "incomplete"
+    assert len(states) == 22 and states["C-seed2"] == "failed" and states["Z-seed0"] == "incomplete"
 
 
 @pytest.mark.parametrize("name, content", [
@@ -302,7 +302,7 @@ def test_compact_results_are_read_as_the_folders_are(tmp_path):
     (tmp_path / "runs/C-seed2/summary.json").rename(tmp_path / "runs/C-seed2/failure.json")
     (tmp_path / "runs/D-seed1/summary.json").unlink()
     before, runs = findings(tmp_path), [run for run in load_runs(tmp_path) if run.run_id != "D-seed1"]
-    assert compact(tmp_path) == (tmp_path / "runs.jsonl", 17) and findings(tmp_path) == before  # both: nothing twice
+    assert compact(tmp_path) == (tmp_path / "runs.jsonl", 20) and findings(tmp_path) == before  # both: nothing twice
     shutil.rmtree(tmp_path / "runs")
     assert load_runs(tmp_path) == runs
     assert findings(tmp_path) == before.replace("**`D-seed1` is incomplete and is in no number.**\n\n", "")

@@ -79,7 +79,8 @@ dense = Experiment(
         *contrasts(("cross_entropy",), (("mixture", "dense-active"), ("dense-total", "mixture")))),
     crossings=((LOSS, "dense-total", "mixture"),), seeds=12, steps=2000, rates=CANDIDATES,
     training=WHOLE | {"n_evaluations": 20},
-    figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS),
+    figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS,
+                                       names=["mixture", "hash", "dense-active", "dense-total"]),
              "loss_against_work": one_against_other("megaflops", LOSS)},
     caution="A dense layer is a mixture of one expert. Two other things differ: only the mixture has a balance loss "
             "(0.01), and its two gates that sum to 1 average two experts where one layer twice as wide adds them. The "
