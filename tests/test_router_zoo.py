@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 import naive_routing
 from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
@@ -670,6 +671,22 @@ def test_the_assignment_is_the_best_of_all(n):
         chosen = solve(scores)
         assert (chosen.sum(axis=1) == 1).all() and chosen.sum(axis=0).max() <= 2
         assert (scores * chosen).sum() == pytest.approx(best) if equal else (scores * chosen).sum() <= best
+
+
+@pytest.mark.parametrize("n", [160, 157, 3])
+@pytest.mark.parametrize("kind", ["spread", "one favourite", "integers", "all alike", "repeated"])
+def test_the_assignment_scores_as_much_as_scipys(kind, n):
+    """SciPy assigns tokens to places, as many for each expert as it has room."""
+    rng = np.random.default_rng(n)
+    scores = {"spread": rng.standard_normal((n, 8)), "one favourite": rng.standard_normal((n, 8)) + 9 * np.eye(8)[2],
+              "integers": rng.integers(0, 3, (n, 8)), "all alike": np.tile(rng.standard_normal(8), (n, 1)),
+              "repeated": rng.standard_normal((9, 8))[rng.integers(0, 9, n)]}[kind].astype(np.float32)
+    room = -(-n // 8)
+    _, place = linear_sum_assignment(np.repeat(scores, room, axis=1), maximize=True)
+    chosen = routers.balanced_assignment(scores)
+    assert (chosen.sum(axis=1) == 1).all() and chosen.sum(axis=0).max() <= room
+    assert scores[chosen].sum(dtype=float) == pytest.approx(scores[range(n), place // room].sum(dtype=float), abs=1e-9)
+    np.testing.assert_array_equal(chosen, routers.balanced_assignment(scores))
 
 
 def test_base_assignment_balances_while_training_only():

@@ -2,10 +2,10 @@
 import numpy as np
 from numba import prange
 
-from ..reference import GATED
 from .activations import KINDS, activate, activate_backward
 from .compile import example, loop, pool
-from .dense import add_bias, add_partials, column_sums, segment_rows
+from .dense import add_bias, add_partials, segment_rows
+from .product import TILED, multiply_in_parts
 from .runtime import PIECE, blocks, contiguous, get_threads
 from .updates import scatter_add
 
@@ -23,6 +23,7 @@ from .updates import scatter_add
 # Thread t takes the pieces first_piece[t]:first_piece[t+1], so that all threads finish at nearly the same time.
 EXPERT, START, STOP, SLOT = range(4)        # columns of pieces (P,4): the expert, its rows start:stop, the slot
 NO_SLOT = -1
+PART = 48 if TILED else PIECE              # rows that go through all products together, see product.py
 FIXED_ROWS = 16                             # a piece costs the time of its rows and of this many more
 
 
@@ -51,67 +52,106 @@ def _plan(offsets, limit, n_threads):
     return pieces[:P], first_slot, first_piece
 
 
+@loop
+def _part_rows(rows):
+    """The rows of a part: a piece of so many rows is cut into nearly equal parts, of a multiple of 8 rows."""
+    return min(PART, 8 * blocks(rows, 8 * blocks(rows, PART)))
+
+
+@loop
+def _gather(x, index, rows):
+    """rows = x[index]; faster than that, and than a copy of whole rows"""
+    for i in range(index.size):
+        source = index[i]
+        for j in range(x.shape[1]):
+            rows[i, j] = x[source, j]
+
+
+@loop
+def _add_row_bias(x, bias):
+    """x (F,n) += bias (F,), in place"""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            x[i, j] += bias[i]
+
+
+@loop
+def _add_row_sums(x, out):
+    """out (F,) += the sum of x (F,n) over n"""
+    for i in range(x.shape[0]):
+        total = out[i]
+        for j in range(x.shape[1]):
+            total += x[i, j]
+        out[i] = total
+
+
 @pool
-def _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, kind, rows, before, out):
-    """A piece: rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2"""
-    for thread in prange(first_piece.size - 1):
-        after = np.empty((PIECE, w2.shape[1]), x.dtype)
-        for p in range(first_piece[thread], first_piece[thread + 1]):
-            e, start, stop, _ = pieces[p]
-            part, n = slice(start, stop), stop - start
-            rows[part] = x[token[part]]
-            np.dot(rows[part], w1[e], before[part])
-            add_bias(before[part], b1[e])
-            for i in range(n):
-                activate(before[start + i], after[i], kind)
-            np.dot(after[:n], w2[e], out[part])
-            add_bias(out[part], b2[e])
+def _experts_forward(x, token, plan, weights, kind, saved):
+    """rows = x[token], before = w1^T rows^T + b1, after = f(before), out = after^T w2 + b2
 
-
-@loop
-def _gate_backward(dy, token, gate, out, dout, dgate):
-    """dout = gate dy[token], the gradient of an expert's output; dgate = dy[token] . out"""
-    for i in range(token.size):
-        inner = gate[i] - gate[i]
-        for j in range(out.shape[1]):
-            g = dy[token[i], j]
-            inner += g * out[i, j]
-            dout[i, j] = gate[i] * g
-        dgate[i] = inner
-
-
-@loop
-def _expert_piece_backward(dout, w1, w2, kind, rows, before, after, d_after, d_before, d_rows, dw1, db1, dw2, db2):
-    """From the gradient of a piece's output to all other gradients, while its rows are in cache.
-
-    An activation without a gate is differentiated in place: d_after is then the same array as d_before.
+    A part's `before` is (F, rows) in memory, because BLAS multiplies that faster than (rows, F).
     """
-    np.dot(dout, w2.T, d_after)
-    for i in range(before.shape[0]):
-        activate_backward(before[i], after[i], d_after[i], d_before[i], kind)
-    np.dot(after.T, dout, dw2)
-    np.dot(rows.T, d_before, dw1)
-    np.dot(d_before, w1.T, d_rows)
-    column_sums(dout, db2)
-    column_sums(d_before, db1)
+    (pieces, first_piece), (w1, b1, w2, b2), (rows, before, out) = plan, weights, saved
+    wide, narrow = w1.shape[2], w2.shape[1]
+    for thread in prange(first_piece.size - 1):
+        memory = np.empty(PART * narrow, x.dtype)
+        for p in range(first_piece[thread], first_piece[thread + 1]):
+            e, first, last, _ = pieces[p]
+            step = _part_rows(last - first)
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                part, n = slice(start, stop), stop - start
+                hidden, after = before[start * wide:stop * wide], memory[:n * narrow]
+                _gather(x, token[part], rows[part])
+                multiply_in_parts(w1[e].T, rows[part].T, hidden.reshape(wide, n), False)
+                _add_row_bias(hidden.reshape(wide, n), b1[e])
+                activate(hidden, after, kind)
+                multiply_in_parts(after.reshape(narrow, n).T, w2[e], out[part], False)
+                add_bias(out[part], b2[e])
+
+
+@loop
+def _gate_backward(dy, token, gate, out, dout, dout_turned, dgate):
+    """dout = gate dy[token], the gradient of an expert's output, and its transpose; dgate = dy[token] . out"""
+    for i in range(token.size):
+        n, inner = token[i], gate[i] - gate[i]
+        for j in range(dy.shape[1]):
+            dout[i, j] = gate[i] * dy[n, j]
+            inner += dy[n, j] * out[i, j]
+        dgate[i] = inner
+    for j in range(dy.shape[1]):
+        for i in range(token.size):
+            dout_turned[j, i] = dout[i, j]
 
 
 @pool
-def _experts_backward(dy, token, gate, pieces, limit, first_piece, w1, w2, kind, gated, rows, before, out,
-                      d_rows, dgate, dw, partial):
+def _experts_backward(dy, token, gate, plan, weights, kind, saved, d_rows, dgate, dw, partial):
     """dw: dw1, db1, dw2, db2, each (E,...); partial: the same for the slots, each (S,...)"""
+    (pieces, first_piece), (w1, _, w2, _), (rows, before, out) = plan, weights, saved
+    (width, wide), narrow = w1.shape[1:], w2.shape[1]
     for thread in prange(first_piece.size - 1):
-        dout, after = np.empty((limit, dy.shape[1]), dy.dtype), np.empty((limit, w2.shape[1]), dy.dtype)
-        d_before = np.empty((limit, before.shape[1]), dy.dtype)
-        d_after = np.empty_like(after) if gated else d_before
+        memory = np.empty((5, PART * max(wide, width)), dy.dtype)
         for p in range(first_piece[thread], first_piece[thread + 1]):
-            e, start, stop, slot = pieces[p]
-            part, n = slice(start, stop), stop - start
+            e, first, last, slot = pieces[p]
+            step = _part_rows(last - first)
             dw1, db1, dw2, db2 = dw if slot == NO_SLOT else partial
             to = e if slot == NO_SLOT else slot
-            _gate_backward(dy, token[part], gate[part], out[part], dout[:n], dgate[part])
-            _expert_piece_backward(dout[:n], w1[e], w2[e], kind, rows[part], before[part], after[:n],
-                                   d_after[:n], d_before[:n], d_rows[part], dw1[to], db1[to], dw2[to], db2[to])
+            db1[to] = 0
+            db2[to] = 0
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                part, n, later = slice(start, stop), stop - start, start > first
+                dout, dout_turned = memory[0, :n * width].reshape(n, width), memory[1, :n * width].reshape(width, n)
+                after, d_before = memory[2, :n * narrow], memory[3, :n * wide]
+                d_after = memory[4 if wide > narrow else 3, :n * narrow]           # not gated: changed in place
+                _gate_backward(dy, token[part], gate[part], out[part], dout, dout_turned, dgate[part])
+                multiply_in_parts(w2[e], dout_turned, d_after.reshape(narrow, n), False)
+                activate_backward(before[start * wide:stop * wide], after, d_after, d_before, kind)
+                multiply_in_parts(after.reshape(narrow, n), dout, dw2[to], later)
+                multiply_in_parts(rows[part].T, d_before.reshape(wide, n).T, dw1[to], later)
+                multiply_in_parts(d_before.reshape(wide, n).T, w1[e].T, d_rows[part], False)
+                _add_row_sums(d_before.reshape(wide, n), db1[to])
+                _add_row_sums(dout_turned, db2[to])
 
 
 def _routed(ones):
@@ -122,28 +162,27 @@ def _routed(ones):
 
 @example(lambda ones: experts_forward(*_routed(ones)))
 def experts_forward(x, token, offsets, gate, weights, name):
-    x, gate, w1, b1, w2, b2 = map(contiguous, (x, gate, *weights))
+    x, gate, *weights = map(contiguous, (x, gate, *weights))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
-    rows, before, out = (np.empty((len(token), n), x.dtype) for n in (x.shape[1], w1.shape[2], x.shape[1]))
-    pieces, _, first_piece = _plan(offsets, PIECE, get_threads())
-    _experts_forward(x, token, pieces, first_piece, w1, b1, w2, b2, KINDS[name], rows, before, out)
+    (D, F), A = weights[0].shape[1:], len(token)
+    saved = *_, out = tuple(np.empty(shape, x.dtype) for shape in ((A, D), A * F, (A, D)))
+    pieces, _, first_piece = _plan(offsets, segment_rows(A), get_threads())
+    _experts_forward(x, token, (pieces, first_piece), tuple(weights), KINDS[name], saved)
     y = np.zeros_like(x)
     scatter_add(y, token, gate, out)
-    return y, (rows, before, out)
+    return y, saved
 
 
-@example(lambda ones: experts_backward(ones(2, 2), *_routed(ones), (ones(2, 2), ones(2, 2), ones(2, 2))))
+@example(lambda ones: experts_backward(ones(2, 2), *_routed(ones), (ones(2, 2), ones(4), ones(2, 2))))
 def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
-    (w1, b1, w2, b2), (rows, before, out) = weights, saved
-    dy, gate, w1, w2 = map(contiguous, (dy, gate, w1, w2))
+    dy, gate, *weights = map(contiguous, (dy, gate, *weights))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
-    E, empty = len(w1), np.diff(offsets) == 0
-    limit = segment_rows(len(token))
-    pieces, first_slot, first_piece = _plan(offsets, limit, get_threads())
-    dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in (w1, b1, w2, b2)) for n in (E, first_slot[-1]))
-    d_rows, dgate = np.empty_like(rows), np.empty_like(gate)
-    _experts_backward(dy, token, gate, pieces, limit, first_piece, w1, w2, KINDS[name], name in GATED,
-                      rows, before, out, d_rows, dgate, dw, partial)
+    E, empty = len(offsets) - 1, np.diff(offsets) == 0
+    pieces, first_slot, first_piece = _plan(offsets, segment_rows(len(token)), get_threads())
+    dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in weights) for n in (E, first_slot[-1]))
+    d_rows, dgate = np.empty_like(saved[0]), np.empty_like(gate)
+    _experts_backward(dy, token, gate, (pieces, first_piece), tuple(weights), KINDS[name], saved, d_rows, dgate,
+                      dw, partial)
     if first_slot[-1] or empty.any():
         add_partials(dw, partial, first_slot, empty)
     dx = np.zeros_like(dy)
