@@ -188,6 +188,9 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("mates_logits", "largest change of a logit by other neighbours"),
     Quantity("later_rerouted", "share of bytes rerouted by later bytes"),
     Quantity("later_logits", "largest change of a logit by later bytes"),
+    # one model of expert choice under each of its rules
+    *(Quantity(f"{name}_by_{rule}", f"{label} by {rule}", unit) for rule in ("batch", "prefix", "threshold")
+      for name, label, unit in (("loss", "loss, chosen", "nats"), ("load_cv", "load CV, chosen", ""))),
     # cost
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
     Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active"), per="run"),
