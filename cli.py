@@ -489,7 +489,7 @@ def routers(whole, imports):
     if whole:
         click.echo(router_page.page(), nl=False)
         return
-    columns = {"name": "<15", "who chooses": "<11", "equal load": "<22", "causal": "<18", "learned": "<7",
+    columns = {"name": "<17", "who chooses": "<11", "equal load": "<22", "causal": "<18", "learned": "<7",
                "cost a layer": "<34", "paper": "<"}
     _table(columns, ((name, r.chooses, r.balanced, router_page.causal(r), "yes" if r.learned else "no", r.cost, r.paper)
                      for name, r in ROUTERS.items()))

@@ -220,6 +220,20 @@ def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trai
     assert divergence == pytest.approx(0, abs=1e-6)
 
 
+def test_one_model_of_expert_choice_under_each_rule(trainer):
+    """By batch it is the val loss of the row, by the causal rule its causal loss; the router keeps its rule."""
+    assert set(measures.by_rule(trainer).values()) == {None}  # another router
+    plan = dataclasses.replace(trainer.plan, model=ModelConfig(**trainer.plan.model.to_dict() | {
+        "router": "expert_choice", "top_k": 1, "router_options": {}}))
+    other = type(trainer)(Transformer(plan.model, seed=1), plan, trainer.corpus)
+    for _ in range(3):
+        other.advance()
+    found, row = measures.by_rule(other), other.evaluate(other.validation(plan.training.final_windows))[0]
+    assert found["loss_by_batch"] == row["val_cross_entropy"] and found["load_cv_by_batch"] < .01
+    assert found["loss_by_threshold"] == row["causal_cross_entropy"] != found["loss_by_prefix"]
+    assert {layer.router.rule for layer in other.model.moe_parts()} == {"batch"}
+
+
 def test_function_divergence_of_opposite_experts():
     """Outputs y and -y: 1 - cosine is 2."""
     model = Transformer(ModelConfig(n_layers=1, moe_layers=(0,), n_experts=2, top_k=1, d_model=8, d_ff=8, n_heads=2,

@@ -154,12 +154,16 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(corpus, reference,
     assert results(tmp_path) == reference
 
 
-@pytest.mark.parametrize("config_id", "AE")
-def test_other_routers_go_on_with_the_same_bits_too(corpus, tmp_path, config_id):
-    t.train(tiny(config_id), corpus, tmp_path / "whole")
+@pytest.mark.parametrize("config_id, model", [
+    ("A", {}), ("E", {}), ("E", {"router": "expert_threshold"}), ("D", {"router": "remoe"}),
+    ("D", {"router": "momentum_bias", "losses": {"global_batch": .1}}), ("D", {"router": "quantile_bias"}),
+    ("D", {"router": "top_p", "router_options": {"steer": .1}}), ("D", {"router": "oracle", "n_copy": 1})])
+def test_other_routers_and_their_state_go_on_with_the_same_bits_too(corpus, tmp_path, config_id, model):
+    run = tiny(config_id, model=model)
+    t.train(run, corpus, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        t.train(tiny(config_id), corpus, tmp_path / "torn", stop_after(3))
-    t.train(tiny(config_id), corpus, tmp_path / "torn")
+        t.train(run, corpus, tmp_path / "torn", stop_after(3))
+    t.train(run, corpus, tmp_path / "torn")
     assert results(tmp_path / "torn") == results(tmp_path / "whole")
 
 

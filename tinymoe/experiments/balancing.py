@@ -122,7 +122,7 @@ capacity = Experiment(
 
 EXPERT_CHOICE = {"router": "expert_choice", "aux_coef": 0.0}
 expert_choice = Experiment(
-    name="expert-choice", question="What does guaranteed balance cost?", measure=measures.rules,
+    name="expert-choice", question="What does guaranteed balance cost?", measure=measures.by_rule,
     settings=(Setting("batch", "expert choice, trained by the batch rule, judged by thresholds", model=EXPERT_CHOICE),
               Setting("prefix", "trained and judged by the prefix rule",
                       model=EXPERT_CHOICE | {"router_options": {"rule": "prefix"}}),
@@ -132,7 +132,8 @@ expert_choice = Experiment(
                       model=EXPERT_CHOICE | {"router_options": {"renormalise": True}}),
               Setting("top-2-raw", "top-2 with raw gates", model={"router_options": {"renormalise": False}}),
               Setting("top-2", "top-2, gates that sum to 1")),
-    metrics=(LOSS, "val_cross_entropy", "leak", "prefix_cost", "token_coverage", "load_cv", "experts_per_token"),
+    metrics=(LOSS, "loss_by_batch", "loss_by_prefix", "loss_by_threshold", "load_cv_by_threshold", "token_coverage",
+             "load_cv", "experts_per_token"),
     primary=(Primary(
         question="What does guaranteed balance cost?", contrast=Contrast(LOSS, "batch", minus="top-2-raw"),
         lower="Expert choice, judged by thresholds, beats top-2 with the same kind of gates.",

@@ -49,7 +49,7 @@ routers_a_to_f = Experiment(
                  *contrasts(("mi_excess", "byte_excess", "repetition", "function_divergence"), ("DF", "EF")),
                  *contrasts((LOSS,), ("AB", "BC", "BD", "DE", "DF", "DG")), Contrast("leak", "E"),
                  Contrast("prefix_cost", "E")),
-    seeds=12, steps=2000, rates=CANDIDATES, measure=measures.divergence_and_rules,
+    seeds=12, steps=2000, rates=CANDIDATES, measure=measures.divergence_by_rule,
     say=lambda r: [r.layers_at_the_end([name for name in "ABC" if name in r.with_experts])], caution=ON_THE_ANSWERS,
     figures={"perplexity_over_steps": over_steps(None, "causal_perplexity", enlarged=True),
              "final_perplexity": at_the_end("causal_perplexity", "causal_bits_per_byte"),

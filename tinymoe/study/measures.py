@@ -6,11 +6,12 @@ import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
 from ..moe import devices, metrics
-from ..moe.routing import from_mask, merge
+from ..moe.routing import first_experts, from_mask, merge
 from ..training.evaluation import losses_and_routings
 from . import probes
 
-WINDOWS, RULE_WINDOWS = 16, 64  # of each domain
+RULES = ("batch", "prefix", "threshold")  # of expert choice
+WINDOWS = 16  # of each domain
 DEVICES = (1, 2, 4, 8, 16)
 BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
 CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
@@ -48,6 +49,29 @@ def traffic(trainer) -> dict[str, float]:
                    "link": [t.largest_link / len(t.reach) for t in parts], "reach": [t.reach.mean() for t in parts],
                    "path": [1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts]}
         found |= {f"{name}_{n}": float(np.mean(values)) for name, values in numbers.items()}
+    return found
+
+
+def by_rule(trainer) -> dict[str, float | None]:
+    """Loss and load CV of the final validation windows under each rule of expert choice, of the same weights.
+
+    None for models with another router.
+    """
+    model, valid = trainer.model, trainer.validation(trainer.plan.training.final_windows)
+    routers, found = [layer.router for layer in model.moe_parts()], {}
+    before = [getattr(router, "rule", None) for router in routers]
+    for rule in RULES:
+        loss = load_cv = None
+        if routers and None not in before:
+            for router in routers:
+                router.rule = rule
+            nats, by_layer = losses_and_routings(model, valid, causal=False)
+            loss = float(np.mean([nats[valid.domain == d].mean(dtype=float) for d in range(len(valid.names))]))
+            load_cv = float(np.mean([metrics.load_cv(merge(routings)) for routings in by_layer]))
+        found |= {f"loss_by_{rule}": loss, f"load_cv_by_{rule}": load_cv}
+    for router, rule in zip(routers, before):
+        if rule is not None:
+            router.rule = rule
     return found
 
 
@@ -94,24 +118,9 @@ def divergence(trainer) -> dict[str, float | None]:
     return {"function_divergence": float(np.mean(found)) if found else None}
 
 
-def rules(trainer) -> dict[str, float | None]:
-    """`prefix_cost`: the causal loss of expert choice by the prefix rule minus that by thresholds, nats a byte, of the
-    same weights; None for a model that does not choose between the two."""
-    routers = [layer.router for layer in trainer.model.moe_parts()]
-    if not routers or any(getattr(router, "rule", None) != "batch" for router in routers):
-        return {"prefix_cost": None}
-    valid, before, losses = trainer.validation(RULE_WINDOWS), routers[0].causal_rule, {}
-    for rule in ("threshold", "prefix"):
-        for router in routers:
-            router.causal_rule = rule
-        losses[rule] = losses_and_routings(trainer.model, valid, causal=True)[0].mean(dtype=float)
-    for router in routers:
-        router.causal_rule = before
-    return {"prefix_cost": float(losses["prefix"] - losses["threshold"])}
-
-
-def divergence_and_rules(trainer) -> dict[str, float | None]:
-    return divergence(trainer) | rules(trainer)
+def divergence_by_rule(trainer) -> dict[str, float | None]:
+    """What `divergence` and `by_rule` measure."""
+    return divergence(trainer) | by_rule(trainer)
 
 
 def byte_class(ids):
@@ -214,9 +223,10 @@ def function_divergence(layer, model, valid):
     outputs = []
 
     def keep_outputs(routing, x):
-        for e in range(routing.n_experts):
+        real = first_experts(routing, layer.experts.n_experts)  # neither copies nor zeros
+        for e in range(real.n_experts):
             alone = _change(lambda gates, e=e: np.broadcast_to(np.arange(gates.shape[1]) == e, gates.shape))
-            outputs.append(layer.experts(x, alone(routing, x)).data.astype(float))
+            outputs.append(layer.experts(x, alone(real, x)).data.astype(float))
         return routing
 
     with rerouted(layer, keep_outputs), no_grad():

@@ -34,7 +34,8 @@ class Quantity:
     @property
     def is_loss(self) -> bool:
         """Whether it is a loss, or a difference of losses, in nats a byte: what MARGIN is about."""
-        return self.name.partition(":")[0].endswith("cross_entropy") or self.name in ("leak", "excess", "prefix_cost")
+        return self.name.partition(":")[0].endswith("cross_entropy") or self.name.startswith("loss_by_") \
+            or self.name in ("leak", "excess", "prefix_cost")
 
     @property
     def title(self) -> str:
@@ -51,6 +52,12 @@ def above_entropy(run):
     """Causal loss above the entropy rate of the text, in nats a byte; nan where that rate is unknown."""
     rates = [part.get("entropy_rate") for part in run.config["corpus"].values()]
     return math.nan if None in rates else run.final[LOSS] - float(np.mean(rates))
+
+
+def prefix_cost(run):
+    """Loss of expert choice by the prefix rule minus that by thresholds; nan for a run that measured neither."""
+    by_prefix, by_threshold = (run.measured.get(f"loss_by_{rule}") for rule in ("prefix", "threshold"))
+    return math.nan if None in (by_prefix, by_threshold) else by_prefix - by_threshold
 
 
 def padding(run):
@@ -142,7 +149,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("val_bits_per_byte", "loss routed as in training", "bits"),
     Quantity("leak", "causal loss - loss routed as in training", "nats", per="row",
              of=lambda row: row[LOSS] - row["val_cross_entropy"]),
-    Quantity("prefix_cost", "loss by the prefix rule - loss by thresholds", "nats"),
+    Quantity("prefix_cost", "loss by the prefix rule - loss by thresholds", "nats", of=prefix_cost, per="run"),
     Quantity("token_perplexity", f"causal perplexity over {TOKEN_BYTES} bytes", digits=2, per="row",
              of=lambda row: math.exp(min(TOKEN_BYTES * row[LOSS], 700))),
     Quantity("excess", "causal loss above the entropy of the text", "nats", of=above_entropy, per="run"),
@@ -189,6 +196,9 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("mates_logits", "largest change of a logit by other neighbours"),
     Quantity("later_rerouted", "share of bytes rerouted by later bytes"),
     Quantity("later_logits", "largest change of a logit by later bytes"),
+    # one model of expert choice under each of its rules
+    *(Quantity(f"{name}_by_{rule}", f"{label} by {rule}", unit) for rule in ("batch", "prefix", "threshold")
+      for name, label, unit in (("loss", "loss, chosen", "nats"), ("load_cv", "load CV, chosen", ""))),
     # cost
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
     Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active"), per="run"),

@@ -42,6 +42,8 @@ class NormalisedTopK(TopK, name="normalised_top_k"):
     """
 
     paper = "Wei 2024"
+    formula = "z = x W; top_k of logit_scale (z - mean z) / std z"
+    used_by = "Skywork-MoE"
     logit_scale: float = 1.0
 
     def scores(self, x):
@@ -60,6 +62,8 @@ class CosineTopK(TopK, name="cosine_top_k"):
     """
 
     paper = "Chi 2022"
+    formula = "top_k of cos(x P, c_e) / tau, tau learned"
+    used_by = "Swin-MoE, X-MoE"
     cost = "2 N R (D + E)"
     shapes = {"weight": "RE", "projection": "DR", "log_scale": ""}
     router_width: int = 16
@@ -102,6 +106,8 @@ class TopP(LinearRouter, name="top_p"):
     """
 
     paper = "Huang 2024"
+    formula = "p = softmax(x W); the fewest experts whose p sum to top_p; gates p"
+    used_by = "studies: Huang 2024, DTop-p"
     mean_k = True
     shapes = {"weight": "DE", "threshold": ""}
     losses = {"entropy": 1e-4}
@@ -149,6 +155,8 @@ class ReMoE(LinearRouter, name="remoe"):
     """
 
     paper = "Wang 2024"
+    formula = "gates relu(x W); penalty lambda E / K sum f_e mean(g_e), lambda steered to K experts a token"
+    used_by = "studies: Wang 2024"
     mean_k = True
     shapes = {"weight": "DE", "coefficient": ""}
     penalty_start: float = 1e-8
@@ -186,6 +194,8 @@ class MixtureOfDepths(LinearRouter, name="mixture_of_depths"):
     """
 
     paper = "Raposo 2024"
+    formula = "z = x w; the T K / E tokens of largest z in a sequence; gate z"
+    used_by = "studies: Raposo 2024"
     chooses = "expert"
     balanced = "yes"
     causal = causal_training = False
@@ -219,6 +229,8 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
     """
 
     paper = "Singh 2026"
+    formula = "as sigmoid_bias, with b += m, m the running mean of rate tanh(clamp (1 - load / mean load)), centred"
+    used_by = "Arcee Trinity Large"
     shapes = {"weight": "DE", "bias": "E", "mean_step": "E"}
     clamp: float = 2.0
     momentum: float = 0.5
@@ -248,6 +260,9 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
     """
 
     paper = "Su 2026"
+    formula = ("as sigmoid_bias, with b_e = - the (N K / E + 1)-th largest over tokens of s_e - (the (K + "
+               "1)-th largest s + b)")
+    used_by = "Kimi K3, Marin"
     bias_rate: float = 1.0
     bias_rule = "sign"  # fixed; not used
 
@@ -271,6 +286,9 @@ class RealBias(SigmoidBias, name="real_bias"):
     """
 
     paper = "Meituan 2025"
+    formula = ("p = softmax(x W); the K largest p + b; b_e += rate (real_k / (K n_real) - load_e / (N K)) for "
+               "real experts")
+    used_by = "LongCat-Flash"
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "softmax"
     n_real: int = 8
     real_k: float = 1.0
@@ -291,6 +309,8 @@ class HashGated(Scored, name="hash_gated"):
     """
 
     paper = "DeepSeek-AI 2026"
+    formula = "K experts of table[id]; gates s / (sum of the chosen s), s of x W"
+    used_by = "DeepSeek-V4, first three layers"
     chooses = "neither"
     cost = "2 N D E + a lookup"
     shapes = {"weight": "DE", "table": "VE"}
