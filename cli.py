@@ -535,8 +535,8 @@ def options(imports):
 def params(model, context, width):
     """Count a model's parameters, FLOPs and memory, part by part.
 
-    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, deepseek-v3, in upper or lower case.
-    A file: a published config.json, or that of a run.
+    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v3, in upper
+    or lower case. A file: a published config.json, or that of a run.
 
     Active parameters are those that one token uses, embedding and head included. FLOPs are those of the forward pass of
     one token: two for each active weight of a matrix product, and attention over --context positions.
