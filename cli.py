@@ -535,8 +535,8 @@ def options(imports):
 def params(model, context, width):
     """Count a model's parameters, FLOPs and memory, part by part.
 
-    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, deepseek-v3, in upper or lower case.
-    A file: a published config.json, or that of a run.
+    Presets: mixtral-8x7b, grok-1, olmoe-1b-7b, qwen1.5-moe-a2.7b, qwen3-30b-a3b, gpt-oss-20b, deepseek-v3, in upper
+    or lower case. A file: a published config.json, or that of a run.
 
     Active parameters are those that one token uses, embedding and head included. FLOPs are those of the forward pass of
     one token: two for each active weight of a matrix product, and attention over --context positions.
@@ -585,7 +585,8 @@ def probe(subject, steps, ids, text, imports, overrides):
            ((r.layer, r.router, *r.leaks, r.effective, len(r.load), r.load.max() / max(1, r.load.sum()),
              r.dead, r.uncovered) for r in reports))
     click.echo("leaks: share of earlier tokens whose experts change when later tokens do, by this layer's own choice.\n"
-               "effective experts: exp(entropy of the load). dead: experts under 1% of their fair share.")
+               "effective experts: exp(entropy of the load). largest load: share of all assignments. dead: experts under 1% of "
+               "their fair share.")
     click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
     effects = {"later tokens, as evaluated": probes.causality(model, ids, domain=domain),
                "later tokens, as trained": probes.causality(model, ids, domain=domain, training=True),

@@ -22,17 +22,14 @@ from .config import ModelConfig
 from .counting import KEYS, architecture, require_size
 from .transformer import Block, Transformer
 
-SIZES = {  # whole numbers that a config.json needs besides KEYS
-    "mixtral": "max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts",
-    "olmoe": "max_position_embeddings num_experts_per_tok intermediate_size num_experts",
-    "qwen2_moe": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_experts
-        moe_intermediate_size shared_expert_intermediate_size""",
-    "qwen3_moe": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_experts
-        moe_intermediate_size""",
-    "gpt_oss": """max_position_embeddings num_experts_per_tok intermediate_size num_key_value_heads num_local_experts
-        head_dim""",
-    "deepseek_v3": """max_position_embeddings num_experts_per_tok intermediate_size n_routed_experts n_shared_experts
-        moe_intermediate_size kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace"""}
+COMMON = (*KEYS, "max_position_embeddings", "num_experts_per_tok", "intermediate_size")  # whole numbers, for all
+SIZES = {  # further whole numbers that a config.json needs
+    "mixtral": "num_key_value_heads num_local_experts", "olmoe": "num_experts",
+    "qwen2_moe": "num_key_value_heads num_experts moe_intermediate_size shared_expert_intermediate_size",
+    "qwen3_moe": "num_key_value_heads num_experts moe_intermediate_size",
+    "gpt_oss": "num_key_value_heads num_local_experts head_dim",
+    "deepseek_v3": """n_routed_experts n_shared_experts moe_intermediate_size kv_lora_rank qk_nope_head_dim
+        qk_rope_head_dim v_head_dim first_k_dense_replace"""}
 OTHERS = {"mixtral": "", "gpt_oss": "sliding_window",  # other keys that it needs
           **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), "norm_topk_prob"),
           "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
@@ -89,7 +86,7 @@ def model_config(config: dict) -> ModelConfig:
 
 def _refuse(config, kind):
     """Raise ValueError for a missing setting, and for an unsupported one that would change the logits."""
-    sizes, others = (*KEYS, *SIZES[kind].split()), OTHERS[kind].split()
+    sizes, others = (*COMMON, *SIZES[kind].split()), OTHERS[kind].split()
     if missing := [key for key in (*sizes, *others) if key not in config]:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
     for key in sizes:
