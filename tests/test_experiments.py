@@ -246,6 +246,13 @@ def test_function_divergence_of_opposite_experts():
     assert measures.function_divergence(model.moe_parts()[0], model, valid) == pytest.approx(2, abs=1e-5)
 
 
+@pytest.mark.parametrize("fields", [{"moe_layers": ()}, {"n_experts": 1, "top_k": 1}])
+def test_without_several_experts_there_is_no_divergence(corpora, fields):
+    run = next(run for run in toy_runs(EXPERIMENTS["frozen"], 1))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, aux_coef=0.0, **fields))
+    assert measures.divergence(Trainer(Transformer(run.model), run, corpora[None])) == {"function_divergence": None}
+
+
 def test_byte_classes():
     assert [measures.CLASSES[i] for i in measures.byte_class(np.frombuffer(b"aZ7 \n,\x00\xff", np.uint8))] == [
         "lower case", "upper case", "digit", "space", "space", "punctuation", "other", "other"]

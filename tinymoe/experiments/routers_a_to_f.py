@@ -16,6 +16,12 @@ ON_THE_ANSWERS = (
     "Information cannot exceed the entropy of the load, so an uneven load can carry more of it. A byte alone predicts "
     "its domain in part, so domain information does not show that experts follow topics.")
 
+def say_layers(r):
+    """How the layers of A, B and C ended."""
+    names = [name for name in "ABC" if name in r.with_experts]
+    return [r.layers_at_the_end(names)] if names else []
+
+
 routers_a_to_f = Experiment(
     name="study", question="What do seven routings do to one model?", adjustable=True,
     settings=tuple(Setting(name, what, model={"router": router, "top_k": k, "aux_coef": aux} | more,
@@ -50,7 +56,7 @@ routers_a_to_f = Experiment(
                  *contrasts((LOSS,), ("AB", "BC", "BD", "DE", "DF", "DG")), Contrast("leak", "E"),
                  Contrast("prefix_cost", "E")),
     seeds=12, steps=2000, rates=CANDIDATES, measure=measures.divergence_by_rule,
-    say=lambda r: [r.layers_at_the_end([name for name in "ABC" if name in r.with_experts])], caution=ON_THE_ANSWERS,
+    say=say_layers, caution=ON_THE_ANSWERS,
     figures={"perplexity_over_steps": over_steps(None, "causal_perplexity", enlarged=True),
              "final_perplexity": at_the_end("causal_perplexity", "causal_bits_per_byte"),
              "expert_load": expert_load,

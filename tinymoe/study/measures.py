@@ -112,9 +112,10 @@ def specialisation(trainer) -> dict:
 
 
 def divergence(trainer) -> dict[str, float | None]:
-    """`function_divergence`, the mean over layers of how far the experts' functions differ; None for a dense model."""
-    valid, layers = trainer.validation(WINDOWS), trainer.model.moe_parts()
-    found = [function_divergence(layer, trainer.model, valid) for layer in layers]
+    """`function_divergence`, the mean over layers of how far the experts' functions differ; None without experts."""
+    valid = trainer.validation(WINDOWS)
+    found = [function_divergence(layer, trainer.model, valid) for layer in trainer.model.moe_parts()
+             if layer.experts.n_experts > 1]
     return {"function_divergence": float(np.mean(found)) if found else None}
 
 
@@ -231,6 +232,6 @@ def function_divergence(layer, model, valid):
 
     with rerouted(layer, keep_outputs), no_grad():
         model.forward(valid.ids[:valid.batch_size], domain=valid.domain[:valid.batch_size])
-    unit = np.stack([y / np.linalg.norm(y, axis=1, keepdims=True) for y in outputs])  # (E, N, D)
+    unit = np.stack([y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-30) for y in outputs])  # (E, N, D)
     cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]
     return float(1 - cosines[np.triu_indices(len(unit), 1)].mean())

@@ -44,8 +44,8 @@ class Quantity:
 
     @property
     def heading(self) -> str:
-        """The title as the beginning of a paragraph."""
-        return f"**{self.title[0].upper()}{self.title[1:]}.**"
+        """The title as the beginning of a sentence."""
+        return self.title[0].upper() + self.title[1:]
 
 
 def above_entropy(run):

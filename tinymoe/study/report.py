@@ -16,7 +16,7 @@ import numpy as np
 from ..files import printable, write_atomically
 from ..training.run_folder import processors
 from .experiment import SCALES, Experiment
-from .quantities import LOSS, QUANTITIES, title, value
+from .quantities import LOSS, QUANTITIES, quantity, title, value
 from .results import COMPACT, Results, RunRecord, load_runs
 from .statistics import MARGIN, enough_digits, t_interval
 
@@ -64,7 +64,8 @@ permutation test that changes the signs of the seeds' differences. Same: p value
 the margin. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% \
 power whether the difference is 0 or as large as the margin. Both are reckoned without the correction."""
 EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
-and Hochberg: of those that are *different*, 5% are expected to be so by chance."""
+and Hochberg: of those that are *different*, at most 5% are expected to be so by \
+chance."""
 SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
 taken before any other run existed; these runs are in no other number."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
@@ -139,6 +140,11 @@ def warnings(results: Results) -> list[str]:
                                             for one in run.config.get("extended", ())).items():
         said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {steps} steps: "
                     "there the learning rate had fallen already, and rose again.")
+    lengths = {round(s.length * e.steps) for s in e.settings}
+    if (not {run.summary["steps"] for run in results.runs} <= lengths or e.rates and not results.sweep
+            or max(map(len, groups.values())) < e.seeds):
+        said.append(f"The plan has {e.seeds} seeds of {e.steps:,} steps"
+                    f"{', with a learning rate chosen for each setting' if e.rates else ''}: `--full` runs it.")
     hashes = [run.plan_hash for run in results.runs]
     for n, what in ((len(hashes) - hashes.count(e.plan_hash) - hashes.count(None), "The plan was changed after"),
                     (hashes.count(None), "No plan was recorded by")):
@@ -186,8 +192,8 @@ def left_out(results):
 
 def answers(results: Results) -> list[str]:
     """For each primary comparison its sentence, the number, the verdict, and how sure it is."""
-    return [f"**{one.sentence(found)}** {title(found.contrast.metric)}, {found.contrast}: {cells(found)[0]}. "
-            f"*{cells(found)[-1].capitalize()}*{how_sure(found)}."
+    return [f"**{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
+            f"{cells(found)[0]}. *{cells(found)[-1].capitalize()}*{how_sure(found)}."
             for one, found in zip(results.experiment.primary, results.primary)]
 
 
