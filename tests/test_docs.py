@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import cli
+from test_readme import require_commands
 from tinymoe.tools.explain import Example
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -26,6 +28,13 @@ MADE = {"explain.md": explain_page}
 @pytest.mark.parametrize("name", MADE)
 def test_a_page_that_is_made_is_up_to_date(name):
     assert (DOCS / name).read_text(encoding="utf-8") == MADE[name](), "run: python tests/test_docs.py"
+
+
+def test_the_table_of_commands_has_every_command_and_its_options_exist():
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    require_commands(page)
+    assert [name for name in cli.main.commands if f"`python cli.py {name}" not in page] == []
+    assert all(option in page for option in ("-o", "-j", "-n", "130"))
 
 
 if __name__ == "__main__":
