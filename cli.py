@@ -119,6 +119,17 @@ def _folder(context, option, value):
     return value if value is None else Path(value)
 
 
+def _names(module, table):
+    """Completes a word in the shell by the names of a table of the package, else by files."""
+    def complete(context, parameter, word):
+        from importlib import import_module
+
+        from click.shell_completion import CompletionItem
+        known = getattr(import_module(f"tinymoe.{module}"), table)
+        return [name for name in known if name.startswith(word)] or [CompletionItem(word, type="file")]
+    return complete
+
+
 def _load_files(context, option, paths):
     """Run the files of --import; returns their absolute paths."""
     if paths:
@@ -356,7 +367,7 @@ def _duration(seconds):
 
 
 @main.command()
-@click.argument("name", metavar="[NAME|FILE.py]", required=False)
+@click.argument("name", metavar="[NAME|FILE.py]", required=False, shell_complete=_names("experiments", "EXPERIMENTS"))
 @click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds, to test that it runs.")
 @click.option("--full", "scale", flag_value="full", help="As planned for publication: its steps, seeds, and learning "
               "rates that are chosen first; takes hours.")
@@ -528,7 +539,7 @@ def options(imports):
 
 
 @main.command()
-@click.argument("model", metavar="PRESET|FILE.json")
+@click.argument("model", metavar="PRESET|FILE.json", shell_complete=_names("model.counting", "PRESETS"))
 @click.option("--context", type=click.IntRange(0, 2**31 - 1), default=0, help="Positions that a token attends to.")
 @click.option("--bytes", "width", type=click.FloatRange(0, 64, min_open=True), default=2,
               help="Memory of one parameter: 4 for float32, 2 for bfloat16, 0.5 for four bits.")
@@ -557,7 +568,7 @@ def params(model, context, width):
 
 
 @main.command()
-@click.argument("subject", metavar="ROUTER|RUN|FILE")
+@click.argument("subject", metavar="ROUTER|RUN|FILE", shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50",
               help="Of a router: training steps before.")
 @click.option("--ids", type=click.Path(), help="Of a file or run: a file of token ids, as text or .npy.")
@@ -635,9 +646,10 @@ def _probed(subject, steps, ids, text, overrides):
 @click.argument("text")
 @click.option("--gate", is_flag=True, help="Show the gate of the first choice, as bars.")
 @click.option("--entropy", is_flag=True, help="Show the entropy of the router's probabilities, as bars.")
+@click.option("--load", is_flag=True, help="Show how many bytes each expert has, as a histogram.")
 @click.option("--layer", "layers", multiple=True, type=int, help="Show only this layer; repeat for several.")
 @_import_option
-def route(run, text, gate, entropy, layers, imports):
+def route(run, text, gate, entropy, load, layers, imports):
     """Show in the terminal which expert each byte of TEXT goes to.
 
     It shows each MoE layer of the model in folder RUN. Routes are decided on the prefix alone. Below each byte stands
@@ -656,6 +668,8 @@ def route(run, text, gate, entropy, layers, imports):
         if not layers or layer in layers:
             click.echo(f"layer {layer}, {routing.n_experts} experts, step {step:,}")
             click.echo("\n".join(view.lines(data, routing, colour, width, gate, entropy)))
+            if load:
+                click.echo("\n".join(view.load_lines(routing)))
     bars = "; bars: ▁ 0 to █ 1, an entropy as a share of ln E, its largest" if gate or entropy else ""
     click.echo(f"-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127{bars}")
     if len(data) > config.seq_len:
@@ -744,7 +758,8 @@ def generate(run, prompt, length, temperature, top, seed, imports):
 
 
 @main.command()
-@click.option("--router", default="top_k", help="The router of the example.")
+@click.option("--router", default="top_k", help="The router of the example.",
+              shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
 @click.option("--step", is_flag=True, help="Wait for a key after each part.")
 @_import_option

@@ -85,6 +85,18 @@ def test_the_summary_of_every_command_is_one_whole_line():
     assert all(line.endswith(".") and "..." not in line for line in lines)
 
 
+@pytest.mark.parametrize("words, found", [
+    ("tinymoe exp", {"experiment", "explain"}), ("tinymoe experiment ca", {"capacity"}),
+    ("tinymoe study --o", {"--out"}),
+    ("tinymoe params mixtral-8", {"mixtral-8x7b"}), ("tinymoe explain --router sink", {"sinkhorn"})])
+def test_the_shell_completes_commands_options_and_names(words, found):
+    typed = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_TINYMOE_COMPLETE": "bash_complete"}
+    code = "import sys; sys.argv = ['tinymoe']; import cli; cli.run()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | typed, stdout=subprocess.PIPE,
+                          text=True)
+    assert {line.removeprefix("plain,") for line in done.stdout.splitlines()} == found
+
+
 def test_the_version_is_that_of_the_package():
     assert invoke("--version") == (0, f"tinymoe {tinymoe.__version__}\n")
 

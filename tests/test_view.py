@@ -66,6 +66,13 @@ def test_lines_by_hand():
         "text    a↵· ", "expert  10-0", "gate    ▇█ ▅", "entropy ▇▁██", ""]  # -(.25 ln .25 + .75 ln .75) / ln 2 = 0.81
 
 
+def test_a_histogram_by_hand():
+    """Loads 3 and 1 of 4 assignments; the third byte has none, the first both."""
+    assert list(view.load_lines(by_hand([[.5, .5], [1, 0], [0, 0], [1, 0]]))) == [
+        f"expert 0  {40 * '█'}      3   75.0%", f"expert 1  {13 * '█'}{27 * ' '}      1   25.0%",
+        "experts of a byte: 0 for 1 bytes, 1 for 2 bytes, 2 for 1 bytes", ""]
+
+
 def test_long_lines_wrap_and_numbers_of_two_digits_are_read_downwards():
     routing = by_hand(np.eye(12)[[11, 3, 0, 7, 10, 1, 2, 5, 9]])
     assert list(view.lines(b"abcdefghi", routing, False, 16)) == [

@@ -84,6 +84,16 @@ def lines(text, routing, colour, width, gate=False, entropy=False):
         yield ""
 
 
+def load_lines(routing):
+    """Yield the lines of one layer's histogram: bytes of each expert, and how many bytes have how many experts."""
+    load, digits, counts = routing.load, len(str(routing.n_experts - 1)), np.bincount(routing.coverage)
+    for e, n in enumerate(load.tolist()):
+        bar = "█" * round(40 * n / max(1, load.max()))
+        yield f"expert {e:>{digits}}  {bar:40} {n:6}  {n / max(1, load.sum()):6.1%}"
+    yield "experts of a byte: " + ", ".join(f"{k} for {n} bytes" for k, n in enumerate(counts) if n)
+    yield ""
+
+
 def _bar(share):
     return BARS[int(np.clip(share * len(BARS), 0, len(BARS) - 1))]
 
