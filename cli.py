@@ -149,6 +149,8 @@ def _training_options(command):
     for option in reversed((
             click.option("--jobs", type=COUNT, default=_cores, show_default="number of cores",
                          help="Runs side by side, each in a process with one thread."),
+            click.option("--scheduler", metavar="URL",
+                         help="Train on the workers of this Dask scheduler, tcp://HOST:PORT; see docs/cluster.md."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
             click.option("--fresh", is_flag=True, help="Delete what these runs left before, instead of resuming."),
@@ -244,15 +246,16 @@ def _conduct(experiment, runs, out, plot, show, **how):
         raise SystemExit(1)
 
 
-def _train(runs, out, text, jobs, fresh, imports):
+def _train(runs, out, text, jobs, fresh, imports, scheduler):
     """Train the runs with a progress bar, and say which failed; returns the messages of those."""
     import dataclasses
 
     from tinymoe.files import printable
     from tinymoe.study import runner
     steps = " or ".join(map(str, sorted({run.training.steps for run in runs})))
-    click.echo(f"{len(runs)} run(s) of {steps} steps, {min(jobs, len(runs))} at a time -> {out}")
-    if not runner.kernels.is_compiled("float32"):
+    where = f"on {scheduler}" if scheduler else f"{min(jobs, len(runs))} at a time"
+    click.echo(f"{len(runs)} run(s) of {steps} steps, {where} -> {out}")
+    if not scheduler and not runner.kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
     progress = Progress(runs)
     if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
@@ -260,7 +263,7 @@ def _train(runs, out, text, jobs, fresh, imports):
     try:
         with _refusing(OSError), progress.bar:
             failures = runner.run_study([dataclasses.replace(run, imports=imports) for run in runs],
-                                        out, text, jobs, fresh, progress.note)
+                                        out, text, jobs, fresh, progress.note, scheduler)
     except KeyboardInterrupt:
         raise SystemExit(_say("\nInterrupted. The same command resumes from the last checkpoints.", code=130)) from None
     for run_id, message in failures.items():
@@ -382,6 +385,27 @@ def compact(folder):
     from tinymoe.study.results import compact as write_compact
     path, n = write_compact(folder)
     click.echo(f"{n} runs in {path}")
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@_refusing(ValueError, OSError)
+def runs(folder):
+    """Show which runs are finished, running, failed or waiting.
+
+    FOLDER is the --out of a study or experiment, which may be running, on this machine or on others.
+    """
+    from collections import Counter
+
+    from tinymoe.files import printable
+    from tinymoe.study.results import overview
+    found = overview(folder)
+    _table({"run": "<16", "state": "<8", "step": ">11", "loss": ">7", "left": ">8", "where": "<"},
+           ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
+             "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else _duration(r["left"]),
+             printable(r["where"])) for r in found))
+    states = Counter(r["state"] for r in found)
+    click.echo(", ".join(f"{states[s]} {s}" for s in ("finished", "running", "failed", "waiting")))
 
 
 @main.command()
