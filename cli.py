@@ -160,6 +160,8 @@ def _training_options(command):
     for option in reversed((
             click.option("--jobs", "-j", type=COUNT, default=_cores, show_default="number of cores",
                          help="Runs side by side, each in a process with one thread."),
+            click.option("--scheduler", metavar="URL",
+                         help="Train on the workers of this Dask scheduler, tcp://HOST:PORT; see docs/cluster.md."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
             click.option("--fresh", is_flag=True, help="Delete what these runs left before, instead of resuming."),
@@ -281,7 +283,7 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
     return failures if len(failures) < len(runs) else None
 
 
-def _train(runs, out, text, jobs, fresh, imports, extend=False):
+def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}."""
     import dataclasses
 
@@ -301,15 +303,16 @@ def _train(runs, out, text, jobs, fresh, imports, extend=False):
         return {}
     runs = todo
     steps = " or ".join(map(str, sorted({run.training.steps for run in runs})))
-    click.echo(f"{len(runs)} run(s) of {steps} steps, {min(jobs, len(runs))} at a time -> {out}")
-    if not runner.kernels.is_compiled("float32"):
+    where = f"on {scheduler}" if scheduler else f"{min(jobs, len(runs))} at a time"
+    click.echo(f"{len(runs)} run(s) of {steps} steps, {where} -> {out}")
+    if not scheduler and not runner.kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
     progress = Progress(runs)
     if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _refusing(OSError), progress.bar:
-            failures = runner.run_study(runs, out, text, jobs, fresh, progress.note)
+            failures = runner.run_study(runs, out, text, jobs, fresh, progress.note, scheduler)
     except KeyboardInterrupt:
         raise SystemExit(_say("\nInterrupted. The same command resumes from the last checkpoints.", code=130)) from None
     for run_id, message in failures.items():
@@ -491,6 +494,27 @@ def rows(folder, form, out):
 
 
 @main.command()
+@click.argument("folder", type=PATH)
+@_refusing(ValueError, OSError)
+def runs(folder):
+    """Show which runs are finished, running, failed or waiting.
+
+    FOLDER is the --out of a study or experiment, which may be running, on this machine or on others.
+    """
+    from collections import Counter
+
+    from tinymoe.files import printable
+    from tinymoe.study.results import overview
+    found = overview(folder)
+    _table({"run": "<16", "state": "<8", "step": ">11", "loss": ">7", "left": ">8", "where": "<"},
+           ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
+             "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else _duration(r["left"]),
+             printable(r["where"])) for r in found))
+    states = Counter(r["state"] for r in found)
+    click.echo(", ".join(f"{states[s]} {s}" for s in ("finished", "running", "failed", "waiting")))
+
+
+@main.command()
 @click.option("--long", "whole", is_flag=True, help="A page with formulas, sources and users: docs/routers.md.")
 @_import_option
 def routers(whole, imports):
@@ -596,8 +620,8 @@ def probe(subject, steps, ids, text, imports, overrides):
            ((r.layer, r.router, *r.leaks, r.effective, len(r.load), r.load.max() / max(1, r.load.sum()),
              r.dead, r.uncovered) for r in reports))
     click.echo("leaks: share of earlier tokens whose experts change when later tokens do, by this layer's own choice.\n"
-               "effective experts: exp(entropy of the load). largest load: share of all assignments. dead: experts under 1% of "
-               "their fair share.")
+               "effective experts: exp(entropy of the load). largest load: share of all assignments. dead: experts under "
+               "1% of their fair share.")
     click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
     effects = {"later tokens, as evaluated": probes.causality(model, ids, domain=domain),
                "later tokens, as trained": probes.causality(model, ids, domain=domain, training=True),

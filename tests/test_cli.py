@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import platform
 import re
 import resource
 import shutil
@@ -27,6 +28,7 @@ from tinymoe.study import report
 from tinymoe.study.runner import Event
 from tinymoe.training import trainer as train
 from tinymoe.training.plan import TrainConfig
+from tinymoe.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy weight_divergence "
@@ -274,6 +276,29 @@ def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
     assert [line for line in lines if "left" in line] == [  # 30 steps in 30 s after the first, 109 to go
         "46%, 2 min left: A-seed0 step 16, loss 2.840; B-seed0 step 75, loss 2.500"]
     assert "B-seed0: resumed from step 60" in lines and "B-seed0: done" in lines
+
+
+def test_runs_shows_what_is_finished_running_failed_and_waiting(text, tmp_path):
+    """Of a study of five runs: one finished, one failed at step 2, one in training by this process, two waiting."""
+    assert study(text, tmp_path, "--config", "D", "--seeds", 2)[0] == 0
+    assert study(text, tmp_path, "--config", "A", learning_rate=1e30)[0] == 1
+    second, third = tmp_path / "runs/D-seed1", tmp_path / "runs/\x1b[2J"
+    for name in ("summary.json", "checkpoint.npz"):
+        (second / name).unlink()
+    rows = files.read_rows(second / "log.jsonl")
+    files.write_rows(second / "log.jsonl", [row | {"seconds": 10.0 * row["step"]} for row in rows[:3]])
+    third.mkdir()
+    with RunFolder(second).locked():
+        code, output = invoke("runs", tmp_path)
+    lines = output.splitlines()
+    assert code == 0 and lines[-1] == "1 finished, 1 running, 1 failed, 1 waiting" and r"\x1b[2J" in lines[1]
+    found = {line.split()[0]: line.split()[1:] for line in lines[1:-1]}
+    loss = f"{rows[2]['causal_cross_entropy']:.3f}"
+    assert found["D-seed0"][:2] == ["finished", "6/6"] and found["A-seed0"][:2] == ["failed", "0/6"]
+    assert found["D-seed1"] == ["running", "4/6", loss, "20", "s", f"{platform.node()},", "process", str(os.getpid())]
+    assert "at step 2" in next(line for line in lines if line.startswith("A-seed0"))
+    assert invoke("runs", tmp_path)[1].splitlines()[-1] == "1 finished, 0 running, 1 failed, 2 waiting"
+    assert invoke("runs", tmp_path / "runs")[0] == 1
 
 
 # -- the output --

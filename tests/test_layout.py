@@ -100,6 +100,11 @@ def test_only_the_compiled_kernels_import_numba():
     assert found == {("kernels", "compiled")}
 
 
+def test_only_the_file_of_the_cluster_imports_dask():
+    assert [str(path.relative_to(ROOT)) for path in EVERYWHERE if outside(path) & {"distributed", "dask"}] == [
+        "tinymoe/study/cluster.py"]
+
+
 @pytest.mark.parametrize("path", EVERYWHERE, ids=[*NAMES, "cli.py"])
 def test_a_file_depends_on_the_requirements_alone_and_unpickles_nothing(path):
     needed = {re.match(r"\w+", line)[0] for line in requirements()} - {"pytest", "hypothesis"}
@@ -129,7 +134,7 @@ def test_requirements_are_the_dependencies_and_the_extras_but_for_the_linter():
     project = pyproject()["project"]
     extras = project["optional-dependencies"]
     dev = [each for each in extras["dev"] if not each.startswith("ruff")]
-    assert requirements() == project["dependencies"] + extras["interop"] + dev
+    assert requirements() == project["dependencies"] + extras["interop"] + extras["cluster"] + dev
 
 
 def test_the_package_has_its_script_its_page_and_its_version():

@@ -363,7 +363,11 @@ def test_settings_that_differ_between_letters_are_said(tmp_path):
         change(tmp_path / f"runs/C-seed{seed}", "training", learning_rate=2e-3)
         change(tmp_path / f"runs/D-seed{seed}", "model", router="hash")
     change(tmp_path / "runs/B-seed1", "versions", numpy="1.0")
+    for run, kinds in (("B-seed0", {"processor": "one"}), ("B-seed1", {"processors": ["one", "two"]})):
+        path = tmp_path / "runs" / run / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | kinds))
     text = findings(tmp_path)
+    assert "The runs used 2 kinds of processor, so last bits can differ (one; two)." in text
     assert "seq_len differs between settings (B 16, C 32, D 16): compare with care." in text
     assert "learning_rate differs between settings (B 0.001, C 0.002, D 0.001): compare with care." in text
     assert "D was changed: its router is hash, not top_k." in text and "do not share the same versions" in text

@@ -10,7 +10,8 @@ import numpy as np
 from ..files import printable, read_json, read_rows, write_rows
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
-from ..training.run_folder import describe, differing, with_defaults
+from ..training.lease import holder
+from ..training.run_folder import RunFolder, describe, differing, with_defaults
 from . import statistics
 from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
 from .quantities import LOSS, QUANTITIES, crossing, experts_per_token, quantity, value
@@ -104,6 +105,36 @@ def _write_compact(study_dir, runs):
     path = Path(study_dir, COMPACT)
     write_rows(path, [{part: getattr(run, part) for part in PARTS} for run in runs])
     return path
+
+
+def overview(study_dir) -> list[dict]:
+    """How far each run in the folders of a study is, by name; the runs may be in training.
+
+    Each dict has `run`, `state` ("finished", "running", "failed" or "waiting"), `step`, `steps`, `loss` (validation;
+    None before the first), `left` (seconds, of a running one; None if unknown) and `where` (the host of a running one,
+    or why it failed). Raises ValueError if there are no runs.
+    """
+    found = [_progress(place) for place in sorted(Path(study_dir, "runs").glob("*")) if place.is_dir()]
+    if not found:
+        raise ValueError(f"{study_dir}: no runs in it: give the --out of a study or experiment")
+    return found
+
+
+def _progress(place):
+    config, failure = (_json(place / f"{name}.json") for name in ("config", "failure"))
+    rows = [row for row in read_rows(place / "log.jsonl") if _fits(row, {"step": int, LOSS: NUMBER, "seconds": NUMBER})]
+    row, process = (rows or [{"step": 0, LOSS: None, "seconds": 0.0}])[-1], holder(place)
+    steps = config["training"]["steps"] if _fits(config, {"training": {"steps": int}}) else None
+    state = ("finished" if RunFolder(place).summary() else "running" if process else "failed" if failure is not None
+             else "waiting")
+    left, where = None, ""
+    if state == "running":
+        left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
+        where = f"{process['host']}, process {process['pid']}"
+    elif state == "failed":
+        where = f"{failure.get('reason')} at step {failure.get('step')}"
+    return {"run": place.name, "state": state, "step": row["step"], "steps": steps, "loss": row[LOSS], "left": left,
+            "where": where}
 
 
 def remaining(plans, out, text=None, fresh: bool = False) -> list:

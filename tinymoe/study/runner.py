@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from concurrent import futures
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from .. import kernels
 from ..files import CheckpointError
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
 from ..training.plan import Event
-from ..training.run_folder import RunError, RunFolder
+from ..training.run_folder import Busy, RunError, RunFolder
 from ..training.trainer import NonFiniteLoss, train
 
 # errors that end one run and leave the others alone
@@ -33,13 +34,15 @@ GUARD = 'tinymoe: run_study with jobs above 1 starts this program again in each 
         '`if __name__ == "__main__":`, or use jobs=1'
 
 
-def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda event: None) -> dict[str, str]:
+def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda event: None, scheduler=None
+              ) -> dict[str, str]:
     """Train the RunPlans that are not finished under out/runs, `jobs` at a time. Returns {run id: why it failed}.
 
     text: None for the default corpus, or a path. fresh: throw away what these runs left before. on_event: called in
-    this process with each Event. A failed run does not stop the others; runs that start from others wait for them.
-    Raises data.CorpusError, OSError if nothing can be written, ValueError if two runs have one id, and SystemExit in a
-    program that starts workers without `if __name__ == "__main__":`.
+    this process with each Event. scheduler: the address of a Dask scheduler, whose workers train instead of this
+    machine. A failed run does not stop the others; runs that start from others wait for them.
+    Raises data.CorpusError, cluster.ClusterError, OSError if nothing can be written, ValueError if two runs have one
+    id, and SystemExit in a program that starts workers without `if __name__ == "__main__":`.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that still imports the program
         raise SystemExit(UNGUARDED)
@@ -47,31 +50,47 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     if len(folders) < len(all_runs):
         raise ValueError("two runs have the same id: give each its own config id or seed")
     _require_outside(Path(out), text)
-    read = functools.partial(load_corpus, text, all_runs[0].model.seq_len)
-    corpus = read()
-    Path(out).mkdir(parents=True, exist_ok=True)
-    if Path(out, "runs").is_symlink():
-        raise OSError(f"{Path(out, 'runs')} is a link: remove it, or choose another --out")
-    failures = {}
+    seq_len, failures = all_runs[0].model.seq_len, {}
+    corpus = load_corpus(text, seq_len)
+    _make_folders(Path(out), folders.values())
 
     def note(event):
-        if event.kind == "failed":
-            failures[event.run_id] = event.message
+        if event.kind in ("failed", "busy"):
+            failures[event.run_id], event = event.message, replace(event, kind="failed")
         on_event(event)
 
     for stage in ([plan for plan in all_runs if not plan.start], [plan for plan in all_runs if plan.start]):
         todo = [plan for plan in stage if fresh or RunFolder(folders[plan.run_id]).summary() is None]
-        side_by_side = min(jobs, len(todo)) > 1
+        elsewhere = {plan.run_id for plan in todo if scheduler or min(jobs, len(todo)) > 1}
         for plan in stage:
-            if not side_by_side or plan not in todo:  # a finished run is only checked
+            if plan.run_id not in elsewhere:  # a finished run is only checked
                 _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
-        if side_by_side:
-            with Processes(min(jobs, len(todo)), read) as pool:
+        if elsewhere:
+            with (_cluster()(scheduler, out, _attempt, text, seq_len, corpus) if scheduler else
+                  Processes(min(jobs, len(todo)), functools.partial(load_corpus, text, seq_len))) as pool:
                 _train_in(pool, [(plan, folders[plan.run_id], fresh) for plan in todo], note)
     for run_id, folder in folders.items():
         if run_id not in failures and not folder.exists():
             note(Event("failed", run_id, message=f"{folder} vanished: run the same command again"))
     return failures
+
+
+def _make_folders(out, folders):
+    """Make a folder for each run: an empty one says that the run waits."""
+    out.mkdir(parents=True, exist_ok=True)
+    if Path(out, "runs").is_symlink():
+        raise OSError(f"{Path(out, 'runs')} is a link: remove it, or choose another --out")
+    for folder in folders:
+        with contextlib.suppress(OSError):  # the run will say so
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def _cluster():
+    try:
+        from .cluster import Cluster
+    except ImportError as error:
+        raise RunError(f"--scheduler needs Dask ({error}): run `pip install distributed`") from None
+    return Cluster
 
 
 def _require_outside(out, text):
@@ -90,7 +109,8 @@ def _attempt(plan, corpus, folder, fresh, send):
         summary = train(plan, corpus(), folder, send, fresh)
         send(Event("done", plan.run_id, steps=plan.training.steps, seconds=summary.get("seconds", 0.0)))
     except RUN_ERRORS as error:
-        send(Event("failed", plan.run_id, message=str(error) or type(error).__name__))
+        kind = "busy" if isinstance(error, Busy) else "failed"
+        send(Event(kind, plan.run_id, message=str(error) or type(error).__name__))
 
 
 def _train_in(pool, tasks, note):
@@ -105,7 +125,7 @@ def _train_in(pool, tasks, note):
             note(event)
         for future in done:
             task, event = running.pop(future), pool.ended(future)
-            if event.kind == "busy":
+            if event.kind == "busy" and pool.looks_again:
                 waiting.append(task)
             else:
                 note(event)
@@ -119,12 +139,14 @@ class Processes(futures.ThreadPoolExecutor):
     the corpus. Sending the corpus would block on a worker that dies while it starts.
     """
 
+    batch, looks_again = float("inf"), False  # how many runs it takes; whether a run that is busy is tried again
+
     def __init__(self, jobs, read):
         kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
         if hasattr(signal, "pthread_sigmask"):
             resource_tracker.ensure_running()  # when it starts, it changes the mask of its thread
         super().__init__(jobs, initializer=_mask_interrupts)
-        self.batch, self._read, self._own = float("inf"), read, threading.local()
+        self._read, self._own = read, threading.local()
         self._said, self._workers, self._lock, self._closed = queue.SimpleQueue(), [], threading.Lock(), False
 
     def submit(self, plan, folder, fresh):
@@ -151,7 +173,7 @@ class Processes(futures.ThreadPoolExecutor):
         """Train a run in the worker of this thread; returns its last Event."""
         worker = getattr(self._own, "worker", None) or self._start()
         event = worker.give(task)
-        while event.kind not in ("done", "failed"):
+        while event.kind in ("resumed", "step"):
             self._said.put(event)
             event = worker.receive()
         if not worker.alive:

@@ -123,10 +123,22 @@ def compile_all(dtype) -> float:
     """
     started = time.perf_counter()
     if KEPT and not is_compiled(dtype):
-        _compile_apart(dtype)
+        with _alone():
+            if not is_compiled(dtype):
+                _compile_apart(dtype)
     for half in HALVES:
         _call_examples(dtype, half)
     return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _alone():
+    """Wait until no other process of this machine compiles, where files can be locked."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            fcntl.flock(stack.enter_context(open(CACHE / "lock", "w")), fcntl.LOCK_EX)
+        yield
 
 
 def _compile_apart(dtype):
