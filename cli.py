@@ -620,8 +620,8 @@ def probe(subject, steps, ids, text, imports, overrides):
            ((r.layer, r.router, *r.leaks, r.effective, len(r.load), r.load.max() / max(1, r.load.sum()),
              r.dead, r.uncovered) for r in reports))
     click.echo("leaks: share of earlier tokens whose experts change when later tokens do, by this layer's own choice.\n"
-               "effective experts: exp(entropy of the load). largest load: share of all assignments. dead: experts under "
-               "1% of their fair share.")
+               "effective experts: exp(entropy of the load). largest load: share of all assignments.\n"
+               "dead: experts under 1% of their fair share.")
     click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
     effects = {"later tokens, as evaluated": probes.causality(model, ids, domain=domain),
                "later tokens, as trained": probes.causality(model, ids, domain=domain, training=True),
