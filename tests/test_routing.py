@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from tinymoe import Routing, Tensor
+from tinymoe import Routing, Tensor, gradcheck
 from tinymoe.moe import routers
-from tinymoe.moe.routing import capacity, from_mask, largest, limit_capacity, merge
+from tinymoe.moe.routing import capacity, from_mask, largest, limit_capacity, merge, shares
 
 GATES = np.array([[.40, .60, 0],     # first choice expert 1, second expert 0
                   [.35, 0, .30],     # first choice expert 0, second expert 2
@@ -186,3 +186,13 @@ def test_largest_always_takes_k_and_a_nan_last(k):
     chosen = largest(scores, k)
     assert [set(np.flatnonzero(row)) for row in chosen] == [set(row[:k]) for row in expected]
     np.testing.assert_array_equal(largest(scores.T, k, axis=0), chosen.T)
+
+
+def test_shares_of_what_is_chosen():
+    """.5 and .3 of .8; all of .2; with dy = (1, 0, 0) in the first row, dx = ((1 - 5/8) / .8, -(5/8) / .8, 0)."""
+    values, chosen = np.array([[.5, .3, .2], [.2, .7, .1]]), np.array([[1, 1, 0], [1, 0, 0]], bool)
+    np.testing.assert_allclose(shares(Tensor(values), chosen).data, [[5 / 8, 3 / 8, 0], [1, 0, 0]])
+    leaf = Tensor(values, requires_grad=True)
+    shares(leaf, chosen).backward(np.array([[1., 0, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(leaf.grad, [[3 / 6.4, -5 / 6.4, 0], [0, 0, 0]])
+    assert gradcheck(lambda x: shares(x, chosen), values).ok

@@ -87,14 +87,21 @@ def normal_cdf(x: Tensor) -> Tensor:
     return primitive(ndtr(x.data).astype(density.dtype), (x, lambda g: g * density))
 
 
+def _largest(x, axis):
+    """x.max(axis, keepdims=True). Along a short last axis NumPy is up to ten times faster on the transpose."""
+    if axis == -1 and x.ndim == 2 and x.shape[1] <= 64:
+        return np.ascontiguousarray(x.T).max(axis=0)[:, None]
+    return x.max(axis=axis, keepdims=True)
+
+
 def _softmax(x, axis):
-    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    e = np.exp(x - _largest(x, axis))
     return e / e.sum(axis=axis, keepdims=True)
 
 
 def _exponentials(x, axis):
     """(top, exp(x - top)), where top is the largest entry."""
-    top = x.max(axis=axis, keepdims=True)
+    top = _largest(x, axis)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
     e = x - top
     return top, np.exp(e, out=e)
@@ -128,7 +135,7 @@ def logsumexp(x: Tensor, axis: Axis = -1) -> Tensor:
     """log sum exp(x) along an axis, which is removed."""
     top, rest = _shift(x.data, axis)
     value = top + rest
-    return primitive(value.squeeze(axis), (x, lambda g: g.reshape(value.shape) * _softmax(x.data, axis)))
+    return primitive(value.squeeze(axis), (x, lambda g: g.reshape(value.shape) * np.exp(x.data - top - rest)))
 
 
 def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:

@@ -109,6 +109,14 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
     return above | ties & (ties.cumsum(axis) <= room)
 
 
+def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
+    """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool."""
+    kept = values.data * chosen
+    total = np.einsum("ne->n", kept)[:, None]  # faster than .sum
+    share = kept / total
+    return primitive(share, (values, lambda g: (g - np.einsum("ne,ne->n", g, share)[:, None]) / total * chosen))
+
+
 def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, **fields) -> Routing:
     """A Routing from assignments `chosen` (N, E) bool. gates (N, E) Tensor: read where chosen. fields: of Routing."""
     n_tokens, n_experts = chosen.shape

@@ -7,7 +7,7 @@ import numpy as np
 from ...autograd import functional as F
 from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, normal, zeros
-from ..routing import capacity, from_mask, largest
+from ..routing import capacity, from_mask, largest, shares
 from .base import LinearRouter
 from .token_choice import SCORES, Scored, SigmoidBias
 from .top_k import TopK
@@ -132,9 +132,7 @@ class TopP(LinearRouter, name="top_p"):
         ranked = np.take_along_axis(probs.data, order, axis=1).astype(float)
         chosen = np.empty(probs.shape, bool)  # an expert is in where the larger ones do not reach top_p
         np.put_along_axis(chosen, order, ranked.cumsum(axis=1) - ranked < self.threshold.data, axis=1)
-        gates = probs * chosen
-        if self.renormalise:
-            gates = gates / gates.sum(axis=-1, keepdims=True)
+        gates = shares(probs, chosen) if self.renormalise else probs * chosen
         return from_mask(chosen, gates, logits, probs)
 
     def after_step(self, routing):

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 from ...autograd import functional as F
-from ..routing import from_mask, largest
+from ..routing import from_mask, largest, shares
 from .base import LinearRouter
 
 
@@ -72,9 +72,7 @@ class TopK(LinearRouter, name="top_k"):
     def _choose(self, logits, context, soft_load=None):
         probs = F.softmax(logits)
         chosen = self._select(self._in_best_groups(logits.data, n_best=1), context)
-        gates = probs * chosen
-        if self.renormalise:
-            gates = gates / gates.sum(axis=-1, keepdims=True)
+        gates = shares(probs, chosen) if self.renormalise else probs * chosen
         if context.training and self.second_expert != "all":
             chosen = chosen & self._keeps_second(gates.data, context)
         return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
