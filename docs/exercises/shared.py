@@ -6,5 +6,6 @@ shared = Experiment(
     name="exercise-shared", question="What does a shared expert change?",
     metrics=(LOSS, "parameters", "active_parameters", "load_cv"),
     settings=(Setting("2-of-8", "two of eight routed"),
-              Setting("1+1-of-7", "one shared, one of seven routed", model={"n_experts": 7, "top_k": 1, "n_shared": 1})),
+              Setting("1+1-of-7", "one shared, one of seven routed",
+                      model={"n_experts": 7, "top_k": 1, "n_shared": 1})),
     figures={"over_steps": over_steps(None, LOSS)})
