@@ -4,14 +4,18 @@
 """
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import cli
 import notebook
 from test_readme import require_commands
+from tinymoe import experiments
 from tinymoe.tools.explain import Example
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -53,6 +57,35 @@ def test_the_tour_runs_and_its_first_cells_print_what_the_notebook_keeps():
     outputs = notebook.run(script.replace("STEPS = 300", "STEPS = 2"))
     before = [number for number, (kind, text) in enumerate(notebook.cells(script)) if "STEPS = 300" in text][0]
     assert all(cell.get("outputs") == found for cell, found in zip(made["cells"][:before], outputs))
+
+
+EXERCISES = (DOCS / "exercises.md").read_text(encoding="utf-8")
+
+
+def test_there_are_twenty_exercises_each_with_a_command_a_place_to_look_and_an_answer():
+    parts = EXERCISES.split("\n### ")[1:]
+    assert [int(part.split(".")[0]) for part in parts] == list(range(1, 21))
+    for part in parts:
+        assert "\n    python cli.py " in part and "Look at " in part and re.search(r"\*\*Answer\.\*\*.*\d", part, re.S)
+    require_commands(EXERCISES)
+
+
+def test_every_command_of_the_exercises_works_at_a_small_size(tmp_path, monkeypatch):
+    toy = {"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (1,), "seq_len": 16}
+    monkeypatch.setitem(experiments.SCALES, "quick", experiments.Scale(toy, steps=2, seeds=1))
+    monkeypatch.setattr(cli, "RESULTS", tmp_path)
+    monkeypatch.chdir(DOCS.parent)
+    (tmp_path / "words.txt").write_text(" ".join(map(str, range(1000))))
+    typed = dict.fromkeys(re.findall(r"^    python cli\.py (.*)$", EXERCISES, re.M))
+    assert len(typed) >= 12
+    for line in typed:
+        args = [arg.replace("results/", f"{tmp_path}/") for arg in shlex.split(line)]
+        small = ["--text", str(tmp_path / "words.txt"), "-j", "1"] if args[0] == "experiment" else []
+        small += ["-o", str(tmp_path / "compare.png")] if args[0] == "compare" else []
+        done = CliRunner().invoke(cli.main, args + small)
+        assert done.exit_code == 0, (line, done.output)
+    used = {Path(name).stem for name in re.findall(r"docs/exercises/\w+\.py", EXERCISES)}
+    assert used == {path.stem for path in (DOCS / "exercises").glob("*.py")}
 
 
 def test_the_table_of_commands_has_every_command_and_its_options_exist():

@@ -12,7 +12,7 @@ from ..moe.layer import MoELayer
 from ..moe.routers import ROUTERS, RouteContext, TopK, find
 from ..moe.routing import limit_capacity
 
-TEXT, SEED = "look", 624
+TEXT, SEED = "look", 902
 SIZES = {"n_experts": 4, "d_model": 3, "d_ff": 2, "seq_len": len(TEXT)}
 FIXED = {"n_heads": 1, "n_layers": 1, "moe_layers": (0,), "activation": "relu", "bias": False}
 FREE = ("n_experts", "top_k", "d_model", "d_ff", "router", "router_options")  # what --set may change
@@ -59,8 +59,9 @@ class Example:
             (len(TEXT), self.config.d_model), (self.config.d_model, self.config.n_experts), self.bank.w1.shape,
             self.bank.w2.shape))
         x[2] = x[1]  # the two o's: one byte, one hidden state
-        self.x, self.weight = Tensor(x), getattr(self.router, "weight", None)
-        if self.weight is not None and self.weight.shape == weight.shape:
+        self.x, self.weight = Tensor(x), None
+        if getattr(getattr(self.router, "weight", None), "shape", None) == weight.shape:
+            self.weight = self.router.weight
             self.weight.data = weight
         context = RouteContext(self.ids, rng=np.random.default_rng(0), domain=np.zeros(1, int))
         self.routing = self.router(self.x, context)
@@ -221,7 +222,7 @@ def _matrix(values, rows, columns, name, digits=2, shown=None):
     """A matrix with its headings, indented; a dot where it is not `shown`."""
     width = max(8, *map(len, (name, *rows)))
     lines = [f"    {name:<{width}}" + "".join(f"{column:>9}" for column in columns)]
-    for i, (label, row) in enumerate(zip(rows, np.asarray(values, float) + 0.0)):
+    for i, (label, row) in enumerate(zip(rows, np.round(np.asarray(values, float), digits) + 0.0)):
         cells = (f"{v:9.{digits}f}" if shown is None or shown[i][j] else f"{'.':>9}" for j, v in enumerate(row))
         lines.append(f"    {label:<{width}}" + "".join(cells))
     return "\n".join(lines)
@@ -234,7 +235,9 @@ def _source(function):
 
 
 def _list(numbers, form="d"):
-    return ", ".join(format(number, form) for number in np.asarray(numbers) + (0 if form == "d" else 0.0))
+    """Numbers with commas; never -0.00."""
+    rounded = numbers if form == "d" else np.round(numbers, int(form[1:-1])) + 0.0
+    return ", ".join(format(number, form) for number in rounded)
 
 
 def _difference(a, b):
