@@ -12,18 +12,31 @@ from test_experiments import TOY
 from test_report import LOSSES, STUDY, change, layer_row, row, write_run, write_study
 from tinymoe.experiments import EXPERIMENTS
 from tinymoe.study import figures, quantities, report
-from tinymoe.study.experiment import CANDIDATES, sweep_id
+from tinymoe.study.experiment import CANDIDATES, Experiment, Primary, Setting, sweep_id
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.results import Results, RunRecord, best_rates, load_runs, sweep_losses
 from tinymoe.study.statistics import Contrast
 
 SMALL = dict(batch_size=2, n_evaluations=2, eval_windows=2, final_windows=3)
-MIXTURE, _, ACTIVE, TOTAL, *_ = EXPERIMENTS["dense"].settings
-TOY_DENSE = dataclasses.replace(  # the third setting shares the rate of the second
-    EXPERIMENTS["dense"], settings=(MIXTURE, ACTIVE, dataclasses.replace(TOTAL, rate_of="dense-active")),
-    exploratory=(Contrast("cross_entropy", "mixture", minus="dense-active"),
-                 Contrast("cross_entropy", "dense-total", minus="mixture")),
-    figures={"over_steps": figures.over_steps("dense-active", LOSS)}, scales={"default": TOY}, training=SMALL, rates=(1e-3, 4e-3), steps=4, seeds=2)
+ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}
+MIXTURE, ACTIVE, TOTAL = (Setting("mixture", "top-2 of 8"),
+                          Setting("dense-active", "as two", model=ONE_EXPERT, width=2),
+                          Setting("dense-total", "as eight", model=ONE_EXPERT, width=8))
+
+
+def better(first, second):
+    return Primary(question=f"Is {first} better?", contrast=Contrast(LOSS, first, minus=second),
+                   lower=f"{first} is better.", higher=f"{first} is worse.", same="They are the same.",
+                   not_known="It is not known.")
+
+
+TOY_DENSE = Experiment(  # the third setting shares the rate of the second
+    name="dense", question="Is a mixture better than a dense model?",
+    settings=(MIXTURE, ACTIVE, dataclasses.replace(TOTAL, rate_of="dense-active")), metrics=(LOSS, "parameters"),
+    primary=(better("mixture", "dense-active"), better("dense-total", "mixture")),
+    exploratory=(Contrast("cross_entropy", "mixture", minus="dense-active"),), figures={}, crossings=(
+        (LOSS, "dense-total", "mixture"),),
+    scales={"default": TOY}, training=SMALL, rates=(1e-3, 4e-3), steps=4, seeds=2)
 
 
 # -- what a plan is --

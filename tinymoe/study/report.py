@@ -64,8 +64,7 @@ permutation test that changes the signs of the seeds' differences. Same: p value
 the margin. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% \
 power whether the difference is 0 or as large as the margin. Both are reckoned without the correction."""
 EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
-and Hochberg: of those that are *different*, at most 5% are expected to be so by \
-chance."""
+and Hochberg: of those that are *different*, at most 5% are expected to be so by chance."""
 SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
 taken before any other run existed; these runs are in no other number."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
