@@ -120,6 +120,8 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, *
 
     common = sorted(step for step in set.intersection(*map(set, logs.values())) if step >= start)
     found = {step: values for step in common if np.isfinite(values := at(step)).all()}
+    if not found:  # runs of other lengths share no step
+        return
     steps, values, style = list(found), np.array(list(found.values())), style_of(results, name)
     every = max(1, len(steps) // 8)
     offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
