@@ -41,10 +41,11 @@ def outcome(out):
 def test_the_configs_are_those_of_the_study():
     assert [(s.id, *s.model.values()) for s in STUDY.settings] == [
         ("A", "top_k", 1, 0.0), ("B", "top_k", 1, 0.01), ("C", "top_k", 1, 0.1),
-        ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01)]
+        ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01),
+        ("G", "top_k", 2, 0.01, {"renormalise": False})]
     full, quick = (STUDY.runs(STUDY.scales[name], 1)[0].training for name in ("default", "quick"))
-    assert full == plan.TrainConfig() and full.steps == 2000 and full.batch_size == 8
-    assert quick == replace(full, steps=200)
+    assert full == plan.TrainConfig(final_windows=1000) and full.steps == 2000 and full.batch_size == 8
+    assert quick == replace(full, steps=200, n_evaluations=10, final_windows=32)
 
 
 def test_runs_go_seed_by_seed_and_overrides_win_over_the_table():

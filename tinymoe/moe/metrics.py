@@ -8,7 +8,7 @@ from .experts import ExpertBank
 from .routing import Routing
 
 DEAD_SHARE = 0.01  # an expert is dead below this share of its fair share
-N_SHUFFLES = 20
+N_SHUFFLES, FEW_SHUFFLES = 20, 4  # few: where each shuffle is of all bytes, and takes as long as a step
 
 Load = Routing | np.ndarray | list  # a Routing, or its load (E,)
 
@@ -178,9 +178,9 @@ def information_given(routing: Routing, ids: np.ndarray, domain: np.ndarray, rng
 
     table = joint(ids, domains)
     found = mutual_information(table)
-    chance = {"byte": [joint(shuffled_within(), domains) for _ in range(N_SHUFFLES)],
+    chance = {"byte": [joint(shuffled_within(), domains) for _ in range(FEW_SHUFFLES)],
               "domain": [joint(ids, np.repeat(rng.permutation(domain), len(ids) // len(domain)))
-                         for _ in range(N_SHUFFLES)]}
+                         for _ in range(FEW_SHUFFLES)]}
     nats = {name: found - float(np.mean(list(map(mutual_information, those)))) for name, those in chance.items()}
     labels = table.sum(axis=1).reshape(n_domains, n_bytes) / max(1, table.sum())
     of_both, of_domain, of_byte = (float(entropy(p.reshape(-1))) for p in (labels, labels.sum(1), labels.sum(0)))
