@@ -12,9 +12,11 @@ from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, 
 from tinymoe.autograd import functional as F
 from tinymoe.files import CheckpointError, save_arrays
 from tinymoe.model.counting import count
+from tinymoe.model.upcycling import upcycle
 from tinymoe.moe import losses, routers
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask, largest
+from tinymoe.training.evaluation import first_nonfinite
 
 SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=3, top_k=2)
 IDS = np.array([[0, 3, 6, 2, 5], [1, 1, 4, 0, 2]])
@@ -318,7 +320,7 @@ def test_the_first_place_that_is_not_finite(name, value, where):
     m = model(dtype=np.float32)
     if name:
         m.parameters()[name].data[:] = value
-    assert m.first_nonfinite(IDS) == where
+    assert first_nonfinite(m, IDS) == where
 
 
 # -- shared experts, other widths, upcycling ----------------------------------------------------
@@ -398,7 +400,7 @@ def test_fine_grained_experts_cost_what_the_coarse_ones_do():
 @pytest.mark.parametrize("changes", [{}, dict(bias=False, activation="swiglu")])
 def test_an_upcycled_model_starts_as_the_dense_one(router, changes):
     dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=()) | changes), seed=1, dtype=np.float64)
-    model = Transformer.upcycle(dense, ModelConfig(**SMALL | dict(router=router, moe_layers=(0, 1)) | changes), seed=5)
+    model = upcycle(dense, ModelConfig(**SMALL | dict(router=router, moe_layers=(0, 1)) | changes), seed=5)
     np.testing.assert_allclose(model.forward(IDS).logits.data, dense.forward(IDS).logits.data, atol=1e-12)
     model.loss(IDS, TARGETS).total.backward()
     assert all(
@@ -410,7 +412,7 @@ def test_an_upcycled_model_starts_as_the_dense_one(router, changes):
 
 def test_top_1_is_not_renormalised_so_it_does_not_start_as_the_dense_one():
     dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())), seed=1, dtype=np.float64)
-    model = Transformer.upcycle(dense, ModelConfig(**SMALL | dict(top_k=1)))
+    model = upcycle(dense, ModelConfig(**SMALL | dict(top_k=1)))
     assert not np.allclose(model.forward(IDS).logits.data, dense.forward(IDS).logits.data)
 
 
@@ -418,9 +420,9 @@ def test_top_1_is_not_renormalised_so_it_does_not_start_as_the_dense_one():
 def test_what_does_not_fit_is_not_upcycled(changes):
     dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())))
     with pytest.raises(ValueError, match="same sizes"):
-        Transformer.upcycle(dense, ModelConfig(**SMALL | changes))
+        upcycle(dense, ModelConfig(**SMALL | changes))
     with pytest.raises(ValueError, match="dense model"):
-        Transformer.upcycle(Transformer(ModelConfig(**SMALL)), ModelConfig(**SMALL))
+        upcycle(Transformer(ModelConfig(**SMALL)), ModelConfig(**SMALL))
 
 
 # -- one router a layer, options, penalties, configs of version 0.1 -------------------------------

@@ -89,6 +89,9 @@ class RMSNorm(Module):
         return F.rms_norm(x, self.weight, self.eps)
 
 
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
+
+
 class Embedding(Module):
     """A table of n vectors: integer ids of any shape -> (*ids.shape, D)."""
 

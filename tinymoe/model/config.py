@@ -1,34 +1,18 @@
-"""ModelConfig: everything that makes a model, checked as a whole."""
+"""ModelConfig: everything that makes a model. config_checks.py says what its fields may hold."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from ..autograd.functional import ACTIVATIONS
-from ..layers.nn import LayerNorm, RMSNorm
+from ..layers.nn import NORMS
 from ..moe import routers
 from ..moe.experts import BACKENDS
 from ..moe.losses import LOSSES
 from ..moe.routing import DROP_POLICIES
-from ..moe.settings import COUNT, DEPTH, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, Check, check_fields, one_of, setting
+from ..moe.settings import COUNT, DEPTH, EVEN, FLAG, NOT_NEGATIVE, POSITIVE, WHOLE, check_fields, one_of, setting
+from . import config_checks as checks
 from .former import current
-
-BIASES = ("none", "qkv", "all")
-QK_NORM = Check(lambda value: FLAG.fits(value) or value == "head", 'true, false or "head"')
-YARN_OPTIONS = {**dict.fromkeys(("factor", "original_length", "beta_fast", "beta_slow"), POSITIVE),
-                "attention_factor": POSITIVE.or_none(), "truncate": FLAG}
-NORMS = {"layer": LayerNorm, "rms": RMSNorm}
-NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
-              "a list of names")
-LAYERS = Check(lambda value: isinstance(value, (tuple, list)) and all(map(COUNT.fits, value)),
-               "a list of whole numbers of at least 0")
-YARN = Check(lambda value: isinstance(value, dict) and {"factor", "original_length"} <= value.keys() and all(
-    name in YARN_OPTIONS and YARN_OPTIONS[name].fits(one) for name, one in value.items()),
-    "an object with factor and original_length, and perhaps beta_fast, beta_slow, truncate and attention_factor")
-ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
-OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
-COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGATIVE.fits, value.values())),
-                     "an object: name of a loss to a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -56,20 +40,21 @@ class ModelConfig:
     head_dim: int | None = setting(None, "width of a head; by default d_model / n_heads", WHOLE.or_none())
     n_kv_heads: int | None = setting(None, "heads of keys and values; by default n_heads", WHOLE.or_none())
     qk_norm: bool | str = setting(False, "RMS-normalise queries and keys: true, all heads at once; \"head\", each head",
-                                  QK_NORM)
+                                  checks.QK_NORM)
     attention_bias: str | None = setting(None, "biases of attention: none, qkv, or all (qkv and output); by default "
-                                         "all where bias is true", one_of(*BIASES).or_none())
-    windows: tuple = setting((), "positions that attention sees: a number for each layer, 0 or [] for all", LAYERS)
+                                         "all where bias is true", one_of(*checks.BIASES).or_none())
+    windows: tuple = setting((), "positions that attention sees: a number for each layer, 0 or [] for all",
+                             checks.LAYERS)
     sinks: bool = setting(False, "a learned logit of each head that only takes weight away (GPT-OSS)", FLAG)
     yarn: dict | None = setting(None, "stretched rotary positions: {\"factor\": 32, \"original_length\": 4096, ...}",
-                                YARN.or_none())
+                                checks.YARN.or_none())
     q_rank: int = setting(0, "latent attention: width of the queries' latent; 0 for none", COUNT)
     kv_rank: int = setting(64, "latent attention: width of the latent of keys and values", WHOLE)
     rope_dim: int = setting(16, "latent attention: width of the rotary part of a head", EVEN)
     v_dim: int | None = setting(None, "latent attention: width of values; by default head_dim", WHOLE.or_none())
     latent_eps: float | None = setting(None, "norm_eps of the latents; by default norm_eps", POSITIVE.or_none())
     # the mixture
-    moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", LAYERS)
+    moe_layers: tuple = setting((1, 3, 5), "layers with experts, counted from 0; [] for a dense model", checks.LAYERS)
     n_experts: int = setting(8, "experts E of each MoE layer", WHOLE)
     d_expert: int | None = setting(None, "hidden width of an expert; by default d_ff", WHOLE.or_none())
     n_copy: int = setting(0, "further columns of the router whose expert returns its input (MoE++)", COUNT)
@@ -77,9 +62,10 @@ class ModelConfig:
     n_shared: int = setting(0, "further experts that serve every token", COUNT)
     d_shared: int | None = setting(None, "hidden width of a shared expert; by default d_expert", WHOLE.or_none())
     shared_gate: bool = setting(False, "multiply the shared experts by sigmoid(x w), as Qwen2-MoE does", FLAG)
-    router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer", ROUTER)
+    router: str | tuple = setting("top_k", "name of the router, or a list with one name for each MoE layer",
+                                 checks.ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
-                                   OPTIONS.or_none())
+                                   checks.OPTIONS.or_none())
     top_k: float = setting(2, "experts K per token; a mean, perhaps a fraction, for expert_choice", POSITIVE)
     capacity_factor: float | None = setting(None, "limit on an expert's load, divided by the mean load; null: no limit",
                                             POSITIVE.or_none())
@@ -90,11 +76,11 @@ class ModelConfig:
     max_devices: int = setting(1, "devices that a token may reach, for the communication loss", WHOLE)
     # the losses, besides the cross-entropy
     aux_coef: float = setting(0.01, "coefficient of the balance loss, the mean over MoE layers", NOT_NEGATIVE)
-    losses: dict = setting(None, "coefficients of other losses, by name", COEFFICIENTS.or_none())
+    losses: dict = setting(None, "coefficients of other losses, by name", checks.COEFFICIENTS.or_none())
     balance_batches: int = setting(16, "batches of the running mean of the load in losses.global_batch", WHOLE)
     mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
                               NOT_NEGATIVE)
-    freeze: tuple = setting((), "parameters that are not trained: parts of their names, such as router", NAMES)
+    freeze: tuple = setting((), "parameters that are not trained: parts of their names, such as router", checks.NAMES)
 
     def __post_init__(self):
         check_fields(self)
@@ -104,61 +90,7 @@ class ModelConfig:
                             ("router_options", self.router_options or {}),
                             ("router", self.router if isinstance(self.router, str) else tuple(self.router))):
             object.__setattr__(self, name, value)
-        self._check_dense()
-        self._check_mixture()
-        self._check_routers()
-
-    def _refuse(self, name, wrong, expected):
-        if wrong:
-            raise ValueError(f"{name} {getattr(self, name)!r} must be {expected}")
-
-    def _check_dense(self):
-        """Check the settings of layers and attention together."""
-        head, latent = self.head_width, self.attention == "latent"
-        self._refuse("moe_layers", any(i >= self.n_layers for i in self.moe_layers),
-                     f"a list of layers from 0 to n_layers - 1 = {self.n_layers - 1}")
-        if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}: change one of them")
-        self._refuse("n_kv_heads", self.n_kv_heads is not None and self.n_heads % self.n_kv_heads,
-                     f"a divisor of n_heads {self.n_heads}, or None")
-        self._refuse("positions", self.positions == "rotary" and not latent and head % 2,
-                     f"learned where a head has an odd number of entries ({head})")
-        self._refuse("windows", self.windows and len(self.windows) != self.n_layers,
-                     f"a list with one number for each of the {self.n_layers} layers")
-        self._refuse("yarn", self.yarn and self.positions != "rotary", "left out without rotary positions")
-        for name in ("n_kv_heads", "qk_norm", "attention_bias", "windows", "sinks", "yarn"):
-            self._refuse(name, getattr(self, name) and latent, "left out with latent attention")
-
-    def _check_mixture(self):
-        """Check the settings of experts, losses and devices together."""
-        self._refuse("n_devices", self.n_experts % self.n_devices, f"a divisor of n_experts {self.n_experts}")
-        self._refuse("n_devices", self.n_devices > 1 and self.n_columns > self.n_experts,
-                     "1 where there are copy or zero experts")
-        self._refuse("max_devices", self.max_devices > self.n_devices, f"at most n_devices {self.n_devices}")
-        for name in ("d_shared", "shared_gate"):
-            self._refuse(name, getattr(self, name) and not self.n_shared, "left out where n_shared is 0")
-        for name, coefficient in self.losses.items():
-            if name == "balance" or name not in LOSSES:
-                known = ", ".join(one for one in LOSSES if one != "balance")
-                raise ValueError(f"unknown loss {name!r}: choose one of {known}; the balance loss is set by aux_coef")
-            if name in ("device", "communication") and coefficient and self.n_devices == 1:
-                raise ValueError(f"losses.{name} {coefficient} must be 0 where n_devices is 1")
-        grouped = self.router_options.get("n_groups", 1) != 1
-        if self.losses.get("load") and (grouped or not any(routers.find(r).has_soft_load for r in self.routers)):
-            soft = [name for name, cls in routers.ROUTERS.items() if cls.has_soft_load]
-            raise ValueError(f"losses.load {self.losses['load']} must be 0 but for {', '.join(soft)} without groups")
-
-    def _check_routers(self):
-        """Check the options with the classes of the routers. No router is made, because its arrays may be large."""
-        if not isinstance(self.router, str) and len(self.router) != len(self.moe_layers):
-            raise ValueError(f"router {list(self.router)} must have one name for each of the {len(self.moe_layers)} "
-                             "MoE layers")
-        known = set().union(*(routers.find(name).options() for name in self.routers))
-        for option in self.router_options.keys() - known:
-            taken = ", ".join(sorted(known - {"vocab_size"})) or "none"
-            raise ValueError(f"{option} is no option of {', '.join(self.routers)}, which takes {taken}")
-        for name in self.routers:
-            routers.find(name).check(self.n_columns, self.top_k, self.options_of(name))
+        checks.check_together(self)
 
     @property
     def head_width(self) -> int:
@@ -214,11 +146,6 @@ class ModelConfig:
         """name -> coefficient of every loss of LOSSES; 0 where none is set."""
         needed = {name: value for router in self.routers for name, value in routers.find(router).losses.items()}
         return dict.fromkeys(LOSSES, 0.0) | {"balance": self.aux_coef} | needed | self.losses
-
-    def dense_settings(self) -> list:
-        """The settings of the dense parts, which upcycling leaves as they are."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return [getattr(self, name) for name in names[:names.index("moe_layers")]]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict that from_dict takes back."""

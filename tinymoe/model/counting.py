@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ..autograd.functional import GATED
 from ..moe.routers import find
 from ..moe.settings import COUNT, DEPTH, WHOLE
-from .config import LAYERS, ModelConfig
+from .config import ModelConfig
+from .config_checks import LAYERS
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 from ..autograd import functional as F
 from ..autograd.tensor import no_grad
 from ..moe import metrics
+from ..moe.routers import RouteContext
 from ..moe.routing import merge
 
 MEASURED = ("load_cv", "max_violation", "load_entropy", "dead_experts", "router_entropy", "marginal_entropy",
@@ -124,3 +125,15 @@ def _information(routing, valid):
             "byte_information": metrics.mutual_information(metrics.label_load(routing, bytes_, n_bytes)),
             "byte_information_null": metrics.shuffled_information(mask, bytes_, n_bytes, rng),
             **metrics.information_given(routing, valid.ids, valid.domain, rng)}
+
+
+def first_nonfinite(model, ids: np.ndarray, domain: np.ndarray | None = None) -> str | None:
+    """The first place where a forward pass over ids (B, T) is not finite, such as "layer 3"; None if all of it is."""
+    places = {f"parameter {name}": p for name, p in model.parameters().items()}
+    with no_grad():
+        x, context = model.embed(ids), RouteContext(np.asarray(ids), domain=domain)
+        for i, block in enumerate(model.blocks):
+            x, _ = block(x, context)
+            places[f"layer {i}"] = x
+        places["the head"] = model.read_out(x)
+    return next((place for place, x in places.items() if not np.isfinite(x.data).all()), None)

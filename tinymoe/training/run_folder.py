@@ -29,7 +29,9 @@ from .. import files, kernels
 from ..files import CheckpointError
 from ..model.config import ModelConfig
 from ..model.transformer import Transformer
+from ..model.upcycling import upcycle
 from ..moe import routers
+from . import checkpoint
 from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
 from .lease import Lease
 
@@ -188,7 +190,7 @@ class RunFolder:
             if not rows or rows[-1]["step"] != state["step"]:
                 raise ValueError("its log.jsonl is incomplete")
             json.dumps([rows, state], allow_nan=False)  # ValueError for what could not be written again
-            trainer.restore(arrays, state, rows)
+            checkpoint.restore(trainer, arrays, state, rows)
         except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise CheckpointError(f"{path} cannot be resumed, {error}: {AGAIN}") from None
         return True
@@ -196,13 +198,13 @@ class RunFolder:
     def save(self, trainer, routings: dict):
         """Write the trainer's log, the routings that it recorded (none for a dense model), and the checkpoint."""
         self._require_there()
-        state = trainer.state()
+        state = checkpoint.header(trainer)
         files.write_rows(self.path / "log.jsonl", trainer.rows)
         if routings:
             header = {"kind": "routings", "names": trainer.corpus.names,
                       **{name: state[name] for name in ("run_id", "model", "step")}}
             files.save_arrays(self.path / ROUTINGS / f"{trainer.step:06}.npz", routings, header, compress=True)
-        files.save_arrays(self.path / "checkpoint.npz", trainer.arrays(), state)
+        files.save_arrays(self.path / "checkpoint.npz", checkpoint.arrays(trainer), state)
 
     def end(self, name: str, value: dict):
         """Write summary.json, which marks the run as finished, or failure.json, which says why it stopped."""
@@ -364,4 +366,4 @@ def first_model(plan, runs: Path) -> Transformer:
     if not (other / "summary.json").exists():
         raise RunError(f"{plan.run_id} starts from {other}, which is not finished: run the same command again")
     trained = load_model(other)
-    return trained if plan.model == trained.config else Transformer.upcycle(trained, plan.model, plan.seed)
+    return trained if plan.model == trained.config else upcycle(trained, plan.model, plan.seed)

@@ -2,15 +2,13 @@
 
 import json
 import math
-import operator
 import time
 
 import numpy as np
 
 from .. import kernels
-from ..files import load_arrays_into
 from ..moe import metrics
-from .evaluation import Validation, evaluate, first_windows, losses_by_part
+from .evaluation import Validation, evaluate, first_nonfinite, first_windows, losses_by_part
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 from .plan import Event, RunPlan
 from .run_folder import RunError, RunFolder, describe, first_model, machine
@@ -53,7 +51,7 @@ class Trainer:
         output = self.model.forward(ids, training=True, rng=self.generators["noise"], domain=domain)
         terms = self.model.loss_terms(output, targets)
         if not np.isfinite(terms.total.data):
-            where = self.model.first_nonfinite(ids, domain) or "the loss"
+            where = first_nonfinite(self.model, ids, domain) or "the loss"
             raise NonFiniteLoss(self.step, where, "the loss is not finite")
         self.optimizer.zero_grad()
         terms.total.backward(retain_graph=False)
@@ -108,33 +106,14 @@ class Trainer:
         try:
             json.dumps(measured[0], allow_nan=False)
         except ValueError:
-            layer = self.model.first_nonfinite(valid.ids, valid.domain) or "the loss"
+            layer = first_nonfinite(self.model, valid.ids, valid.domain) or "the loss"
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
         return measured
 
-    def arrays(self) -> dict:
-        """Every array of the state, by name: weights p/..., and the moments m/... and v/... of the optimizer."""
-        parts = {"p": {name: p.data for name, p in self.parameters.items()}, "m": self.optimizer.m,
-                 "v": self.optimizer.v}
-        return {f"{part}/{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
-
-    def state(self) -> dict:
-        """The rest of the state, ready for JSON: the header of a checkpoint."""
-        return {"kind": "checkpoint", "run_id": self.plan.run_id, "model": self.plan.model.to_dict(),
-                "step": self.step, "seconds": self.seconds, "n_rows": len(self.rows),
-                "wall_seconds": time.perf_counter() - self.wall_started, "optimizer_steps": self.optimizer.steps,
-                "generators": {name: g.bit_generator.state for name, g in self.generators.items()}}
-
-    def restore(self, arrays: dict, state: dict, rows: list):
-        """Continue from a checkpoint and its log. Raises ValueError, TypeError or KeyError if they do not fit."""
-        load_arrays_into(self.arrays(), arrays)
-        self.step, self.seconds, self.rows = operator.index(state["step"]), float(state["seconds"]), rows
-        self.wall_started -= float(state.get("wall_seconds", self.seconds))
-        self.optimizer.steps = {name: operator.index(state["optimizer_steps"][name]) for name in self.parameters}
-        if not all(0 <= n <= self.step for n in self.optimizer.steps.values()):
-            raise ValueError("its optimizer took other steps")
-        for name, generator in self.generators.items():
-            generator.bit_generator.state = state["generators"][name]
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the run began, without those between an interruption and the next start."""
+        return time.perf_counter() - self.wall_started
 
 
 def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=False) -> dict:
@@ -183,7 +162,7 @@ def _train_to_the_end(trainer, folder, on_event):
         raise
     summary = {"run_id": plan.run_id, "config_id": plan.config_id, "seed": plan.seed, "steps": trainer.step,
                "status": "complete", "seconds": round(trainer.seconds, 3),
-               "wall_seconds": round(trainer.state()["wall_seconds"], 3), "final": {"step": trainer.step, **final},
+               "wall_seconds": round(trainer.wall_seconds, 3), "final": {"step": trainer.step, **final},
                "causal_by_part": losses_by_part(nats, valid)}
     if plan.measure:
         summary["measured"] = plan.measure(trainer)

@@ -1,7 +1,6 @@
 """What all routers share: the context they may read, and the base class with their table."""
 
 import inspect
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from ...layers.nn import INIT_STD, Module, normal, zeros
 from ..losses import LossContext
 from ..routing import Routing
 from ..settings import check_of
+from .options import meaning_of, options_of
 
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
@@ -91,28 +91,12 @@ class Router(Module):
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:
         """The options, as parameters with a default and an annotation."""
-        found = {}
-        for each in reversed(cls.__mro__[:cls.__mro__.index(Router)]):
-            own, arguments = vars(each), {}
-            if "__init__" in own:
-                arguments = inspect.signature(each.__init__, eval_str=True).parameters
-                if not any(p.kind is p.VAR_KEYWORD for p in arguments.values()):
-                    found = {}  # its parent's options are not passed on
-            found = {name: p for name, p in found.items() if name not in own}
-            found |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=own[name], annotation=kind)
-                      for name, kind in inspect.get_annotations(each, eval_str=True).items()
-                      if name in own and not hasattr(Router, name)}
-            found |= {name: p for name, p in arguments.items() if p.default is not p.empty}
-        return found
+        return options_of(cls, Router)
 
     @classmethod
     def meaning(cls, option: str) -> str:
         """What an option means: the lines after its name in the docstring of the class, or of one above it."""
-        for each in cls.__mro__:
-            found = re.search(rf"^(?:\w+, )*{option}(?:, \w+)*: (.*(?:\n +.*)*)", inspect.getdoc(each) or "", re.M)
-            if found:
-                return " ".join(found[1].split())
-        return ""
+        return meaning_of(cls, option)
 
     @classmethod
     def check(cls, n_experts: int, top_k: float, options: dict[str, Any]) -> None:

@@ -1,0 +1,74 @@
+"""Auxiliary losses of a router: pure functions of one layer's Routing, each a scalar Tensor.
+
+`LOSSES` is the table that the model, the log and the probes read. Published codes scale the balance loss by K or by the
+number of layers. Here it is 1 at perfect balance whatever K is, and the model takes the mean over layers.
+"""
+# ruff: noqa: F401, I001  (the losses and equivalent_coefficient are public names of this package)
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...autograd.tensor import Tensor
+from ..routing import Routing
+from .conventions import equivalent_coefficient
+from .further import communication_balance_loss, device_balance_loss, entropy_loss, global_balance_loss, policy_loss
+from .further import running_share, sequence_balance_loss, similarity_loss
+from .standard import importance_loss, load_balancing_loss, load_loss, z_loss
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a loss may read besides the routing.
+
+    seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in ModelConfig. token_nats(): (N,), the
+    cross-entropy of each token, outside the graph. recent_share (E,): `running_share` of the steps before, over
+    balance_batches; None where the layer keeps none.
+    """
+
+    router: object
+    seq_len: int
+    n_devices: int = 1
+    max_devices: int = 1
+    token_nats: Callable[[], np.ndarray] | None = None
+    recent_share: np.ndarray | None = None
+    balance_batches: int = 1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One row of LOSSES.
+
+    of(routing, context): a scalar Tensor, or None where the loss does not apply. logged: computed, and so logged, even
+    with a coefficient of 0.
+    """
+
+    meaning: str
+    of: Callable[[Routing, LossContext], Tensor | None]
+    logged: bool = False
+
+
+# name -> Loss, in the order in which the model adds them. `--set losses.NAME=VALUE` trains with one. It is then logged,
+# probed and reported.
+LOSSES = {
+    "balance": Loss("load balance (Switch); its coefficient is aux_coef", lambda r, c: load_balancing_loss(r), True),
+    "z": Loss("router z-loss (ST-MoE)", lambda r, c: z_loss(r), True),
+    "entropy": Loss("entropy of each token's probabilities (Huang 2024); 1e-4 by default for top_p",
+                    lambda r, c: entropy_loss(r)),
+    "similarity": Loss("the router's columns orthonormal (SimBal, Omi 2025)", lambda r, c:
+                       similarity_loss(c.router.weight) if c.router.shapes.get("weight") == "DE" else None),
+    "importance": Loss("CV^2 of the experts' summed gates (Shazeer 2017)", lambda r, c: importance_loss(r)),
+    "load": Loss("CV^2 of the smooth load of noisy_top_k (Shazeer 2017)",
+                 lambda r, c: None if r.soft_load is None else load_loss(r)),
+    "sequence": Loss("load balance within each sequence (DeepSeek-V3)",
+                     lambda r, c: sequence_balance_loss(r, c.seq_len)),
+    "global_batch": Loss("load balance over many batches, see balance_batches (Qiu et al. 2025)", lambda r, c:
+                   global_balance_loss(r, np.zeros(1) if c.recent_share is None else c.recent_share,
+                                       c.balance_batches)),
+    "device": Loss("load balance over devices (DeepSeek-V2)", lambda r, c: device_balance_loss(r, c.n_devices)),
+    "communication": Loss("balance of what devices receive (DeepSeek-V2)",
+                          lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),
+    "policy": Loss("REINFORCE, for routers that draw; 1 by default there (Williams 1992)",
+                   lambda r, c: policy_loss(r, c.token_nats()) if c.router.sampled else None),
+}
