@@ -10,7 +10,7 @@ from .quantities import LOSS, in_row, title, value
 from .results import RunRecord, load_runs
 from .statistics import t_interval
 
-COLUMNS = (LOSS, "causal_perplexity", "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
+COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
            "token_coverage", "experts_per_token", "seconds")
 RUN_FIELDS = ("router", "top_k", "n_experts", "aux_coef")  # of the model, in each flat row
 
@@ -39,12 +39,13 @@ def groups(paths) -> dict[str, list[RunRecord]]:
 def table(found) -> tuple[list, list]:
     """(columns, rows): a label, what it is made of, its seeds, and the mean of each of COLUMNS, None without a number.
 
-    Columns that no run has a number in are left out.
+    Columns whose numbers are all the same, or missing, are left out, but for the loss and the parameters.
     """
     rows = [[label, runs[0].made_of, len(runs), *(_mean(runs, name) for name in COLUMNS)]
             for label, runs in found.items()]
     columns = ["run", "made of", "seeds", *map(title, COLUMNS)]
-    kept = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    always = 3 + COLUMNS.index("load_cv")
+    kept = [i for i in range(len(columns)) if i < always or len({row[i] for row in rows}) > 1]
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
