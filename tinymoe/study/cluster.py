@@ -80,7 +80,8 @@ class Cluster(futures.Executor):
         self._n_sent += 1
         future = self._client.get_executor(pure=False, retries=2).submit(
             self._work, plan, folder.absolute(), fresh and self._command,
-            key=(f"train-{self._command}", plan.run_id, self._n_sent))
+            key=(f"train-{self._command}", plan.run_id, self._n_sent),
+            priority=bool(self._reached[plan.run_id]))  # begun runs first
         self._sent[future] = plan, folder
         return future
 
