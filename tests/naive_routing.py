@@ -115,6 +115,12 @@ def top_p(probs, least):
     return chosen
 
 
+def normalised(logits, scale):
+    """Each row with mean 0 and the sample standard deviation `scale`."""
+    rows = [[v - sum(row) / len(row) for v in row] for row in logits.tolist()]
+    return np.array([[scale * v / math.sqrt(sum(w * w for w in row) / (len(row) - 1)) for v in row] for row in rows])
+
+
 def similarity(weight):
     """Sum of |R^T R - I|."""
     columns = [list(column) for column in weight.T]
@@ -138,11 +144,13 @@ def momentum_bias(loads, rate, clamp, momentum):
 
 
 def quantile_bias(scores, bias, k):
-    """Minus the (N K / E + 1)-th largest of each column of scores - alpha, alpha the (K + 1)-th largest of a row."""
+    """Minus the (N K / E + 1)-th largest of each column of scores - alpha, alpha the (K + 1)-th largest of a row; then
+    centred."""
     n, e = scores.shape
     alpha = [sorted((s + b for s, b in zip(row, bias)), reverse=True)[k] for row in scores]
     place = capacity(n, e, k, 1)
-    return np.array([-sorted((scores[t, i] - alpha[t] for t in range(n)), reverse=True)[place] for i in range(e)])
+    solved = [-sorted((scores[t, i] - alpha[t] for t in range(n)), reverse=True)[place] for i in range(e)]
+    return np.array([b - sum(solved) / e for b in solved])
 
 
 # -- metrics --

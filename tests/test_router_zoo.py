@@ -146,18 +146,19 @@ def test_the_smooth_step_by_hand():
     again = routers.make("momentum_bias", 2, 2, 1, dtype=np.float64)
     for load in loads:
         after(again, load)
-    np.testing.assert_allclose(again.bias.data, naive_routing.momentum_bias(loads.tolist(), 1e-3, 2, .5))
+    np.testing.assert_allclose(again.bias.data, naive_routing.momentum_bias(loads.tolist(), 5e-4, 2, .5))
     assert np.isfinite(after(again, [0, 0])).all()
 
 
 def test_the_quantile_bias_by_hand():
     """Scores (.9, .1), (.8, .3), (.7, .6), (.2, .4); K = 1, C = 2. Alpha, the second of each: .1, .3, .6, .2. Column 0
-    minus alpha: .8, .5, .1, 0, the third largest .1; column 1: 0, 0, 0, .2, the third 0. Bias (-.1, 0)."""
+    minus alpha: .8, .5, .1, 0, the third largest .1; column 1: 0, 0, 0, .2, the third 0. Bias (-.1, 0), less its mean.
+    """
     scores = np.array([[.9, .1], [.8, .3], [.7, .6], [.2, .4]])
     router = routers.make("quantile_bias", 2, 2, 1, dtype=np.float64)
     router.weight.data = np.eye(2)
     router.after_step(router(Tensor(logit(scores)), context(training=True)))
-    np.testing.assert_allclose(router.bias.data, [-.1, 0], atol=1e-12)
+    np.testing.assert_allclose(router.bias.data, [-.05, .05], atol=1e-12)
 
 
 def test_the_quantile_bias_against_plain_loops_and_at_its_limits():
@@ -193,6 +194,12 @@ def test_the_bias_of_real_experts_by_hand():
     chosen = np.array([[1, 0, 1], [1, 0, 1], [1, 0, 1], [0, 1, 1]])
     router.after_step(from_mask(chosen > 0, *[Tensor(chosen.astype(float))] * 3))
     np.testing.assert_allclose(router.bias.data, [-.1, .1, 0])
+
+
+def test_the_gates_of_real_experts_are_probabilities():
+    """Probabilities .5, .3, .2 and a bias (0, 0, .2): experts 0 and 2, with gates 6 * .5 and 6 * .2."""
+    r = route(np.log([[.5, .3, .2]]), "real_bias", 2, bias=[0, 0, .2], gate_scale=6.)
+    np.testing.assert_allclose(r.to_dense().data, [[3, 0, 1.2]])
 
 
 # -- a hash chooses, the scores weigh ------------------------------------------------------------
@@ -546,11 +553,16 @@ def test_a_learned_bias_is_in_choice_and_gate():
 
 
 def test_normalised_logits_by_hand():
-    """(1, 3, 5) has mean 3 and variance 8/3: times 2 it is 2 (-sqrt 3/2, 0, sqrt 3/2). Equal logits stay equal."""
+    """(1, 3, 5) has mean 3 and sample variance (4 + 0 + 4) / 2 = 4, so at scale 2 it is (-2, 0, 2). Equal logits stay
+    equal, and a single expert has the logit 0."""
     r = route([[1, 3, 5], [4, 4, 4]], "normalised_top_k", 1, logit_scale=2.)
-    np.testing.assert_allclose(r.logits.data, [[-np.sqrt(6), 0, np.sqrt(6)], [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(r.logits.data, [[-2, 0, 2], [0, 0, 0]], atol=1e-6)
     shifted = route(np.array([[1, 3, 5], [4, 4, 4]]) * 7 + 2, "normalised_top_k", 1, logit_scale=2.)
     np.testing.assert_allclose(shifted.logits.data, r.logits.data, atol=1e-6)
+    z = np.random.default_rng(0).standard_normal((6, 5))
+    found = route(z, "normalised_top_k", 2, logit_scale=.7).logits.data
+    np.testing.assert_allclose(found, naive_routing.normalised(z, .7), rtol=1e-9)
+    np.testing.assert_array_equal(route([[3.]], "normalised_top_k", 1).logits.data, [[0]])
 
 
 def test_cosines_by_hand():

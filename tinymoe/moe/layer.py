@@ -57,7 +57,10 @@ class MoELayer(Module):
         return (y if self.shared is None else y + self._shared(x)), routing
 
     def _experts(self, x, routing):
-        """The experts' output (N, D). After the bank's columns come those of n_copy experts, then zero experts."""
+        """The experts' output (N, D). After the bank's columns come those of n_copy experts, then zero experts.
+
+        The router's gates count zero experts in their sum. MoE++'s code leaves them out (Jin et al. 2024, 2410.07348).
+        """
         n = self.experts.n_experts
         if routing.n_experts == n:
             return self.experts(x, routing)

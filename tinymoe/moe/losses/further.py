@@ -67,8 +67,8 @@ def _device_probs(routing, n_devices):
 def entropy_loss(routing: Routing) -> Tensor:
     """Mean over tokens of -sum p ln p of `probs` = softmax(logits): a small one makes tokens sure of their experts.
 
-    Dynamic K needs it (Huang et al. 2024, arXiv 2403.07652). For logits of other scores it is that of their
-    softmax.
+    Dynamic K needs it (Huang et al. 2024, arXiv 2403.07652, which writes it for one token). For logits of other scores
+    it is that of their softmax.
     """
     return -(F.softmax(routing.logits) * F.log_softmax(routing.logits)).sum(axis=-1).mean()
 
@@ -76,7 +76,7 @@ def entropy_loss(routing: Routing) -> Tensor:
 def similarity_loss(weight: Tensor) -> Tensor:
     """Sum of |R^T R - I| over its E x E entries, for a router's weight R (D, E) (SimBal, Omi et al. 2025, 2506.14038).
 
-    0 where the columns are orthonormal; the logits then keep the angles between tokens.
+    0 where the columns are orthonormal; the logits then keep the angles between tokens. The paper also starts R there.
     """
     gram = weight.T @ weight - np.eye(weight.shape[1], dtype=weight.dtype)
     return (gram * np.sign(gram.data)).sum()

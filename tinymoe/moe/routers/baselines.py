@@ -75,13 +75,14 @@ class Hash(Router, name="hash"):
 class Oracle(Router, name="oracle"):
     """The domain of a sequence picks its K experts: those from d K on, modulo E, for all its tokens, with gates 1 / K.
 
-    An upper bound for routers whose experts are to follow domains (the testbed of arXiv 2604.07030 has such a router).
-    It is told the domain, which no other part of the model is, from the first token on. With K E-ths of the experts a
-    domain, no two domains share one. Raises ValueError without RouteContext.domain: texts without a known domain, such
+    An upper bound for routers whose experts are to follow domains (Falke et al. 2026, arXiv 2604.07030, have such a
+    reference router; which experts it gives a domain was not checked against the paper). It is told the domain, which
+    no other part of the model is, from the first token on. With K E-ths of the experts a domain, no two domains share
+    one. Raises ValueError without RouteContext.domain: texts without a known domain, such
     as a prompt, cannot be routed.
     """
 
-    paper = "arXiv 2604.07030"
+    paper = "Falke 2026"
     formula = "domain d: the K experts from d K on, modulo E; gates 1 / K"
     used_by = "studies, as an upper bound"
     chooses = "neither"

@@ -21,14 +21,16 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
     - "prefix": a token is taken if it is among the best ceil(n * K / E) of the n tokens of its own sequence so far.
     - "threshold" (Expert Threshold, Sun et al. 2026, arXiv 2603.11535): a token is taken if p >= theta_e. After each
       training step, whatever its rule, theta_e <- decay * theta_e + (1 - decay) * (C-th largest p of the batch); the
-      first batch sets it. The paper writes p > theta_e; with >=, the batch that sets it has exactly C tokens an expert
-      (but for ties). The thresholds are saved with the model. Before the first step the rule is "prefix".
+      first batch sets it. The paper writes p > theta_e, its code has >=: the batch that sets theta then has exactly C
+      tokens an expert (but for ties). The thresholds are saved with the model. Before the first step the rule is
+      "prefix".
 
     The second and third rule are causal.
 
     rule: how tokens are chosen while training, and at evaluation unless context.causal asks for another rule.
     causal_rule: the rule where context.causal is set and `rule` is "batch". A causal `rule` is used there too.
-    threshold_decay: weight of the earlier batches in the thresholds; 0.97 is a mean over about 33 batches.
+    threshold_decay: weight of the earlier batches in the thresholds; 0.97 is a mean over about 33 batches. It is a
+        choice for short runs: the paper's code has 0.99.
     renormalise: whether the gates of a token are divided by their sum. The paper does not.
     softmax_over: "experts", as in the paper, or "tokens". With "tokens" an expert ranks tokens by its logit, and its
         gates are the softmax over all tokens of the batch (with a causal rule, over the sequence so far), times their
@@ -114,7 +116,9 @@ class ExpertThreshold(ExpertChoice, name="expert_threshold"):
     """Expert choice by thresholds, while training and at evaluation (Sun et al. 2026, arXiv 2603.11535).
 
     expert_choice with rule "threshold": causal, and balanced as far as the thresholds fit the batch. Scores and gates
-    are those of expert_choice, so that the two differ in the rule alone.
+    are those of expert_choice, so that the two differ in the rule alone. The paper's gates are sigmoids of the logits,
+    its thresholds are of logits, their mean is corrected for its start at 0 as in Adam, and training begins with the
+    rule "batch".
     """
 
     paper = "Sun 2026"

@@ -35,10 +35,11 @@ class BiasedTopK(TopK, name="biased_top_k"):
 class NormalisedTopK(TopK, name="normalised_top_k"):
     """top_k of logits that are normalised for each token (Skywork-MoE, Wei et al. 2024).
 
-    z' = logit_scale * (z - mean z) / sqrt(var z + 1e-12) over the E experts, with the population variance. `logits` of
-    the Routing are z'.
+    z' = logit_scale * (z - mean z) / sqrt(var z + 1e-12) over the E experts. The variance divides by E - 1, as in
+    Skywork's code. `logits` of the Routing are z'.
 
-    logit_scale: the standard deviation of a token's logits; a larger one makes its gates more different.
+    logit_scale: the standard deviation of a token's logits; a larger one makes its gates more different. Skywork-MoE
+        has 1.
     """
 
     paper = "Wei 2024"
@@ -49,15 +50,17 @@ class NormalisedTopK(TopK, name="normalised_top_k"):
     def scores(self, x):
         z = super().scores(x)
         z = z - z.mean(axis=-1, keepdims=True)
-        return z * (self.logit_scale / ((z ** 2).mean(axis=-1, keepdims=True) + 1e-12).sqrt())
+        variance = (z ** 2).sum(axis=-1, keepdims=True) * (1 / max(1, self.n_experts - 1))
+        return z * (self.logit_scale / (variance + 1e-12).sqrt())
 
 
 class CosineTopK(TopK, name="cosine_top_k"):
     """top_k of cosines between projected tokens and experts (X-MoE, Chi et al. 2022; Swin-MoE).
 
-    z_e = cos(x P, c_e) / tau, P (D, R), with a learned tau of at least 0.01. P has no bias; in Tutel it has one.
+    z_e = cos(x P, c_e) / tau, P (D, R), with a learned tau of at least 0.01, as in Tutel. P has no bias; in Tutel it
+    has one. X-MoE's code in torchscale divides c_e by its length but not x P, and has no tau.
 
-    router_width: R, the width of the projection.
+    router_width: R, the width of the projection; 16 in torchscale, 256 in Tutel.
     temperature: tau at the start; 0.5 in Tutel.
     """
 
@@ -98,10 +101,11 @@ class TopP(LinearRouter, name="top_p"):
     A token that is sure of its expert has one, an undecided one many. A gate is the probability of its expert. The loss
     "entropy" keeps the number small; its default here is the paper's 1e-4.
 
-    top_p: the least sum of the chosen probabilities.
+    top_p: the least sum of the chosen probabilities; the paper has 0.4.
     steer: if above 0, after each training step top_p rises by steer * (K - mean experts of a token) / E, within 0.01 to
-        1, so that a token has K experts on average. DTop-p (Jin et al. 2025, arXiv 2512.13996) has a PI controller;
-        this is its integral part. top_p is saved with the model.
+        1, so that a token has K experts on average. DTop-p (Jin et al. 2025, arXiv 2512.13996) has a PI controller
+        of one threshold for all layers, and normalises the logits. Here each layer has its own, and the controller is
+        the integral part alone. top_p is saved with the model.
     renormalise: whether a token's gates are divided by their sum.
     """
 
@@ -187,7 +191,7 @@ class MixtureOfDepths(LinearRouter, name="mixture_of_depths"):
     With context.causal an expert takes the tokens with z > 0, as the paper does to sample: the penalty, a binary
     cross-entropy that predicts the choice from z, trains z to be positive there.
 
-    choice_loss: coefficient of the penalty. It also reaches the layers below.
+    choice_loss: coefficient of the penalty; 0.01 is our choice. The penalty also reaches the layers below.
     Raises ValueError without RouteContext.ids, unless context.causal is set.
     """
 
@@ -219,7 +223,8 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
     """sigmoid_bias whose bias moves smoothly (SMEBU: Arcee Trinity, Singh et al. 2026, arXiv 2602.17004).
 
     v_e = (mean load - load_e) / mean load; step = bias_rate * tanh(clamp * v), minus its mean over the experts;
-    m <- momentum * m + (1 - momentum) * step; b <- b + m. The mean m is saved with the model.
+    m <- momentum * m + (1 - momentum) * step; b <- b + m. The mean m is saved with the model. The defaults are those
+    of Trinity Large.
 
     bias_rate: the largest step, before its mean is subtracted.
     clamp: the slope of tanh at balance; a large one makes the step a sign.
@@ -230,6 +235,7 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
     formula = "as sigmoid_bias, with b += m, m the running mean of rate tanh(clamp (1 - load / mean load)), centred"
     used_by = "Arcee Trinity Large"
     shapes = {"weight": "DE", "bias": "E", "mean_step": "E"}
+    bias_rate: float = 5e-4
     clamp: float = 2.0
     momentum: float = 0.5
     bias_rule = "centred"  # fixed
@@ -252,14 +258,15 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
     Each token takes the K experts of largest s + b. After each training step, for the batch's scores s (N, E):
     alpha_n = the (K + 1)-th largest of s_n + b; b_e <- - (the (N K / E + 1)-th largest over n of s_e - alpha). So N K /
     E tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual variables of
-    the balanced assignment, which the two lines solve in turn.
+    the balanced assignment, which the two lines solve in turn. Then b loses its mean over the experts, as in Kimi K3
+    and Megatron: it changes no choice, and without it the biases can drift together.
 
     bias_rate: how far the bias goes to its new value in a training step; 1 is the published rule.
     """
 
     paper = "Su 2026"
     formula = ("as sigmoid_bias, with b_e = - the (N K / E + 1)-th largest over tokens of s_e - (the (K + "
-               "1)-th largest s + b)")
+               "1)-th largest s + b), centred")
     used_by = "Kimi K3, Marin"
     bias_rate: float = 1.0
     bias_rule = "sign"  # fixed; not used
@@ -270,7 +277,8 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
         if place < 0:  # every expert takes every token
             return np.zeros_like(bias)
         alpha = np.sort(s + bias, axis=1)[:, -self.top_k - 1]
-        return self.bias_rate * (-np.sort(s - alpha[:, None], axis=0)[place] - bias)
+        solved = -np.sort(s - alpha[:, None], axis=0)[place]
+        return self.bias_rate * (solved - solved.mean() - bias)
 
 
 class RealBias(SigmoidBias, name="real_bias"):
@@ -281,12 +289,14 @@ class RealBias(SigmoidBias, name="real_bias"):
 
     n_real: n_experts of the model.
     real_k: real experts that a token is to have on average.
+    renormalise: whether a token's gates are divided by their sum. LongCat-Flash does not, and its gate_scale is 6.
     """
 
     paper = "Meituan 2025"
-    formula = ("p = softmax(x W); the K largest p + b; b_e += rate (real_k / (K n_real) - load_e / (N K)) for "
+    formula = ("p = softmax(x W); the K largest p + b; gates p; b_e += rate (real_k / (K n_real) - load_e / (N K)) for "
                "real experts")
     used_by = "LongCat-Flash"
+    renormalise: bool = False
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "softmax"
     n_real: int = 8
     real_k: float = 1.0
@@ -301,7 +311,8 @@ class HashGated(Scored, name="hash_gated"):
     """A random table of the token's id chooses K experts, and learned scores of those are the gates (DeepSeek-V4).
 
     DeepSeek-V4 has it in the first three MoE layers, with score sqrt_softplus, and sigmoid_bias in the others: give
-    ModelConfig a list of routers. Raises ValueError without RouteContext.ids.
+    ModelConfig a list of routers. How its table was made is not published; the one here ignores how frequent an id is.
+    Raises ValueError without RouteContext.ids.
 
     vocab_size: ids run from 0 to vocab_size - 1; the model gives its own.
     """

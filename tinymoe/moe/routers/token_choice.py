@@ -77,7 +77,7 @@ class Scored(TopK):
 
     score: s is the sigmoid of the logit (DeepSeek-V3), sqrt(log(1 + exp(logit))) (sqrt_softplus, DeepSeek-V4) or the
         softmax over experts.
-    gate_scale: a factor of all gates.
+    gate_scale: a factor of all gates; 2.5 in DeepSeek-V3, 1.5 in DeepSeek-V4-Flash.
     """
 
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "sigmoid"
