@@ -50,6 +50,7 @@ def test_the_notebook_has_the_cells_of_its_script_and_kept_outputs():
     assert (DOCS / "tour.ipynb").stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_its_first_cells_print_what_the_notebook_keeps():
     script = (DOCS / "tour.py").read_text(encoding="utf-8")
     assert "STEPS = 300" in script
@@ -70,6 +71,7 @@ def test_there_are_twenty_exercises_each_with_a_command_a_place_to_look_and_an_a
     require_commands(EXERCISES)
 
 
+@pytest.mark.slow
 def test_every_command_of_the_exercises_works_at_a_small_size(tmp_path, monkeypatch):
     toy = {"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (1,), "seq_len": 16}
     monkeypatch.setitem(experiments.SCALES, "quick", experiments.Scale(toy, steps=2, seeds=1))
