@@ -54,12 +54,10 @@ dense = Experiment(
               Setting("hash", "2 of 8 experts by a random table of the byte", model=HASH),
               Setting("dense-active", "one layer as large as the two active experts", model=ONE_EXPERT, width=2),
               Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8),
-              Setting("hash-seconds", "as hash, for the seconds of the mixture", model=HASH, length=1.3,
-                      rate_of="hash"),
               Setting("dense-active-seconds", "as dense-active, for the seconds of the mixture", model=ONE_EXPERT,
-                      width=2, length=1.3, rate_of="dense-active"),
+                      width=2, length=1.07, rate_of="dense-active"),
               Setting("dense-total-seconds", "as dense-total, for the seconds of the mixture", model=ONE_EXPERT,
-                      width=8, length=0.6, rate_of="dense-total")),
+                      width=8, length=0.57, rate_of="dense-total")),
     metrics=(LOSS, "cross_entropy", "parameters", "active_parameters", "megaflops", "seconds"),
     primary=(
         Primary(question="Does a mixture beat a dense model with as many active parameters?",
@@ -74,8 +72,7 @@ dense = Experiment(
                 higher="A mixture beats a dense model of equal total size.",
                 same="A dense model of equal total size is as good as a mixture.",
                 published="yes: Shazeer 2017; Clark 2022")),
-    exploratory=(*contrasts((LOSS,), (("hash", "mixture"), *against("mixture", (
-        "hash-seconds", "dense-active-seconds", "dense-total-seconds")))),
+    exploratory=(*contrasts((LOSS,), against("mixture", ("hash", "dense-active-seconds", "dense-total-seconds"))),
         *contrasts(("cross_entropy",), (("mixture", "dense-active"), ("dense-total", "mixture")))),
     crossings=((LOSS, "dense-total", "mixture"),), seeds=12, steps=2000, rates=CANDIDATES,
     training=WHOLE | {"n_evaluations": 20},
@@ -85,7 +82,8 @@ dense = Experiment(
     caution="A dense layer is a mixture of one expert. Two other things differ: only the mixture has a balance loss "
             "(0.01), and its two gates that sum to 1 average two experts where one layer twice as wide adds them. The "
             "training loss is the mean over the last tenth of the steps. The lengths of the runs for equal seconds "
-            f"were set beforehand, from the time of a step on one thread. {SECONDS}",
+            "were set beforehand from the processor time of a step on one thread: 39 ms for the mixture, 38 with a "
+            f"hash, 37 for the small dense model and 69 for the large one. {SECONDS}",
     claims=(Claim(9, "A mixture beats a dense model of equal active parameters on training loss",
                   "Shazeer 2017; Clark 2022", (Effect("cross_entropy", "mixture", "<", 0, minus="dense-active"),)),
             Claim(9, "A dense model of equal total parameters is better still on training loss",
