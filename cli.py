@@ -130,6 +130,13 @@ def _names(module, table):
     return complete
 
 
+def _scheduler(context, option, value):
+    """The address of a Dask scheduler."""
+    if value is not None and not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", value):
+        raise click.BadParameter("write tcp://HOST:PORT, or tls://HOST:PORT with certificates")
+    return value
+
+
 def _load_files(context, option, paths):
     """Run the files of --import; returns their absolute paths."""
     if paths:
@@ -160,7 +167,7 @@ def _training_options(command):
     for option in reversed((
             click.option("--jobs", "-j", type=COUNT, default=_cores, show_default="number of cores",
                          help="Runs side by side, each in a process with one thread."),
-            click.option("--scheduler", metavar="URL",
+            click.option("--scheduler", metavar="URL", callback=_scheduler,
                          help="Train on the workers of this Dask scheduler, tcp://HOST:PORT; see docs/cluster.md."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_study import outcome  # noqa: E402
 from test_train import MODEL, TRAINING, WORDS  # noqa: E402
+from tinymoe.files import read_rows  # noqa: E402
 
 SCHEDULER, SETTINGS = "tcp://10.77.0.1:8786", MODEL | TRAINING | {"steps": 120, "n_evaluations": 40}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "TINYMOE_LEASE": "20"}
@@ -108,12 +109,11 @@ def watch(out, ends, stop):
 
 
 def disturb(cluster, kills, out, say, rng):
-    """The kills and the cut, each a random time after a checkpoint was written."""
+    """The kills and the cut, each a random time after a checkpoint was written, spread over the study."""
     what = ["worker"] * kills + ["scheduler"] * 2 + ["cut"]
     rng.shuffle(what)
     for number, each in enumerate(what):
-        before = newest(out)
-        while newest(out) == before:
+        while rows(out) < 0.9 * number / len(what) * 24 * (SETTINGS["n_evaluations"] + 1) + 1:
             time.sleep(0.05)
         time.sleep(rng.random() * 3)
         name = f"worker{rng.randrange(3)}" if each == "worker" else each
@@ -130,11 +130,9 @@ def disturb(cluster, kills, out, say, rng):
                 say(f"     not hit: {error}")
 
 
-def newest(out):
-    times = []
-    for path in out.glob("runs/*/checkpoint.npz"):
-        times.append(path.stat().st_mtime_ns)
-    return max(times, default=0)
+def rows(out):
+    """Rows in the logs of all runs."""
+    return sum(len(read_rows(path)) for path in out.glob("runs/*/log.jsonl"))
 
 
 def command(text, out, *options):

@@ -374,6 +374,8 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--out {dir}/short.txt --plot-only": (1, "short.txt"),
     "--out {dir}/short.txt/": (1, "short.txt"),
     "--out=": (2, "empty"),
+    "--scheduler here": (2, "tcp://HOST:PORT"),
+    "--scheduler tcp://host": (2, "tcp://HOST:PORT"),
     "--out {dir}/\udcff": (2, "UTF-8"),
     "--seeds 1001": (2, "1001 is not in the range"),
     "--set router.x": (2, "router.x"),
