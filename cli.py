@@ -482,11 +482,11 @@ def rows(folder, form, out):
 
     It has one line for each run, evaluation and MoE layer, and columns such as load.0 for the load of expert 0.
     """
-    from tinymoe.files import write_atomically
+    from tinymoe.files import as_csv, write_atomically
     from tinymoe.study import compare as c
     flat, out = c.flat_rows(folder), out or folder / f"rows.{form}"
     try:
-        content = c.as_csv(flat) if form == "csv" else c.as_parquet(flat)
+        content = as_csv(flat) if form == "csv" else c.as_parquet(flat)
     except ImportError:
         raise click.ClickException("--parquet needs the package pyarrow: pip install pyarrow, or use --csv") from None
     write_atomically(out, content, follow=True)

@@ -11,6 +11,7 @@ import pytest
 from test_cli import invoke, study
 from test_train import WORDS
 from tinymoe import files
+from tinymoe.files import as_csv
 from tinymoe.study import compare as c
 
 
@@ -69,7 +70,7 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(folders, tmp_path):
 
 
 def test_flat_rows_hold_every_number_of_the_rows(folders):
-    rows = list(csv.DictReader(io.StringIO(c.as_csv(c.flat_rows(folders / "one")))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(c.flat_rows(folders / "one")))))
     log = files.read_rows(folders / "one/runs/D-seed1/log.jsonl")
     mine = [row for row in rows if row["run_id"] == "D-seed1"]
     assert [(int(row["step"]), row["at_end"]) for row in mine] == [(r["step"], "False") for r in log] + [(6, "True")]

@@ -5,6 +5,7 @@ array; pickled content is never loaded.
 """
 
 import contextlib
+import csv
 import functools
 import hashlib
 import io
@@ -115,6 +116,15 @@ def read_json(path):
 def write_rows(path, rows):
     """Write objects as .jsonl, one a line."""
     write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def as_csv(rows):
+    """Dicts as CSV with a heading, as text: the names of all rows, and an empty cell where a row lacks one."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def read_rows(path):

@@ -49,9 +49,9 @@ class LossTerms:
 
 
 def token_nats(logits: Tensor, targets: np.ndarray) -> np.ndarray:
-    """(N,) array: the cross-entropy of each row of logits (N, V) with its target, outside the graph."""
+    """The cross-entropy of logits (..., V) with each of the targets (...), an array (...) outside the graph."""
     with no_grad():
-        return -F.gather(F.log_softmax(logits), targets.reshape(-1, 1)).data[:, 0]
+        return -F.gather(F.log_softmax(logits), targets[..., None]).data[..., 0]
 
 
 class Transformer(Module):
@@ -130,7 +130,7 @@ class Transformer(Module):
         c, logits, targets = self.config, output.logits.reshape(-1, self.config.vocab_size), np.asarray(targets)
         total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
         terms = {}
-        for name, coefficient, term in self._routing_terms(output, lambda: token_nats(logits, targets)):
+        for name, coefficient, term in self._routing_terms(output, lambda: token_nats(logits, targets.reshape(-1))):
             terms[name] = term
             total = total + coefficient * term if coefficient else total
         if c.mtp_coef and targets.shape[1] > 1:

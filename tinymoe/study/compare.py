@@ -1,7 +1,5 @@
 """Runs of any folders side by side: one table, one figure, and the flat rows of a folder for other programs."""
 
-import csv
-import io
 import math
 from pathlib import Path
 
@@ -123,15 +121,6 @@ def _flat(found, prefix=""):
         return {prefix[:-1]: found}
     parts = found.items() if isinstance(found, dict) else enumerate(found)
     return {name: one for key, part in parts for name, one in _flat(part, f"{prefix}{key}.").items()}
-
-
-def as_csv(rows) -> str:
-    """The rows as CSV with a heading; an empty cell for a number that a row does not have."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 def as_parquet(rows) -> bytes:

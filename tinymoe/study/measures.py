@@ -1,7 +1,5 @@
 """What an experiment measures in a trained model besides its validation row: measure(trainer) -> {name: number}."""
 
-from contextlib import contextmanager
-
 import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
@@ -9,6 +7,7 @@ from ..moe import devices, metrics
 from ..moe.routing import first_experts, from_mask, merge
 from ..training.evaluation import losses_and_routings
 from . import probes
+from .probes import rerouted
 
 RULES = ("batch", "prefix", "threshold")  # of expert choice
 WINDOWS = 16  # of each domain
@@ -126,7 +125,7 @@ def divergence_by_rule(trainer) -> dict[str, float | None]:
 
 def byte_class(ids):
     """Indices into CLASSES of bytes."""
-    table = np.full(256, 5)
+    table = np.full(256, len(CLASS_BYTES))
     for i, letters in enumerate(CLASS_BYTES):
         table[list(letters.encode())] = i
     return table[ids]
@@ -163,16 +162,6 @@ def _pairs(ids):
     return ids[..., :-1] * 256 + ids[..., 1:]
 
 
-@contextmanager
-def rerouted(layer, change):
-    """Within it, the layer routes by change(its Routing, its input (N, D) Tensor)."""
-    layer.change_routing = change
-    try:
-        yield
-    finally:
-        layer.change_routing = None
-
-
 def _change(of):
     """A change of routings: of((N, E) array) gives their new choices, and their new gates."""
     def change(routing, _):
@@ -207,7 +196,7 @@ def counterfactuals(model, valid, nats):
     found, domains = {}, [valid.domain == d for d in range(len(valid.names))]
 
     def costs(layer, change):
-        with rerouted(layer, change):
+        with rerouted(change, layer):
             rise = losses_and_routings(model, valid, causal=False)[0] - nats
         return [float(rise[d].mean(dtype=float)) for d in domains]
 
@@ -230,7 +219,7 @@ def function_divergence(layer, model, valid):
             outputs.append(layer.experts(x, alone(real, x)).data.astype(float))
         return routing
 
-    with rerouted(layer, keep_outputs), no_grad():
+    with rerouted(keep_outputs, layer), no_grad():
         model.forward(valid.ids[:valid.batch_size], domain=valid.domain[:valid.batch_size])
     unit = np.stack([y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-30) for y in outputs])  # (E, N, D)
     cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]

@@ -5,6 +5,7 @@ give the router a gradient? Has routing collapsed? The model is trained briefly 
 a run, a file of weights, or published weights.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,21 +201,28 @@ def own_leaks(model, ids: np.ndarray, training: bool = False, domain=None) -> li
 
 def layer_inputs(model, ids, domain=None):
     """The input (B, T, D) of each MoE layer, as an array."""
-    found, layers = [], model.moe_parts()
+    found = []
 
     def note(routing, x):
         found.append(x.data.reshape(*ids.shape, -1))
         return routing
 
-    before = [layer.change_routing for layer in layers]
-    try:
-        for layer in layers:
-            layer.change_routing = note
+    with rerouted(note, *model.moe_parts()):
         model.forward(ids, rng=np.random.default_rng(0), domain=domain)
+    return found
+
+
+@contextmanager
+def rerouted(change, *layers):
+    """Within it, the MoE layers route by change(their Routing, their input (N, D) Tensor)."""
+    before = [layer.change_routing for layer in layers]
+    for layer in layers:
+        layer.change_routing = change
+    try:
+        yield
     finally:
         for layer, function in zip(layers, before):
             layer.change_routing = function
-    return found
 
 
 def alarms(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> list[str]:

@@ -85,10 +85,14 @@ def effective_experts(layer):
     return len(layer["load"]) ** layer["load_entropy"]
 
 
+def collapsed(layer):
+    """Whether fewer than half of the experts are effective."""
+    return effective_experts(layer) < len(layer["load"]) / 2
+
+
 def collapse_step(run):
-    """The first evaluation after which a layer has fewer effective experts than half of them; nan for never."""
-    return next((row["step"] for row in run.log if row["step"] and any(
-        effective_experts(layer) < len(layer["load"]) / 2 for layer in row["layers"])), math.nan)
+    """The first evaluation after which a layer has collapsed; nan for never."""
+    return next((row["step"] for row in run.log if row["step"] and any(map(collapsed, row["layers"]))), math.nan)
 
 
 def reached(run, loss, of):

@@ -3,8 +3,6 @@
 No outcome is written here: numbers are computed, and words of judgement follow from criteria that the document states.
 """
 
-import csv
-import io
 import json
 import math
 import re
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import printable, write_atomically
+from ..files import as_csv, printable, write_atomically
 from ..training.run_folder import processors
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, quantity, title, value
@@ -410,11 +408,8 @@ def write_summary_csv(study_dir) -> Path:
                     | {"steps": (run.summary or {}).get("steps")}
                     | {f"parameters_{part}": sizes.get(part) for part in ("total", "active")}
                     | {name: f"{number:.6g}" for name, number in numbers.items()})
-    path, out = Path(study_dir, "summary.csv"), io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, out.getvalue())
+    path = Path(study_dir, "summary.csv")
+    write_atomically(path, as_csv(rows))
     return path
 
 

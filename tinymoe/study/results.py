@@ -14,7 +14,7 @@ from ..training.lease import holder
 from ..training.run_folder import RunFolder, describe, differing, with_defaults
 from . import statistics
 from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
-from .quantities import LOSS, QUANTITIES, crossing, experts_per_token, quantity, value
+from .quantities import LOSS, QUANTITIES, collapsed, crossing, experts_per_token, quantity, value
 from .statistics import Comparison, Contrast, Interval, corrected, enough_digits, t_interval
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
@@ -356,9 +356,9 @@ class Results:
     def mean(self, metric: str, setting: str) -> float:
         return self.interval(metric, setting).mean
 
-    def ranked(self, metric: str, names=None) -> list[str]:
+    def ranked(self, metric: str) -> list[str]:
         """Setting ids by the mean of a metric, smallest first."""
-        return sorted(names or self.groups, key=lambda name: self.mean(metric, name))
+        return sorted(self.groups, key=lambda name: self.mean(metric, name))
 
     def label(self, name: str) -> str:
         """The name of a setting in figures; where --set may change settings, with what its runs really were."""
@@ -396,10 +396,7 @@ class Results:
 
 def _state(layer):
     """One of STATES, which report.py defines."""
-    n_experts = len(layer["load"])
-    if n_experts ** layer["load_entropy"] < n_experts / 2:
-        return "collapsed"
-    return "starved" if layer["dead_experts"] else "in use"
+    return "collapsed" if collapsed(layer) else "starved" if layer["dead_experts"] else "in use"
 
 
 def _require_equal(runs, *parts):

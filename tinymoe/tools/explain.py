@@ -120,8 +120,8 @@ class Example:
                       f"Largest difference from G: {_difference(g, hand)}."]
         return _part("3. Who is chosen", *texts)
 
-    def gates(self, routing, name="G"):
-        return _matrix(routing.to_dense().data, self.labels, self.experts, name, shown=routing.mask())
+    def gates(self, routing):
+        return _matrix(routing.to_dense().data, self.labels, self.experts, "G", shown=routing.mask())
 
     def who_ran(self):
         ran = self.ran()

@@ -15,7 +15,7 @@ from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import from_mask, merge
-from ..study.measures import rerouted
+from ..study.probes import rerouted
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, snapshot
 from ..training.run_folder import FILES, ROUTINGS, corpus_of, load_model, load_recorded_imports
@@ -60,6 +60,11 @@ def prefix_routings(model, text):
     return [merge(routings) for routings in zip(*by_window)]
 
 
+def first_choices(chosen, gates):
+    """(...): the expert with the largest gate, of chosen and gates (..., E); -1 where none is chosen."""
+    return np.where(chosen.any(axis=-1), np.where(chosen, gates, -np.inf).argmax(axis=-1), -1)
+
+
 def lines(text, routing, colour, width, gate=False, entropy=False):
     """Yield the lines of one layer: the text, and below each byte the number of its first expert, read downwards.
 
@@ -67,7 +72,7 @@ def lines(text, routing, colour, width, gate=False, entropy=False):
     a share of ln E.
     """
     n_experts, gates = routing.n_experts, routing.to_dense().data
-    first = np.where(routing.coverage > 0, np.where(routing.mask(), gates, -np.inf).argmax(axis=1), -1)
+    first = first_choices(routing.mask(), gates)
     digits = len(str(n_experts - 1))
     numbers = [f"{e:{digits}}" if e >= 0 else "-".rjust(digits) for e in first]
     rows = [("expert" if d == 0 else "", [number[d] for number in numbers]) for d in range(digits)]
@@ -202,8 +207,8 @@ def _inside(folder, final):
     caught = []
     with contextlib.ExitStack() as stack, no_grad():
         for part in model.moe_parts():
-            stack.enter_context(rerouted(part, lambda routing, x, bank=part.experts: caught.append(
-                (routing, *_outputs(bank, x, routing))) or routing))
+            stack.enter_context(rerouted(lambda routing, x, bank=part.experts: caught.append(
+                (routing, *_outputs(bank, x, routing))) or routing, part))
         model.forward(final["ids"].astype(np.int64), rng=np.random.default_rng([0, 0]))
     routings, sizes, total = zip(*caught)
     same = (np.stack([r.mask() for r in routings]) == final["chosen"]).all(axis=2)

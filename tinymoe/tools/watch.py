@@ -55,7 +55,7 @@ def _routes(run):
     except CheckpointError:  # a file that is no routing
         return None
     shape, n_experts = arrays["ids"].shape, arrays["probs"].shape[2]
-    first = np.where(arrays["chosen"].any(axis=2), np.where(arrays["chosen"], arrays["gates"], -1).argmax(axis=2), -1)
+    first = view.first_choices(arrays["chosen"], arrays["gates"])
     windows = [int(np.argmax(arrays["domain"] == d)) for d in range(len(header["names"]))]
     return {"step": header["step"], "experts": n_experts, "names": header["names"],
             "text": ["".join(map(view.symbol, arrays["ids"][w].tolist())) for w in windows],

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..autograd import functional as F
 from ..autograd.tensor import no_grad
+from ..model.transformer import token_nats
 from ..moe import metrics
 from ..moe.routers import RouteContext
 from ..moe.routing import merge
@@ -39,8 +39,7 @@ def losses_and_routings(model, valid: Validation, causal: bool):
             batch = slice(first, first + valid.batch_size)
             output = model.forward(valid.ids[batch], rng=np.random.default_rng([0, first]), causal=causal,
                                    domain=valid.domain[batch])
-            log_probs = F.log_softmax(output.logits)
-            nats.append(-F.gather(log_probs, valid.targets[batch][..., None]).data[..., 0])
+            nats.append(token_nats(output.logits, valid.targets[batch]))
             by_batch.append(output.routings)
     return np.concatenate(nats), list(map(list, zip(*by_batch)))
 

@@ -44,13 +44,29 @@ class Shuffled(TopK, name="shuffled"):
         return chosen[np.arange(len(chosen)) - back]
 
 
-class Hash(Router, name="hash"):
+class ByToken:
+    """Part of a router whose choice is read from a random table of the token's id.
+
+    vocab_size: ids run from 0 to vocab_size - 1; the model gives its own.
+    """
+
+    vocab_size: int = 256
+
+    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
+        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
+        chosen = largest(rng.random((self.vocab_size, n_experts)), top_k)
+        self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
+
+    def read(self, context):
+        """(N, E) bool: the choice of each token. Raises RouteError without ids."""
+        return self.table.data[context.need("ids", self).reshape(-1)] > 0
+
+
+class Hash(ByToken, Router, name="hash"):
     """A token's K experts are read from a random table of its id, wherever it stands (Roller et al. 2021).
 
     Gates are 1 / K. The load is as even as the ids are: a byte that makes up a sixth of the text overloads its
     experts. Logits are 0 at the chosen experts and -30 elsewhere, so that their softmax is the choice.
-
-    vocab_size: ids run from 0 to vocab_size - 1; the model gives its own.
     Raises ValueError without RouteContext.ids.
     """
 
@@ -61,15 +77,9 @@ class Hash(Router, name="hash"):
     learned = False
     cost = "a lookup"
     shapes = {"table": "VE"}
-    vocab_size: int = 256
-
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
-        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
-        chosen = largest(rng.random((self.vocab_size, n_experts)), top_k)
-        self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
 
     def forward(self, x, context):
-        return constant(self.table.data[context.need("ids", self).reshape(-1)] > 0, x.dtype)
+        return constant(self.read(context), x.dtype)
 
 
 class Oracle(Router, name="oracle"):

@@ -9,6 +9,7 @@ from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, normal, zeros
 from ..routing import capacity, from_mask, largest, shares
 from .base import LinearRouter
+from .baselines import ByToken
 from .token_choice import SCORES, Scored, SigmoidBias
 from .top_k import TopK
 
@@ -307,14 +308,12 @@ class RealBias(SigmoidBias, name="real_bias"):
         return self.bias_rate * np.where(np.arange(self.n_experts) < self.n_real, step, 0)
 
 
-class HashGated(Scored, name="hash_gated"):
+class HashGated(ByToken, Scored, name="hash_gated"):
     """A random table of the token's id chooses K experts, and learned scores of those are the gates (DeepSeek-V4).
 
     DeepSeek-V4 has it in the first three MoE layers, with score sqrt_softplus, and sigmoid_bias in the others: give
     ModelConfig a list of routers. How its table was made is not published; the one here ignores how frequent an id is.
     Raises ValueError without RouteContext.ids.
-
-    vocab_size: ids run from 0 to vocab_size - 1; the model gives its own.
     """
 
     paper = "DeepSeek-AI 2026"
@@ -323,13 +322,7 @@ class HashGated(Scored, name="hash_gated"):
     chooses = "neither"
     cost = "2 N D E + a lookup"
     shapes = {"weight": "DE", "table": "VE"}
-    vocab_size: int = 256
     n_groups, group_limit = 1, None  # fixed
 
-    def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
-        super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
-        chosen = largest(rng.random((self.vocab_size, n_experts)), top_k)
-        self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
-
     def _select(self, scores, context):
-        return self.table.data[context.need("ids", self).reshape(-1)] > 0
+        return self.read(context)
