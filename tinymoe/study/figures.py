@@ -29,7 +29,7 @@ STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "lines.linewidth": 1.2, "lines.markersize": 3.5, "savefig.dpi": 200,
+    "lines.linewidth": 1.2, "lines.markersize": 3.5,
     "text.parse_math": False,  # a name with dollar signs is no formula
 }
 DOUBLE = 7.0  # width of two columns, in inches
@@ -66,7 +66,7 @@ def draw_all(results: Results) -> list[Path]:
 def save(fig: Figure, path):
     """Write a figure as PNG: the same bytes for the same figure."""
     image = io.BytesIO()
-    fig.savefig(image, format="png", metadata={"Software": None})
+    fig.savefig(image, format="png", dpi=200, metadata={"Software": None})
     write_atomically(path, image.getvalue())
 
 

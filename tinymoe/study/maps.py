@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ..files import load_arrays
+from ..training.evaluation import first_choices
 from .figures import captioned, layer_grid, panel_grid
 from .palette import DIVERGING, EXPERTS, is_light, symbol
 from .quantities import in_row
@@ -135,7 +136,7 @@ def routes(name, length=72):
             return None
         arrays, header = load_arrays(path, "routings")
         layers, windows = header["model"]["moe_layers"], arrays["ids"].shape
-        first = np.where(arrays["chosen"], arrays["gates"], -1).argmax(axis=2).reshape(len(layers), *windows)
+        first = first_choices(arrays["chosen"], arrays["gates"]).reshape(len(layers), *windows)
         fig, grid = panel_grid(len(header["names"]), 1, 0.3 * len(header["names"]) * (len(layers) + 1))
         for domain, (axes, said) in enumerate(zip(grid[:, 0], header["names"])):
             window = int(np.argmax(arrays["domain"] == domain))
@@ -154,9 +155,9 @@ def routes(name, length=72):
 
 
 def draw_byte(axes, x, y, byte, expert):
-    """One byte on its expert's colour, with the expert's number below it."""
-    colour = EXPERTS[expert % len(EXPERTS)]
+    """One byte on its expert's colour, with the expert's number below it; on white for -1, no expert."""
+    colour = EXPERTS[expert % len(EXPERTS)] if expert >= 0 else "#FFFFFF"
     axes.add_patch(Rectangle((x, y), 1, 0.94, color=colour, lw=0))
     ink = "black" if is_light(colour) else "white"
     axes.text(x + 0.5, y + 0.32, symbol(byte), ha="center", va="center", fontsize=6, family="monospace", color=ink)
-    axes.text(x + 0.5, y + 0.76, str(expert), ha="center", va="center", fontsize=3.5, color=ink)
+    axes.text(x + 0.5, y + 0.76, str(expert) if expert >= 0 else "–", ha="center", va="center", fontsize=3.5, color=ink)

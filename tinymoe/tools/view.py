@@ -18,7 +18,7 @@ from ..moe.routing import from_mask, merge
 from ..study.palette import EXPERTS, is_light, rgb, symbol
 from ..study.probes import rerouted
 from ..training.data import CorpusError
-from ..training.evaluation import RECORDED, snapshot
+from ..training.evaluation import RECORDED, first_choices, snapshot
 from ..training.run_folder import FILES, ROUTINGS, corpus_of, load_model, load_recorded_imports
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -51,11 +51,6 @@ def prefix_routings(model, text):
             window = ids[:, start:start + model.config.seq_len]
             by_window.append(model.forward(window, rng=np.random.default_rng([0, start]), causal=True).routings)
     return [merge(routings) for routings in zip(*by_window)]
-
-
-def first_choices(chosen, gates):
-    """(...): the expert with the largest gate, of chosen and gates (..., E); -1 where none is chosen."""
-    return np.where(chosen.any(axis=-1), np.where(chosen, gates, -np.inf).argmax(axis=-1), -1)
 
 
 def lines(text, routing, colour, width, gate=False, entropy=False):

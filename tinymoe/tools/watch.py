@@ -13,6 +13,7 @@ from ..study.palette import EXPERTS, symbol
 from ..study.quantities import LOSS
 from ..study.results import load_runs
 from ..training.data import CorpusError
+from ..training.evaluation import first_choices
 from ..training.run_folder import ROUTINGS
 from . import view
 
@@ -56,7 +57,7 @@ def _routes(run):
     except CheckpointError:  # a file that is no routing
         return None
     shape, n_experts = arrays["ids"].shape, arrays["probs"].shape[2]
-    first = view.first_choices(arrays["chosen"], arrays["gates"])
+    first = first_choices(arrays["chosen"], arrays["gates"])
     windows = [int(np.argmax(arrays["domain"] == d)) for d in range(len(header["names"]))]
     return {"step": header["step"], "experts": n_experts, "names": header["names"],
             "text": ["".join(map(symbol, arrays["ids"][w].tolist())) for w in windows],
