@@ -793,9 +793,11 @@ def generate(run, prompt, length, temperature, top, seed, imports):
               shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
 @click.option("--step", is_flag=True, help="Wait for a key after each part.")
+@click.option("--figure", type=PATH, help="Draw one token through router, experts and sum into this file.")
 @_import_option
 @_set_option
-def explain(router, seed, step, imports, overrides):
+@_refusing(OSError)
+def explain(router, seed, step, figure, imports, overrides):
     """Work out one layer on four tokens, number by number.
 
     It shows scores, choice, gates, which experts ran, their outputs, the balance loss and its gradient, and what a
@@ -804,8 +806,12 @@ def explain(router, seed, step, imports, overrides):
     from tinymoe.tools.explain import SEED, Example
     model, training = _settings(overrides)
     with _refusing(ValueError, usage=True):
-        parts = Example({"router": router} | model | training, SEED if seed is None else seed).parts()
-    for part in parts:
+        example = Example({"router": router} | model | training, SEED if seed is None else seed)
+    if figure:
+        from tinymoe.study.figures import save
+        from tinymoe.tools.explain import draw
+        save(draw(example), figure)
+    for part in example.parts():
         click.echo(part)
         if step:
             click.pause("")

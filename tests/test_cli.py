@@ -31,8 +31,7 @@ from tinymoe.training.plan import TrainConfig
 from tinymoe.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ("perplexity_over_steps final_perplexity expert_load imbalance router_entropy function_divergence "
-           "domain_by_expert coverage_and_drops").split()
+FIGURES = "at_the_end over_steps expert_load imbalance domain_by_expert router_entropy".split()
 
 
 @pytest.fixture(scope="module")

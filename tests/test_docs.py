@@ -24,7 +24,12 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 INTRO = """# One layer, worked out
 
 This page is what `python cli.py explain` prints. With `--step` it waits after each part; `--router NAME` shows another
-router, and `--seed 1` other numbers.
+router, and `--seed 1` other numbers. `--figure FILE.png` draws parts 2 to 5:
+
+![Token "l" through router, experts and sum](one_byte.png)
+
+*The letter l: its logits become probabilities, the two largest become gates (bold), and the outputs of their experts,
+each times its gate, add up to y.*
 """
 
 

@@ -98,6 +98,15 @@ def test_a_metric_that_nobody_measured_is_named(corpora, tmp_path):
         lab.Results(EXPERIMENTS["frozen"], tmp_path).mean("entropy_of_nothing", run.config_id)
 
 
+def test_every_figure_has_a_caption_and_no_two_settings_one_look():
+    """More settings than colours: those that are not in a primary comparison are grey, and their names are drawn."""
+    for experiment in (lab.STUDY, *EXPERIMENTS.values()):
+        assert all(draw.caption.endswith(".") for draw in experiment.figures.values())
+        styles = [figures.style_of(types.SimpleNamespace(experiment=experiment), s.id) for s in experiment.settings]
+        looks = [tuple(style.values()) for style in styles if style["color"] != figures.GREY]
+        assert len({colour for colour, _ in looks}) == len(looks) >= min(len(styles), 2)
+
+
 # -- verdicts --
 
 class Fake(lab.Results):

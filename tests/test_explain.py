@@ -9,7 +9,7 @@ import naive
 import naive_routing
 from test_cli import invoke
 from tinymoe.moe.routers import ROUTERS
-from tinymoe.tools.explain import Example
+from tinymoe.tools.explain import Example, draw
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,13 @@ def test_other_sizes_other_numbers_and_what_is_refused():
 
 def test_step_waits_only_at_a_terminal():
     assert invoke("explain", "--step")[1].split() == invoke("explain")[1].split()
+
+
+def test_the_figure_has_the_numbers_of_the_text(tmp_path, printed):
+    assert invoke("explain", "--figure", tmp_path / "one.png")[0] == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    drawn = [[text.get_text() for text in axes.texts] for axes in draw(Example({})).axes]
+    assert drawn[0] == [f"{value:.2f}" for value in matrix(printed[0], "x")[0]]
+    assert drawn[1] == [f"{value:.2f}" for value in matrix(printed[1], "logits")[0]]
+    assert [float(text) for text in drawn[3] if text != "."] == [g for g in matrix(printed[2], "G")[0] if g]
+    np.testing.assert_allclose(np.array(drawn[6], float), matrix(printed[5], "y")[0], atol=0.0051)

@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 import cli
 from tinymoe.experiments import STUDY
+from tinymoe.files import save_arrays
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
-from tinymoe.study import figures, quantities, report
+from tinymoe.study import figures, maps, palette, quantities, report
 from tinymoe.study.results import Results, RunRecord, compact, load_runs
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
@@ -170,9 +171,9 @@ def test_a_copy_of_a_run_is_not_counted_twice(tmp_path):
 def test_a_dense_control_has_no_experts_to_report(tmp_path):
     write_run(tmp_path, "D", 0, 2.0, dense=True)
     assert findings(tmp_path).count("**Not tested:") == 3 and "MoE layers at the end" not in findings(tmp_path)
-    assert [path.name for path in draw_all(tmp_path)] == ["perplexity_over_steps.png", "final_perplexity.png"]
+    assert [path.name for path in draw_all(tmp_path)] == ["at_the_end.png", "over_steps.png"]
     write_run(tmp_path, "E", 0, 1.5)
-    assert "load CV, `E`: 0.000 (runs: 0.000 to 0.000)" in findings(tmp_path) and len(draw_all(tmp_path)) == 8
+    assert "routed as in training (nats), `E`: 0.250; needs > 0" in findings(tmp_path) and len(draw_all(tmp_path)) == 6
     assert "D,0,complete" in report.write_summary_csv(tmp_path).read_text()
 
 
@@ -197,7 +198,7 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
 @pytest.mark.slow
 def test_every_figure_is_written_whole(tmp_path):
     paths = draw_all(write_study(tmp_path, n_seeds=2))
-    assert sorted(paths) == sorted((tmp_path / "figures").iterdir()) and len(paths) == 8
+    assert sorted(paths) == sorted((tmp_path / "figures").iterdir()) and len(paths) == 6  # no routings were kept
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in paths)
     assert all(f"(figures/{path.name})" in findings(tmp_path) for path in paths)
 
@@ -394,6 +395,53 @@ def test_the_users_matplotlibrc_does_not_reach_the_figures(tmp_path):
     with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "lines.linewidth": 9, "axes.facecolor": "red"}):
         assert {path.name: path.read_bytes() for path in draw_all(tmp_path)} == drawn
         assert matplotlib.rcParams["font.size"] == 30  # and it stays as it was
+
+
+def test_ratios_by_hand():
+    """Shares (1/2, 1/2) and (1, 0), a row without counts: their mean is (1/2, 1/6), the ratios (1, 3) and (2, 0)."""
+    np.testing.assert_allclose(maps.over_column_means([[5, 5], [3, 0], [0, 0]]), [[1, 3], [2, 0], [0, 0]])
+
+
+def test_names_beside_points_do_not_overlap_and_keep_their_order(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1))
+    with figures.default_style():
+        _, ((axes,),) = figures.panel_grid(1, 1, 3)
+        axes.set_ylim(0, 1)
+        figures.name_points(axes, results, {"A": (0, .99), "B": (0, .985), "C": (0, .5), "D": (0, .5), "E": (0, .5)})
+    places = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert places["A"] == 1 and places["C"] == .5  # the highest stays within the panel
+    gaps = np.diff([places[name] for name in "CDEBA"])
+    assert (gaps > 0.04).all() and places["A"] - places["B"] == pytest.approx(places["E"] - places["D"])
+
+
+def test_text_is_drawn_on_the_colours_of_its_experts(tmp_path):
+    """Expert 1 has the larger gate of 'a', 0 alone is chosen for 'b', and 'c' has none."""
+    write_study(tmp_path, n_seeds=1, losses={"D": (1.5,)})
+    draw, arrays = maps.routes("D"), {
+        "ids": np.frombuffer(b"abc", np.uint8)[None], "domain": np.zeros(1, np.int32),
+        "chosen": np.array([[[1, 1], [1, 0], [0, 0]]], bool),
+        "gates": np.array([[[.4, .6], [.2, .9], [0, 0]]], np.float16)}
+    assert draw(Results(STUDY, tmp_path)) is None
+    for path in (tmp_path / "routings/D-seed0.npz", tmp_path / "runs/D-seed0/routings/000020.npz"):
+        path.parent.mkdir()
+        save_arrays(path, arrays, {"kind": "routings", "names": ["prose"], "model": {"moe_layers": [1]}})
+        with figures.default_style():
+            (axes,) = draw(Results(STUDY, tmp_path)).axes
+        assert [text.get_text() for text in axes.texts] == ["a", "1", "b", "0", "c", "–"]
+        assert [matplotlib.colors.to_hex(box.get_facecolor()).upper() for box in axes.patches] == [
+            palette.EXPERTS[1], palette.EXPERTS[0], "#FFFFFF"]
+        path.unlink()
+
+
+def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1))
+    assert report.caption(results, "over_steps") == (
+        "Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, bands go from the "
+        "lowest seed to the highest.")
+    for run in results.runs:
+        run.final["validation_tokens"] = 4096
+    assert report.caption(results, "over_steps").endswith(
+        " A point is measured on 100 validation bytes, a number of the tables on 4,096.")
 
 
 def test_findings_and_summary_do_not_wait_for_figures(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from test_train import WORDS, tiny
 from tinymoe import Tensor, Transformer, files
 from tinymoe.files import CheckpointError, load_arrays, save_arrays
 from tinymoe.moe.routing import from_mask
+from tinymoe.study.palette import EXPERTS
 from tinymoe.tools import view
 from tinymoe.training import run_folder
 from tinymoe.training import trainer as train
@@ -376,7 +377,7 @@ def lab(linear):
 @pytest.mark.parametrize("eyes", SEEN)
 def test_no_two_experts_of_eight_have_colours_that_look_alike(eyes):
     """The distance in CIE Lab; 2.3 can just be seen. Okabe and Ito's eight have 16, and 6 as light tints."""
-    rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in view.PALETTE]) / 255
+    rgb = np.array([[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in EXPERTS]) / 255
     linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
     seen = [lab(np.array(SEEN[eyes]) @ colour) for colour in linear]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20

@@ -25,7 +25,7 @@ shared = Experiment(
     exploratory=(*contrasts((LOSS,), (("1+1-of-7", "2-of-8"),)),
                  *contrasts(("mi_excess",), (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16")))),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
-    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv")},
+    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv", reference="2-of-8")},
     caution="Active and total parameters are equal. The gates differ: one routed expert has a raw gate, several have "
             f"gates that sum to 1, and the shared expert has none. {BOUNDS}")
 
@@ -43,7 +43,7 @@ fine_grained = Experiment(
     exploratory=(Contrast(LOSS, "4-of-16", minus="2-of-8"),
                  *contrasts(("mi_excess",), against("2-of-8", ("4-of-16", "8-of-32")))),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
-    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "seconds")},
+    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "seconds", reference="2-of-8")},
     caution=f"Active and total parameters are equal but for routers and biases (1%). {BOUNDS} {SECONDS}")
 
 ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}  # a dense layer
@@ -78,7 +78,7 @@ dense = Experiment(
     training=WHOLE | {"n_evaluations": 20},
     figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS,
                                        names=["mixture", "hash", "dense-active", "dense-total"]),
-             "loss_against_work": one_against_other("megaflops", LOSS)},
+             "loss_against_seconds": one_against_other("seconds", LOSS)},
     caution="A dense layer is a mixture of one expert. Two other things differ: only the mixture has a balance loss "
             "(0.01), and its two gates that sum to 1 average two experts where one layer twice as wide adds them. The "
             "training loss is the mean over the last tenth of the steps. The lengths of the runs for equal seconds "
@@ -105,7 +105,7 @@ surface = Experiment(
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"by_experts": lines_by({f"K = {k}": [name for name in SURFACE if SURFACE[name][1] == k]
                                      for k in (1, 2, 4)},
-                                    lambda name: SURFACE[name][0], "experts", LOSS, "parameters", "seconds")},
+                                    lambda name: SURFACE[name][0], "experts", LOSS, "seconds")},
     caution="An expert has the same width in all settings, so more experts are more parameters and a larger K more "
             "active ones. K = 1 has raw gates, a larger K has gates that sum to 1. All settings of one K share the "
             f"learning rate that 8 experts chose. Where K = E there is no choice. {SECONDS}")
@@ -130,7 +130,7 @@ upcycle = Experiment(
     exploratory=contrasts((LOSS,), [("upcycled", other) for other in ("dense-on", "scratch")]),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"over_steps": over_steps("dense-on", LOSS, names=["dense-on", "upcycled"]),
-             "at_the_end": at_the_end(LOSS)},
+             "at_the_end": at_the_end(LOSS, reference="scratch-long")},
     caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start; in these the "
             "learning rate warms up and falls again. In a mixture two experts, each as wide as the dense layer, serve "
             "a byte: more parameters and more operations. These runs compare at one length only. The weight "

@@ -5,6 +5,7 @@ import numpy as np
 from ..study import measures
 from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
+from ..study.maps import diagram
 from ..study.quantities import LOSS
 from ..study.statistics import Contrast
 from ..training.data import SYNTHETIC
@@ -26,7 +27,7 @@ collapse = Experiment(
                  *contrasts((LOSS,), against("aux-0", COEFFICIENTS[1:]))),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE, say=lambda r: [r.layers_at_the_end(COEFFICIENTS)],
     figures={"over_steps": over_steps("aux-0", "effective_experts", "dead_experts", LOSS),
-             "at_the_end": at_the_end("load_cv", "effective_experts", LOSS)},
+             "at_the_end": at_the_end("load_cv", "effective_experts", LOSS, reference="aux-0")},
     caution="All settings have the learning rate that the coefficient 0.01 chose. The experiment `phase` varies the "
             "rate, the initial scale of the router and the number of experts.",
     claims=(Claim(2, "Without a balance loss experts collapse: fewer than half of them are in effect without it, more "
@@ -51,11 +52,7 @@ phase = Experiment(
     exploratory=(*contrasts(("effective_experts",), [(f"E{e}-rate{rate:g}-std0.2", f"E{e}-rate{rate:g}-std0.02")
                                                      for e in (8, 32) for rate in (1e-3, 4e-3, 1.6e-2)]),),
     seeds=4, steps=500,
-    figures={"diagram": lines_by({f"E = {e}, scale {std:g}": [name for name in PHASES if PHASES[name][::2] == (e, std)]
-                                  for e in (8, 32) for std in (0.002, 0.02, 0.2)},
-                                 lambda name: PHASES[name][1], "peak learning rate", "effective_experts", LOSS),
-             "over_steps": over_steps("E8-rate0.001-std0.02", "effective_experts",
-                                      names=[name for name in PHASES if PHASES[name][0] == 8])},
+    figures={"diagram": diagram(PHASES, "peak learning rate", "initial scale of the router")},
     caution="A layer counts as collapsed where its load has the entropy of fewer than E / 2 equal loads. 500 steps "
             "show how routing starts; a layer that is collapsed then may recover later.")
 
@@ -109,9 +106,9 @@ capacity = Experiment(
     exploratory=(*contrasts(("val_cross_entropy",), against("none", [name for name in BY_ORDER if name[:4] != "1.25"])),
                  *contrasts((LOSS,), (*against("none", BY_ORDER), ("0.5-gate", "0.5-order"), ("1-gate", "1-order")))),
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
-    figures={"by_factor": lines_by({"order": BY_ORDER, "gate": BY_GATE}, lambda name: float(name.split("-")[0]),
-                                   "capacity factor", "drop_rate", "padding", "val_cross_entropy", LOSS,
-                                   reference="none")},
+    figures={"by_factor": lines_by({"dropped by order": BY_ORDER, "by gate": BY_GATE},
+                                   lambda name: float(name.split("-")[0]), "capacity factor", "val_cross_entropy",
+                                   LOSS, reference="none")},
     caution="The loss routed as in training has the limit; the causal loss is of the same weights without it. With K = "
             "1 a dropped byte has no expert. The limit holds within a batch of 8 windows; larger batches are more "
             "even. Where the smallest gates are dropped, a later byte can take the place of an earlier one: that loss "
@@ -144,8 +141,8 @@ expert_choice = Experiment(
                                       ("renormalised", "top-2"), ("top-2-raw", "top-2"), ("batch", "top-2"))),
                  Contrast("leak", "batch"), Contrast("prefix_cost", "batch")),
     seeds=12, steps=2000, rates=CANDIDATES, training=WHOLE | {"n_evaluations": 20},
-    figures={"at_the_end": at_the_end(LOSS, "leak", "token_coverage"),
-             "over_steps": over_steps("top-2", LOSS, "val_cross_entropy")},
+    figures={"at_the_end": at_the_end(LOSS, "load_cv", "token_coverage", reference="top-2-raw"),
+             "over_steps": over_steps("top-2", LOSS)},
     caution="The balance of the batch rule holds while training. At evaluation thresholds leave the load uneven by the "
             "load CV of the table. The batch rule sees later bytes, so its loss is leaky. `prefix_cost` is the loss of "
             "`batch` by the prefix rule minus that by thresholds.")

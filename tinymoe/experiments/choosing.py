@@ -30,7 +30,8 @@ frozen = Experiment(
         same="A frozen router is as good as a learned one.", published="nearly: Fan 2024"),),
     exploratory=contrasts((LOSS,), (*against("learned", (*UNLEARNED[1:], "dense")), *against("dense", UNLEARNED))),
     crossings=((LOSS, "hash", "learned"),), seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
-    figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess"), "over_steps": over_steps("learned", LOSS)},
+    figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="learned"),
+             "over_steps": over_steps("learned", LOSS)},
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
             "mixtures have the balance loss; under a frozen router it moves the hidden states. At validation a random "
             "route is drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. "
@@ -72,7 +73,8 @@ hash_routing = Experiment(
                                     ("gated", "hash"))),
     crossings=((LOSS, "hash", "learned"), (LOSS, "hash-then-learned", "learned")),
     seeds=8, steps=4000, rates=CANDIDATES, training=WHOLE | {"n_evaluations": 20},
-    figures={"over_steps": over_steps("learned", LOSS), "at_the_end": at_the_end(LOSS, "load_cv", "byte_excess")},
+    figures={"over_steps": over_steps("learned", LOSS),
+             "at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="learned")},
     caution="The two MoE layers are layers 1 and 3 of four. A hash has the constant gate 1/2, a table with learned "
             "gates the scores of its experts. Settings share the learning rate of `learned` or `hash`.")
 
@@ -92,7 +94,7 @@ unit = Experiment(
     exploratory=(*contrasts((LOSS,), (("global-K2", "token-K2"), *against("token-K1", ("layer-K1", "global-K1")))),
                  *contrasts(("mi_excess", "byte_excess"), (("layer-K2", "token-K2"), ("global-K2", "token-K2")))),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
-    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "byte_excess")},
+    figures={"at_the_end": at_the_end(LOSS, "mi_excess", "byte_excess", reference="token-K2")},
     caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
             "change within a window; Fan et al. average the whole sequence.",
     claims=(Claim(8, "Routing tokens beats routing sequences at equal K",
@@ -130,7 +132,8 @@ rate = Experiment(
                                     if (first, rate) != ("F", 4e-3)]),
     seeds=6, steps=1000, say=say_rate, training=WHOLE,
     figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in RATES] for c in CONFIGS},
-                                 lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv")},
+                                 lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv",
+                                 reference="D", reference_of=lambda name: f"D{name[1:]}")},
     caution="A ranking of means ignores their intervals: neighbours in it need not differ.")
 
 reinforce = Experiment(
@@ -155,7 +158,7 @@ reinforce = Experiment(
                                     ("frozen-draw", "frozen"))),
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"over_steps": over_steps("top-k", LOSS, "load_cv", "router_entropy"),
-             "at_the_end": at_the_end(LOSS, "noise_share")},
+             "at_the_end": at_the_end(LOSS, "noise_share", reference="frozen-draw")},
     caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "
             "that byte's loss alone; the baseline is the mean loss of the other bytes of the batch. Reinforce draws "
             "while training and takes the best at validation. The balance loss teaches all routers but the frozen "

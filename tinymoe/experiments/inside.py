@@ -4,14 +4,15 @@ import numpy as np
 
 from ..study import measures
 from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
-from ..study.figures import add_legend, at_the_end, log_lines, panel_grid, style_of
+from ..study.figures import add_legend, at_the_end, captioned, log_lines, panel_grid, style_of
+from ..study.maps import over_column_means, ratio_bar, ratio_map
 from ..study.quantities import LOSS, title
 from ..study.statistics import Contrast
 from .architecture import WHOLE
 from .balancing import EXPERT_CHOICE
 
 KNOWN = ("byte_excess", "class_information_excess", "position_information_excess", "mi_excess")
-CHANGES = ("drop", "swap", "force")
+CHANGES = {"drop": "not used", "swap": "swapped", "force": "used alone"}
 
 
 def say_specialise(r):
@@ -20,20 +21,41 @@ def say_specialise(r):
             f"training text, predicts the domain with {r.mean('bigram_information_excess', 'top-2'):.3f} nats."]
 
 
+@captioned("By how much the loss of each domain (down) rises if the routes of the last MoE layer change for one expert "
+           "(across), first seed: it is not used, it swaps its bytes with the next one, or it serves all bytes.")
 def counterfactual_tables(r):
     """Rise of the loss by expert and domain, last MoE layer, first seed: a row for each change, a column a setting."""
     names = ["top-1", "top-2", "expert-choice"]
     fig, grid = panel_grid(len(CHANGES), len(names), 5.0, sharex=True, sharey=True)
-    for row, change in zip(grid, CHANGES):
+    for row, (change, what) in zip(grid, CHANGES.items()):
         tables = [np.array(r.groups[name][0].measured[f"{change}_table"]).T for name in names]  # (domains, E)
         least, most = min(0, *(t.min() for t in tables)), max(t.max() for t in tables)
-        for axes, name, table in zip(row, names, tables):
+        for axes, table in zip(row, tables):
             image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=least, vmax=most)
-            axes.set_title(f"{name}: {change}")
             axes.set_yticks(range(len(table)), r.runs[0].config["domains"])
             axes.grid(False)
-        fig.colorbar(image, ax=row, label="+ nats a byte")
-    fig.supxlabel("expert of the last MoE layer, first seed", fontsize="medium")
+        fig.colorbar(image, ax=row, label=f"{what}: rise (nats)")
+    for axes, name in zip(grid[0], names):
+        axes.set_title(name)
+    fig.supxlabel("expert", fontsize="medium")
+    return fig
+
+
+@captioned("How often bytes of a class (down) use each expert (across), over how often all classes do, last MoE layer, "
+           "first seed: white is as often, orange more, blue less, black below an eighth.")
+def class_by_expert(r):
+    """p(expert | class of the byte) / p(expert) in the last MoE layer; None for rows of before it was measured."""
+    if any("class_table" not in runs[0].measured for runs in r.groups.values()):
+        return None
+    tables = np.array([runs[0].measured["class_table"] for runs in r.groups.values()])  # (settings, classes, E)
+    there = np.flatnonzero(tables.sum(axis=(0, 2)))
+    fig, grid = panel_grid(1, len(tables), 2.2, sharey=True)
+    for axes, name, table in zip(grid[0], r.groups, tables):
+        rows = dict(enumerate(measures.CLASSES[i] for i in there))
+        ratio_map(axes, over_column_means(table[there]), np.arange(table.shape[1]), rows)
+        axes.set_title(name)
+    ratio_bar(fig, grid, "use by the class / by all")
+    fig.supxlabel("expert", fontsize="medium")
     return fig
 
 
@@ -56,7 +78,7 @@ specialise = Experiment(
                  *contrasts(("mi_excess", "domain_given_byte"), (("top-1", "random"), ("top-2", "hash")))),
     say=say_specialise, seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
-             "counterfactuals": counterfactual_tables},
+             "class_by_expert": class_by_expert, "counterfactuals": counterfactual_tables},
     caution="Random routing carries no information: its numbers show the error of one draw, the same in every seed. "
             "Hash routing shows the information of a random table of the byte. Position means eighths of the window. "
             "Function divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte "
@@ -96,6 +118,7 @@ batch = Experiment(
             "place. Dropping in order favours the first window.")
 
 
+@captioned("The traffic of one layer by the number of devices: means and 95% intervals.")
 def by_devices(r):
     """Each number of the traffic against the number of devices."""
     fig, (axes_of,) = panel_grid(1, 4, 2.6)
@@ -104,7 +127,7 @@ def by_devices(r):
         lines = [([n * 1.04 ** (place - 2) for n in devices], [r.interval(f"{number}_{n}", name) for n in devices],
                   style_of(r, name)) for place, name in enumerate(r.groups)]
         log_lines(axes, lines, devices, "devices", title(f"{number}_4").removesuffix(", 4 devices"))
-    add_legend(fig, r)
+    add_legend(fig, r, r.groups)
     return fig
 
 

@@ -4,7 +4,8 @@ from itertools import combinations
 
 from ..study import measures
 from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Scale, Setting, contrasts
-from ..study.figures import at_the_end, by_layer, domain_by_expert, expert_load, over_steps
+from ..study.figures import at_the_end, by_layer, over_steps
+from ..study.maps import domain_by_expert, expert_load, routes
 from ..study.quantities import LOSS
 from ..study.statistics import Contrast
 
@@ -57,14 +58,13 @@ routers_a_to_f = Experiment(
                  Contrast("prefix_cost", "E")),
     seeds=12, steps=2000, rates=CANDIDATES, measure=measures.divergence_by_rule,
     say=say_layers, caution=ON_THE_ANSWERS,
-    figures={"perplexity_over_steps": over_steps(None, "causal_perplexity", enlarged=True),
-             "final_perplexity": at_the_end("causal_perplexity", "causal_bits_per_byte"),
+    figures={"at_the_end": at_the_end(LOSS, "effective_experts", "function_divergence", reference="D"),
+             "over_steps": over_steps("D", LOSS),
              "expert_load": expert_load,
              "imbalance": at_the_end("load_cv", "max_violation", "max_violation_batch", experts_only=True),
              "domain_by_expert": domain_by_expert,
-             "router_entropy": by_layer("router_entropy_share", "marginal_entropy_share"),
-             "function_divergence": at_the_end("function_divergence", "weight_divergence", experts_only=True),
-             "coverage_and_drops": by_layer("token_coverage", "drop_rate")},
+             "routes": routes("D"),
+             "router_entropy": by_layer("router_entropy_share", "marginal_entropy_share")},
     claims=(Claim(None, "The loss is lower with the routing of training than with causal routing", "Zhou 2022",
                   (Effect("leak", "E", ">", 0),)),
             Claim(None, "Without a balance loss fewer than half of the experts are in effect, with it more",

@@ -1,40 +1,45 @@
 """The kinds of figure, each a function of Results or a function that makes one; drawn from result rows alone.
 
-A setting keeps one colour and one marker in all figures of its experiment, so that figures also read in grey. Points
+A setting keeps one colour and one marker in all figures of its experiment, so that figures also read in grey. With more
+settings than colours, those of the primary comparisons have colours, and names stand at the lines and points. Points
 are means over seeds with 95% intervals, small marks the seeds. Lines over steps are means; bands show the range of the
 seeds. Dashed lines and hollow marks are leaky: measured with a route that may depend on later bytes.
 """
 
 import io
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ..files import write_atomically
 from .palette import COLOURS, MARKERS
-from .quantities import in_row, title
+from .quantities import in_row, quantity, title
 from .results import Results
-from .statistics import Contrast, t_interval
+from .statistics import MARGIN, Contrast, t_interval
 
 STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "lines.linewidth": 1.2, "lines.markersize": 3.5, "savefig.dpi": 200,
+    "lines.linewidth": 1.2, "lines.markersize": 3.5,
     "text.parse_math": False,  # a name with dollar signs is no formula
 }
 DOUBLE = 7.0  # width of two columns, in inches
-SHARE = PowerNorm(0.5, vmin=0.0, vmax=1.0)  # colours of a share, stretched where the small shares are
+GREY, SHADE = "#777777", "#DDDDDD"
 HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
-LEAKY_KEY = Line2D([], [], color="#555555", marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
+LEAKY_KEY = Line2D([], [], color=GREY, marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
+SEED_KEYS = [Line2D([], [], color=GREY, marker="o", markersize=5, label="mean and 95% interval"),
+             Line2D([], [], color=GREY, marker="|", linestyle="none", label="one seed")]
+MARGIN_KEY = Patch(color=SHADE, label="within the margin")
+CURVES = "lines are means over the seeds, bands go from the lowest seed to the highest"
 
 
 @contextmanager
@@ -61,13 +66,31 @@ def draw_all(results: Results) -> list[Path]:
 def save(fig: Figure, path):
     """Write a figure as PNG: the same bytes for the same figure."""
     image = io.BytesIO()
-    fig.savefig(image, format="png", metadata={"Software": None})
+    fig.savefig(image, format="png", dpi=200, metadata={"Software": None})
     write_atomically(path, image.getvalue())
 
 
+def captioned(text: str):
+    """A decorator that gives a function that draws its caption, which stands under the figure."""
+    def mark(draw):
+        draw.caption = text
+        return draw
+    return mark
+
+
+def listed(metrics, reference=None) -> str:
+    """The titles of metrics as the beginning of a sentence; of losses with the reference whose loss is taken off."""
+    said = [less_reference(reference, metric)[1].replace("\n", " ") for metric in metrics]
+    text = " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
+    return text[0].upper() + text[1:]
+
+
 def style_of(results: Results, name: str) -> dict:
-    """Colour and marker of a setting by its place in the experiment."""
-    return style_at([s.id for s in results.experiment.settings].index(name))
+    """Colour and marker of a setting by its place in the experiment, or in its primary comparisons; else grey."""
+    ids = [s.id for s in results.experiment.settings]
+    if len(ids) > len(COLOURS):
+        ids = list(dict.fromkeys(id for one in results.experiment.primary for id in one.contrast.settings))
+    return style_at(ids.index(name)) if name in ids else {"color": GREY, "marker": "."}
 
 
 def style_at(place: int) -> dict:
@@ -89,15 +112,37 @@ def layer_grid(results, n_rows, height, sharey):
     return fig, grid
 
 
-def add_legend(fig, results, names=None, *extra):
+def add_legend(fig, results, names, *extra):
     """One legend below the panels, where it can cover no data; `extra` are handles after those of the settings."""
-    handles = [Line2D([], [], label=results.label(name), **style_of(results, name)) for name in names or results.groups]
-    fig.legend(handles=[*handles, *extra], loc="outside lower center", ncols=3 if results.experiment.adjustable else 5)
+    handles = [Line2D([], [], label=results.label(name), **style_of(results, name)) for name in names]
+    if handles := [*handles, *extra]:
+        n_rows = math.ceil(len(handles) / (3 if results.experiment.adjustable else 5))
+        fig.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / n_rows))
 
 
-def less_reference(reference, metric):
-    """(reference or None, title of the axis): only losses, which lie close together, are drawn less the reference's."""
-    base = reference if metric.endswith("cross_entropy") else None
+def name_points(axes, results, points):
+    """Names in the right margin, with a thin line to each of the points {setting id: (x, y)}; no two overlap."""
+    gap = 8.5 / (72 * axes.figure.get_size_inches()[1] * 0.75)  # the height of a name as a share of the axes
+    low, high = axes.get_ylim()
+    order = sorted(points, key=lambda name: points[name][1])
+    places = [(points[name][1] - low) / (high - low) for name in order]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    places[-1] = min(places[-1], 1)
+    for i in reversed(range(len(places) - 1)):
+        places[i] = min(places[i], places[i + 1] - gap)
+    for name, y in zip(order, places):
+        colour = style_of(results, name)["color"]
+        axes.annotate(name, points[name], (1.05, y), textcoords="axes fraction", va="center", fontsize=6.5,
+                      color=colour, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 1})
+
+
+def less_reference(reference, metric, results=None):
+    """(reference or None, title of the axis): only losses, which lie close together, are drawn less the reference's.
+
+    results: where the reference must have runs.
+    """
+    base = reference if metric.endswith("cross_entropy") and (not results or reference in results.groups) else None
     return base, title(metric) + (f"\nless that of {base}" if base else "")
 
 
@@ -106,10 +151,10 @@ def half_widths(intervals):
     return np.nan_to_num([one.half for one in intervals])
 
 
-def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, **options):
-    """The log of a setting, less the reference's of the same seed if there is one: mean and range over the seeds.
+def curve(axes, results, name, metric, *, reference=None, layer=None, **options):
+    """Draw the log of a setting, less the reference's of the same seed if there is one: mean and range over the seeds.
 
-    layer: index of one MoE layer, None for the mean. start: the first step.
+    layer: index of one MoE layer, None for the mean. Returns (steps, numbers (steps, seeds)).
     """
     logs = {run.run_id: {row["step"]: row for row in run.log}
             for setting in (name, reference) if setting for run in results.groups[setting]}
@@ -118,45 +163,51 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, start=0, *
         return Contrast(metric, name, minus=reference).of(lambda _, setting: {
             run.seed: in_row(logs[run.run_id][step], metric, layer) for run in results.groups[setting]})
 
-    common = sorted(step for step in set.intersection(*map(set, logs.values())) if step >= start)
-    found = {step: values for step in common if np.isfinite(values := at(step)).all()}
-    if not found:  # runs of other lengths share no step
-        return
-    steps, values, style = list(found), np.array(list(found.values())), style_of(results, name)
+    common = sorted(set.intersection(*map(set, logs.values())))  # none for runs of other lengths
+    found = {step: values for step in common if len(values := at(step)) and np.isfinite(values).all()}
+    steps, values, style = np.array(list(found)), np.array(list(found.values())), style_of(results, name)
     every = max(1, len(steps) // 8)
     offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
-    axes.plot(steps, values.mean(axis=1), markevery=(offset, every), **style | options)
-    axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.15, lw=0)
+    if len(steps):
+        axes.plot(steps, values.mean(axis=1), markevery=(offset, every), **style | options)
+    if len(steps) and style["color"] != GREY:
+        axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, lw=0)
+    return steps, values
 
 
-def over_steps(reference, *metrics, names=None, enlarged=False):
+def over_steps(reference, *metrics, names=None):
     """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's.
-    enlarged: the last third once more, in panels of their own."""
+
+    The scale of a loss leaves out the first fifth of the steps, where differences are many times as large.
+    """
+    @captioned(f"{listed(metrics, reference)}, over the training steps: {CURVES}.")
     def draw(results):
-        last = max((row["step"] for run in results.runs for row in run.log), default=0)
-        parts = [(metric, start) for start in ((0, last * 2 / 3) if enlarged else (0,)) for metric in metrics]
-        fig, (axes_of,) = panel_grid(1, len(parts), 2.9)
-        leaky = []
-        for axes, (metric, start) in zip(axes_of, parts):
-            base, label = less_reference(reference, metric)
-            for name in names or results.groups:
-                curve(axes, results, name, metric, reference=base, start=start)
-                if metric == "causal_perplexity" and results.groups[name][0].leaky:
+        shown, leaky = names or list(results.groups), []
+        many = len(shown) > len(COLOURS)
+        fig, (axes_of,) = panel_grid(1, len(metrics), 3.4 if many else 2.9)
+        for axes, metric in zip(axes_of, metrics):
+            base, label = less_reference(reference, metric, results)
+            curves = {name: curve(axes, results, name, metric, reference=base) for name in shown}
+            for name in shown:
+                if metric == "causal_cross_entropy" and results.groups[name][0].leaky:
                     leaky = [LEAKY_KEY]
-                    curve(axes, results, name, "val_perplexity", start=start, **HOLLOW)
-            axes.set(xlabel="training step", ylabel=f"{label}, last third" if start else label)
-            if metric.endswith("perplexity") and not start:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                axes.yaxis.set_minor_locator(NullLocator())
-        add_legend(fig, results, names, *leaky)
+                    curve(axes, results, name, "val_cross_entropy", reference=base, **HOLLOW)
+            late = [values[steps >= steps[-1] / 5] for steps, values in curves.values() if len(steps)]
+            if late and ("perplexity" in metric or quantity(metric).is_loss):
+                low, high = min(map(np.min, late)), max(map(np.max, late))
+                axes.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
+            if many:
+                name_points(axes, results, {name: (steps[-1], values[-1].mean())
+                                            for name, (steps, values) in curves.items() if len(steps)})
+            axes.set(xlabel="training step", ylabel=label)
+        add_legend(fig, results, () if many else shown, *leaky)
         return fig
     return draw
 
 
 def by_layer(*metrics):
     """Curves over steps: a row of panels for each metric that is not always 0, a column for each MoE layer."""
+    @captioned(f"{listed(metrics)}, for each MoE layer over the training steps: {CURVES}.")
     def draw(results):
         names = results.with_experts
         if not names:
@@ -177,25 +228,46 @@ def by_layer(*metrics):
     return draw
 
 
-def at_the_end(*metrics, experts_only=False):
+def at_the_end(*metrics, reference=None, experts_only=False):
     """A panel for each metric: the settings from top to bottom, a leaky number with a hollow mark below the causal one.
-    experts_only: only settings with experts, and no figure without any."""
+
+    Losses are less those of the reference setting, if there is one. experts_only: only settings with experts, and no
+    figure without any.
+    """
+    @captioned(f"{listed(metrics, reference)}, at the end of training, for each setting.")
     def draw(results):
         chosen = results.with_experts if experts_only else list(results.groups)
         if not chosen:
             return None
-        fig, (axes_of,) = panel_grid(1, len(metrics), 0.8 + 0.3 * len(chosen), sharey=True)
-        for axes, metric in zip(axes_of, metrics):
+        shown = [metric for metric in metrics if any(np.isfinite(results.mean(metric, name)) for name in chosen)]
+        fig, (axes_of,) = panel_grid(1, len(shown), 1.0 + 0.3 * len(chosen), sharey=True)
+        keys = dict.fromkeys(SEED_KEYS)
+        for axes, metric in zip(axes_of, shown):
+            base, label = less_reference(reference, metric, results)
+            if base:
+                axes.axvspan(-MARGIN, MARGIN, color=SHADE)
+                keys[MARGIN_KEY] = None
             for y, name in enumerate(chosen):
-                end_mark(axes, results, name, metric, y)
+                end_mark(axes, results, name, metric, y, base)
                 if metric.startswith("causal_") and results.groups[name][0].leaky:
-                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, markerfacecolor="white")
-                    fig.supxlabel("filled: causal; hollow: leaky", fontsize=7)
-            axes.set(xlabel=fill(title(metric), 72 // len(metrics)), ylim=(len(chosen) - 0.4, -0.6))
-            axes.set_yticks(range(len(chosen)), list(map(results.label, chosen)))
-            axes.xaxis.set_major_locator(MaxNLocator(5))
+                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, base,
+                             markerfacecolor="white")
+                    keys[LEAKY_KEY] = None
+            axes.set(xlabel=fill(label, 72 // len(shown)), ylim=(len(chosen) - 0.4, -0.6))
+            axes.set_yticks(range(len(chosen)), [fill(results.label(name), 34) for name in chosen])
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        add_legend(fig, results, (), *keys)
         return fig
     return draw
+
+
+def end_mark(axes, results, name, metric, y, reference=None, **options):
+    """Mean, interval and seeds of one setting at height y, less those of the reference if there is one."""
+    seeds = Contrast(metric, name, minus=reference).of(results.numbers)
+    interval, style = t_interval(seeds), style_of(results, name)
+    axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
+    axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
+    axes.plot(interval.mean, y, linestyle="none", **style | {"markersize": 5} | options)
 
 
 def forest(found: list[Results]) -> Figure | None:
@@ -205,9 +277,9 @@ def forest(found: list[Results]) -> Figure | None:
     if not rows:
         return None
     fig, ((axes,),) = panel_grid(1, 1, 1.0 + 0.32 * len(rows))
-    axes.axvspan(-1, 1, color="#DDDDDD")
+    axes.axvspan(-1, 1, color=SHADE)
     for y, (_, one) in enumerate(rows):
-        colour = {"different": COLOURS[1], "same": COLOURS[0]}.get(one.verdict, "#555555")
+        colour = {"different": COLOURS[1], "same": COLOURS[0]}.get(one.verdict, GREY)
         interval = one.interval
         axes.plot(np.array([interval.low, interval.high]) / one.margin, [y, y], color=colour, lw=1.5)
         axes.plot(np.array(one.values) / one.margin, [y - 0.25] * one.n, "|", color=colour, ms=4)
@@ -219,10 +291,16 @@ def forest(found: list[Results]) -> Figure | None:
     axes.set_xticks([*(-x for x in reversed(ticks)), 0, *ticks], [*(f"{-x}" for x in reversed(ticks)), "0",
                                                                   *map(str, ticks)])
     axes.minorticks_off()
-    axes.set(xlabel="difference / margin (for losses the margin is 0.01 nats); grey: the same",
-             ylim=(len(rows) - 0.4, -0.6))
-    axes.set_yticks(range(len(rows)), [f"{name}: {fill(str(one.contrast).replace('`', ''), 40)}" for name, one in rows])
+    axes.set(xlabel="difference / margin", ylim=(len(rows) - 0.4, -0.6))
+    fig.legend(handles=[*SEED_KEYS, MARGIN_KEY], loc="outside lower center", ncols=3)
+    axes.set_yticks(range(len(rows)), [fill(f"{name}: {one.contrast}{_what(one.contrast)}".replace("`", ""), 52)
+                                       for name, one in rows])
     return fig
+
+
+def _what(contrast):
+    one = quantity(contrast.metric)
+    return "" if one.is_loss else f" ({one.label or one.name})"
 
 
 def draw_forest(found: list[Results], published) -> Path | None:
@@ -232,25 +310,21 @@ def draw_forest(found: list[Results], published) -> Path | None:
         return save(fig, path) or path if fig else None
 
 
-def end_mark(axes, results, name, metric, y, **options):
-    """Mean, interval and seeds of one setting at height y."""
-    interval, style = results.interval(metric, name), style_of(results, name)
-    seeds = list(results.numbers(metric, name).values())
-    axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
-    axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
-    axes.plot(interval.mean, y, linestyle="none", markersize=5, **style | options)
-
-
 def one_against_other(x, y):
     """A point for each setting, with its intervals: metric y against metric x."""
+    @captioned(f"{listed([y])} against {title(x)} at the end of training: means and 95% intervals.")
     def draw(results):
-        fig, ((axes,),) = panel_grid(1, 1, 3.2)
+        many, points = len(results.groups) > len(COLOURS), {}
+        fig, ((axes,),) = panel_grid(1, 1, 3.4)
         for name in results.groups:
             a, b = results.interval(x, name), results.interval(y, name)
+            points[name] = a.mean, b.mean
             axes.errorbar(a.mean, b.mean, xerr=half_widths([a]), yerr=half_widths([b]), linestyle="none",
-                          elinewidth=0.8, capsize=0, **style_of(results, name))
+                          elinewidth=0.8, capsize=0, **style_of(results, name) | {"markersize": 5})
         axes.set(xlabel=title(x), ylabel=title(y))
-        add_legend(fig, results)
+        if many:
+            name_points(axes, results, points)
+        add_legend(fig, results, () if many else results.groups)
         return fig
     return draw
 
@@ -264,72 +338,22 @@ def log_lines(axes, lines, ticks, x_label, y_label):
     axes.minorticks_off()
 
 
-def lines_by(names_of, x_of, x_label, *metrics, reference=None):
-    """A panel for each metric, lines through settings: names_of = {line: setting ids}, x_of(setting id) -> x; losses
-    less those of the reference setting, if there is one."""
+def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=None):
+    """A panel for each metric, lines through settings: names_of = {line: setting ids}, x_of(setting id) -> x.
+
+    Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
+    """
+    @captioned(f"{listed(metrics, reference)}, by {x_label}, at the end of training: means and 95% intervals.")
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})
         for axes, metric in zip(axes_of, metrics):
             base, label = less_reference(reference, metric)
             lines = [(list(map(x_of, names)),
-                      [t_interval(Contrast(metric, name, minus=base).of(results.numbers)) for name in names],
+                      [t_interval(Contrast(metric, name, minus=base and reference_of(name) if reference_of else base)
+                                  .of(results.numbers)) for name in names],
                       {"label": line} | style_at(place)) for place, (line, names) in enumerate(names_of.items())]
             log_lines(axes, lines, ticks, x_label, label)
-        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
         return fig
     return draw
-
-
-def heatmaps(results, share_of, bar_label, axis_label):
-    """Shares as colours, for the first run of each setting with experts (down) and its MoE layers (across).
-
-    share_of(run, index of the layer) -> (x of the columns, share (rows, columns), {row: name}, title).
-    """
-    names = results.with_experts
-    if not names:
-        return None
-    fig, grid = layer_grid(results, len(names), 0.95, sharey=False)
-    for row, run in zip(grid, (results.groups[name][0] for name in names)):
-        row[0].set_ylabel(run.run_id.replace("-", "\n"), rotation=0, ha="right", va="center", fontweight="bold")
-        for place, axes in enumerate(row[: len(run.final["layers"])]):
-            x, share, row_names, above = share_of(run, place)
-            axes.pcolormesh(x, np.arange(len(share)), share, shading="nearest", norm=SHARE, cmap="inferno")
-            axes.set_yticks(list(row_names), row_names.values() if place == 0 else [""] * len(row_names))
-            axes.set_title(above, fontsize=7, pad=2)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.grid(False)
-    fair = 1 / len(run.final["layers"][0]["load"])
-    bar = fig.colorbar(ScalarMappable(SHARE, "inferno"), ax=grid, aspect=40, pad=0.01, label=bar_label)
-    bar.set_ticks([0, fair, 0.25, 0.5, 1], labels=["0", f"fair {fair:.3g}", "0.25", "0.5", "1"], minor=False)
-    bar.ax.minorticks_off()
-    fig.supxlabel(axis_label, fontsize=8)
-    return fig
-
-
-def _row_shares(counts):
-    counts = np.array(counts, dtype=float)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
-def expert_load(results):
-    """Share of the assignments that each expert receives, over steps: bright is crowded, black is dead."""
-    def share_of(run, place):
-        share = _row_shares([row["layers"][place]["load"] for row in run.log]).T  # (E, steps)
-        last = len(share) - 1
-        return ([row["step"] for row in run.log], share, {0: "expert 0", last: f"expert {last}"},
-                f"layer {run.final['layers'][place]['layer']}")
-
-    return heatmaps(results, share_of, "share of the assignments", "training step")
-
-
-def domain_by_expert(results):
-    """Where each domain's assignments go at the end, and the information between expert and domain above its null."""
-    def share_of(run, place):
-        layer = run.final["layers"][place]
-        share = _row_shares(layer["domain_load"])  # (domains, E)
-        return (np.arange(share.shape[1]), share[::-1], dict(enumerate(reversed(run.config["domains"]))),
-                f"layer {layer['layer']}: {in_row(run.final, 'mi_excess', place):.3f} nats")
-
-    return heatmaps(results, share_of, "share of the domain's assignments",
-                    "expert (above each panel: mutual information minus its shuffled null)")

@@ -106,8 +106,9 @@ def specialisation(trainer) -> dict:
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     layers = [information(merge(routings), valid) for routings in by_layer]
     found = {name: float(np.mean([layer[name] for layer in layers])) for name in layers[0]}
+    classes = metrics.label_load(merge(by_layer[-1]), byte_class(valid.ids).ravel(), len(CLASSES))
     return (found | bigram_classifier(trainer.corpus, valid) | divergence(trainer)
-            | counterfactuals(model, valid, nats))
+            | counterfactuals(model, valid, nats) | {"class_table": classes.tolist()})
 
 
 def divergence(trainer) -> dict[str, float | None]:

@@ -50,8 +50,7 @@ its load and coverage do not belong to its causal loss. A seed sets the weights,
 which is the same for all settings. Intervals cover the seed, not the choice of text, but for those over seeds and \
 text: a bootstrap that draws seeds, and stretches of the validation text within each domain. The others assume that \
 seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
-coverage of 1. Curves over steps use fewer validation windows than the tables; their bands show the range of the \
-seeds."""
+coverage of 1."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. Two kinds of numbers are \
@@ -360,9 +359,18 @@ def _slope(log):
 
 
 def images(results, place="") -> list[str]:
-    """The figures of an experiment that were drawn, as Markdown; place: the folder of its document."""
-    return [f"![{name.replace('_', ' ')}]({place}figures/{name}.png)" for name in results.experiment.figures
-            if (results.folder / "figures" / f"{name}.png").exists()]
+    """The figures of an experiment that were drawn, with captions, as Markdown; place: the folder of its document."""
+    return [f"![{name.replace('_', ' ')}]({place}figures/{name}.png)\n\n*{caption(results, name)}*"
+            for name in results.experiment.figures if (results.folder / "figures" / f"{name}.png").exists()]
+
+
+def caption(results, name) -> str:
+    """The caption of a figure; of curves also on how much text points and tables are measured."""
+    said = getattr(results.experiment.figures[name], "caption", f"{name.replace('_', ' ')}.")
+    run = results.runs[0]
+    few, many = run.log[-1]["validation_tokens"], run.final["validation_tokens"]
+    return said + (f" A point is measured on {few:,} validation bytes, a number of the tables on {many:,}."
+                   if "over the training steps: lines" in said and few != many else "")
 
 
 def chapter(heading, *parts):

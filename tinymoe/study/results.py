@@ -11,7 +11,7 @@ from ..files import printable, read_json, read_rows, write_rows
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
 from ..training.lease import holder
-from ..training.run_folder import RunFolder, describe, differing, with_defaults
+from ..training.run_folder import ROUTINGS, RunFolder, describe, differing, with_defaults
 from . import statistics
 from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
 from .quantities import LOSS, QUANTITIES, collapsed, crossing, experts_per_token, quantity, value
@@ -329,6 +329,12 @@ class Results:
         """{seed: the last step at which the curves of a metric of two settings cross}; nan where they do not."""
         logs = [{run.seed: run.log for run in self.groups.get(name, ())} for name in (first, second)]
         return {seed: crossing(logs[0][seed], logs[1][seed], metric) for seed in logs[0] if seed in logs[1]}
+
+    def routings(self, run: RunRecord) -> Path | None:
+        """The file of a run's last saved routings: in its folder, or FOLDER/routings/RUN.npz of published results."""
+        paths = sorted((self.folder / "runs" / run.run_id / ROUTINGS).glob("[0-9]*.npz"))
+        return next((path for path in (*paths[-1:], self.folder / ROUTINGS / f"{run.run_id}.npz") if path.exists()),
+                    None)
 
     @property
     def ready(self) -> bool:

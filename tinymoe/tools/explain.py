@@ -206,6 +206,42 @@ class Example:
                      f"Largest difference from the same by hand: {_difference(other.output(r), other.by_hand(r))}.")
 
 
+def draw(example: Example):
+    """A Figure: the token with the most experts, through router, gates and experts to the sum y; bold: chosen."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    from ..study.figures import DOUBLE, default_style
+    from ..study.palette import DIVERGING
+    n, e = int(example.routing.coverage.argmax()), example
+    chosen, gates = np.flatnonzero(e.routing.mask()[n]), e.routing.to_dense().data[n]
+    outputs = np.stack([np.maximum(e.x.data[n] @ e.bank.w1.data[i], 0) @ e.bank.w2.data[i] for i in chosen])
+    names = [e.experts[i] for i in chosen]
+    parts = [("x, the\nhidden state", e.x.data[n:n + 1], e.dims, [""]),
+             ("logits\nof the router", e.routing.logits.data[n:n + 1], e.experts, [""]),
+             ("probabilities\n(softmax)", e.routing.probs.data[n:n + 1], e.experts, [""]),
+             ("gates\nof the chosen", gates[None], e.experts, [""]),
+             ("outputs of\nthe experts", outputs, e.dims, names),
+             ("outputs times\ntheir gates", gates[chosen, None] * outputs, e.dims, names),
+             ("y, their\nsum", gates[chosen] @ outputs[None], e.dims, [""])]
+    colours = LinearSegmentedColormap.from_list("signs", DIVERGING)
+    with default_style():
+        fig = Figure(figsize=(DOUBLE, 2.2), layout="constrained")
+        widths = [0.6 + 0.4 * len(columns) for *_, columns in parts]
+        for axes, (title, values, rows, columns) in zip(fig.subplots(1, len(parts), width_ratios=widths), parts):
+            axes.imshow(values.T, cmap=colours, vmin=-2.5, vmax=2.5, aspect="auto")
+            for (column, row), value in np.ndenumerate(values):
+                bold = rows is e.experts and row in chosen
+                axes.text(column, row, f"{value:.2f}" if value else ".", ha="center", va="center", fontsize=6.5,
+                          weight="bold" if bold else None, color="white" if abs(value) > 1.6 else "black")
+            axes.set_xticks(range(len(columns)), columns)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set_title(title)
+            axes.tick_params(length=0)
+            axes.grid(False)
+    return fig
+
+
 def _tenths(rng, shape):
     """Random numbers from -0.9 to 0.9 with one decimal; none is 0."""
     return rng.integers(1, 10, shape) / 10 * rng.choice([-1, 1], shape)

@@ -15,22 +15,15 @@ from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import from_mask, merge
+from ..study.palette import EXPERTS, is_light, rgb, symbol
 from ..study.probes import rerouted
 from ..training.data import CorpusError
-from ..training.evaluation import RECORDED, snapshot
+from ..training.evaluation import RECORDED, first_choices, snapshot
 from ..training.run_folder import FILES, ROUTINGS, corpus_of, load_model, load_recorded_imports
 
-# Chosen so that the smallest CIEDE2000 difference is 20, also as seen with protanopia, deuteranopia and tritanopia
-# (Machado et al. 2009). Experts beyond the eighth share colours; their numbers tell them apart.
-PALETTE = ("#5028C8", "#F0F028", "#A02828", "#78F0C8", "#C87850", "#C8C8F0", "#287878", "#A078F0")
 BARS = "▁▂▃▄▅▆▇█"
 MAX_WINDOWS = 8  # shown of a user's text
 MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB; also bytes of the last step's outputs
-
-
-def symbol(byte):
-    """One visible character for a byte: itself in ASCII, ↵ newline, → tab, ¤ another control byte, · above 127."""
-    return {9: "→", 10: "↵"}.get(byte) or ("·" if byte > 127 else chr(byte) if 32 <= byte < 127 else "¤")
 
 
 def note(config):
@@ -58,11 +51,6 @@ def prefix_routings(model, text):
             window = ids[:, start:start + model.config.seq_len]
             by_window.append(model.forward(window, rng=np.random.default_rng([0, start]), causal=True).routings)
     return [merge(routings) for routings in zip(*by_window)]
-
-
-def first_choices(chosen, gates):
-    """(...): the expert with the largest gate, of chosen and gates (..., E); -1 where none is chosen."""
-    return np.where(chosen.any(axis=-1), np.where(chosen, gates, -np.inf).argmax(axis=-1), -1)
 
 
 def lines(text, routing, colour, width, gate=False, entropy=False):
@@ -104,9 +92,8 @@ def _bar(share):
 
 
 def _coloured(character, expert):
-    red, green, blue = (int(PALETTE[expert % len(PALETTE)][i:i + 2], 16) for i in (1, 3, 5))
-    light = 0.299 * red + 0.587 * green + 0.114 * blue > 110  # the page's script decides alike
-    return click.style(character, fg="black" if light else "bright_white", bg=(red, green, blue))
+    colour = EXPERTS[expert % len(EXPERTS)]
+    return click.style(character, fg="black" if is_light(colour) else "bright_white", bg=rgb(colour))
 
 
 def page(folder, text=None):
@@ -182,7 +169,7 @@ def _data(steps):
         "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_columns,
         "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": config.moe_layers,
         "names": header["names"], "domain": final["domain"].tolist(), "length": final["ids"].shape[1],
-        "text": _base64(final["ids"]), "colours": PALETTE,
+        "text": _base64(final["ids"]), "colours": EXPERTS,
         "note": note(config), "steps": [header["step"] for _, header in steps],
         "limited": config.capacity_factor is not None and all(ROUTERS[r].chooses == "token" for r in config.routers),
         "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]

@@ -9,9 +9,11 @@ from urllib.parse import unquote
 import numpy as np
 
 from ..files import CheckpointError, load_arrays, printable
+from ..study.palette import EXPERTS, symbol
 from ..study.quantities import LOSS
 from ..study.results import load_runs
 from ..training.data import CorpusError
+from ..training.evaluation import first_choices
 from ..training.run_folder import ROUTINGS
 from . import view
 
@@ -55,10 +57,10 @@ def _routes(run):
     except CheckpointError:  # a file that is no routing
         return None
     shape, n_experts = arrays["ids"].shape, arrays["probs"].shape[2]
-    first = view.first_choices(arrays["chosen"], arrays["gates"])
+    first = first_choices(arrays["chosen"], arrays["gates"])
     windows = [int(np.argmax(arrays["domain"] == d)) for d in range(len(header["names"]))]
     return {"step": header["step"], "experts": n_experts, "names": header["names"],
-            "text": ["".join(map(view.symbol, arrays["ids"][w].tolist())) for w in windows],
+            "text": ["".join(map(symbol, arrays["ids"][w].tolist())) for w in windows],
             "first": {layer: first[place].reshape(shape)[windows].tolist()
                       for place, layer in enumerate(header["model"]["moe_layers"])}}
 
@@ -66,7 +68,7 @@ def _routes(run):
 def page() -> str:
     """The page; its script asks for the state every few seconds."""
     template = Path(__file__).with_name("watch.html").read_text(encoding="utf-8")
-    return template.replace("__COLOURS__", json.dumps(view.PALETTE))
+    return template.replace("__COLOURS__", json.dumps(EXPERTS))
 
 
 def serve(folder, port: int = 0) -> ThreadingHTTPServer:

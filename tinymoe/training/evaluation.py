@@ -85,6 +85,11 @@ def snapshot(ids, domain, by_layer) -> dict:
             "gates": np.stack([r.to_dense().data[:n] for r in routings]).astype(np.float16)}
 
 
+def first_choices(chosen, gates):
+    """(...): the expert with the largest gate, of chosen and gates (..., E); -1 where none is chosen."""
+    return np.where(chosen.any(axis=-1), np.where(chosen, gates, -np.inf).argmax(axis=-1), -1)
+
+
 def first_windows(valid: Validation, by_layer) -> dict:
     """The `snapshot` of the first RECORDED windows of each domain; {} for a dense model."""
     n = min(RECORDED * len(valid.names), len(valid.ids))

@@ -1,0 +1,163 @@
+"""Figures whose cells are colours: loads, domains and bytes by expert, phase diagrams, text on colours of experts.
+
+Ratios are drawn as log2, on a scale that is white at 1 and whose low end is the darker one, also in grey.
+"""
+
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from ..files import load_arrays
+from ..training.evaluation import first_choices
+from .figures import captioned, layer_grid, panel_grid
+from .palette import DIVERGING, EXPERTS, is_light, symbol
+from .quantities import in_row
+
+RATIO = Normalize(-3, 3)  # of log2(ratio)
+RATIOS = LinearSegmentedColormap.from_list("ratios", DIVERGING).with_extremes(under="black")
+
+
+def diagram(names_of, x_label, y_label):
+    """Phase diagrams of the effective experts: a panel for each number of experts, a cell for each pair of two fields.
+
+    names_of: {setting id: (number of experts, x, y)}, in ascending order.
+    """
+    @captioned(f"Effective experts at the end of training, the mean over seeds, by {x_label} and {y_label}: white is "
+               "half of the experts; below it, in blue, routing is collapsed.")
+    def draw(results):
+        sizes = list(dict.fromkeys(most for most, *_ in names_of.values()))
+        fig, (axes_of,) = panel_grid(1, len(sizes), 2.6)
+        for axes, size in zip(axes_of, sizes):
+            found = {(y, x): results.mean("effective_experts", name) / size
+                     for name, (most, x, y) in names_of.items() if most == size}
+            ys, xs = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+            shares = np.reshape([found[y, x] for y in ys for x in xs], (len(ys), len(xs)))
+            axes.pcolormesh(shares, vmin=0, vmax=1, cmap=RATIOS, edgecolor="white")
+            for (row, column), share in np.ndenumerate(shares):
+                axes.text(column + 0.5, row + 0.5, f"{share * size:.1f}", ha="center", va="center",
+                          color="black" if 0.3 < share < 0.9 else "white")
+            axes.set_xticks(np.arange(len(xs)) + 0.5, [f"{x:g}" for x in xs])
+            axes.set_yticks(np.arange(len(ys)) + 0.5, [f"{y:g}" for y in ys])
+            axes.set(xlabel=x_label, ylabel=y_label, title=f"{size} experts")
+            axes.grid(False)
+        bar = fig.colorbar(ScalarMappable(Normalize(0, 1), RATIOS), ax=axes_of, label="effective experts / experts")
+        bar.set_ticks([0, 0.5, 1])
+        return fig
+    return draw
+
+
+def ratio_map(axes, ratios, x, rows):
+    """Draw ratios (rows, columns) as colours of their log2, the first row on top; rows: {index: name}."""
+    axes.pcolormesh(x, np.arange(len(ratios)), np.log2(np.maximum(ratios, 1e-9)), shading="nearest", norm=RATIO,
+                    cmap=RATIOS)
+    axes.set_yticks(list(rows), rows.values())
+    axes.set_ylim(len(ratios) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(False)
+
+
+def ratio_bar(fig, grid, label):
+    """The colour bar of `ratio_map` beside the panels."""
+    bar = fig.colorbar(ScalarMappable(RATIO, RATIOS), ax=grid, aspect=40, pad=0.01, label=label, extend="min")
+    bar.set_ticks(range(-3, 4), labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+
+
+def ratio_maps(results, ratios_of, bar_label, axis_label):
+    """A `ratio_map` for the first run of each setting with experts (down) and its MoE layers (across).
+
+    ratios_of(run, index of the layer) -> (ratios (rows, columns), x of the columns, {row: name}, title).
+    """
+    names = results.with_experts
+    if not names:
+        return None
+    fig, grid = layer_grid(results, len(names), 0.8, sharey=False)
+    for row, run in zip(grid, (results.groups[name][0] for name in names)):
+        row[0].set_ylabel(run.run_id.replace("-seed", "\nseed "), rotation=0, ha="right", va="center",
+                          fontweight="bold")
+        for place, axes in enumerate(row[: len(run.final["layers"])]):
+            *drawn, above = ratios_of(run, place)
+            ratio_map(axes, *drawn)
+            axes.tick_params(labelleft=place == 0)
+            axes.set_title(above, fontsize=7, pad=2)
+    ratio_bar(fig, grid, bar_label)
+    fig.supxlabel(axis_label, fontsize=8)
+    return fig
+
+
+def row_shares(counts):
+    counts = np.array(counts, dtype=float)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def over_column_means(counts):
+    """p(column | row) / p(column) of a table of counts (rows, columns), with every row of equal weight."""
+    share = row_shares(counts)
+    return share / np.maximum(share.mean(axis=0), 1e-9)
+
+
+@captioned("Load of each expert over the training steps, first seed: white is the fair share, orange more, blue less, "
+           "black below an eighth of it.")
+def expert_load(results):
+    """The load of each expert over the fair share, over steps."""
+    def ratios_of(run, place):
+        ratios = row_shares([row["layers"][place]["load"] for row in run.log]).T  # (E, steps)
+        last = len(ratios) - 1
+        return (ratios * len(ratios), [row["step"] for row in run.log], {0: "expert 0", last: f"expert {last}"},
+                f"layer {run.final['layers'][place]['layer']}")
+
+    return ratio_maps(results, ratios_of, "load / fair share", "training step")
+
+
+@captioned("How often each domain uses each expert, over how often all do, at the end of training, first seed: "
+           "white is as often, orange more, blue less; above a panel: what an expert tells of the domain.")
+def domain_by_expert(results):
+    """p(expert | domain) / p(expert) at the end, and the information between expert and domain above its null."""
+    def ratios_of(run, place):
+        layer = run.final["layers"][place]
+        ratios = over_column_means(layer["domain_load"])  # (domains, E)
+        return (ratios, np.arange(ratios.shape[1]), dict(enumerate(run.config["domains"])),
+                f"layer {layer['layer']}: {in_row(run.final, 'mi_excess', place):.3f} nats")
+
+    return ratio_maps(results, ratios_of, "use by the domain / by all", "expert")
+
+
+def routes(name, length=72):
+    """Text of each domain, each byte on the colour of its expert with the largest gate, in each MoE layer.
+
+    It is drawn where the routings of the first seed of the setting were kept.
+    """
+    @captioned(f"The routes of config {name}, first seed, at the end of training: the colour and the number below a "
+               "byte are its expert with the largest gate.")
+    def draw(results):
+        path = name in results.groups and results.routings(results.groups[name][0])
+        if not path:
+            return None
+        arrays, header = load_arrays(path, "routings")
+        layers, windows = header["model"]["moe_layers"], arrays["ids"].shape
+        first = first_choices(arrays["chosen"], arrays["gates"]).reshape(len(layers), *windows)
+        fig, grid = panel_grid(len(header["names"]), 1, 0.3 * len(header["names"]) * (len(layers) + 1))
+        for domain, (axes, said) in enumerate(zip(grid[:, 0], header["names"])):
+            window = int(np.argmax(arrays["domain"] == domain))
+            text = arrays["ids"][window, :length].tolist()
+            for y, experts in enumerate(first[:, window, :length]):
+                for x, (byte, expert) in enumerate(zip(text, experts.tolist())):
+                    draw_byte(axes, x, y, byte, expert)
+            axes.set(xlim=(0, len(text)), ylim=(len(layers), 0), xticks=[])
+            axes.set_title(said, loc="left")
+            axes.set_yticks(np.arange(len(layers)) + 0.5, [f"layer {layer}" for layer in layers])
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.grid(False)
+        return fig
+    return draw
+
+
+def draw_byte(axes, x, y, byte, expert):
+    """One byte on its expert's colour, with the expert's number below it; on white for -1, no expert."""
+    colour = EXPERTS[expert % len(EXPERTS)] if expert >= 0 else "#FFFFFF"
+    axes.add_patch(Rectangle((x, y), 1, 0.94, color=colour, lw=0))
+    ink = "black" if is_light(colour) else "white"
+    axes.text(x + 0.5, y + 0.32, symbol(byte), ha="center", va="center", fontsize=6, family="monospace", color=ink)
+    axes.text(x + 0.5, y + 0.76, str(expert) if expert >= 0 else "–", ha="center", va="center", fontsize=3.5, color=ink)
