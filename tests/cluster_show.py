@@ -138,6 +138,7 @@ def rows(out):
 def command(text, out, *options):
     settings = [f"{name}={value}".replace(" ", "") for name, value in SETTINGS.items()]
     return [ROOT / "cli.py", "study", "--text", text, "--out", out, "--seeds", 4, *options,
+            *(arg for name in "ABCDEF" for arg in ("--config", name)),
             *(arg for setting in settings for arg in ("--set", setting))]
 
 

@@ -122,6 +122,14 @@ def test_a_stale_lease_is_taken_over_and_the_run_ends_with_the_same_bits(corpus,
     assert results(stopped) == reference and not (stopped / ".lease").exists()
 
 
+def test_what_another_host_left_half_written_is_removed(corpus, stopped, reference):  # noqa: F811
+    """Would have caught: a file of a worker that was killed while it wrote, and that stayed in the finished run."""
+    for place in (stopped / ".log.jsonl", stopped / "routings/.000006.npz"):
+        place.with_name(f"{place.name}.0123456789abcdef.tinymoe").write_text("half")
+    t.train(tiny(), corpus, stopped)
+    assert results(stopped) == reference and not list(stopped.rglob("*.tinymoe"))
+
+
 def test_a_process_that_slept_too_long_writes_no_more(corpus, stopped, reference):  # noqa: F811
     def sleep(event):
         if event.kind == "step":

@@ -89,12 +89,15 @@ def temporary_name(name: str) -> str:
     return f".{name}.{host_tag()}{os.getpid():08x}.tinymoe"
 
 
-def remove_leftovers(folder):
-    """Delete the temporary files of killed writes in a folder: those a minute old, or whose process is gone."""
+def remove_leftovers(folder, alone=False):
+    """Delete the temporary files of killed writes in a folder: those a minute old, or whose process is gone.
+
+    alone: no other process writes there, so that all of them are leftovers, those of other hosts too.
+    """
     for path in Path(folder).glob(".*.tinymoe"):
         if name := TEMPORARY.fullmatch(path.name):
             writer = int(name[2], 16)
-            gone = name[1] in (None, host_tag()) and (writer == os.getpid() or is_gone(writer))
+            gone = alone or name[1] in (None, host_tag()) and (writer == os.getpid() or is_gone(writer))
             with contextlib.suppress(OSError):  # it is removed by now, or another user's
                 if path.is_file() and (gone or time.time() - path.stat().st_mtime > 60):
                     path.unlink()

@@ -73,8 +73,8 @@ class Lease:
         if changed is None:
             return True  # it was just released
         clock = self.path.with_name(temporary_name(".clock"))
-        clock.touch()
-        age = clock.stat().st_mtime - changed
+        with open(clock, "w") as file:
+            age = os.fstat(file.fileno()).st_mtime - changed
         clock.unlink(missing_ok=True)
         tag, pid = _holder(content)
         if not (age > (SECONDS if tag else 2) or tag == host_tag() and (locked or is_gone(pid))):

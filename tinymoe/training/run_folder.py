@@ -142,7 +142,8 @@ class RunFolder:
             files.write_json(path, config | ({"fresh": fresh} if isinstance(fresh, str) else {}))
         (self.path / "failure.json").unlink(missing_ok=True)
         routings = self.path / ROUTINGS
-        files.remove_leftovers(routings)
+        for folder in (self.path, routings):
+            files.remove_leftovers(folder, alone=True)
         if not (self.path / "checkpoint.npz").exists():  # the saved routings are of an earlier run
             for path in routings.glob("*.npz"):
                 if re.fullmatch(r"\d{6,}", path.stem):
