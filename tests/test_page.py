@@ -1,5 +1,6 @@
 """The page of results: it says what FINDINGS.md says, numbers lead to their runs, and it works in a browser."""
 
+import base64
 import dataclasses
 import html
 import json
@@ -55,12 +56,15 @@ def main_of(text):
 
 
 def test_the_page_of_an_experiment_says_what_its_findings_say(tmp_path):
-    text = write(write_study(tmp_path))
-    said = report.write_findings(STUDY, tmp_path).read_text()  # after it: the page draws the figures
+    (write_study(tmp_path) / "figures").mkdir()
+    (tmp_path / "figures/imbalance.png").write_bytes(b"a figure")  # so that none is drawn
+    text, said = write(tmp_path), report.write_findings(STUDY, tmp_path).read_text()
+    assert base64.b64encode(b"a figure").decode() in text
     shown = re.sub(r'<details class="runs">.*</details>', "", main_of(text))
     assert words(shown, "<[^>]*>") == words(said, r"(?m)!\[.*?\]\(.*?\)|\]\([^)]*\)|<br>|---|^- ")
 
 
+@pytest.mark.slow
 def test_every_number_of_a_table_leads_to_its_runs(whole):
     """In the table of settings the row of A, in a table of differences a row of both; each of its own experiment."""
     study, ab = re.findall(r'<details class="experiment" id="([\w-]+)">', whole)
@@ -76,6 +80,7 @@ def test_every_number_of_a_table_leads_to_its_runs(whole):
     assert "<td>A-seed{0,4}</td><td>20</td><td>0.001</td><td>seed 0: 1.9000, seed 4: 1.9000</td>" in whole
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_other_file(whole, published):
     assert whole.count('src="data:image/png;base64,') == len(list(published.rglob("*.png"))) > 5
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', whole) == []

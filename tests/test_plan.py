@@ -290,5 +290,5 @@ def test_the_forest_shows_what_was_tested(tmp_path):
     assert figures.draw_forest([results], tmp_path).read_bytes().startswith(b"\x89PNG")
     with figures.default_style():
         (axes,) = figures.forest([results]).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["study: C - A", "study: E - D"]  # two of three
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["study: C - A", "study: E - G"]  # two of three
     assert figures.draw_forest([], tmp_path) is None
