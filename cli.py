@@ -391,26 +391,31 @@ def experiment(name, scale, seeds, out, plot_only, text, **how):
     NAME is one of the list, or a file of yours that defines an Experiment, such as docs/my_question.py. Without NAME it
     lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
     """
-    from tinymoe.experiments import EXPERIMENTS, from_file
+    from tinymoe.experiments import EXPERIMENTS
     if name is None:
         for name, each in EXPERIMENTS.items():
             click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
         click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
-    if name in EXPERIMENTS:
-        chosen = EXPERIMENTS[name]
-    elif name.endswith(".py"):
-        with _refusing(ValueError):
-            chosen = from_file(name)
-        if chosen.measure:
-            how["jobs"] = 1  # another process could not find a function of this file
-    else:
-        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}, or give a file.py")
+    chosen = _experiment(name)
+    if chosen.measure and name not in EXPERIMENTS:
+        how["jobs"] = 1  # another process could not find a function of this file
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
     out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / chosen.name
     _conduct(chosen, None if plot_only else scale or "default", seeds, out, True, _print_finding,
              text=chosen.text if text is None else text, **how)
+
+
+def _experiment(name):
+    """The Experiment of this name, or of a user's file. Raises click.UsageError for another name."""
+    from tinymoe.experiments import EXPERIMENTS, from_file
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    if not name.endswith(".py"):
+        raise click.UsageError(f"no experiment {name}: choose one of {', '.join(EXPERIMENTS)}, or give a file.py")
+    with _refusing(ValueError):
+        return from_file(name)
 
 
 def _print_finding(results):
@@ -436,6 +441,29 @@ def findings(folder):
     from tinymoe.study.figures import draw_forest
     draw_forest(report.published_results(folder, STUDY, EXPERIMENTS.values())[0], folder)
     click.echo(report.gather(folder, STUDY, EXPERIMENTS.values()))
+
+
+@main.command("report")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--experiment", "name", metavar="NAME|FILE.py", shell_complete=_names("experiments", "EXPERIMENTS"),
+              help="Whose results they are.  [default: that of the folder's name, else the study]")
+@_refusing(ValueError, OSError)
+def report_page(folder, name):
+    """Write the findings of a results folder as one HTML page, FOLDER/report.html.
+
+    The page holds the figures, tables that sort, and the run ids behind each number. It needs no other file. FOLDER has
+    the results of the study or of one experiment, or of all of them in FOLDER/full and FOLDER/experiments.
+    """
+    from tinymoe.experiments import EXPERIMENTS, STUDY
+    from tinymoe.study import page, report
+    from tinymoe.study.results import Results
+    if name is None and (folder / "full").is_dir():
+        found, absent = report.published_results(folder, STUDY, EXPERIMENTS.values())
+        click.echo(page.write_page(found, folder, absent))
+    else:
+        known = folder.resolve().name in EXPERIMENTS
+        chosen = _experiment(name or folder.resolve().name) if name or known else STUDY
+        click.echo(page.write_page([Results(chosen, folder)]))
 
 
 @main.command()

@@ -25,7 +25,7 @@ from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, losses_and_routings
 from tinymoe.training.trainer import Trainer, train
 
-TOY = lab.Scale({"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (1,), "seq_len": 16}, 2, 2)
+TOY = lab.Scale({"n_layers": 2, "d_model": 8, "n_heads": 2, "d_ff": 8, "moe_layers": (0, 1), "seq_len": 16}, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,9 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
     assert all(f"| {setting.id} |" in text for setting in experiment.settings)
     for heading, compared in (("Primary", experiment.primary), ("Exploratory", experiment.exploratory)):
         part = text.split(f"## {heading} comparisons")[1].split("##")[0] if compared else ""
-        assert len(re.findall(r"^\| ", part, re.M)) == (len(compared) + 2 if compared else 0)
+        rows = [line.split(" | ") for line in re.findall(r"^\| .*$", part, re.M)]
+        n = 0 if not rows else len(rows[0]) - 1 if heading == "Primary" else len(rows) - 2  # a column, or a row
+        assert n == len(compared) and (heading == "Exploratory" or len(rows) in (0, 18))
     assert report.write_findings(experiment, tmp_path).read_text() == text
 
 
@@ -218,8 +220,8 @@ def test_counterfactual_routes_by_hand():
 
 
 def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trainer):
-    bank, valid = trainer.model.expert_banks()[0], trainer.validation(2)
-    for p in bank.parameters().values():
+    valid = trainer.validation(2)
+    for p in (p for bank in trainer.model.expert_banks() for p in bank.parameters().values()):
         p.data = np.repeat(p.data[:1] + 0.5, len(p.data), axis=0)
     nats = losses_and_routings(trainer.model, valid, causal=False)[0]
     found = measures.counterfactuals(trainer.model, valid, nats)
@@ -274,6 +276,13 @@ def test_the_bigram_classifier_knows_texts_that_share_no_pair(tmp_path):
     valid = Validation(*corpus.validation(8, 16), corpus.names, 4)
     found = measures.bigram_classifier(corpus, valid)
     assert found["bigram_accuracy"] == 1 and found["bigram_information_excess"] > 0.6  # ln 2 less what chance gives
+
+
+def test_the_classes_of_bytes_make_up_the_load_of_the_last_layer(trainer, monkeypatch):
+    monkeypatch.setattr(measures, "WINDOWS", 2)
+    table = np.array(measures.specialisation(trainer)["class_table"])
+    last = losses_and_routings(trainer.model, trainer.validation(2), causal=False)[1][-1]
+    assert len(table) == len(measures.CLASSES) and (table.sum(axis=0) == sum(r.load for r in last)).all()
 
 
 def test_what_the_expert_adds_to_the_byte():

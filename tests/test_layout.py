@@ -145,7 +145,7 @@ def test_the_package_has_its_script_its_page_and_its_version():
         assert all((ROOT / package.replace(".", "/") / name).exists() for name in names)
     others = {path.name for path in (ROOT / "tinymoe").rglob("*.*")
               if path.suffix != ".py" and "__pycache__" not in path.parts}
-    assert others == {"view.html", "watch.html"}  # anything else must be named as package data
+    assert others == {"report.html", "view.html", "watch.html"}  # anything else must be named as package data
     assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "tinymoe.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", tinymoe.__version__)
 

@@ -74,6 +74,12 @@ the z-loss gives at low precision. Corrections are made within each experiment. 
 so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are the reference \
 of several experiments, so these are not independent evidence."""
 YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
+OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
+three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
+SURE = """*Different*: the difference is not 0; p is corrected for the primary comparisons of the experiment. *Same*: \
+the difference is shown to be smaller than the margin. *Not known*: these runs do not decide."""
+BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
+FOREST = "*All primary differences, the first setting minus the second, in units of their margins.*"
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -99,10 +105,20 @@ def write_paragraphs(path, paragraphs):
     return path
 
 
-def run_ids(results):
-    """The ids of all runs, with the seeds of a setting in braces: `A-seed{0,1,2}`."""
-    seeds = {name: [str(run.seed) for run in runs] for name, runs in results.groups.items()}
-    return ", ".join(f"`{name}-seed{n[0] if len(n) == 1 else '{' + ','.join(n) + '}'}`" for name, n in seeds.items())
+def run_ids(runs):
+    """The ids of all runs, with the seeds of a setting in braces: A-seed{0,1,2}."""
+    ids = {}
+    for run in runs:
+        before, mark, seed = run.run_id.rpartition("-seed")
+        ids.setdefault(before + mark, []).append(seed)
+    return [first + (n[0] if len(n) == 1 else "{" + ",".join(n) + "}") for first, n in ids.items()]
+
+
+def enumerated(numbers):
+    """`0 to 11` for whole numbers that follow each other, else `0, 2, 5`."""
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(f"{n:,}" for n in numbers)
 
 
 def about(results):
@@ -112,9 +128,9 @@ def about(results):
     sizes = ", ".join(f"{name} {run.model[name]}" for name in ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff")
                       if name in run.model)
     settings = "1 setting" if len(results.groups) == 1 else f"{len(results.groups)} settings"
-    return (f"{settings} with {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))} saw "
+    return (f"{settings}, {'seed' if len(seeds) == 1 else 'seeds'} {enumerated(seeds)}, trained for "
             f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
-            f"{run.model['seq_len']} bytes of {escaped(', '.join(run.config['domains']))}; unless a setting says "
+            f"{run.model['seq_len']} bytes ({escaped(', '.join(run.config['domains']))}). Unless a setting says "
             f"otherwise: {escaped(sizes)}. Words such as *different*, *causal* and *load* are explained "
             "[below](#words-used-here).")
 
@@ -178,12 +194,16 @@ def differing_settings(results):
 
 def left_out(results):
     """Sentences about runs that are in no number."""
+    alike = {}
     for run in results.all_runs:
         why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
         what = {"failed": f"failed ({escaped(why)})", "incomplete": "is incomplete",
                 "complete": "is no setting of this experiment"}
         if run not in results.runs and run not in results.sweep_runs:
-            yield f"`{escaped(run.run_id)}` {what[run.state]} and is in no number."
+            alike.setdefault(what[run.state], []).append(run)
+    for what, runs in alike.items():
+        for run_id in run_ids(runs):
+            yield f"`{escaped(run_id)}` {what} and is in no number."
 
 
 def answers(results: Results) -> list[str]:
@@ -198,7 +218,7 @@ def how_sure(found) -> str:
     smallest = f"only an effect above {found.smallest:.3f} could have been seen" if found.tested else ""
     decide = "" if not found.tested else f"; {found.needed} seeds would decide" if found.needed else \
         "; over 1,000 seeds would decide"
-    said = {"different": f"{p_value(found.corrected)} after correction", "not known": smallest + decide,
+    said = {"different": p_value(found.corrected), "not known": smallest + decide,
             "same": f"within {found.margin:g}, {p_value(found.p_same)}"}.get(found.verdict)
     return f" ({said}; {found.n} seeds)" if said else ""
 
@@ -227,22 +247,22 @@ def finding(results: Results) -> list[str]:
 
 
 def primary_table(results):
-    """A row for each primary comparison with all that was tested."""
-    rows = []
+    """A column for each primary comparison with all that was tested."""
+    columns = []
     for one, found in zip(results.experiment.primary, results.primary):
         mean, interval, verdict = cells(found)
         text = results.text_uncertainty(found.contrast) if found.tested else None
         tests = [f"{found.corrected:.2g}", f"{found.p_flip:.2g}", cells(found, found.interval90)[1],
                  f"{found.p_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
                  str(found.needed or "over 1,000")] if found.tested else ["–"] * 7
-        rows.append([one.question + (f" ({one.published})" if one.published else ""),
-                     f"{title(found.contrast.metric)}, {found.contrast}", mean, interval, *tests[:3],
-                     f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
-                     *([f"[{text[0]:+.3f}, {text[1]:+.3f}]", f"{text[2]:.0%}"] if text else ["–", "–"]),
-                     f"**{verdict}**"])
-    return table(["question (published)", "difference", "mean", "95% interval", "corrected p", "sign flips",
-                  "90% interval", "margin", "same", "SD", "seeds", "smallest effect", "seeds needed",
-                  "95% over seeds and text", "text's share of the variance", "verdict"], rows) if rows else ""
+        columns.append([one.published or "–", f"{title(found.contrast.metric)}, {found.contrast}", mean, interval,
+                        f"**{verdict}**", *tests[:3], f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
+                        *([f"[{text[0]:+.3f}, {text[1]:+.3f}]", f"{text[2]:.0%}"] if text else ["–", "–"])])
+    names = ["published", "difference", "mean", "95% interval", "verdict", "corrected p", "sign flips", "90% interval",
+             "margin", "same", "SD", "seeds", "smallest effect", "seeds needed", "95% over seeds and text",
+             "text's share of the variance"]
+    questions = [one.question for one in results.experiment.primary]
+    return table(["", *questions], zip(names, *columns)) if columns else ""
 
 
 def domain_table(results):
@@ -383,13 +403,18 @@ def write_findings(experiment: Experiment, folder) -> Path:
 
     Raises ValueError without a finished run, and where runs that would be averaged differ.
     """
-    results = Results(experiment, folder)
+    return write_paragraphs(Path(folder, "FINDINGS.md"), document(Results(experiment, folder)))
+
+
+def document(results: Results) -> list[str]:
+    """The document of one experiment, as paragraphs of Markdown."""
     first, *others = images(results) or ["No figures yet: `--plot-only` draws them."]
-    run, claims = results.runs[0], claim_rows(results)
+    run, claims, experiment = results.runs[0], claim_rows(results), results.experiment
     versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
     said = finding(results)
     n = len(experiment.primary) or 1
-    return write_paragraphs(Path(folder, "FINDINGS.md"), [
+    ids = ", ".join(f"`{each}`" for each in run_ids(results.runs))
+    return [
         f"# {experiment.name}: {experiment.question}", *said[:n], about(results), bold(warnings(results)), first,
         settings_table(results), bullets(said[n:]),
         *chapter("Primary comparisons", PRIMARY, primary_table(results)),
@@ -402,8 +427,8 @@ def write_findings(experiment: Experiment, folder) -> Path:
         "## What these runs cannot show", experiment.caution, bullets(limits(results)),
         "## Words used here", GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),
         f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
-        f"{run.log[-1]['validation_tokens']:,}. Runs: {run_ids(results)}. Plan: `{experiment.plan_hash[:12]}`. "
-        f"Versions: {escaped(versions)}."])
+        f"{run.log[-1]['validation_tokens']:,}. Runs: {ids}. Plan: `{experiment.plan_hash[:12]}`. "
+        f"Versions: {escaped(versions)}."]
 
 
 def write_summary_csv(study_dir) -> Path:
@@ -452,18 +477,27 @@ def gather(published, study: Experiment, experiments) -> Path:
     Raises ValueError as `published_results`. Experiments without a finished run are named as missing.
     """
     found, absent = published_results(published, study, experiments)
+    return write_paragraphs(Path(published, "FINDINGS.md"), gathered(found, absent, published))
+
+
+def gathered(found, absent, published, section=None) -> list[str]:
+    """The document that gathers all experiments, as paragraphs of Markdown; arguments as `published_results` gives.
+
+    section: Results -> the section of an experiment.
+    """
     claims = sorted(([number, text, verdict, link(results)] for results in found[1:]
                      for number, text, _, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
     forest = Path(published, "figures", "primary.png").exists()
-    return write_paragraphs(Path(published, "FINDINGS.md"), [
-        "# Findings", yardstick(found), "## The three questions", question_table(found[:1]),
-        "## Ten claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims),
+    return [
+        "# Findings", OPENING, yardstick(found), "## The three questions", question_table(found[:1]), SURE,
+        *(chapter("Claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims), BY_CONSTRUCTION)
+          if claims else []),
         "## The surprise", surprise(found), "## All primary comparisons",
-        "![all primary comparisons](figures/primary.png)" if forest else "", question_table(found[1:]),
+        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", question_table(found[1:]),
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
-        "## Words used here", GLOSSARY, VERDICTS, *map(section, found),
+        "## Words used here", GLOSSARY, VERDICTS, *map(section or summary, found),
         "## What this scale cannot show", CANNOT,
-        "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS])
+        "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS]
 
 
 def place_of(results):
@@ -478,17 +512,23 @@ def link(results):
 def yardstick(found):
     """What a margin is, and what a mixture gains, in a sentence."""
     gains = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
-    gain = f"; a mixture gains {-gains[0].mean:.3f} nats over a dense model of equal active size" if gains else ""
-    return (f"Losses count as the same within {MARGIN:g} nats a byte, which is {math.expm1(MARGIN):.0%} of "
-            f"perplexity{gain}. Lower is better.")
+    gain = f" A mixture gains {-gains[0].mean:.3f} nats over a dense model of equal active size." if gains else ""
+    return (f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is {math.expm1(MARGIN):.0%} of "
+            f"perplexity.{gain}")
 
 
 def question_table(found):
     """The primary comparisons of several experiments: question, answer, number, how sure."""
-    rows = [[one.question, f"**{one.sentence(each)}**", f"{cells(each)[0]} ({each.contrast})",
+    rows = [[one.question, f"**{one.sentence(each)}**", f"{each.contrast}: {cells(each)[0]} {unit(each)}".strip(),
              f"{cells(each)[2]}{how_sure(each)}", link(results)]
             for results in found for one, each in zip(results.experiment.primary, results.primary)]
     return table(["question", "answer", "difference", "how sure", "experiment"], rows)
+
+
+def unit(found):
+    """What the difference of a Comparison is in: a unit, or the name of a quantity without one."""
+    one = quantity(found.contrast.metric)
+    return one.unit or f"in {one.label}"
 
 
 def surprise(found):
@@ -508,12 +548,12 @@ def surprise(found):
     first, second = (settings[name] for name in one.contrast.settings)
     better = "better" if one.mean < 0 else "worse"
     said = f"{first.id} ({first.what}) is {abs(one.mean):.3f} nats {better} than {second.id} ({second.what})."
-    return (f"**{said}** Of all exploratory differences of the causal loss that survive the correction of their "
-            "experiment, between settings trained from scratch for equally many steps, this is the largest "
+    return (f"**{said}** No question asked for it. It is the largest exploratory difference of the causal loss that "
+            "survives the correction of its experiment, between settings trained from scratch for as many steps "
             f"({p_value(one.corrected)}; {one.n} seeds; {link(results)}).")
 
 
-def section(results):
+def summary(results):
     """One experiment in the gathered document: its answers, one figure, one table."""
     e, place = results.experiment, place_of(results)
     return "\n\n".join(filter(None, [
