@@ -18,12 +18,16 @@ slow = pytest.mark.slow
 
 
 def start(code, root=ROOT, cwd=ROOT, **environment):
-    """A process that runs the code with tinymoe from `root`, first in its path, and without the current folder."""
+    """A process that runs the code with tinymoe from `root`, first in its path, and without the current folder.
+
+    Ctrl-C reaches it also where the tests themselves run in the background.
+    """
     code = f"import sys; sys.path[0] = {str(root)!r}; {code}"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "XDG_", "TINYMOE_"))}
     environment = kept | {"TINYMOE_KERNELS": "numba"} | environment
     return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def run(code, **options):
