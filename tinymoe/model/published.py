@@ -106,7 +106,7 @@ def _refuse(config, kind):
     _refuse_windows(config, kind)
     heads = config["num_attention_heads"]
     if kind == "deepseek_v3" and config.get("num_key_value_heads", heads) not in (heads, None):
-        raise ValueError(f"num_key_value_heads {config['num_key_value_heads']} must be num_attention_heads {heads}: "
+        raise ValueError(f"num_key_value_heads {config['num_key_value_heads']!r} must be num_attention_heads {heads}: "
                          "in latent attention heads share no keys and values")
 
 
@@ -165,7 +165,8 @@ def _read(path):
         except OSError as error:
             raise CheckpointError(f"cannot read {file} ({error.strerror}): fetch it again") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is not a complete .safetensors file ({error}): fetch it again") from None
+            raise CheckpointError(f"{file} is not a complete .safetensors file ({printable(error)}): "
+                                  "fetch it again") from None
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"{folder} holds {twice[0]} in {file.name} and in another file: move one away")
         tensors |= {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}  # older files

@@ -22,7 +22,8 @@ COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
 NUMBER, OPTIONAL = (int, float), (int, float, type(None))
 PARTS = {"config": dict, "log": [dict], "summary": (dict, type(None)), "failure": (dict, type(None))}
 CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "versions": dict, "domains": [str],
-          "model": {"router": (str, list), "top_k": NUMBER, "aux_coef": NUMBER, "seq_len": int},
+          "model": {"router": (str, list), "router_options": (dict, type(None)), "top_k": NUMBER,
+                    "capacity_factor": OPTIONAL, "aux_coef": NUMBER, "seq_len": int},
           "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
           "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
 LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": int} | dict.fromkeys((
