@@ -223,7 +223,7 @@ def _settings(overrides):
 @_training_options
 @_set_option
 def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
-    """Train configs A to F on real text and report what they did.
+    """Train configs A to G on real text and report what they did.
 
     Interrupt it at any time; the same command resumes from the last checkpoint.
     """
@@ -449,9 +449,9 @@ def findings(folder):
               help="Whose results they are.  [default: that of the folder's name, else the study]")
 @_refusing(ValueError, OSError)
 def report_page(folder, name):
-    """Write the findings of a results folder as one HTML page, FOLDER/report.html.
+    """Write the findings of a results folder as one HTML page.
 
-    The page holds the figures, tables that sort, and the run ids behind each number. It needs no other file. FOLDER has
+    FOLDER/report.html holds the figures, tables that sort, and the run ids behind each number, in one file. FOLDER has
     the results of the study or of one experiment, or of all of them in FOLDER/full and FOLDER/experiments.
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY

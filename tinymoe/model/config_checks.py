@@ -47,6 +47,7 @@ def _check_dense(c):
     _refuse(c, "windows", c.windows and len(c.windows) != c.n_layers,
             f"a list with one number for each of the {c.n_layers} layers")
     _refuse(c, "yarn", c.yarn and c.positions != "rotary", "left out without rotary positions")
+    _refuse(c, "rope_theta", c.yarn and c.rope_theta <= 1, "above 1 where yarn stretches the positions")
     for name in ("n_kv_heads", "qk_norm", "attention_bias", "windows", "sinks", "yarn"):
         _refuse(c, name, getattr(c, name) and latent, "left out with latent attention")
 

@@ -256,7 +256,7 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
 def _in_layer(one, layer):
     try:
         return one.of(layer) if one.of else layer.get(one.name)
-    except KeyError:  # a row of before
+    except (KeyError, TypeError):  # a row of before, or a part without a number
         return None
 
 

@@ -32,7 +32,8 @@ LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": in
 ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
 SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "wall_seconds": OPTIONAL, "final": ROW,
            "measured": (dict, type(None))}
-BY_DOMAIN = {"causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}  # of each domain, where newer rows have them
+# of each domain, where newer rows have them
+BY_DOMAIN = {"val_by_domain": NUMBER, "causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}
 STATES = ("collapsed", "starved", "in use")  # of an MoE layer
 
 
@@ -256,6 +257,7 @@ def _is_whole(name, config, log, summary):
     by_domain = all(_fits(part[name], {...: of}) and part[name].keys() == set(config["domains"])
                     for part in (summary, final, *log) for name, of in BY_DOMAIN.items() if name in part)
     alike = alike and log[-1]["step"] == summary["steps"]
+    numbers = numbers and all(0 <= layer["load_entropy"] < 1.001 for row in (final, *log) for layer in row["layers"])
     return config["run_id"] == summary["run_id"] == name and alike and numbers and by_domain
 
 
