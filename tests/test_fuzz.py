@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import socketserver
 import sys
 import traceback
 import warnings
@@ -444,6 +445,7 @@ def test_odd_command_lines_end_in_one_line(study, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(socketserver.BaseServer, "serve_forever", lambda server: None)  # watch serves until Ctrl-C
     monkeypatch.setattr(figures, "draw_all", lambda results: [])
 
     def case(rng):
