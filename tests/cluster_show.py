@@ -23,7 +23,7 @@ from test_study import outcome  # noqa: E402
 from test_train import MODEL, TRAINING, WORDS  # noqa: E402
 from tinymoe.files import read_rows  # noqa: E402
 
-SCHEDULER, SETTINGS = "tcp://10.77.0.1:8786", MODEL | TRAINING | {"steps": 1500, "n_evaluations": 80}
+SCHEDULER, SETTINGS = "tcp://10.77.0.1:8786", MODEL | TRAINING | {"steps": 6000, "n_evaluations": 80}
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_NUM_THREADS": "1", "TINYMOE_LEASE": "20"}
 
 
