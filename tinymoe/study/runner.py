@@ -172,12 +172,14 @@ class Processes(futures.ThreadPoolExecutor):
     def _train(self, task):
         """Train a run in the worker of this thread; returns its last Event."""
         worker = getattr(self._own, "worker", None) or self._start()
-        event = worker.give(task)
-        while event.kind in ("resumed", "step"):
-            self._said.put(event)
-            event = worker.receive()
-        if not worker.alive:
-            self._own.worker = None
+        try:
+            event = worker.give(task)
+            while event.kind in ("resumed", "step"):
+                self._said.put(event)
+                event = worker.receive()
+        finally:  # also where the program has no main guard: the thread may have another run
+            if not worker.alive:
+                self._own.worker = None
         return event
 
     def _start(self):
