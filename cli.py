@@ -274,7 +274,8 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
 
 def _train_all(experiment, scale, seeds, out, fields, **how):
     """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}; None if none finished."""
-    from tinymoe.study.results import best_rates, load_runs
+    from tinymoe.study.results import best_rates
+    from tinymoe.study.rows import load_runs
     size, rates = experiment.scale(scale), {}
     seeds, chooses = seeds or size.seeds, scale == "full" and "learning_rate" not in fields.get("training", {})
     with _refusing(ValueError, TypeError, usage=True):
@@ -296,7 +297,7 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
 
     from tinymoe.files import printable
     from tinymoe.study import runner
-    from tinymoe.study.results import remaining
+    from tinymoe.study.rows import remaining
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
     if extend:
         from tinymoe.training.run_folder import RunFolder
@@ -437,10 +438,10 @@ def findings(folder):
     for each experiment. FOLDER is results/published; for your own runs give results.
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
-    from tinymoe.study import report
+    from tinymoe.study import gathered
     from tinymoe.study.figures import draw_forest
-    draw_forest(report.published_results(folder, STUDY, EXPERIMENTS.values())[0], folder)
-    click.echo(report.gather(folder, STUDY, EXPERIMENTS.values()))
+    draw_forest(gathered.published_results(folder, STUDY, EXPERIMENTS.values())[0], folder)
+    click.echo(gathered.gather(folder, STUDY, EXPERIMENTS.values()))
 
 
 @main.command("report")
@@ -455,10 +456,10 @@ def report_page(folder, name):
     the results of the study or of one experiment, or of all of them in FOLDER/full and FOLDER/experiments.
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
-    from tinymoe.study import page, report
+    from tinymoe.study import gathered, page
     from tinymoe.study.results import Results
     if name is None and (folder / "full").is_dir():
-        found, absent = report.published_results(folder, STUDY, EXPERIMENTS.values())
+        found, absent = gathered.published_results(folder, STUDY, EXPERIMENTS.values())
         click.echo(page.write_page(found, folder, absent))
     else:
         known = folder.resolve().name in EXPERIMENTS
@@ -475,7 +476,7 @@ def compact(folder):
     It writes one line for each run in FOLDER/runs, with the run's config, log and summary. Reports and figures read
     this file as they read the run folders, which stay where they are.
     """
-    from tinymoe.study.results import compact as write_compact
+    from tinymoe.study.rows import compact as write_compact
     path, n = write_compact(folder)
     click.echo(f"{n} runs in {path}")
 
@@ -539,7 +540,7 @@ def runs(folder):
     from collections import Counter
 
     from tinymoe.files import printable
-    from tinymoe.study.results import overview
+    from tinymoe.study.rows import overview
     found = overview(folder)
     _table({"run": "<16", "state": "<8", "step": ">11", "loss": ">7", "left": ">8", "where": "<"},
            ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
@@ -740,7 +741,7 @@ def route(run, text, gate, entropy, load, layers, imports):
 @_refusing(OSError)
 def _model(run):
     """(model, step) of the last checkpoint of a run."""
-    from tinymoe.training.run_folder import load_checkpoint
+    from tinymoe.training.loading import load_checkpoint
     return load_checkpoint(run)
 
 

@@ -17,9 +17,9 @@ from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS
 from tinymoe.moe import metrics
 from tinymoe.moe.routing import from_mask
-from tinymoe.study import figures, measures, report
+from tinymoe.study import figures, gathered, measures, report
 from tinymoe.study.quantities import LOSS, value
-from tinymoe.study.results import RunRecord
+from tinymoe.study.rows import RunRecord
 from tinymoe.study.statistics import Contrast
 from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, losses_and_routings
@@ -423,5 +423,5 @@ def test_what_is_gathered_names_what_is_missing(corpora, tmp_path):
     for run in study:
         train(run, corpora[None], tmp_path / "full/runs" / run.run_id)
     finish(EXPERIMENTS["fine-grained"], corpora, tmp_path / "experiments/fine-grained")
-    text = report.gather(tmp_path, lab.STUDY, EXPERIMENTS.values()).read_text()
+    text = gathered.gather(tmp_path, lab.STUDY, EXPERIMENTS.values()).read_text()
     assert "Without finished runs, so not here: expert-choice, " in text and "(`fine-grained`)" in text

@@ -33,7 +33,7 @@ from tinymoe.files import CheckpointError
 from tinymoe.model import published as interop
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.study import figures
-from tinymoe.study.results import load_runs
+from tinymoe.study.rows import load_runs
 
 LONG, SEED = os.environ.get("TINYMOE_TESTS") == "long", os.environ.get("TINYMOE_SEED", "0")
 SECONDS, MEMORY = 60 if LONG else 20, 3 << 30  # what one command may take: time, and more bytes than before

@@ -337,10 +337,10 @@ def test_every_kernel_has_a_twin_with_the_same_arguments_and_an_example(both_ker
 
 def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
     if both_kernels == "numba" and COMPILED:
-        from tinymoe.kernels.compiled import attention, dense, product, runtime, updates
+        from tinymoe.kernels.compiled import attention, dense, experts, product, runtime, updates
         assert MANY > dense.LINEAR_ROWS > product.ROWS and product.DEPTH < 70
         assert TILE_COLUMNS > dense.LINEAR_COLUMNS > product.COLUMNS
-        assert MANY > 2 * dense.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
+        assert MANY > 2 * experts.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
         assert ENTRIES > ONE_THREAD > runtime.SLICE and ONE_THREAD == updates.ONE_THREAD
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from test_train import corpus, reference, results, stopped, tiny  # noqa: F401  (fixtures)
 from tinymoe import files
-from tinymoe.training import lease, run_folder
+from tinymoe.training import identity, lease, run_folder
 from tinymoe.training import trainer as t
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,8 +167,8 @@ def test_a_run_begun_by_a_command_is_begun_once(corpus, tmp_path):  # noqa: F811
 
 def test_a_resume_on_another_processor_is_noted(corpus, stopped, monkeypatch):  # noqa: F811
     before = files.read_json(stopped / "config.json")
-    monkeypatch.setattr(t, "machine", lambda: run_folder.machine() | {"processor": "other"})
+    monkeypatch.setattr(t, "machine", lambda: identity.machine() | {"processor": "other"})
     t.train(tiny(), corpus, stopped)
     config = files.read_json(stopped / "config.json")
-    assert run_folder.processors(config) == [before["processor"], "other"]
+    assert identity.processors(config) == [before["processor"], "other"]
     assert config == before | {"processors": [before["processor"], "other"]}

@@ -12,10 +12,11 @@ import cli
 from test_experiments import TOY
 from test_report import LOSSES, STUDY, change, layer_row, row, write_run, write_study
 from tinymoe.experiments import EXPERIMENTS
-from tinymoe.study import figures, quantities, report
+from tinymoe.study import figures, gathered, quantities, report
 from tinymoe.study.experiment import CANDIDATES, Experiment, Primary, Setting, sweep_id
 from tinymoe.study.quantities import LOSS, value
-from tinymoe.study.results import Results, RunRecord, best_rates, load_runs, sweep_losses
+from tinymoe.study.results import Results, best_rates, sweep_losses
+from tinymoe.study.rows import RunRecord, load_runs
 from tinymoe.study.statistics import Contrast
 
 SMALL = dict(batch_size=2, n_evaluations=2, eval_windows=2, final_windows=3)
@@ -278,10 +279,10 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
     losses = LOSSES | {"C": (1.0, 2.0, 3.0), "D": (2.0, 1.0, 1.5)}
     experiment = dataclasses.replace(STUDY, exploratory=(
         Contrast(LOSS, "A", minus="B"), Contrast(LOSS, "C", minus="D"), Contrast("load_cv", "A", minus="B")))
-    said = report.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
+    said = gathered.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
     assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).**")
     none = dataclasses.replace(STUDY, exploratory=())
-    assert report.surprise([Results(none, tmp_path)]).startswith("No exploratory difference")
+    assert gathered.surprise([Results(none, tmp_path)]).startswith("No exploratory difference")
 
 
 @pytest.mark.slow

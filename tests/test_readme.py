@@ -14,7 +14,7 @@ import cli
 import tinymoe as tm
 from tinymoe.experiments import EXPERIMENTS, STUDY
 from tinymoe.moe import routers
-from tinymoe.study import report
+from tinymoe.study import gathered, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -105,8 +105,8 @@ def test_the_published_findings_follow_from_the_published_rows(tmp_path):
         again = report.write_findings(experiment, tmp_path / "again" / folder.relative_to(PUBLISHED)).read_text()
         assert again == (folder / "FINDINGS.md").read_text(), folder
     if DONE:
-        gathered = report.gather(tmp_path / "again", STUDY, EXPERIMENTS.values()).read_text()
-        assert gathered == (PUBLISHED / "FINDINGS.md").read_text()
+        again = gathered.gather(tmp_path / "again", STUDY, EXPERIMENTS.values()).read_text()
+        assert again == (PUBLISHED / "FINDINGS.md").read_text()
 
 
 def require_commands(text):

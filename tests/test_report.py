@@ -20,7 +20,8 @@ from tinymoe.files import save_arrays
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.study import figures, maps, palette, quantities, report
-from tinymoe.study.results import Results, RunRecord, compact, load_runs
+from tinymoe.study.results import Results
+from tinymoe.study.rows import RunRecord, compact, load_runs
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
            "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01),

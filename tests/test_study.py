@@ -18,7 +18,7 @@ from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, ti
 from tinymoe import files
 from tinymoe.experiments import STUDY
 from tinymoe.study import runner as study
-from tinymoe.training import plan, run_folder
+from tinymoe.training import identity, plan, run_folder
 from tinymoe.training.data import CorpusError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +266,7 @@ def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(t
 @pytest.mark.slow
 def test_workers_know_the_users_routers(text, tmp_path):
     path, model = own_router(tmp_path, 2)
-    run_folder.load_imports((path,))
+    identity.load_imports((path,))
     all_runs = [replace(tiny("D", model=model), seed=seed, imports=(path,)) for seed in range(2)]
     assert study.run_study(all_runs, tmp_path / "two", text, jobs=2) == {}
     assert study.run_study(all_runs, tmp_path / "one", text) == {}

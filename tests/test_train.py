@@ -15,7 +15,7 @@ import tinymoe as tm
 from tinymoe import files, kernels
 from tinymoe.experiments import STUDY, Scale
 from tinymoe.tools import view
-from tinymoe.training import evaluation, plan, run_folder
+from tinymoe.training import evaluation, identity, loading, plan, run_folder
 from tinymoe.training import trainer as t
 from tinymoe.training.data import load_corpus
 
@@ -119,7 +119,7 @@ def test_saved_routings_are_those_that_the_log_measured(corpus, tmp_path, config
     assert (shown["ids"] == ids).all() and (shown["domain"] == domain).all()
     assert shown["chosen"][0].sum(axis=0).tolist() == last["load"] and (shown["gates"][~shown["chosen"]] == 0).all()
     np.testing.assert_allclose(shown["probs"].astype(float).sum(axis=2), 1, atol=2e-3)
-    routing = run_folder.load_model(tmp_path).forward(ids).routings[0]
+    routing = loading.load_model(tmp_path).forward(ids).routings[0]
     np.testing.assert_allclose(shown["gates"][0], routing.to_dense().data, atol=1e-3)
 
 
@@ -353,10 +353,10 @@ def test_models_that_cannot_be_loaded(corpus, tmp_path):
                            (arrays[name] * np.nan, "is not finite")):
         files.save_arrays(tmp_path / "checkpoint.npz", arrays | {name: changed}, header)
         with pytest.raises(files.CheckpointError, match=f"head.weight {named}"):
-            run_folder.load_model(tmp_path)
+            loading.load_model(tmp_path)
     (tmp_path / "checkpoint.npz").unlink()
     with pytest.raises(files.CheckpointError, match="has rows but no checkpoint"):
-        run_folder.load_model(tmp_path)
+        loading.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -415,7 +415,7 @@ def smallest(tmp_path_factory):
 
 
 def weights_of(folder):
-    return {name: p.data.tobytes() for name, p in run_folder.load_model(folder).parameters().items()}
+    return {name: p.data.tobytes() for name, p in loading.load_model(folder).parameters().items()}
 
 
 @pytest.mark.slow
@@ -567,28 +567,28 @@ class Own(tm.routers.TopK, name="own_{number}"):
 
 def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
     path, model = own_router(tmp_path, 1)
-    digest = run_folder.load_imports((path,))[0]["sha256"]
+    digest = identity.load_imports((path,))[0]["sha256"]
     plan = replace(tiny("D", model=model), imports=(path,))
     with pytest.raises(KeyboardInterrupt):
         t.train(plan, corpus, tmp_path / "run", stop_after(3))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["imports"] == [{"path": str(path), "sha256": digest}]
     del tm.routers.ROUTERS["own_1"]  # as in another process
-    run_folder.load_imports.cache_clear()
-    assert run_folder.load_model(tmp_path / "run").config == plan.model
+    identity.load_imports.cache_clear()
+    assert loading.load_model(tmp_path / "run").config == plan.model
     del tm.routers.ROUTERS["own_1"]
-    run_folder.load_imports.cache_clear()
+    identity.load_imports.cache_clear()
     assert '"own_1"' in view.page(tmp_path / "run")  # of saved routings, without the model
     path.write_text(path.read_text() + "# changed\n")
     del tm.routers.ROUTERS["own_1"]
-    run_folder.load_imports.cache_clear()
+    identity.load_imports.cache_clear()
     with pytest.raises(files.CheckpointError, match="own.py has changed since this run"):
-        run_folder.load_model(tmp_path / "run")
+        loading.load_model(tmp_path / "run")
     assert "own_1" not in tm.routers.ROUTERS  # a changed file is not executed
     with pytest.raises(run_folder.RunError, match="import own.py is .*, not .*--fresh"):
         t.train(plan, corpus, tmp_path / "run")
     path.unlink()
-    run_folder.load_imports.cache_clear()
+    identity.load_imports.cache_clear()
     with pytest.raises(run_folder.RunError, match="cannot import .*own.py"):
         t.train(plan, corpus, tmp_path / "run")
 
@@ -604,7 +604,7 @@ def test_a_run_folder_brings_no_code_along(corpus, stopped, tmp_path_factory, pa
     recorded = {"path": path.format(run=stopped, link=link), "sha256": hashlib.sha256(code.encode()).hexdigest()}
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {"imports": [recorded]}))
-    for load in (run_folder.load_model, run_folder.load_recorded_imports):
+    for load in (loading.load_model, loading.load_recorded_imports):
         with pytest.raises(files.CheckpointError, match="not an absolute path outside the run's folder"):
             load(stopped)
     assert not (stopped / "executed").exists()
@@ -615,7 +615,7 @@ def test_a_run_folder_brings_no_code_along(corpus, stopped, tmp_path_factory, pa
 def test_recorded_imports_of_the_wrong_types(stopped, imports):
     (stopped / "config.json").write_text(json.dumps({"imports": imports}))
     with pytest.raises(files.CheckpointError, match="config.json names files to import that cannot be used"):
-        run_folder.load_model(stopped)
+        loading.load_model(stopped)
 
 
 @pytest.mark.parametrize("key, value", [("n_layers", 9999), ("vocab_size", 4 * 10**7), ("n_experts", 2**30)])
@@ -624,7 +624,7 @@ def test_a_header_of_a_huge_model_takes_no_memory(stopped, key, value):
     header["model"][key] = value
     files.save_arrays(stopped / "checkpoint.npz", arrays, header)
     with pytest.raises(files.CheckpointError, match="the file holds"):
-        run_folder.load_model(stopped)
+        loading.load_model(stopped)
 
 
 def test_more_than_256_domains_keep_their_numbers(tmp_path):
@@ -659,7 +659,7 @@ def test_the_layer_where_it_began_is_named(corpus, tmp_path, monkeypatch):
             super().__init__(*args, **kwargs)
             self.blocks[1].norm2.weight.data[:] = 1e4  # finite, but these two make the experts overflow
             self.blocks[1].feed_forward.experts.w2.data[:] = 1e38
-    monkeypatch.setattr(run_folder, "Transformer", Poisoned)
+    monkeypatch.setattr(loading, "Transformer", Poisoned)
     with pytest.raises(t.NonFiniteLoss, match="beginning in layer 1"):
         t.train(tiny("D"), corpus, tmp_path)
 
@@ -674,11 +674,11 @@ def dense_and_after(**changes):
 def test_a_run_starts_as_the_other_ended(corpus, tmp_path):
     dense, up = dense_and_after()
     t.train(dense, corpus, tmp_path / dense.run_id)
-    trained, model = run_folder.load_model(tmp_path / dense.run_id), run_folder.first_model(up, tmp_path)
+    trained, model = loading.load_model(tmp_path / dense.run_id), loading.first_model(up, tmp_path)
     ids = corpus.validation(1, 16)[0]
     np.testing.assert_allclose(model.forward(ids).logits.data, trained.forward(ids).logits.data, atol=1e-5)
     assert t.train(up, corpus, tmp_path / up.run_id)["status"] == "complete"
-    again = run_folder.first_model(replace(dense, config_id="on", start="dense"), tmp_path)  # the same model goes on
+    again = loading.first_model(replace(dense, config_id="on", start="dense"), tmp_path)  # the same model goes on
     assert all((p.data == trained.parameters()[name].data).all() for name, p in again.parameters().items())
 
 
@@ -708,7 +708,7 @@ def test_a_run_that_started_from_another_goes_on_with_the_same_bits_and_then_nee
 def test_a_continued_run_draws_new_batches(corpus, tmp_path):
     dense, up = dense_and_after()
     t.train(dense, corpus, tmp_path / dense.run_id)
-    trainers = [t.Trainer(run_folder.first_model(run, tmp_path), run, corpus) for run in (dense, up)]
+    trainers = [t.Trainer(loading.first_model(run, tmp_path), run, corpus) for run in (dense, up)]
     batches = [trainer.generators["data"].random() for trainer in trainers]
     assert batches[0] != batches[1]
 
@@ -727,7 +727,7 @@ def test_a_model_of_a_damaged_checkpoint(corpus, stopped, damage):
         del arrays[damage]
     files.save_arrays(stopped / "checkpoint.npz", arrays, header)
     with pytest.raises(files.CheckpointError, match="train it again"):
-        run_folder.load_model(stopped)
+        loading.load_model(stopped)
 
 
 @pytest.mark.parametrize("bad", [

@@ -19,10 +19,10 @@ from tinymoe.files import CheckpointError, load_arrays, save_arrays
 from tinymoe.moe.routing import from_mask
 from tinymoe.study.palette import EXPERTS
 from tinymoe.tools import view
-from tinymoe.training import run_folder
+from tinymoe.training import loading
 from tinymoe.training import trainer as train
 from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
-from tinymoe.training.run_folder import load_model
+from tinymoe.training.loading import load_model
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -164,7 +164,7 @@ def test_too_many_steps_are_thinned_and_the_last_stays(run, monkeypatch):
 
 def test_an_old_run_shows_its_checkpoint(run, tmp_path, corpus, monkeypatch):
     shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("routings"))
-    monkeypatch.setattr(run_folder, "load_corpus", lambda text, length: corpus)
+    monkeypatch.setattr(loading, "load_corpus", lambda text, length: corpus)
     old, new = data_of(view.page(tmp_path / "old")), data_of(view.page(run))
     assert old["steps"] == [None] and old["text"] == new["text"] and old["names"] == new["names"]
     if old["router"] == "top_k" and not old["limited"]:  # the others' routes depend on the batch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..files import printable
 from .quantities import LOSS, in_row, title, value
-from .results import RunRecord, load_runs
+from .rows import RunRecord, load_runs
 from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",

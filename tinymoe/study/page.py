@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from ..files import write_atomically
-from . import figures, report
+from . import figures, gathered, report
 from .quantities import LOSS
 from .results import Results
 
@@ -29,7 +29,7 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
     else:
         figures.draw_forest(found, published)
         folder, title = Path(published), "Findings"
-        body = blocks(report.gathered(found, absent, published, section=lambda results: ""), None, found, folder)
+        body = blocks(gathered.document(found, absent, published, section=lambda results: ""), None, found, folder)
         body += "<h2>The experiments</h2>" + "".join(map(whole_experiment, found))
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     write_atomically(folder / "report.html", template.replace("__TITLE__", escape(title)).replace("__BODY__", body))
@@ -95,7 +95,7 @@ def block(text, results, found, folder):
 
 def table_row(cells, results, found):
     """A row; pointing at it tells the run ids of all settings that it names."""
-    results = results or next((each for each in found if report.link(each) in cells), None)
+    results = results or next((each for each in found if gathered.link(each) in cells), None)
     named = [] if results is None else [
         name for name in results.groups if f"`{name}`" in " ".join(cells)
         or cells[0] in (name, report.escaped(results.label(name)))]

@@ -19,8 +19,8 @@ from ..moe.routers import RouteContext, greedy_assignment, shortfall, sinkhorn_p
 from ..moe.routing import largest
 from ..training.data import load_corpus
 from ..training.evaluation import Validation, losses_and_routings
+from ..training.loading import corpus_of, load_checkpoint
 from ..training.plan import RunPlan
-from ..training.run_folder import corpus_of, load_checkpoint
 from ..training.trainer import Trainer
 
 LONGEST = 128  # tokens of a probed sequence, at most

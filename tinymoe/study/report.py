@@ -1,4 +1,4 @@
-"""FINDINGS.md of an experiment, the document that gathers all of them, and summary.csv; from result rows alone.
+"""FINDINGS.md of an experiment, and summary.csv; from result rows alone.
 
 No outcome is written here: numbers are computed, and words of judgement follow from criteria that the document states.
 """
@@ -12,74 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from ..files import as_csv, printable, write_atomically
-from ..training.run_folder import processors
+from ..training.identity import processors
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, quantity, title, value
-from .results import COMPACT, Results, RunRecord, load_runs
-from .statistics import MARGIN, enough_digits, t_interval
+from .results import Results
+from .rows import RunRecord, load_runs
+from .statistics import enough_digits, t_interval
+from .wording import CROSSINGS, DOMAINS, EXPLORATORY, GLOSSARY, METHODS, PRIMARY, SWEEP, VERDICTS
 
-GLOSSARY = """- A *router* chooses K of E *experts* for each byte: its route. The *gate* is the weight with which a \
-chosen expert's output is added.
-- *Loss* is the cross-entropy of the validation text in nats per byte, the mean over its domains; lower is \
-better. *Perplexity* is exp(loss).
-- *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
-*Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
-- The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
-its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \
-than 1% of the mean load. *Coverage* is the share of bytes that have at least one expert. With a capacity limit each \
-expert has a fixed number of places for bytes; *padding* is the share of places that stay empty.
-- A layer is *collapsed* if the effective number of its experts, exp(entropy of the load), is below half of them. It \
-is *starved* if it is not collapsed but has a dead expert. Otherwise it is *in use*.
-- *Domain information* says how well the expert of a byte predicts the domain of the text, in nats; 0 is chance. *Byte \
-information* says the same of the byte. *Repetition*: the share of choices whose expert also serves the next byte; \
-chance is about K / E.
-- A *primary* comparison answers a question of an experiment. It was planned before the runs, with a *margin*: \
-differences below the margin do not matter. For losses it is 0.01 nats, which is 1% of perplexity. All other \
-comparisons are *exploratory*: they suggest questions for other runs.
-- Two settings are *different* when their difference is not 0 (t-test over seeds, 5%, after the correction for all \
-comparisons of its kind in the experiment). They are the *same* when it is shown to lie within the margin (two \
-one-sided tests, 5%). Otherwise the answer is *not known*; then the table has the smallest effect that could have been \
-seen. *Not tested*: fewer than two common seeds.
-- ± and brackets are 95% intervals over seeds (Student's t) unless a column says otherwise. There is no ± for one \
-seed, or where all seeds agree. Differences are paired by seed."""
-METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
-shuffled labels. Domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine \
-over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
-layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
-its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
-which is the same for all settings. Intervals cover the seed, not the choice of text, but for those over seeds and \
-text: a bootstrap that draws seeds, and stretches of the validation text within each domain. The others assume that \
-seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
-coverage of 1."""
-VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
-seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
-*undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. Two kinds of numbers are \
-judged in every run instead: those that cannot pass their bound (dead experts, coverage), and changes that are either \
-rounding or not. There is no correction for the number of claims."""
-PRIMARY = """Corrected p: Holm's correction over the primary comparisons of the experiment. Sign flips: the \
-permutation test that changes the signs of the seeds' differences. Same: p value of the two one-sided tests against \
-the margin. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% \
-power whether the difference is 0 or as large as the margin. Both are reckoned without the correction."""
-EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
-and Hochberg: of those that are *different*, at most 5% are expected to be so by chance."""
-SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
-taken before any other run existed; these runs are in no other number."""
-DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
-CROSSINGS = "The last step at which two curves cross, on a straight line between evaluations; – where they do not."
-ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
-has a document of its own with all its tables, figures and run ids."""
-CANNOT = """Experiments without a table of learning rates train all settings at one rate, which may not be the best \
-for a setting. Two things cannot be seen at this scale: training that is several times faster, and the stability that \
-the z-loss gives at low precision. Corrections are made within each experiment. There is none over all experiments, \
-so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are the reference \
-of several experiments, so these are not independent evidence."""
-YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
-OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
-three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
-SURE = """*Different*: the difference is not 0; p is corrected for the primary comparisons of the experiment. *Same*: \
-the difference is shown to be smaller than the margin. *Not known*: these runs do not decide."""
-BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
-FOREST = "*All primary differences, the first setting minus the second, in units of their margins.*"
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -454,109 +394,3 @@ def all_numbers(run: RunRecord) -> dict[str, float]:
     fields = [name for row in rows for name, number in row.items() if isinstance(number, float)]
     names = dict.fromkeys((*QUANTITIES, *fields))
     return {name: number for name in names if math.isfinite(number := value(run, name))}
-
-
-def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[str]]:
-    """(Results of the study and of each experiment that has a finished run, names of the experiments without).
-
-    Raises ValueError where the study has no finished run, or a run is damaged.
-    """
-    found, absent = [Results(study, Path(published, "full"))], []
-    for experiment in experiments:
-        folder = Path(published, "experiments", experiment.name)
-        if Path(folder, COMPACT).exists() or any(folder.glob("runs/*/summary.json")):
-            found.append(Results(experiment, folder))
-        else:
-            absent.append(experiment.name)
-    return found, absent
-
-
-def gather(published, study: Experiment, experiments) -> Path:
-    """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
-
-    Raises ValueError as `published_results`. Experiments without a finished run are named as missing.
-    """
-    found, absent = published_results(published, study, experiments)
-    return write_paragraphs(Path(published, "FINDINGS.md"), gathered(found, absent, published))
-
-
-def gathered(found, absent, published, section=None) -> list[str]:
-    """The document that gathers all experiments, as paragraphs of Markdown; arguments as `published_results` gives.
-
-    section: Results -> the section of an experiment.
-    """
-    claims = sorted(([number, text, verdict, link(results)] for results in found[1:]
-                     for number, text, _, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
-    forest = Path(published, "figures", "primary.png").exists()
-    return [
-        "# Findings", OPENING, yardstick(found), "## The three questions", question_table(found[:1]), SURE,
-        *(chapter("Claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims), BY_CONSTRUCTION)
-          if claims else []),
-        "## The surprise", surprise(found), "## All primary comparisons",
-        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", question_table(found[1:]),
-        ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
-        "## Words used here", GLOSSARY, VERDICTS, *map(section or summary, found),
-        "## What this scale cannot show", CANNOT,
-        "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS]
-
-
-def place_of(results):
-    """The folder of an experiment in what is published."""
-    return "full" if results.experiment.adjustable else f"experiments/{results.experiment.name}"
-
-
-def link(results):
-    return f"[{results.experiment.name}]({place_of(results)}/FINDINGS.md)"
-
-
-def yardstick(found):
-    """What a margin is, and what a mixture gains, in a sentence."""
-    gains = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
-    gain = f" A mixture gains {-gains[0].mean:.3f} nats over a dense model of equal active size." if gains else ""
-    return (f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is {math.expm1(MARGIN):.0%} of "
-            f"perplexity.{gain}")
-
-
-def question_table(found):
-    """The primary comparisons of several experiments: question, answer, number, how sure."""
-    rows = [[one.question, f"**{one.sentence(each)}**", f"{each.contrast}: {cells(each)[0]} {unit(each)}".strip(),
-             f"{cells(each)[2]}{how_sure(each)}", link(results)]
-            for results in found for one, each in zip(results.experiment.primary, results.primary)]
-    return table(["question", "answer", "difference", "how sure", "experiment"], rows)
-
-
-def unit(found):
-    """What the difference of a Comparison is in: a unit, or the name of a quantity without one."""
-    one = quantity(found.contrast.metric)
-    return one.unit or f"in {one.label}"
-
-
-def surprise(found):
-    """The largest exploratory difference of the causal loss that survives its correction, in a sentence; between
-    settings that were trained from scratch for as many steps."""
-    def fair(one, settings):
-        pair = [settings[name] for name in one.contrast.settings]
-        return not any(s.start for s in pair) and len({s.length for s in pair}) == 1
-
-    settings_of = [(results, {s.id: s for s in results.experiment.settings}) for results in found]
-    differences = [(one, settings, results) for results, settings in settings_of for one in results.exploratory
-                   if one.contrast.metric == LOSS and one.contrast.minus and one.verdict == "different"
-                   and fair(one, settings)]
-    if not differences:
-        return "No exploratory difference of the loss survives its correction."
-    one, settings, results = max(differences, key=lambda found: abs(found[0].mean))
-    first, second = (settings[name] for name in one.contrast.settings)
-    better = "better" if one.mean < 0 else "worse"
-    said = f"{first.id} ({first.what}) is {abs(one.mean):.3f} nats {better} than {second.id} ({second.what})."
-    return (f"**{said}** No question asked for it. It is the largest exploratory difference of the causal loss that "
-            "survives the correction of its experiment, between settings trained from scratch for as many steps "
-            f"({p_value(one.corrected)}; {one.n} seeds; {link(results)}).")
-
-
-def summary(results):
-    """One experiment in the gathered document: its answers, one figure, one table."""
-    e, place = results.experiment, place_of(results)
-    return "\n\n".join(filter(None, [
-        f"## {e.question} (`{e.name}`)", *answers(results), about(results), bold(warnings(results)),
-        *images(results, f"{place}/")[:1], settings_table(results),
-        f"Tables, figures, limits and run ids: {link(results)}."]))

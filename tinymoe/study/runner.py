@@ -23,8 +23,9 @@ import numpy as np
 from .. import kernels
 from ..files import CheckpointError
 from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.identity import RunError
 from ..training.plan import Event
-from ..training.run_folder import Busy, RunError, RunFolder
+from ..training.run_folder import Busy, RunFolder
 from ..training.trainer import NonFiniteLoss, train
 
 # errors that end one run and leave the others alone

@@ -25,8 +25,8 @@ from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe.experts import BACKENDS, ExpertBank
 from ..moe.routing import from_mask, largest
+from ..training.identity import machine
 from ..training.optim import AdamW, clip_gradients
-from ..training.run_folder import machine
 
 DEFAULT = ModelConfig()
 LADDER = tuple(dict(n_tokens=n, d_model=d, n_experts=e, top_k=k) for n, d, e, k in (  # d_ff is 4 d_model

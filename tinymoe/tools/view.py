@@ -19,7 +19,8 @@ from ..study.palette import EXPERTS, is_light, rgb, symbol
 from ..study.probes import rerouted
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, first_choices, snapshot
-from ..training.run_folder import FILES, ROUTINGS, corpus_of, load_model, load_recorded_imports
+from ..training.loading import corpus_of, load_model, load_recorded_imports
+from ..training.run_folder import FILES, ROUTINGS
 
 BARS = "▁▂▃▄▅▆▇█"
 MAX_WINDOWS = 8  # shown of a user's text

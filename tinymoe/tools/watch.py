@@ -11,7 +11,7 @@ import numpy as np
 from ..files import CheckpointError, load_arrays, printable
 from ..study.palette import EXPERTS, symbol
 from ..study.quantities import LOSS
-from ..study.results import load_runs
+from ..study.rows import load_runs
 from ..training.data import CorpusError
 from ..training.evaluation import first_choices
 from ..training.run_folder import ROUTINGS

@@ -7,41 +7,26 @@ checkpoint alone, so a resumed run ends with the same bits as one that was never
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
 import json
-import operator
 import os
-import platform
 import re
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import numpy as np
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: runs are not locked
     fcntl = None
 
-from .. import files, kernels
+from .. import files
 from ..files import CheckpointError
-from ..model.config import ModelConfig
-from ..model.transformer import Transformer
-from ..model.upcycling import upcycle
-from ..moe import routers
 from . import checkpoint
-from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
+from .identity import RunError, differing, processors, with_defaults
 from .lease import Lease
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
 ROUTINGS = "routings"  # the folder of what the routers did to a few validation windows, one file for each evaluation
 AGAIN = "move this run's folder away and run the same command again"
-
-
-class RunError(Exception):
-    """A run that cannot continue, for example because its folder holds a run with other settings."""
 
 
 class Busy(RunError):
@@ -229,142 +214,3 @@ class RunFolder:
         if different:
             raise RunError(f"{self.path} holds a run with other settings ({'; '.join(different)}): choose another "
                            "--out, or start again with --fresh")
-
-
-def describe(plan, corpus) -> dict:
-    """Everything that defines the run, ready for JSON. Executes the files that plan.imports names."""
-    return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
-            "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
-            "corpus": corpus.describe(), "domains": corpus.names, "kernels": kernels.active(),
-            "plan_hash": plan.plan_hash, "imports": load_imports(tuple(plan.imports))}
-
-
-def _identity(config):
-    """What distinguishes a run, as a flat dict: its id, its settings, its kernels, and the hashes of what it reads."""
-    parts = {"model": with_defaults(config.get("model", {})), "training": config.get("training", {}),
-             "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
-             "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
-    return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba")} | {
-        f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
-
-
-def differing(found: dict, wanted: dict) -> list[str]:
-    """What distinguishes two runs, from the contents of their config.json: `steps is 5, not 6`; [] for one run."""
-    found, wanted = _identity(found), _identity(wanted)
-    return [f"{name} is {found.get(name)}, not {wanted.get(name)}"
-            for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
-
-
-def with_defaults(model: dict) -> dict:
-    """A stored ModelConfig, with the defaults of fields that are newer than the file; unchanged if it is not valid."""
-    try:
-        return ModelConfig.from_dict(model).to_dict()
-    except (ValueError, TypeError):
-        return model
-
-
-def machine() -> dict:
-    """The processor, threads and versions, ready for JSON. Timings depend on them, and so may the last bits."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    versions = {"python": platform.python_version()}
-    for package in ("numpy", "numba", "scipy"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
-            "thread_info": kernels.thread_info(), "versions": versions}
-
-
-def processors(config: dict) -> list:
-    """The kinds of processor that a run was trained on, from its config.json; empty where it does not say."""
-    found = config.get("processors") or [config.get("processor")]
-    return [str(kind) for kind in found if kind] if isinstance(found, list) else []
-
-
-@functools.cache
-def load_imports(paths: tuple) -> list[dict]:
-    """Execute the user's files that define routers, once in this process.
-
-    Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.
-    """
-    try:
-        return [{"path": path, "sha256": routers.load_file(path)} for path in map(os.path.abspath, paths)]
-    except (ValueError, OSError) as error:
-        raise RunError(str(error)) from None
-
-
-def load_recorded_imports(folder: str | Path) -> None:
-    """Execute the files that the config.json of a run names, so that its routers are known.
-
-    Only files with an absolute path outside the run's folder are executed, and only if their hash is the recorded one:
-    a run folder from elsewhere cannot bring code with it. Raises CheckpointError for any other file.
-    """
-    place, inside = Path(folder, "config.json"), Path(folder).resolve()
-    try:
-        recorded = files.read_json(place).get("imports", []) if place.exists() else []
-        for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
-            if not path.is_absolute() or path.resolve().is_relative_to(inside):
-                raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise ValueError(f"{path} has changed since this run")
-        load_imports(tuple(file["path"] for file in recorded))
-    except (RunError, OSError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put them back") from None
-
-
-def load_model(folder: str | Path) -> Transformer:
-    """The model of a run's last checkpoint, after `load_recorded_imports`. Raises CheckpointError if there is none."""
-    return load_checkpoint(folder)[0]
-
-
-def load_checkpoint(folder: str | Path) -> tuple[Transformer, int]:
-    """(model, step) of a run's last checkpoint, as `load_model` reads it."""
-    path = Path(folder, "checkpoint.npz")
-    if Path(folder, "log.jsonl").exists() and not path.exists():
-        raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
-    arrays, header = files.load_arrays(path, "checkpoint")
-    load_recorded_imports(folder)
-    weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
-    try:
-        for name, array in weights.items():
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} is not finite")
-        return Transformer.from_arrays(header["model"], weights), operator.index(header["step"])
-    except (KeyError, ValueError, TypeError, MemoryError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
-
-
-def corpus_of(folder: str | Path, seq_len: int) -> Corpus:
-    """The Corpus that a run was trained on: the default one (also where config.json does not say) or the synthetic.
-
-    Raises CorpusError for another text, which a run does not keep.
-    """
-    def hashes(described):
-        return {name: text["sha256"] for name, text in described.items()}
-
-    try:
-        wanted = hashes(files.read_json(Path(folder, "config.json"))["corpus"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        wanted = None
-    for text in (None, SYNTHETIC):
-        corpus = load_corpus(text, seq_len)
-        if wanted in (None, hashes(corpus.describe())):
-            return corpus
-    raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
-
-
-def first_model(plan, runs: Path) -> Transformer:
-    """The model that a run starts with: new, or the finished run that plan.start names, upcycled if it was dense.
-
-    runs: the folder of the study's runs. Raises RunError if the other run is not finished, ValueError if its model
-    cannot be upcycled.
-    """
-    if plan.start is None:
-        return Transformer(plan.model, seed=plan.seed)
-    other = runs / dataclasses.replace(plan, config_id=plan.start).run_id
-    if not (other / "summary.json").exists():
-        raise RunError(f"{plan.run_id} starts from {other}, which is not finished: run the same command again")
-    trained = load_model(other)
-    return trained if plan.model == trained.config else upcycle(trained, plan.model, plan.seed)

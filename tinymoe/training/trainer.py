@@ -9,9 +9,11 @@ import numpy as np
 from .. import kernels
 from ..moe import metrics
 from .evaluation import Validation, evaluate, first_nonfinite, first_windows, losses_by_part
+from .identity import RunError, describe, machine
+from .loading import first_model
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 from .plan import Event, RunPlan
-from .run_folder import RunError, RunFolder, describe, first_model, machine
+from .run_folder import RunFolder
 
 TRAINING_NUMBERS = ("train_loss", "cross_entropy", "balance", "z", "gradient_norm")  # in every row; null if unknown
 

@@ -1,12 +1,11 @@
-"""Linear layers and layer norm, and the partial sums of weight gradients."""
+"""Linear layers and layer norm."""
 import numpy as np
 from numba import prange
 
 from .compile import example, loop, pool
 from .product import product
-from .runtime import PIECE, SLICE, blocks, contiguous
+from .runtime import PIECE, blocks, contiguous
 
-SEGMENT = 256           # rows of one partial weight gradient
 LINEAR_ROWS, LINEAR_COLUMNS = 512, 256      # in a piece of a linear layer
 
 
@@ -51,32 +50,6 @@ def _linear_backward(dy, x, w, dx, dw, db):
             column_sums(dy[:, part], db[part])
 
 
-@loop
-def _add_slots(total, slots, lo, hi, empty):
-    """total[lo:hi] += the same elements of each slot, in order; `empty`: nothing was written there, so start at 0"""
-    if empty:
-        total[lo:hi] = 0
-    for s in range(slots.shape[0]):
-        for j in range(lo, hi):
-            total[j] += slots[s, j]
-
-
-@pool
-def _add_partials(total, slots, first, empty):
-    """A job is a slice of one expert's weights, so that threads share the work where one expert has all slots."""
-    jobs = blocks(total.shape[1], SLICE)
-    for job in prange(empty.size * jobs):
-        e, lo = job // jobs, job % jobs * SLICE
-        _add_slots(total[e], slots[first[e]:first[e + 1]], lo, min(lo + SLICE, total.shape[1]), empty[e])
-
-
-def add_partials(totals, slots, first, empty):
-    """total[e] += the sum of slots[first[e]:first[e+1]] for each total (E,...); it starts at 0 where `empty` (E,)"""
-    for total, partial in zip(totals, slots):
-        size = total[0].size
-        _add_partials(total.reshape(len(total), size), partial.reshape(len(partial), size), first, empty)
-
-
 @example(lambda ones: linear(ones(2, 2), ones(2, 2), ones(2)))
 def linear(x, w, b):
     x, w, b = map(contiguous, (x, w, np.empty(0, x.dtype) if b is None else b))
@@ -91,11 +64,6 @@ def linear_backward(dy, x, w):
     dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
     _linear_backward(dy, x, w, dx, dw, db)
     return dx, dw, db
-
-
-def segment_rows(n):
-    """Rows in a partial weight gradient. They grow beyond 32 segments, so that there are at most 32 partial sums."""
-    return max(SEGMENT, blocks(n, 32))
 
 
 @loop

@@ -4,9 +4,9 @@ from numba import prange
 
 from .activations import KINDS, activate, activate_backward
 from .compile import example, loop, pool
-from .dense import add_bias, add_partials, segment_rows
+from .dense import add_bias
 from .product import TILED, multiply_in_parts
-from .runtime import PIECE, blocks, contiguous, get_threads
+from .runtime import PIECE, SLICE, blocks, contiguous, get_threads
 from .updates import scatter_add
 
 # The plan cuts each expert's assignments into pieces, here of at most 4 rows and for 2 threads:
@@ -21,6 +21,7 @@ from .updates import scatter_add
 # The first piece of an expert writes its weight gradient to its place (NO_SLOT). Each other piece writes a partial sum
 # to a slot. The slots first_slot[e]:first_slot[e+1] are added to expert e later.
 # Thread t takes the pieces first_piece[t]:first_piece[t+1], so that all threads finish at nearly the same time.
+SEGMENT = 256                               # rows of one partial weight gradient, at least
 EXPERT, START, STOP, SLOT = range(4)        # columns of pieces (P,4): the expert, its rows start:stop, the slot
 NO_SLOT = -1
 PART = 48 if TILED else PIECE              # rows that go through all products together, see product.py
@@ -154,6 +155,37 @@ def _experts_backward(dy, token, gate, plan, weights, kind, saved, d_rows, dgate
                 _add_row_sums(dout_turned, db2[to])
 
 
+@loop
+def _add_slots(total, slots, lo, hi, empty):
+    """total[lo:hi] += the same elements of each slot, in order; `empty`: nothing was written there, so start at 0"""
+    if empty:
+        total[lo:hi] = 0
+    for s in range(slots.shape[0]):
+        for j in range(lo, hi):
+            total[j] += slots[s, j]
+
+
+@pool
+def _add_partials(total, slots, first, empty):
+    """A job is a slice of one expert's weights, so that threads share the work where one expert has all slots."""
+    jobs = blocks(total.shape[1], SLICE)
+    for job in prange(empty.size * jobs):
+        e, lo = job // jobs, job % jobs * SLICE
+        _add_slots(total[e], slots[first[e]:first[e + 1]], lo, min(lo + SLICE, total.shape[1]), empty[e])
+
+
+def _add_all_partials(totals, slots, first, empty):
+    """total[e] += the sum of slots[first[e]:first[e+1]] for each total (E,...); it starts at 0 where `empty` (E,)"""
+    for total, partial in zip(totals, slots):
+        size = total[0].size
+        _add_partials(total.reshape(len(total), size), partial.reshape(len(partial), size), first, empty)
+
+
+def _segment_rows(n):
+    """Rows in a partial weight gradient. They grow beyond 32 segments, so that there are at most 32 partial sums."""
+    return max(SEGMENT, blocks(n, 32))
+
+
 def _routed(ones):
     """Two rows, both at the first of two experts: the arguments of experts_forward."""
     weights = ones(2, 2, 2), ones(2, 2), ones(2, 2, 2), ones(2, 2)
@@ -166,7 +198,7 @@ def experts_forward(x, token, offsets, gate, weights, name):
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
     (D, F), A = weights[0].shape[1:], len(token)
     saved = *_, out = tuple(np.empty(shape, x.dtype) for shape in ((A, D), A * F, (A, D)))
-    pieces, _, first_piece = _plan(offsets, segment_rows(A), get_threads())
+    pieces, _, first_piece = _plan(offsets, _segment_rows(A), get_threads())
     _experts_forward(x, token, (pieces, first_piece), tuple(weights), KINDS[name], saved)
     y = np.zeros_like(x)
     scatter_add(y, token, gate, out)
@@ -178,13 +210,13 @@ def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
     dy, gate, *weights = map(contiguous, (dy, gate, *weights))
     token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
     E, empty = len(offsets) - 1, np.diff(offsets) == 0
-    pieces, first_slot, first_piece = _plan(offsets, segment_rows(len(token)), get_threads())
+    pieces, first_slot, first_piece = _plan(offsets, _segment_rows(len(token)), get_threads())
     dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in weights) for n in (E, first_slot[-1]))
     d_rows, dgate = np.empty_like(saved[0]), np.empty_like(gate)
     _experts_backward(dy, token, gate, (pieces, first_piece), tuple(weights), KINDS[name], saved, d_rows, dgate,
                       dw, partial)
     if first_slot[-1] or empty.any():
-        add_partials(dw, partial, first_slot, empty)
+        _add_all_partials(dw, partial, first_slot, empty)
     dx = np.zeros_like(dy)
     scatter_add(dx, token, np.ones_like(gate), d_rows)
     return dx, dgate, *dw

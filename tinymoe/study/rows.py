@@ -1,0 +1,237 @@
+"""Result rows: the runs that a study left on disk, read back and checked, and how far runs are that still train."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..files import printable, read_json, read_rows, write_rows
+from ..moe.routers import ROUTERS
+from ..training.data import load_corpus
+from ..training.identity import describe, differing, with_defaults
+from ..training.lease import holder
+from ..training.run_folder import RunFolder
+from .quantities import LOSS, QUANTITIES, experts_per_token
+
+COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
+# What tables and figures read of a run, see `_fits`. None stands for a field that is not there.
+NUMBER, OPTIONAL = (int, float), (int, float, type(None))
+PARTS = {"config": dict, "log": [dict], "summary": (dict, type(None)), "failure": (dict, type(None))}
+CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "versions": dict, "domains": [str],
+          "model": {"router": (str, list), "router_options": (dict, type(None)), "top_k": NUMBER,
+                    "capacity_factor": OPTIONAL, "aux_coef": NUMBER, "seq_len": int},
+          "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
+          "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
+LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": int} | dict.fromkeys((
+    "token_coverage", "load_entropy", "router_entropy", "marginal_entropy", "mutual_information",
+    "mutual_information_null", "byte_information", "byte_information_null"), NUMBER)
+ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
+SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "wall_seconds": OPTIONAL, "final": ROW,
+           "measured": (dict, type(None))}
+# of each domain, where newer rows have them
+BY_DOMAIN = {"val_by_domain": NUMBER, "causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One training run: its settings, its log rows by step, and how it ended."""
+
+    run_id: str
+    config: dict
+    log: list
+    summary: dict | None = None
+    failure: dict | None = None
+
+    config_id = property(lambda self: self.config["config_id"])
+    seed = property(lambda self: self.config["seed"])
+    model = property(lambda self: self.config["model"])
+    final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
+    measured = property(lambda self: self.summary.get("measured") or {})  # what an experiment asked of the model
+    rules = property(lambda self: self.config.get("rules", ""))  # by which its routers choose, see Router.rules
+    is_moe = property(lambda self: bool(self.final["layers"]))
+
+    plan_hash = property(lambda self: self.config.get("plan_hash"))
+    wall_seconds = property(lambda self: self.summary.get("wall_seconds") or self.summary["seconds"])  # newer rows
+
+    # whether routing on the prefix alone gives another loss, in any row
+    leaky = property(lambda self: any(row["val_cross_entropy"] != row[LOSS] for row in [*self.log, self.final]))
+
+    # failed: the loss was not finite; incomplete: stopped, or still running
+    state = property(lambda self: "complete" if self.summary else "failed" if self.failure else "incomplete")
+
+    @property
+    def made_of(self) -> str:
+        """Router, experts per byte and balance coefficient, in a few words; K as measured where it is not top_k."""
+        if not self.is_moe:
+            return "dense"
+        router, top_k, k = self.model["router"], self.model["top_k"], experts_per_token(self.final)
+        router = " ".join(filter(None, (router if isinstance(router, str) else "+".join(map(str, router)), self.rules)))
+        limited = self.model.get("capacity_factor") is not None
+        shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
+        return f"{router}, K={shown}, aux {self.model['aux_coef']:g}"
+
+
+def load_runs(study_dir) -> list[RunRecord]:
+    """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
+
+    A run is incomplete without a config. Raises ValueError for a finished run that is damaged, because
+    the numbers that are left would be taken for all, and for two different runs of one name.
+    """
+    runs = {}
+    folders = sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir())
+    for run in (*_compact_runs(Path(study_dir, COMPACT)), *map(_folder_run, folders)):
+        if run.run_id in runs and runs[run.run_id].state == "failed":  # its folder tries again
+            del runs[run.run_id]
+        if runs.setdefault(run.run_id, run) != run:
+            raise ValueError(f"{study_dir}: {run.run_id} is in {COMPACT} and in runs/, and they differ: move one away")
+    return sorted(runs.values(), key=lambda run: (run.config_id, run.seed))
+
+
+def compact(study_dir) -> tuple[Path, int]:
+    """Write study_dir/runs.jsonl, one line for each finished or failed run: (path, number of runs). The folders stay.
+
+    Raises ValueError where no run is finished.
+    """
+    runs = [run for run in load_runs(study_dir) if run.state != "incomplete"]
+    if not runs:
+        raise ValueError(f"{study_dir}: no finished run to write: train some first")
+    return _write_compact(study_dir, runs), len(runs)
+
+
+def _write_compact(study_dir, runs):
+    path = Path(study_dir, COMPACT)
+    write_rows(path, [{part: getattr(run, part) for part in PARTS} for run in runs])
+    return path
+
+
+def overview(study_dir) -> list[dict]:
+    """How far each run in the folders of a study is, by name; the runs may be in training.
+
+    Each dict has `run`, `state` ("finished", "running", "failed" or "waiting"), `step`, `steps`, `loss` (validation;
+    None before the first), `left` (seconds, of a running one; None if unknown) and `where` (the host of a running one,
+    or why it failed). Raises ValueError if there are no runs.
+    """
+    found = [_progress(place) for place in sorted(Path(study_dir, "runs").glob("*")) if place.is_dir()]
+    if not found:
+        raise ValueError(f"{study_dir}: no runs in it: give the --out of a study or experiment")
+    return found
+
+
+def _progress(place):
+    config, failure = (_json(place / f"{name}.json") for name in ("config", "failure"))
+    rows = [row for row in read_rows(place / "log.jsonl") if _fits(row, {"step": int, LOSS: NUMBER, "seconds": NUMBER})]
+    row, process = (rows or [{"step": 0, LOSS: None, "seconds": 0.0}])[-1], holder(place)
+    steps = config["training"]["steps"] if _fits(config, {"training": {"steps": int}}) else None
+    state = ("finished" if RunFolder(place).summary() else "running" if process else "failed" if failure is not None
+             else "waiting")
+    left, where = None, ""
+    if state == "running":
+        left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
+        where = f"{process['host']}, process {process['pid']}"
+    elif state == "failed":
+        where = f"{failure.get('reason')} at step {failure.get('step')}"
+    return {"run": place.name, "state": state, "step": row["step"], "steps": steps, "loss": row[LOSS], "left": left,
+            "where": where}
+
+
+def remaining(plans, out, text=None, fresh: bool = False) -> list:
+    """The RunPlans that are to be trained, or looked at: all but those that out/runs.jsonl holds as finished.
+
+    A sweep run that failed counts as finished: at its rate training does not stay finite. fresh: all, and their rows
+    are taken out of the file. Raises ValueError where a row is of other settings, and for a run that starts from one
+    whose folder is gone.
+    """
+    rows, ids, runs = list(_compact_runs(Path(out, COMPACT))), {plan.run_id for plan in plans}, Path(out, "runs")
+    if fresh:
+        if any(run.run_id in ids for run in rows):
+            _write_compact(out, [run for run in rows if run.run_id not in ids])
+        return list(plans)
+    failed = [_folder_run(runs / plan.run_id) for plan in plans
+              if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
+    stand = {run.run_id: run for run in (*rows, *failed)
+             if run.state == "complete" or run.state == "failed" and "@" in run.config_id}
+    todo = [plan for plan in plans if plan.run_id not in stand]
+    for plan in todo:
+        start = replace(plan, config_id=plan.start or plan.config_id).run_id
+        if start in stand and not (runs / start).exists():
+            raise ValueError(f"{plan.run_id} starts from {start}, of which only the row in {COMPACT} is left: put its "
+                             "folder back, or start again with --fresh")
+    corpus = load_corpus(text, plans[0].model.seq_len) if len(todo) < len(plans) else None
+    for plan in plans:
+        if plan.run_id in stand and (wrong := differing(stand[plan.run_id].config, describe(plan, corpus))):
+            raise ValueError(f"{out} holds the run {plan.run_id} with other settings ({'; '.join(wrong)}): choose "
+                             "another --out, or start again with --fresh")
+    return todo
+
+
+def _folder_run(place):
+    config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
+    return _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
+
+
+def _json(path):
+    """The JSON object in a file: None where there is no file, {} where it is damaged."""
+    try:
+        return read_json(path) if path.exists() else None
+    except ValueError:
+        return {}
+
+
+def _compact_runs(path):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            parts = json.loads(line)
+            if not _fits(parts, PARTS):
+                raise ValueError
+            yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
+        except (ValueError, KeyError, RecursionError):
+            raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None
+
+
+def _record(place, config, log, summary, failure):
+    """The RunRecord of what was read. The name of `place`, its folder, is the run id."""
+    rows = {row["step"]: row for row in log if isinstance(row.get("step"), int)}  # a step written twice: the later row
+    log = [rows[step] for step in sorted(rows)]
+    if summary is not None and not _is_whole(place.name, config, log, summary):
+        raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, or fetch it again")
+    if not _fits(config, CONFIG):
+        config = {"config_id": place.name, "seed": -1, "model": {}}
+    config = {"rules": _rules(config["model"])} | config | {"model": with_defaults(config["model"])}
+    return RunRecord(place.name, config, log, summary, failure)
+
+
+def _rules(model):
+    """The rules of a stored ModelConfig's routers; expert choice had one causal rule before it had thresholds."""
+    router, options = model.get("router") or (), model.get("router_options") or {}
+    options = options if "shared_gate" in model else {"causal_rule": "prefix"} | options
+    known = (ROUTERS.get(name) for name in dict.fromkeys([router] if isinstance(router, str) else router))
+    return "; ".join(filter(None, (cls.rules(options) for cls in known if cls)))
+
+
+def _is_whole(name, config, log, summary):
+    """Whether the parts of a finished run are all there, are of one run, and have the names and types that are read."""
+    if not (_fits(config, CONFIG) and _fits(log, [ROW]) and _fits(summary, SUMMARY)) or not log:
+        return False
+
+    def layers(row):
+        return [(layer["layer"], len(layer["load"]), layer.keys()) for layer in row["layers"]]
+
+    final = summary["final"]
+    alike = all(row.keys() >= final.keys() and layers(row) == layers(final) for row in log)
+    parts = (final, *log, *(layer for row in (final, *log) for layer in row["layers"]), summary.get("measured") or {})
+    numbers = all(isinstance(part.get(metric), OPTIONAL) for part in parts for metric in QUANTITIES)
+    by_domain = all(_fits(part[name], {...: of}) and part[name].keys() == set(config["domains"])
+                    for part in (summary, final, *log) for name, of in BY_DOMAIN.items() if name in part)
+    alike = alike and log[-1]["step"] == summary["steps"]
+    numbers = numbers and all(0 <= layer["load_entropy"] < 1.001 for row in (final, *log) for layer in row["layers"])
+    return config["run_id"] == summary["run_id"] == name and alike and numbers and by_domain
+
+
+def _fits(found, shape) -> bool:
+    """Whether a JSON value has a shape: a type or several, [shape of each item], or {name: shape}, ... for any name."""
+    if isinstance(shape, list):
+        return isinstance(found, list) and all(_fits(each, shape[0]) for each in found)
+    if isinstance(shape, dict):
+        return isinstance(found, dict) and all(
+            _fits(each, of) for name, of in shape.items()
+            for each in (found.values() if name is ... else [found.get(name)]))
+    return isinstance(found, shape) and not isinstance(found, bool)

@@ -1,0 +1,50 @@
+"""The words that every document explains: terms, methods, and what its tables test."""
+
+GLOSSARY = """- A *router* chooses K of E *experts* for each byte: its route. The *gate* is the weight with which a \
+chosen expert's output is added.
+- *Loss* is the cross-entropy of the validation text in nats per byte, the mean over its domains; lower is \
+better. *Perplexity* is exp(loss).
+- *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
+*Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
+- The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
+its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \
+than 1% of the mean load. *Coverage* is the share of bytes that have at least one expert. With a capacity limit each \
+expert has a fixed number of places for bytes; *padding* is the share of places that stay empty.
+- A layer is *collapsed* if the effective number of its experts, exp(entropy of the load), is below half of them. It \
+is *starved* if it is not collapsed but has a dead expert. Otherwise it is *in use*.
+- *Domain information* says how well the expert of a byte predicts the domain of the text, in nats; 0 is chance. *Byte \
+information* says the same of the byte. *Repetition*: the share of choices whose expert also serves the next byte; \
+chance is about K / E.
+- A *primary* comparison answers a question of an experiment. It was planned before the runs, with a *margin*: \
+differences below the margin do not matter. For losses it is 0.01 nats, which is 1% of perplexity. All other \
+comparisons are *exploratory*: they suggest questions for other runs.
+- Two settings are *different* when their difference is not 0 (t-test over seeds, 5%, after the correction for all \
+comparisons of its kind in the experiment). They are the *same* when it is shown to lie within the margin (two \
+one-sided tests, 5%). Otherwise the answer is *not known*; then the table has the smallest effect that could have been \
+seen. *Not tested*: fewer than two common seeds.
+- ± and brackets are 95% intervals over seeds (Student's t) unless a column says otherwise. There is no ± for one \
+seed, or where all seeds agree. Differences are paired by seed."""
+METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
+shuffled labels. Domains are shuffled over windows, bytes over positions. Weight divergence is the mean of 1 - cosine \
+over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
+layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
+its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
+which is the same for all settings. Intervals cover the seed, not the choice of text, but for those over seeds and \
+text: a bootstrap that draws seeds, and stretches of the validation text within each domain. The others assume that \
+seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
+coverage of 1."""
+VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
+seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
+*undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. Two kinds of numbers are \
+judged in every run instead: those that cannot pass their bound (dead experts, coverage), and changes that are either \
+rounding or not. There is no correction for the number of claims."""
+PRIMARY = """Corrected p: Holm's correction over the primary comparisons of the experiment. Sign flips: the \
+permutation test that changes the signs of the seeds' differences. Same: p value of the two one-sided tests against \
+the margin. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% \
+power whether the difference is 0 or as large as the margin. Both are reckoned without the correction."""
+EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
+and Hochberg: of those that are *different*, at most 5% are expected to be so by chance."""
+SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
+taken before any other run existed; these runs are in no other number."""
+DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
+CROSSINGS = "The last step at which two curves cross, on a straight line between evaluations; – where they do not."

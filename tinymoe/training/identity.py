@@ -1,0 +1,81 @@
+"""What defines a run, and on which machine it was trained: what config.json records, and what a resume compares."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import kernels
+from ..model.config import ModelConfig
+from ..moe import routers
+
+
+class RunError(Exception):
+    """A run that cannot continue, for example because its folder holds a run with other settings."""
+
+
+def describe(plan, corpus) -> dict:
+    """Everything that defines the run, ready for JSON. Executes the files that plan.imports names."""
+    return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
+            "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
+            "corpus": corpus.describe(), "domains": corpus.names, "kernels": kernels.active(),
+            "plan_hash": plan.plan_hash, "imports": load_imports(tuple(plan.imports))}
+
+
+def _identity(config):
+    """What distinguishes a run, as a flat dict: its id, its settings, its kernels, and the hashes of what it reads."""
+    parts = {"model": with_defaults(config.get("model", {})), "training": config.get("training", {}),
+             "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
+             "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
+    return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba")} | {
+        f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def differing(found: dict, wanted: dict) -> list[str]:
+    """What distinguishes two runs, from the contents of their config.json: `steps is 5, not 6`; [] for one run."""
+    found, wanted = _identity(found), _identity(wanted)
+    return [f"{name} is {found.get(name)}, not {wanted.get(name)}"
+            for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
+
+
+def with_defaults(model: dict) -> dict:
+    """A stored ModelConfig, with the defaults of fields that are newer than the file; unchanged if it is not valid."""
+    try:
+        return ModelConfig.from_dict(model).to_dict()
+    except (ValueError, TypeError):
+        return model
+
+
+def machine() -> dict:
+    """The processor, threads and versions, ready for JSON. Timings depend on them, and so may the last bits."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    versions = {"python": platform.python_version()}
+    for package in ("numpy", "numba", "scipy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"processor": name, "cores": os.cpu_count(), "threads": kernels.get_threads(),
+            "thread_info": kernels.thread_info(), "versions": versions}
+
+
+def processors(config: dict) -> list:
+    """The kinds of processor that a run was trained on, from its config.json; empty where it does not say."""
+    found = config.get("processors") or [config.get("processor")]
+    return [str(kind) for kind in found if kind] if isinstance(found, list) else []
+
+
+@functools.cache
+def load_imports(paths: tuple) -> list[dict]:
+    """Execute the user's files that define routers, once in this process.
+
+    Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.
+    """
+    try:
+        return [{"path": path, "sha256": routers.load_file(path)} for path in map(os.path.abspath, paths)]
+    except (ValueError, OSError) as error:
+        raise RunError(str(error)) from None

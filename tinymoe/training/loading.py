@@ -1,0 +1,90 @@
+"""Models and texts of runs that are there: the last checkpoint, the files and the text that a run was made with."""
+
+import dataclasses
+import hashlib
+import operator
+from pathlib import Path
+
+import numpy as np
+
+from .. import files
+from ..files import CheckpointError
+from ..model.transformer import Transformer
+from ..model.upcycling import upcycle
+from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
+from .identity import RunError, load_imports
+
+
+def load_recorded_imports(folder: str | Path) -> None:
+    """Execute the files that the config.json of a run names, so that its routers are known.
+
+    Only files with an absolute path outside the run's folder are executed, and only if their hash is the recorded one:
+    a run folder from elsewhere cannot bring code with it. Raises CheckpointError for any other file.
+    """
+    place, inside = Path(folder, "config.json"), Path(folder).resolve()
+    try:
+        recorded = files.read_json(place).get("imports", []) if place.exists() else []
+        for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
+            if not path.is_absolute() or path.resolve().is_relative_to(inside):
+                raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"{path} has changed since this run")
+        load_imports(tuple(file["path"] for file in recorded))
+    except (RunError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put them back") from None
+
+
+def load_model(folder: str | Path) -> Transformer:
+    """The model of a run's last checkpoint, after `load_recorded_imports`. Raises CheckpointError if there is none."""
+    return load_checkpoint(folder)[0]
+
+
+def load_checkpoint(folder: str | Path) -> tuple[Transformer, int]:
+    """(model, step) of a run's last checkpoint, as `load_model` reads it."""
+    path = Path(folder, "checkpoint.npz")
+    if Path(folder, "log.jsonl").exists() and not path.exists():
+        raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
+    arrays, header = files.load_arrays(path, "checkpoint")
+    load_recorded_imports(folder)
+    weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
+    try:
+        for name, array in weights.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} is not finite")
+        return Transformer.from_arrays(header["model"], weights), operator.index(header["step"])
+    except (KeyError, ValueError, TypeError, MemoryError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this version ({error}): train it again") from None
+
+
+def corpus_of(folder: str | Path, seq_len: int) -> Corpus:
+    """The Corpus that a run was trained on: the default one (also where config.json does not say) or the synthetic.
+
+    Raises CorpusError for another text, which a run does not keep.
+    """
+    def hashes(described):
+        return {name: text["sha256"] for name, text in described.items()}
+
+    try:
+        wanted = hashes(files.read_json(Path(folder, "config.json"))["corpus"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        wanted = None
+    for text in (None, SYNTHETIC):
+        corpus = load_corpus(text, seq_len)
+        if wanted in (None, hashes(corpus.describe())):
+            return corpus
+    raise CorpusError(f"{folder} was trained on a text that is not here: give --text")
+
+
+def first_model(plan, runs: Path) -> Transformer:
+    """The model that a run starts with: new, or the finished run that plan.start names, upcycled if it was dense.
+
+    runs: the folder of the study's runs. Raises RunError if the other run is not finished, ValueError if its model
+    cannot be upcycled.
+    """
+    if plan.start is None:
+        return Transformer(plan.model, seed=plan.seed)
+    other = runs / dataclasses.replace(plan, config_id=plan.start).run_id
+    if not (other / "summary.json").exists():
+        raise RunError(f"{plan.run_id} starts from {other}, which is not finished: run the same command again")
+    trained = load_model(other)
+    return trained if plan.model == trained.config else upcycle(trained, plan.model, plan.seed)
