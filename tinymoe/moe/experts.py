@@ -30,9 +30,7 @@ def loop(bank, x, routing):
 
 def naive(bank, x, routing):
     """Every expert on every token, masked by the gate matrix: E / K times the work (Grok-1's published code)."""
-    hidden = F.activation(x @ bank.w1 + bank.b1[:, None], bank.activation)  # (E, N, F)
-    outputs = hidden @ bank.w2 + bank.b2[:, None]  # (E, N, D)
-    return (routing.to_dense().T[:, :, None] * outputs).sum(axis=0)
+    return (routing.to_dense().T[:, :, None] * bank.each(x)).sum(axis=0)
 
 
 def grouped(bank, x, routing):
@@ -89,6 +87,11 @@ class ExpertBank(Module):
         """As of any Module. Without bias, b1 and b2 stay zero and are not parameters."""
         found = super().parameters()
         return found if self.bias else {name: p for name, p in found.items() if name not in ("b1", "b2")}
+
+    def each(self, x: Tensor) -> Tensor:
+        """(E, N, D): every expert's output for every token of x (N, D)."""
+        hidden = F.activation(x @ self.w1 + self.b1[:, None], self.activation)  # (E, N, F)
+        return hidden @ self.w2 + self.b2[:, None]
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if routing.n_experts != self.n_experts or routing.n_tokens != len(x):

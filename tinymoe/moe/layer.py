@@ -53,11 +53,11 @@ class MoELayer(Module):
             routing = limit_capacity(routing, self.capacity_factor, self.top_k, self.drop_policy)
         if self.change_routing is not None:
             routing = self.change_routing(routing, rows)
-        y = self._experts(rows, routing).reshape(x.shape)
+        y = self.weighted_sum(rows, routing).reshape(x.shape)
         return (y if self.shared is None else y + self._shared(x)), routing
 
-    def _experts(self, x, routing):
-        """The experts' output (N, D). After the bank's columns come those of n_copy experts, then zero experts.
+    def weighted_sum(self, x: Tensor, routing: Routing) -> Tensor:
+        """The experts' output (N, D) for x (N, D). The columns of copy experts and then of zero experts come last.
 
         The router's gates count zero experts in their sum. MoE++'s code leaves them out (Jin et al. 2024, 2410.07348).
         """

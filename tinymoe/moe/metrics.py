@@ -104,6 +104,11 @@ def weight_divergence(bank: ExpertBank, initial: float | None = None) -> float:
     return divergence / initial if initial and initial > 1e-6 else divergence
 
 
+def effective_experts(n_experts: int, load_entropy: float) -> float:
+    """exp(entropy of the load): E for equal loads, 1 where one expert serves all. load_entropy: a share of ln E."""
+    return n_experts ** load_entropy
+
+
 def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:
     """Warnings about one MoE layer, as sentences: dead experts, an expert with over half of the tokens, no gradient.
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
 from ..moe import devices, metrics
-from ..moe.routing import first_experts, from_mask, merge
-from ..training.evaluation import losses_and_routings
+from ..moe.routing import from_mask, merge
+from ..training.evaluation import by_domain, losses_and_routings
 from . import probes
 from .probes import rerouted
 
@@ -57,19 +57,19 @@ def by_rule(trainer) -> dict[str, float | None]:
     None for models with another router.
     """
     model, valid = trainer.model, trainer.validation(trainer.plan.training.final_windows)
-    routers, found = [layer.router for layer in model.moe_parts()], {}
-    before = [getattr(router, "rule", None) for router in routers]
-    for rule in RULES:
-        loss = load_cv = None
-        if routers and None not in before:
+    routers = [layer.router for layer in model.moe_parts()]
+    if not routers or not all(hasattr(router, "rule") for router in routers):
+        return dict.fromkeys(f"{name}_by_{rule}" for rule in RULES for name in ("loss", "load_cv"))
+    before, found = [router.rule for router in routers], {}
+    try:
+        for rule in RULES:
             for router in routers:
                 router.rule = rule
             nats, by_layer = losses_and_routings(model, valid, causal=False)
-            loss = float(np.mean([nats[valid.domain == d].mean(dtype=float) for d in range(len(valid.names))]))
-            load_cv = float(np.mean([metrics.load_cv(merge(routings)) for routings in by_layer]))
-        found |= {f"loss_by_{rule}": loss, f"load_cv_by_{rule}": load_cv}
-    for router, rule in zip(routers, before):
-        if rule is not None:
+            found[f"loss_by_{rule}"] = float(np.mean(list(by_domain(nats, valid).values())))
+            found[f"load_cv_by_{rule}"] = float(np.mean([metrics.load_cv(merge(parts)) for parts in by_layer]))
+    finally:
+        for router, rule in zip(routers, before):
             router.rule = rule
     return found
 
@@ -194,12 +194,12 @@ def swap(e):
 def counterfactuals(model, valid, nats):
     """By how much each change raises the loss, in nats a byte: means over experts and layers, the spread of one
     expert's cost over the domains, and for the last layer a table (E, domains)."""
-    found, domains = {}, [valid.domain == d for d in range(len(valid.names))]
+    found = {}
 
     def costs(layer, change):
         with rerouted(change, layer):
             rise = losses_and_routings(model, valid, causal=False)[0] - nats
-        return [float(rise[d].mean(dtype=float)) for d in domains]
+        return list(by_domain(rise, valid).values())
 
     for name, change in (("drop", drop), ("swap", swap), ("force", force)):
         tables = [[costs(layer, change(e)) for e in range(model.config.n_experts)] for layer in model.moe_parts()]
@@ -211,17 +211,10 @@ def counterfactuals(model, valid, nats):
 
 def function_divergence(layer, model, valid):
     """Mean over pairs of experts of 1 - cosine of their outputs for the same tokens, those of the first batch."""
-    outputs = []
-
-    def keep_outputs(routing, x):
-        real = first_experts(routing, layer.experts.n_experts)  # neither copies nor zeros
-        for e in range(real.n_experts):
-            alone = _change(lambda gates, e=e: np.broadcast_to(np.arange(gates.shape[1]) == e, gates.shape))
-            outputs.append(layer.experts(x, alone(real, x)).data.astype(float))
-        return routing
-
-    with rerouted(keep_outputs, layer), no_grad():
+    caught = []
+    with rerouted(lambda routing, x: caught.append(x) or routing, layer), no_grad():
         model.forward(valid.ids[:valid.batch_size], domain=valid.domain[:valid.batch_size])
-    unit = np.stack([y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-30) for y in outputs])  # (E, N, D)
+        outputs = layer.experts.each(caught[0]).data.astype(float)  # (E, N, D)
+    unit = outputs / np.maximum(np.linalg.norm(outputs, axis=2, keepdims=True), 1e-30)
     cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]
     return float(1 - cosines[np.triu_indices(len(unit), 1)].mean())

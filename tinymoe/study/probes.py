@@ -152,7 +152,7 @@ class LayerReport:
     @property
     def effective(self) -> float:
         """exp(entropy of the load): so many experts with equal loads have the same entropy."""
-        return len(self.load) ** metrics.load_entropy(self.load) if self.load.any() else 0.0
+        return metrics.effective_experts(len(self.load), metrics.load_entropy(self.load)) if self.load.any() else 0.0
 
     def warnings(self) -> list[str]:
         """Sentences on leaks and collapse."""

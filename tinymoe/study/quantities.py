@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..model.counting import architecture, count
+from ..moe import metrics
 from ..moe.routing import capacity
 
 LOSS = "causal_cross_entropy"
@@ -82,7 +83,7 @@ def experts_per_token(row, first=None):
 
 def effective_experts(layer):
     """exp(entropy of the load): E for equal loads, 1 where one expert serves all."""
-    return len(layer["load"]) ** layer["load_entropy"]
+    return metrics.effective_experts(len(layer["load"]), layer["load_entropy"])
 
 
 def collapsed(layer):

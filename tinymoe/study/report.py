@@ -147,8 +147,8 @@ def left_out(results):
 
 
 def answers(results: Results) -> list[str]:
-    """For each primary comparison its sentence, the number, the verdict, and how sure it is."""
-    return [f"**{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
+    """For each primary comparison its question and answer, the number, the verdict, and how sure it is."""
+    return [f"{one.question} **{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
             f"{cells(found)[0]}. *{cells(found)[-1].capitalize()}*{how_sure(found)}."
             for one, found in zip(results.experiment.primary, results.primary)]
 
@@ -202,7 +202,8 @@ def primary_table(results):
              "margin", "same", "SD", "seeds", "smallest effect", "seeds needed", "95% over seeds and text",
              "text's share of the variance"]
     questions = [one.question for one in results.experiment.primary]
-    return table(["", *questions], zip(names, *columns)) if columns else ""
+    rows = [row for row in zip(names, *columns) if set(row[1:]) != {"–"}]
+    return table(["", *questions], rows) if columns else ""
 
 
 def domain_table(results):

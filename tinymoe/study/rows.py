@@ -216,14 +216,16 @@ def _is_whole(name, config, log, summary):
         return [(layer["layer"], len(layer["load"]), layer.keys()) for layer in row["layers"]]
 
     final = summary["final"]
+    rows = final, *log
+    those = [layer for row in rows for layer in row["layers"]]
     alike = all(row.keys() >= final.keys() and layers(row) == layers(final) for row in log)
-    parts = (final, *log, *(layer for row in (final, *log) for layer in row["layers"]), summary.get("measured") or {})
-    numbers = all(isinstance(part.get(metric), OPTIONAL) for part in parts for metric in QUANTITIES)
+    numbers = all(isinstance(part.get(metric), OPTIONAL)
+                  for part in (*rows, *those, summary.get("measured") or {}) for metric in QUANTITIES)
+    possible = all(0 <= layer["load_entropy"] < 1.001 for layer in those)
     by_domain = all(_fits(part[name], {...: of}) and part[name].keys() == set(config["domains"])
-                    for part in (summary, final, *log) for name, of in BY_DOMAIN.items() if name in part)
-    alike = alike and log[-1]["step"] == summary["steps"]
-    numbers = numbers and all(0 <= layer["load_entropy"] < 1.001 for row in (final, *log) for layer in row["layers"])
-    return config["run_id"] == summary["run_id"] == name and alike and numbers and by_domain
+                    for part in (summary, *rows) for name, of in BY_DOMAIN.items() if name in part)
+    of_one_run = config["run_id"] == summary["run_id"] == name and log[-1]["step"] == summary["steps"]
+    return of_one_run and alike and numbers and possible and by_domain
 
 
 def _fits(found, shape) -> bool:

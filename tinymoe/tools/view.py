@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..autograd.tensor import Tensor, no_grad
+from ..autograd.tensor import no_grad
 from ..files import CheckpointError, load_arrays
 from ..model.config import ModelConfig
 from ..moe import metrics
 from ..moe.routers import ROUTERS
-from ..moe.routing import from_mask, merge
+from ..moe.routing import merge
 from ..study.palette import EXPERTS, is_light, rgb, symbol
 from ..study.probes import rerouted
 from ..training.data import CorpusError
@@ -195,8 +195,8 @@ def _inside(folder, final):
     caught = []
     with contextlib.ExitStack() as stack, no_grad():
         for part in model.moe_parts():
-            stack.enter_context(rerouted(lambda routing, x, bank=part.experts: caught.append(
-                (routing, *_outputs(bank, x, routing))) or routing, part))
+            stack.enter_context(rerouted(lambda routing, x, part=part: caught.append(
+                (routing, *_outputs(part, x, routing))) or routing, part))
         model.forward(final["ids"].astype(np.int64), rng=np.random.default_rng([0, 0]))
     routings, sizes, total = zip(*caught)
     same = (np.stack([r.mask() for r in routings]) == final["chosen"]).all(axis=2)
@@ -205,14 +205,12 @@ def _inside(folder, final):
             for name, a in arrays.items()}
 
 
-def _outputs(bank, x, routing):
+def _outputs(part, x, routing):
     """(norms (N, E) of the experts' outputs, 0 where not chosen; norms (N,) of the weighted sums)."""
-    sizes = np.zeros(routing.probs.shape)
-    for e in range(routing.n_experts):
-        alone = np.broadcast_to(np.arange(routing.n_experts) == e, sizes.shape) & routing.mask()
-        ones = Tensor(alone.astype(x.dtype))
-        sizes[:, e] = np.linalg.norm(bank(x, from_mask(alone, ones, ones, ones)).data, axis=1)
-    return sizes, np.linalg.norm(bank(x, routing).data, axis=1)
+    sizes, n = np.zeros(routing.probs.shape), part.experts.n_experts
+    sizes[:, :n] = np.linalg.norm(part.experts.each(x).data, axis=2).T
+    sizes[:, n:n + part.n_copy] = np.linalg.norm(x.data, axis=1, keepdims=True)  # the rest are zero experts
+    return sizes * routing.mask(), np.linalg.norm(part.weighted_sum(x, routing).data, axis=1)
 
 
 def _base64(array, dtype=np.uint8):

@@ -67,9 +67,9 @@ def losses_by_part(nats, valid: Validation) -> dict:
 
     Neighbouring windows are alike, so a bootstrap over the text draws stretches and not windows.
     """
-    by_domain = [nats[valid.domain == d] for d in range(len(valid.names))]
-    return {name: [round(float(part.mean(dtype=float)), 5) for part in np.array_split(windows, PARTS) if len(part)]
-            for name, windows in zip(valid.names, by_domain)}
+    windows = [nats[valid.domain == d] for d in range(len(valid.names))]
+    return {name: [round(float(part.mean(dtype=float)), 5) for part in np.array_split(those, PARTS) if len(part)]
+            for name, those in zip(valid.names, windows)}
 
 
 def snapshot(ids, domain, by_layer) -> dict:
@@ -97,11 +97,16 @@ def first_windows(valid: Validation, by_layer) -> dict:
     return snapshot(valid.ids[:n], valid.domain[:n], first) if first else {}
 
 
+def by_domain(nats, valid: Validation) -> dict[str, float]:
+    """{domain: mean of nats (W, T) over its windows}."""
+    return {name: float(nats[valid.domain == d].mean(dtype=float)) for d, name in enumerate(valid.names)}
+
+
 def _loss_numbers(prefix, nats, valid):
-    by_domain = {name: float(nats[valid.domain == d].mean(dtype=float)) for d, name in enumerate(valid.names)}
-    mean = float(np.mean(list(by_domain.values())))
+    means = by_domain(nats, valid)
+    mean = float(np.mean(list(means.values())))
     return {f"{prefix}_cross_entropy": mean, f"{prefix}_perplexity": float(np.exp(mean)),
-            f"{prefix}_bits_per_byte": float(mean / np.log(2)), f"{prefix}_by_domain": by_domain}
+            f"{prefix}_bits_per_byte": float(mean / np.log(2)), f"{prefix}_by_domain": means}
 
 
 def layer_numbers(routings, valid: Validation) -> dict:

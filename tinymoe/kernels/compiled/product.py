@@ -59,7 +59,10 @@ def product(a, b, out):
 
 @loop
 def multiply_in_parts(a, b, out, add):
-    """The same as `multiply`, in 1, 2, 4, ... parts along the longest axis, so that M N K is small in each"""
+    """The same as `multiply`, in 1, 2, 4, ... parts along the longest axis, so that M N K is small in each
+
+    Unlike `product` it can add, and copies nothing.
+    """
     rows, columns, inner = slice(0, out.shape[0]), slice(0, out.shape[1]), slice(0, a.shape[1])
     longest, parts = max(rows.stop, columns.stop, inner.stop), 1
     while TILED and rows.stop * columns.stop * inner.stop > SMALL * parts:

@@ -192,6 +192,8 @@ class MixtureOfDepths(LinearRouter, name="mixture_of_depths"):
     With context.causal an expert takes the tokens with z > 0, as the paper does to sample: the penalty, a binary
     cross-entropy that predicts the choice from z, trains z to be positive there.
 
+    The form was not checked against the paper itself.
+
     choice_loss: coefficient of the penalty; 0.01 is our choice. The penalty also reaches the layers below.
     Raises ValueError without RouteContext.ids, unless context.causal is set.
     """
