@@ -213,7 +213,7 @@ def _settings(overrides):
 @click.option("--full", "scale", flag_value="full", help="As planned for publication: every seed, and learning rates "
               "that are chosen first.")
 @click.option("--steps", "-n", type=COUNT, help="Training steps of each run.")
-@click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEF"), case_sensitive=False),
+@click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEFG"), case_sensitive=False),
               help="Train only this config; repeat for several.  [default: all]")
 @click.option("--seeds", type=click.IntRange(1, 1000),
               help="Runs of each config, seeds 0 to N - 1.  [default: 1; with --full as planned]")
@@ -259,13 +259,12 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
     failures = _train_all(experiment, scale, seeds, out, fields or {}, **how) if scale else {}
     if failures is not None:
         with _refusing(ValueError, OSError):
-            report.write_findings(experiment, out)
-            report.write_summary_csv(out)
             results = Results(experiment, out)
-            if plot:
+            if plot:  # before the document, which shows the figures that are there
                 from tinymoe.study.figures import draw_all
                 click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
-                report.write_findings(experiment, out)  # again, to show the figures
+            report.write_findings(experiment, out)
+            report.write_summary_csv(out)
         show(results)
         click.echo(f"findings in {out / 'FINDINGS.md'}")
     if failures != {}:
@@ -514,9 +513,8 @@ def compare(paths, out):
 def rows(folder, form, out):
     """Write every row of a folder's runs as one flat table.
 
-    For pandas, R and others.
-
-    It has one line for each run, evaluation and MoE layer, and columns such as load.0 for the load of expert 0.
+    It is for pandas, R and others. It has one line for each run, evaluation and MoE layer, and columns such as load.0
+    for the load of expert 0.
     """
     from tinymoe.files import as_csv, write_atomically
     from tinymoe.study import compare as c

@@ -216,6 +216,13 @@ def test_a_run_that_starts_from_a_row_alone_is_refused(copy, monkeypatch):
 
 # -- what the document says of a plan --
 
+def test_a_table_has_no_row_that_holds_nothing(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1))
+    rows = [line.split(" | ")[0] for line in report.primary_table(results).splitlines()[2:]]
+    assert rows == ["| difference", "| mean", "| verdict", "| margin", "| seeds"]
+    assert report.answers(results)[0].startswith("Does balancing cost loss? **Not tested")
+
+
 def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
     write_study(tmp_path)
     change(tmp_path / "runs/A-seed0", None, plan_hash="0" * 64)

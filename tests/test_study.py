@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import cli
 from test_train import MODEL, TRAINING, WORDS, own_router, results, snapshot, tiny
 from tinymoe import files
 from tinymoe.experiments import STUDY
@@ -43,6 +44,7 @@ def test_the_configs_are_those_of_the_study():
         ("A", "top_k", 1, 0.0), ("B", "top_k", 1, 0.01), ("C", "top_k", 1, 0.1),
         ("D", "top_k", 2, 0.01), ("E", "expert_choice", 2, 0.0), ("F", "noisy_top_k", 2, 0.01),
         ("G", "top_k", 2, 0.01, {"renormalise": False})]
+    assert list(next(o for o in cli.study.params if o.name == "configs").type.choices) == [s.id for s in STUDY.settings]
     full, quick = (STUDY.runs(STUDY.scales[name], 1)[0].training for name in ("default", "quick"))
     assert full == plan.TrainConfig(final_windows=1000) and full.steps == 2000 and full.batch_size == 8
     assert quick == replace(full, steps=200, n_evaluations=10, final_windows=32)

@@ -351,6 +351,21 @@ def test_the_byte_in_focus_shows_logits_and_the_weighted_sum_of_the_last_step(sh
     assert f"size of y: {np.linalg.norm(total):.2f}" in got["sum"] or not gates.any()
 
 
+def test_the_output_of_a_copy_expert_is_its_input_and_that_of_a_zero_expert_nothing():
+    """4 experts, one copy, one zero. The sum is that of gates times outputs, expert by expert."""
+    part = tiny("D", model={"n_copy": 1, "n_zero": 1, "moe_layers": [0]}).model
+    part = Transformer(part, seed=1, dtype=np.float64).moe_parts()[0]
+    n, rng = part.experts.n_experts, np.random.default_rng(0)
+    x, gates = Tensor(rng.standard_normal((3, part.experts.w1.shape[1]))), np.zeros((3, n + 2))
+    gates[0, [1, n]], gates[1, n], gates[2, n + 1] = (0.25, 0.5), 2, 1
+    sizes, total = view._outputs(part, x, by_hand(gates))
+    output = np.linalg.norm(part.experts.each(x).data, axis=2)  # (E, N)
+    np.testing.assert_allclose(sizes[0, [1, n]], [output[1, 0], np.linalg.norm(x.data[0])])
+    assert np.count_nonzero(sizes) == 3 and total[2] == 0 and total[1] == pytest.approx(2 * sizes[1, n])
+    both = 0.25 * part.experts.each(x).data[1, 0] + 0.5 * x.data[0]
+    assert total[0] == pytest.approx(np.linalg.norm(both))
+
+
 def test_without_a_checkpoint_and_for_a_large_page_the_outputs_are_left_out(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint.npz"))
     assert "logits" in data_of(view.page(run)) and "logits" not in data_of(view.page(tmp_path / "run"))

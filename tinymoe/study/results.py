@@ -134,9 +134,11 @@ class Results:
         return {seed: min(part[seed] for part in parts if seed in part) for seed in sorted(set().union(*parts))}
 
     def interval(self, metric: str, setting: str) -> Interval:
+        """The mean of a setting over its seeds, with its 95% interval."""
         return t_interval(list(self.numbers(metric, setting).values()))
 
     def mean(self, metric: str, setting: str) -> float:
+        """The mean of a setting over its seeds."""
         return self.interval(metric, setting).mean
 
     def ranked(self, metric: str) -> list[str]:
