@@ -357,7 +357,7 @@ def test_a_failed_run_is_named_escaped(text, tmp_path, monkeypatch):
 
 MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--jbos 2": (2, "--jbos"),
-    "--config G": (2, "'G'"),
+    "--config H": (2, "'H'"),
     "--steps 0": (2, "0 is not in the range"),
     "--steps many": (2, "'many'"),
     "--seeds 0": (2, "0 is not in the range"),
