@@ -1,6 +1,6 @@
 """FINDINGS.md as one HTML file: the same paragraphs, figures inline, tables that sort, numbers that lead to their runs.
 
-It reads the Markdown that report.py writes: headings, tables, lists, images; in a line bold, italic, code and links.
+It reads the Markdown that report.py and gathered.py write: headings, tables, lists, images; in a line bold, italic, code and links.
 The template is report.html.
 """
 
@@ -13,12 +13,13 @@ from ..files import write_atomically
 from . import figures, gathered, report
 from .quantities import LOSS
 from .results import Results
+from .wording import GLOSSARY, METHODS
 
 
 def write_page(found: list[Results], published=None, absent=()) -> Path:
     """Write report.html of one experiment into its folder, or of all that is published into `published`: its path.
 
-    found, absent: as report.published_results gives. Figures that are missing are drawn first.
+    found, absent: as gathered.published_results gives. Figures that are missing are drawn first.
     """
     for results in found:
         if not report.images(results):
@@ -38,7 +39,7 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
 
 def whole_experiment(results):
     """An experiment's document that opens when it is asked for; the words and methods stand once in the page."""
-    shared = (report.GLOSSARY, report.METHODS, "## Words used here", "## Methods")
+    shared = (GLOSSARY, METHODS, "## Words used here", "## Methods")
     heading, *rest = (part for part in report.document(results) if part not in shared)
     question = inline(heading.removeprefix("# "), results)
     return (f'<details class="experiment" id="{anchor(results)}"><summary>{question}</summary>'
