@@ -1,6 +1,7 @@
 """FINDINGS.md as one HTML file: the same paragraphs, figures inline, tables that sort, numbers that lead to their runs.
 
-It reads the Markdown that report.py and gathered.py write: headings, tables, lists, images; in a line bold, italic, code and links.
+It reads the Markdown that report.py and gathered.py write: headings, tables, lists, images; in a line bold, italic,
+code and links.
 The template is report.html.
 """
 

@@ -180,7 +180,7 @@ class Results:
 
 
 def _state(layer):
-    """One of STATES, which report.py defines."""
+    """One of STATES, which the glossary in wording.py defines."""
     return "collapsed" if collapsed(layer) else "starved" if layer["dead_experts"] else "in use"
 
 

@@ -151,7 +151,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """"different", "same" or "not known", see the glossary of report.py; "not tested" without two seeds."""
+        """"different", "same" or "not known", see the glossary in wording.py; "not tested" without two seeds."""
         if not self.tested:
             return "not tested"
         return "different" if self.corrected < LEVEL else "same" if self.within else "not known"
