@@ -260,11 +260,13 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
     if failures is not None:
         with _refusing(ValueError, OSError):
             results = Results(experiment, out)
-            if plot:  # before the document, which shows the figures that are there
-                from tinymoe.study.figures import draw_all
-                click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
-            report.write_findings(experiment, out)
-            report.write_summary_csv(out)
+            try:
+                if plot:
+                    from tinymoe.study.figures import draw_all
+                    click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
+            finally:  # the document shows the figures that are there
+                report.write_findings(experiment, out)
+                report.write_summary_csv(out)
         show(results)
         click.echo(f"findings in {out / 'FINDINGS.md'}")
     if failures != {}:

@@ -85,7 +85,7 @@ print(f"loss {final['causal_cross_entropy']:.2f} nats a byte; a uniform guess ha
 
 # %%
 from tinymoe.tools import view
-from tinymoe.training.run_folder import load_model
+from tinymoe.training.loading import load_model
 
 text = b"In the beginning God created for i in range(10):"
 for layer, routing in zip(config.moe_layers, view.prefix_routings(load_model(folder), text)):

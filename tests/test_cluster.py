@@ -101,7 +101,7 @@ def test_a_study_has_the_bits_of_a_local_one(text, tmp_path, dask):
     for run in runs[:3]:
         assert results(tmp_path / "far/runs" / run.run_id) == results(tmp_path / "near/runs" / run.run_id)
     assert sorted(e.run_id for e in events if e.kind == "done") == [run.run_id for run in runs[:3]]
-    assert not list(tmp_path.glob("far/.shared*")) and not list(tmp_path.glob("far/runs/*/.lease"))
+    assert not list(tmp_path.glob("far/.shared*")) and not list(tmp_path.glob("far/runs/*/.lease*"))
     before = outcome(tmp_path / "near") if not failures else None
     assert trained(runs[:3], tmp_path / "far", text, dask)[1] == [e for e in events if e.kind == "done"] or not before
     config = (tmp_path / "far/runs/F-seed0/config.json").stat().st_mtime
@@ -143,7 +143,7 @@ def test_a_run_that_another_process_trains_is_looked_at_again(text, tmp_path, da
     left_behind = tmp_path / "runs/F-seed0"
     left_behind.mkdir(parents=True)
     left(left_behind)
-    threading.Timer(1, left_behind.joinpath(".lease").unlink).start()
+    threading.Timer(1, left_behind.joinpath(".lease1").unlink).start()
     failures, events = trained(several(1), tmp_path, text, dask)
     assert failures == {} and events[-1].kind == "done"
 

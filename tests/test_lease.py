@@ -18,9 +18,9 @@ from tinymoe.training import trainer as t
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def left(folder, tag="another1", pid=7, age=0.0, content=None):
+def left(folder, tag="another1", pid=7, age=0.0, content=None, number=1):
     """A lease that a process of some host left, `age` seconds ago."""
-    path = folder / ".lease"
+    path = folder / f".lease{number}"
     path.write_text(json.dumps({"host": "far", "tag": tag, "pid": pid}) if content is None else content)
     os.utime(path, (time.time() - age,) * 2)
     return path
@@ -38,7 +38,7 @@ def take(folder, locked=False):
 def test_a_lease_is_of_one_process_and_is_gone_after_it(tmp_path):
     first = lease.Lease(tmp_path)
     assert first.take(False) and first.held() and not take(tmp_path)
-    assert lease.holder(tmp_path)["pid"] == os.getpid() and [p.name for p in tmp_path.iterdir()] == [".lease"]
+    assert lease.holder(tmp_path)["pid"] == os.getpid() and [p.name for p in tmp_path.iterdir()] == [".lease1"]
     first.release()
     assert lease.holder(tmp_path) is None and not list(tmp_path.iterdir()) and take(tmp_path)
 
@@ -60,6 +60,36 @@ def test_a_lease_is_taken_over_when_it_is_stale(tmp_path, case, free):
 def test_the_lock_shows_that_a_holder_on_this_host_is_gone(tmp_path):
     left(tmp_path, files.host_tag(), os.getppid())  # a number that another process has by now
     assert take(tmp_path, locked=True)
+
+
+def test_who_judged_too_long_ago_withdraws(tmp_path, monkeypatch):
+    """Would have caught: a slow process that removed the lease of another which had taken over in the meantime."""
+    fast, slow = lease.Lease(tmp_path), lease.Lease(tmp_path)
+    left(tmp_path, age=lease.SECONDS + 30)
+
+    def judge(leases, locked):
+        monkeypatch.undo()
+        return fast.take(False)
+
+    monkeypatch.setattr(slow, "_are_stale", judge)
+    assert not slow.take(False) and fast.held() and not slow.held()
+    assert [p.name for p in tmp_path.iterdir()] == [".lease2"]
+    fast.release()
+    assert slow.take(False) and slow.held()
+    slow.release()
+    left(tmp_path, age=lease.SECONDS + 30)
+
+    def judge_longer(leases, locked):
+        for _ in range(2):  # another takes over, dies, and a third takes over
+            fast.take(False)
+            os.utime(fast.path, (0, 0))
+        return fast.take(False)
+
+    monkeypatch.setattr(lease, "is_gone", lambda pid: False)
+    monkeypatch.setattr(slow, "_are_stale", judge_longer)
+    assert not slow.take(False) and fast.held() and not slow.held()
+    assert [p.name for p in tmp_path.iterdir()] == [".lease4"]
+    fast.release()
 
 
 def test_a_holder_renews_its_lease(tmp_path, monkeypatch):
@@ -119,7 +149,7 @@ def test_a_run_that_another_host_trains_is_busy(corpus, stopped, monkeypatch):  
 def test_a_stale_lease_is_taken_over_and_the_run_ends_with_the_same_bits(corpus, stopped, reference):  # noqa: F811
     left(stopped, age=lease.SECONDS + 30)
     t.train(tiny(), corpus, stopped)
-    assert results(stopped) == reference and not (stopped / ".lease").exists()
+    assert results(stopped) == reference and not list(stopped.glob(".lease*"))
 
 
 def test_what_another_host_left_half_written_is_removed(corpus, stopped, reference):  # noqa: F811
@@ -133,12 +163,13 @@ def test_what_another_host_left_half_written_is_removed(corpus, stopped, referen
 def test_a_process_that_slept_too_long_writes_no_more(corpus, stopped, reference):  # noqa: F811
     def sleep(event):
         if event.kind == "step":
-            left(stopped)
+            (stopped / ".lease1").unlink(missing_ok=True)
+            left(stopped, number=2)
 
     with pytest.raises(run_folder.Busy, match="was taken over by another process while this one was stopped"):
         t.train(tiny(), corpus, stopped, sleep)
-    assert json.loads((stopped / ".lease").read_text())["host"] == "far"
-    (stopped / ".lease").unlink()
+    assert json.loads((stopped / ".lease2").read_text())["host"] == "far"
+    (stopped / ".lease2").unlink()
     t.train(tiny(), corpus, stopped)
     assert results(stopped) == reference
 
@@ -146,7 +177,7 @@ def test_a_process_that_slept_too_long_writes_no_more(corpus, stopped, reference
 def test_a_run_that_ended_while_this_process_waited_is_not_trained_again(corpus, stopped, tmp_path, monkeypatch):  # noqa: F811
     def end(seconds):
         shutil.copytree(tmp_path / "elsewhere", stopped, dirs_exist_ok=True)
-        (stopped / ".lease").unlink()
+        (stopped / ".lease1").unlink()
 
     t.train(tiny(), corpus, tmp_path / "elsewhere")
     left(stopped)

@@ -1,15 +1,16 @@
 """The lease of a run's folder, which says to all hosts which process writes there.
 
 A lock of the operating system (flock) is exact and ends with its process, but on a file system that several hosts share
-it may hold within one host only. So the process that has the lock also makes the file `.lease`. It names the process
+it may hold within one host only. So the process that has the lock also makes a file `.lease1`. It names the process
 and its host, and a thread renews its time. Why only one process writes the folder:
 
-1. `.lease` is made with O_EXCL: of several hosts one succeeds, on NFS (version 3 and later) too.
+1. The file is made with O_EXCL: of several hosts one succeeds, on NFS (version 3 and later) too.
 2. A lease of this host is stale when its process is gone, one of another host when it was not renewed for SECONDS.
    Both times are the file server's: the second is that of a file just written there. So clocks need not agree.
-3. Who takes over a stale lease renames it first: of several hosts one succeeds. If the renamed file is not the one that
-   was judged, since another host was faster, it is renamed back.
-4. Before each save a process reads `.lease`, and stops if the lease is not its own: it slept until its own was stale.
+3. A stale lease is not removed first, since by then another host may have put its own in that place. Who takes it over
+   makes the file of the next number, looks again, and withdraws unless its own is the only change. Of two that took
+   over at the same time the later one sees the earlier one's file. Then the stale files are removed.
+4. Before each save a process reads its file, and stops if that is gone: it slept until its lease was stale.
    What it could still write at that moment are complete files of the same run, with the bits that the other writes.
 """
 
@@ -17,6 +18,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import threading
 import time
 from pathlib import Path
@@ -27,39 +29,51 @@ SECONDS = float(os.environ.get("TINYMOE_LEASE") or 90)  # a lease that was not r
 
 
 class Lease:
-    """The lease of one folder. path: its file."""
+    """The lease of one folder. path: its file, once it was made."""
 
     def __init__(self, folder):
-        self.path, self._ended = Path(folder, ".lease"), threading.Event()
-        self._content = b""  # of our file, once we hold it
+        self.folder, self.path, self._content, self._ended = Path(folder), None, b"", threading.Event()
 
     def take(self, locked: bool) -> bool:
-        """Make the file, or take over one that is stale; False if another process holds it.
+        """Make the file if there is none, or only stale ones; False if another process holds the lease.
 
         locked: whether this process has the lock of the operating system. Raises OSError.
         """
+        before = _leases(self.folder)
+        if before and not self._are_stale(before, locked):
+            return False
+        number = max(before, default=0) + 1
+        path = _path(self.folder, number)
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
         content = json.dumps({"host": platform.node(), "tag": host_tag(), "pid": os.getpid(),
                               "started": time.time()}).encode()
-        try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return self._remove_stale(locked) and self.take(locked)
-        try:
-            os.write(handle, content)
-        finally:
-            os.close(handle)
-        self._content = content
+        with open(handle, "wb") as file:
+            file.write(content)
+        self.path, self._content = path, content
+        after = _leases(self.folder)
+        if after.pop(number, (b"",))[0] != content or after != before:
+            self._remove()
+            return False
+        for number in before:
+            _path(self.folder, number).unlink(missing_ok=True)
         threading.Thread(target=self._renew, daemon=True).start()
         return True
 
     def held(self) -> bool:
-        """Whether the file is still ours."""
-        return self._content == _read(self.path)[0]
+        """Whether the file is there, and ours."""
+        found = self.path and _read(self.path)
+        return bool(found) and found[0] == self._content
 
     def release(self):
         """Remove the file, if it is ours."""
         self._ended.set()
-        if self._content and self.held():
+        self._remove()
+
+    def _remove(self):
+        if self.held():
             self.path.unlink(missing_ok=True)
 
     def _renew(self):
@@ -68,32 +82,25 @@ class Lease:
                 if self.held():
                     os.utime(self.path)
 
-    def _remove_stale(self, locked):
-        content, changed = _read(self.path)
-        if changed is None:
-            return True  # it was just released
-        clock = self.path.with_name(temporary_name(".clock"))
+    def _are_stale(self, leases, locked):
+        clock = self.folder / temporary_name(".clock")
         with open(clock, "w") as file:
-            age = os.fstat(file.fileno()).st_mtime - changed
+            now = os.fstat(file.fileno()).st_mtime
         clock.unlink(missing_ok=True)
-        tag, pid = _holder(content)
-        if not (age > (SECONDS if tag else 2) or tag == host_tag() and (locked or is_gone(pid))):
-            return False
-        aside = self.path.with_name(temporary_name(".lease"))
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if _read(aside)[0] == content:
-                aside.unlink()
-            else:
-                os.rename(aside, self.path)
+        for content, changed in leases.values():
+            tag, pid = _holder(content)
+            gone = tag == host_tag() and (locked or is_gone(pid))
+            if not gone and now - changed <= (SECONDS if tag else 2):
+                return False
         return True
 
 
 def holder(folder) -> dict | None:
     """{"host", "pid", ...} of the process that writes a folder; None if there is none. Clocks of hosts may differ."""
-    content, changed = _read(Path(folder, ".lease"))
+    leases = _leases(folder)
+    content, changed = leases[max(leases)] if leases else (b"", 0.0)
     tag, pid = _holder(content)
-    if changed is None or time.time() - changed > 2 * SECONDS or tag == host_tag() and is_gone(pid):
+    if time.time() - changed > 2 * SECONDS or tag == host_tag() and is_gone(pid):
         return None
     return json.loads(content) if tag else {"host": "?", "pid": pid}
 
@@ -106,10 +113,21 @@ def _holder(content):
     return None, 0
 
 
+def _path(folder, number):
+    return Path(folder, f".lease{number}")
+
+
+def _leases(folder):
+    """{number: (content, time of change)} of the leases in a folder; {} if there is no folder."""
+    with contextlib.suppress(FileNotFoundError):
+        names = [name for name in os.listdir(folder) if re.fullmatch(r"\.lease[1-9]\d{0,17}", name)]
+        found = {int(name[6:]): _read(Path(folder, name)) for name in names}
+        return {number: lease for number, lease in found.items() if lease}
+    return {}
+
+
 def _read(path):
-    """(content, time of change) of a file, (None, None) if there is none. Opening it makes NFS ask the server."""
-    try:
+    """(content, time of change) of a file, None if there is none. Opening it makes NFS ask the server."""
+    with contextlib.suppress(FileNotFoundError):
         with open(path, "rb") as file:
             return file.read(1000), os.fstat(file.fileno()).st_mtime
-    except FileNotFoundError:
-        return None, None

@@ -69,7 +69,7 @@ class RunFolder:
         Raises Busy if another process holds it, RunError if the folder cannot be locked.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        inside = [self.path / name for name in (".", ".lock", ".lease", ROUTINGS, *FILES)]
+        inside = [self.path / name for name in (".", ".lock", ROUTINGS, *FILES)]
         for path in [*inside, *self.path.glob(f"{ROUTINGS}/*")]:
             if path.is_symlink():
                 raise RunError(f"{path} is a link, but a run writes only inside its own folder: remove the link")
