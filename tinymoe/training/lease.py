@@ -128,6 +128,6 @@ def _leases(folder):
 
 def _read(path):
     """(content, time of change) of a file, None if there is none. Opening it makes NFS ask the server."""
-    with contextlib.suppress(FileNotFoundError):
-        with open(path, "rb") as file:
-            return file.read(1000), os.fstat(file.fileno()).st_mtime
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read(1000), os.fstat(file.fileno()).st_mtime
+    return None
