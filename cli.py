@@ -459,7 +459,7 @@ def report_page(folder, name):
     from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.study import gathered, page
     from tinymoe.study.results import Results
-    if name is None and (folder / "full").is_dir():
+    if name is None and any((folder / part).is_dir() for part in ("full", "experiments")):
         found, absent = gathered.published_results(folder, STUDY, EXPERIMENTS.values())
         click.echo(page.write_page(found, folder, absent))
     else:

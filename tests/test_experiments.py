@@ -419,10 +419,21 @@ def test_nothing_to_gather_and_nothing_to_draw_are_said(tmp_path):
         assert refused.exit_code == 1 and "no finished run" in refused.output
 
 
+def test_experiments_are_gathered_before_the_study_has_ended(corpora, tmp_path):
+    finish(EXPERIMENTS["fine-grained"], corpora, tmp_path / "experiments/fine-grained")
+    done = CliRunner().invoke(cli.main, ["findings", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "FINDINGS.md").read_text()
+    assert "## The three questions\n\nNo runs are finished yet." in text and "so not here: study, expert-choice" in text
+    page = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
+    assert page.exit_code == 0, page.output
+
+
 def test_what_is_gathered_names_what_is_missing(corpora, tmp_path):
     study = [dataclasses.replace(run, config_id=name) for run, name in zip(toy_runs(EXPERIMENTS["frozen"], 1), "AB")]
     for run in study:
         train(run, corpora[None], tmp_path / "full/runs" / run.run_id)
     finish(EXPERIMENTS["fine-grained"], corpora, tmp_path / "experiments/fine-grained")
     text = gathered.gather(tmp_path, lab.STUDY, EXPERIMENTS.values()).read_text()
+    assert "No runs are finished yet" not in text
     assert "Without finished runs, so not here: expert-choice, " in text and "(`fine-grained`)" in text

@@ -45,17 +45,19 @@ FOREST = "*All primary differences, the first setting minus the second, in units
 
 
 def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[str]]:
-    """(Results of the study and of each experiment that has a finished run, names of the experiments without).
+    """(Results of the study and of the experiments that have a finished run, names of those without).
 
-    Raises ValueError where the study has no finished run, or a run is damaged.
+    Raises ValueError where there is no finished run at all, or a run is damaged.
     """
-    found, absent = [Results(study, Path(published, "full"))], []
-    for experiment in experiments:
-        folder = Path(published, "experiments", experiment.name)
+    found, absent = [], []
+    for experiment in (study, *experiments):
+        folder = Path(published, place_of(experiment))
         if Path(folder, COMPACT).exists() or any(folder.glob("runs/*/summary.json")):
             found.append(Results(experiment, folder))
         else:
             absent.append(experiment.name)
+    if not found:
+        raise ValueError(f"{published}: no finished run in full/ and experiments/: train some first")
     return found, absent
 
 
@@ -73,28 +75,29 @@ def document(found, absent, published, section=None) -> list[str]:
 
     section: Results -> the section of an experiment.
     """
-    claims = sorted(([number, text, verdict, link(results)] for results in found[1:]
+    study, others = ([r for r in found if r.experiment.adjustable is its] for its in (True, False))
+    claims = sorted(([number, text, verdict, link(results)] for results in others
                      for number, text, _, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
     forest = Path(published, "figures", "primary.png").exists()
     return [
-        "# Findings", OPENING, yardstick(found), "## The three questions", question_table(found[:1]), SURE,
+        "# Findings", OPENING, yardstick(found), "## The three questions", question_table(study), SURE,
         *(chapter("Claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims), BY_CONSTRUCTION)
           if claims else []),
         "## The surprise", surprise(found), "## All primary comparisons",
-        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", question_table(found[1:]),
+        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", question_table(others),
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
         "## Words used here", GLOSSARY, VERDICTS, *map(section or summary, found),
         "## What this scale cannot show", CANNOT,
         "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS]
 
 
-def place_of(results):
+def place_of(experiment):
     """The folder of an experiment in what is published."""
-    return "full" if results.experiment.adjustable else f"experiments/{results.experiment.name}"
+    return "full" if experiment.adjustable else f"experiments/{experiment.name}"
 
 
 def link(results):
-    return f"[{results.experiment.name}]({place_of(results)}/FINDINGS.md)"
+    return f"[{results.experiment.name}]({place_of(results.experiment)}/FINDINGS.md)"
 
 
 def yardstick(found):
@@ -107,6 +110,8 @@ def yardstick(found):
 
 def question_table(found):
     """The primary comparisons of several experiments: question, answer, number, how sure."""
+    if not found:
+        return "No runs are finished yet."
     rows = [[one.question, f"**{one.sentence(each)}**", f"{each.contrast}: {cells(each)[0]} {unit(each)}".strip(),
              f"{cells(each)[2]}{how_sure(each)}", link(results)]
             for results in found for one, each in zip(results.experiment.primary, results.primary)]
@@ -143,7 +148,7 @@ def surprise(found):
 
 def summary(results):
     """One experiment in the gathered document: its answers, one figure, one table."""
-    e, place = results.experiment, place_of(results)
+    e, place = results.experiment, place_of(results.experiment)
     return "\n\n".join(filter(None, [
         f"## {e.question} (`{e.name}`)", *answers(results), about(results), bold(warnings(results)),
         *images(results, f"{place}/")[:1], settings_table(results),
