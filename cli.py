@@ -48,13 +48,14 @@ class Commands(click.Group):
 
     def invoke(self, context):
         try:
-            return super().invoke(context)
-        except KeyboardInterrupt:
-            raise SystemExit(_say("\nInterrupted.", code=130)) from None
+            with _ending_if_interrupted("\nInterrupted."):
+                return super().invoke(context)
         except Exception as error:
-            if type(error).__module__.startswith("tinymoe."):  # the errors of the package say what to do
-                error = click.ClickException(str(error))
-            if isinstance(error, click.ClickException) and "tinymoe" in sys.modules:
+            ours = type(error).__module__.startswith("tinymoe.")  # the errors of the package say what to do
+            if not ours and not isinstance(error, click.ClickException):
+                raise
+            error = click.ClickException(str(error)) if ours else error
+            if "tinymoe" in sys.modules:
                 from tinymoe.files import printable
                 error.message = printable(error.message)  # it may quote a file
             raise error from None
@@ -71,6 +72,17 @@ def _say(message, code=1):
     """Print a line to the error stream; returns the exit code."""
     click.echo(message, err=True)
     return code
+
+
+@contextlib.contextmanager
+def _ending_if_interrupted(message):
+    """End with this line after Ctrl-C. If it came in compiled code, Python has made a SystemError of it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemError) as error:
+        if isinstance(error, SystemError) and not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        raise SystemExit(_say(message, code=130)) from None
 
 
 @contextlib.contextmanager
@@ -319,11 +331,9 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     progress = Progress(runs)
     if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with _refusing(OSError), progress.bar:
-            failures = runner.run_study(runs, out, text, jobs, fresh, progress.note, scheduler)
-    except KeyboardInterrupt:
-        raise SystemExit(_say("\nInterrupted. The same command resumes from the last checkpoints.", code=130)) from None
+    with (_ending_if_interrupted("\nInterrupted. The same command resumes from the last checkpoints."),
+          _refusing(OSError), progress.bar):
+        failures = runner.run_study(runs, out, text, jobs, fresh, progress.note, scheduler)
     for run_id, message in failures.items():
         _say(printable(f"Error: {run_id} failed: {message}"))
     return failures

@@ -179,9 +179,10 @@ def test_seeds_and_steps_make_the_runs(text, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monkeypatch):
+    """Would have caught: a traceback of a SystemError."""
     real = train.Trainer.learn
     monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if self.step < 3
-                        else (_ for _ in ()).throw(KeyboardInterrupt))
+                        else in_compiled_code())
     code, output = study(text, tmp_path / "torn", "--config", "F")
     assert code == 130 and "Interrupted. The same command resumes from the last checkpoints." in output
     monkeypatch.undo()
@@ -233,8 +234,14 @@ def test_only_the_steps_may_differ_in_what_is_extended(text, tmp_path):
     assert (tmp_path / "runs/F-seed0/summary.json").exists()
 
 
-def test_ctrl_c_while_figures_are_drawn_is_orderly_too(finished, monkeypatch):
-    monkeypatch.setattr(files, "write_atomically", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+def in_compiled_code(*args):
+    """What Python makes of a Ctrl-C that comes in compiled code."""
+    raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+
+@pytest.mark.parametrize("end", [lambda *args: (_ for _ in ()).throw(KeyboardInterrupt), in_compiled_code])
+def test_ctrl_c_while_figures_are_drawn_is_orderly_too(finished, monkeypatch, end):
+    monkeypatch.setattr(files, "write_atomically", end)
     for module in (plots, report):
         monkeypatch.setattr(module, "write_atomically", files.write_atomically)
     code, output = invoke("study", "--plot-only", "--out", finished)

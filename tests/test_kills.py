@@ -29,7 +29,7 @@ NUMBERS = itertools.count()
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 TARGETS = "parent", "child", "both"  # child: one process that the study started; both: the parent and all of them
 MOMENTS = "start", "sending", "training", "writing"
-IN_RUN = re.compile(r"\.lock|config\.json|log\.jsonl|summary\.json|failure\.json|checkpoint\.npz|routings")
+IN_RUN = re.compile(r"\.lock|\.lease\d|config\.json|log\.jsonl|summary\.json|failure\.json|checkpoint\.npz|routings")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
 
 
