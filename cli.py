@@ -410,7 +410,7 @@ def experiment(name, scale, seeds, out, plot_only, text, **how):
         click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
     chosen = _experiment(name)
-    if chosen.measure and name not in EXPERIMENTS:
+    if chosen.measure and not chosen.measure.__module__.startswith("tinymoe."):
         how["jobs"] = 1  # another process could not find a function of this file
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
@@ -552,6 +552,8 @@ def runs(folder):
     from tinymoe.files import printable
     from tinymoe.study.rows import overview
     found = overview(folder)
+    if not found:
+        raise click.ClickException(f"{folder}: no runs in it: give the --out of a study or experiment")
     _table({"run": "<16", "state": "<8", "step": ">11", "loss": ">7", "left": ">8", "where": "<"},
            ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
              "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else _duration(r["left"]),
@@ -741,11 +743,12 @@ def route(run, text, gate, entropy, load, layers, imports):
             if load:
                 click.echo("\n".join(view.load_lines(routing)))
     bars = "; bars: ▁ 0 to █ 1, an entropy as a share of ln E, its largest" if gate or entropy else ""
-    click.echo(f"-: no expert; ↵ newline, → tab, ¤ another control byte, · above 127{bars}")
+    click.echo("Below a byte: the expert with its largest gate; -: none.\n"
+               f"↵ newline, → tab, ¤ another control byte, · above 127{bars}")
     if len(data) > config.seq_len:
         click.echo(f"{len(data)} bytes are more than one window: the model starts again every {config.seq_len}.")
     if view.note(config):
-        click.echo(f"These routes are decided on the prefix alone. Otherwise: {view.note(config)}")
+        click.echo(f"Here routes are decided on the prefix alone. Otherwise: {view.note(config)}")
 
 
 @_refusing(OSError)
@@ -787,7 +790,11 @@ def watch(out, port):
     It shows losses, loads and routes, on this machine alone (127.0.0.1), and only reads. Ctrl-C ends it.
     """
     from tinymoe.tools.watch import serve
-    with serve(out, port) as server:
+    try:
+        server = serve(out, port)
+    except OSError as error:
+        raise click.ClickException(f"port {port}: {error.strerror}: choose another; 0 takes a free one") from None
+    with server:
         click.echo(f"http://127.0.0.1:{server.server_port} follows {out}; Ctrl-C ends it")
         server.serve_forever()
 
@@ -842,18 +849,23 @@ def explain(router, seed, step, figure, imports, overrides):
     It shows scores, choice, gates, which experts ran, their outputs, the balance loss and its gradient, and what a
     capacity limit drops. The same is computed by hand beside it.
     """
+    from tinymoe import kernels
     from tinymoe.tools.explain import SEED, Example
-    model, training = _settings(overrides)
-    with _refusing(ValueError, usage=True):
-        example = Example({"router": router} | model | training, SEED if seed is None else seed)
-    if figure:
-        from tinymoe.study.figures import save
-        from tinymoe.tools.explain import draw
-        save(draw(example), figure)
-    for part in example.parts():
-        click.echo(part)
-        if step:
-            click.pause("")
+    (model, training), before = _settings(overrides), kernels.active()
+    kernels.use("numpy")  # for four tokens there is no need to compile
+    try:
+        with _refusing(ValueError, usage=True):
+            example = Example({"router": router} | model | training, SEED if seed is None else seed)
+        if figure:
+            from tinymoe.study.figures import save
+            from tinymoe.tools.explain import draw
+            save(draw(example), figure)
+        for part in example.parts():
+            click.echo(part)
+            if step:
+                click.pause("")
+    finally:
+        kernels.use(before)
 
 
 @main.command()

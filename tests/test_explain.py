@@ -45,7 +45,8 @@ def test_every_printed_number_follows_from_x_and_w(printed):
     for name in ("y", "by hand"):
         np.testing.assert_allclose(matrix(printed[5], name)[0], first, atol=5.1e-5)
     load = (gates > 0).sum(axis=0)
-    assert (matrix(printed[6], "expert")[:, 0] == load).all()
+    assert np.allclose(matrix(printed[6], "expert")[:, 0], load / load.sum(), atol=5e-4)
+    assert f"column count of G: {', '.join(map(str, load))}." in printed[6]
     loss = naive_routing.balance(load, probs)
     assert f"sum of f * P = {loss:.4f}" in " ".join(printed[6].split())
 

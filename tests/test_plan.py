@@ -13,7 +13,7 @@ from test_experiments import TOY
 from test_report import LOSSES, STUDY, change, layer_row, row, write_run, write_study
 from tinymoe.experiments import EXPERIMENTS
 from tinymoe.study import figures, gathered, quantities, report
-from tinymoe.study.experiment import CANDIDATES, Experiment, Primary, Setting, sweep_id
+from tinymoe.study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, sweep_id
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.results import Results, best_rates, sweep_losses
 from tinymoe.study.rows import RunRecord, load_runs
@@ -80,7 +80,12 @@ def test_the_hash_is_of_the_plan_and_of_nothing_else():
     assert changed(seeds=3) and changed(steps=5) and changed(rates=()) and changed(settings=TOY_DENSE.settings[::-1])
     assert changed(primary=(first,)) and changed(primary=(dataclasses.replace(first, margin=0.02), second))
     assert not changed(primary=(dataclasses.replace(first, same="It does not matter."), second))  # words alone
-    assert not changed(caution="other") and not changed(exploratory=()) and not changed(figures={})
+    assert changed(exploratory=(Contrast("load_cv", "mixture"),))
+    claims = [Claim(None, words, "", (Effect(LOSS, "mixture", "<", bound, minus="dense-total"),))
+              for words, bound in (("a", 0), ("b", 0), ("a", 1))]
+    hashes = [dataclasses.replace(TOY_DENSE, claims=(claim,)).plan_hash for claim in claims]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert not changed(caution="other") and not changed(figures={})
 
 
 # -- choosing --

@@ -71,7 +71,7 @@ def test_a_histogram_by_hand():
     """Loads 3 and 1 of 4 assignments; the third byte has none, the first both."""
     assert list(view.load_lines(by_hand([[.5, .5], [1, 0], [0, 0], [1, 0]]))) == [
         f"expert 0  {40 * '█'}      3   75.0%", f"expert 1  {13 * '█'}{27 * ' '}      1   25.0%",
-        "experts of a byte: 0 for 1 bytes, 1 for 2 bytes, 2 for 1 bytes", ""]
+        "experts of a byte: 0 for 1 byte, 1 for 2 bytes, 2 for 1 byte", ""]
 
 
 def test_long_lines_wrap_and_numbers_of_two_digits_are_read_downwards():
@@ -118,7 +118,7 @@ def test_the_terminal_needs_no_matplotlib():
 
 
 @pytest.mark.parametrize("model, said", [
-    ({}, ""), ({"router": "expert_choice"}, "whole batch, so"), ({"router": "sinkhorn"}, "While training, sinkhorn"),
+    ({}, ""), ({"router": "expert_choice"}, "whole batch, so"), ({"router": "sinkhorn"}, "sinkhorn chooses over the whole batch while training"),
     ({"capacity_factor": 1.0}, "capacity limit")])
 def test_a_note_says_where_the_route_is_not_causal(model, said):
     assert (said in view.note(tiny("D", model=model).model)) and (said or not view.note(tiny("D").model))

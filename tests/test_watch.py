@@ -72,14 +72,14 @@ def test_the_state_follows_the_rows(done, tmp_path):
     with serving(tmp_path) as address:
         run, = json.loads(get(address + "state")[1])["runs"]
         log, names = files.read_rows(done / "runs/D-seed0/log.jsonl"), "step cross_entropy causal_cross_entropy seconds"
-        assert (run["id"], run["state"], run["steps"], run["routes"]["step"]) == ("D-seed0", "incomplete", 6, 2)
+        assert (run["id"], run["state"], run["steps"], run["routes"]["step"]) == ("D-seed0", "waiting", 6, 2)
         assert run["rows"] == [[row[name] for name in names.split()] for row in log[:2]]
         load = np.array(log[1]["layers"][0]["load"])
         layer = str(log[1]["layers"][0]["layer"])
         np.testing.assert_allclose(run["loads"][layer][1], load / load.mean(), atol=6e-4)
         finish(done, tmp_path)
         run, = json.loads(get(address + "state")[1])["runs"]
-        assert run["state"] == "complete" and len(run["rows"]) == len(log) and run["routes"]["step"] == 6
+        assert run["state"] == "finished" and len(run["rows"]) == len(log) and run["routes"]["step"] == 6
         saved, _ = files.load_arrays(done / "runs/D-seed0/routings/000006.npz", "routings")
         first = np.ravel(run["routes"]["first"][layer])
         gates = saved["gates"][0][:len(first)]
@@ -162,7 +162,7 @@ def test_in_a_browser_the_page_shows_rows_as_they_appear(done, tmp_path, monkeyp
     got = json.loads(html.unescape(re.search(r'<pre [^>]*id="result">(.*?)</pre>', dom.stdout.decode(), re.S)[1]))
     first, second = got["seenStates"]
     assert got["errors"] == [] and got["wide"] == 0 and set(got["resources"]) == {address[7:-1]}
-    assert "incomplete2 of 6" in first["rows"][0] and "complete6 of 6" in second["rows"][0]
+    assert "waiting2 of 6" in first["rows"][0] and "finished6 of 6" in second["rows"][0]
     assert first["curve"] == 2 and second["curve"] == 4 and first["maps"] == second["maps"] == 1
     assert first["rects"] == 2 * 4 and second["rects"] == 4 * 4
     assert first["bytes"] == second["bytes"] == 16 and "step 6" in second["routes"]

@@ -179,6 +179,8 @@ class Experiment:
         names = ("seeds", "steps", "rates", "model", "training", "text")
         plan = {name: getattr(self, name) for name in names} | {
             "primary": [(asdict(one.contrast), one.margin) for one in self.primary],
+            "exploratory": [asdict(one) for one in self.exploratory],
+            "claims": [(claim.number, *map(asdict, claim.effects)) for claim in self.claims],
             "settings": [asdict(replace(setting, what="")) for setting in self.settings]}
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 

@@ -63,7 +63,10 @@ class Results:
         self.with_experts = [name for name, runs in self.groups.items() if runs[0].is_moe]
         self.runs = [run for runs in self.groups.values() for run in runs]
         if not self.runs:
-            raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: train some first")
+            others = ", ".join(sorted({run.config_id for run in self.all_runs if run.state == "complete"}))
+            raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: " + (
+                f"its runs are of {others}, so name their experiment (report --experiment)" if others else
+                "train some first"))
         for runs in self.groups.values():
             _require_equal(runs, "model", "training", "start")
         _require_equal(self.runs, "corpus", "measured")

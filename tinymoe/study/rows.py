@@ -108,12 +108,9 @@ def overview(study_dir) -> list[dict]:
 
     Each dict has `run`, `state` ("finished", "running", "failed" or "waiting"), `step`, `steps`, `loss` (validation;
     None before the first), `left` (seconds, of a running one; None if unknown) and `where` (the host of a running one,
-    or why it failed). Raises ValueError if there are no runs.
+    or why it failed).
     """
-    found = [_progress(place) for place in sorted(Path(study_dir, "runs").glob("*")) if place.is_dir()]
-    if not found:
-        raise ValueError(f"{study_dir}: no runs in it: give the --out of a study or experiment")
-    return found
+    return [_progress(place) for place in sorted(Path(study_dir, "runs").glob("*")) if place.is_dir()]
 
 
 def _progress(place):

@@ -4,7 +4,8 @@ GLOSSARY = """- A *router* chooses K of E *experts* for each byte: its route. Th
 chosen expert's output is added.
 - *Loss* is the cross-entropy of the validation text in nats per byte, the mean over its domains; lower is \
 better. *Perplexity* is exp(loss).
-- *Causal*: each byte is routed by the bytes before it alone. Only a causal loss may be quoted for a language model. \
+- *Causal*: each byte is routed by itself and the bytes before it. Only a causal loss may be quoted for a language \
+model. \
 *Leaky*: routed as in training, where the route of a byte may depend on later bytes, or a byte may be dropped.
 - The *load* of an expert is the number of bytes that it serves. *Load CV* is the standard deviation of the load over \
 its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \

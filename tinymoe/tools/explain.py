@@ -160,11 +160,12 @@ class Example:
         r, probs = self.routing, self.routing.probs.data
         f, mean = r.load / max(1, r.load.sum()), probs.mean(axis=0)
         loss = losses.load_balancing_loss(r)
-        rows = np.stack([r.load, f, mean, len(f) * f * mean], axis=1)
-        texts = [f"""The load of an expert is the number of its tokens, a column count of G. f is its share of all
-            assignments, P its mean probability. The balance loss is E * sum of f * P = {loss.item():.4f}; at perfect
-            balance it is 1. The loads' standard deviation over their mean (load CV) is {metrics.load_cv(r):.3f}.""",
-                 _matrix(rows, self.experts, ["load", "f", "P", "E f P"], "expert", 3)]
+        rows = np.stack([f, mean, len(f) * f * mean], axis=1)
+        texts = [f"""The load of an expert is the number of its tokens, a column count of G: {_list(r.load)}.
+            f is its share of all assignments, P its mean probability. The balance loss is
+            E * sum of f * P = {loss.item():.4f}; at perfect balance it is 1. The loads' standard deviation over their
+            mean (load CV) is {metrics.load_cv(r):.3f}.""",
+                 _matrix(rows, self.experts, ["f", "P", "E f P"], "expert", 3)]
         if not r.logits.requires_grad:
             texts.append(f"The loss has no gradient: {self.router.name} does not learn.")
         else:
@@ -194,14 +195,13 @@ class Example:
 
     def the_other_way(self):
         name = "top_k" if self.router.chooses == "expert" else "expert_choice"
-        sizes = {key: getattr(self.config, key) for key in ("n_experts", "d_model", "d_ff")}
+        sizes = {key: getattr(self.config, key) for key in ("n_experts", "top_k", "d_model", "d_ff")}
         other = Example(sizes | {"router": name}, self.seed)
         r = other.routing
-        uncovered = "" if r.coverage.all() else ("A token with 0 has no expert. Where two tokens tie, the earlier one "
-                                                 "is taken.")
+        uncovered = "" if r.coverage.all() else "A token with 0 has no expert."
         return _part(f"9. The same tokens under {name.replace('_', ' ')}", f"""
             {_first_line(other.router)} Load: {_list(r.load)}. Experts of each token: {_list(r.coverage)}.
-            {uncovered}""", other.gates(r),
+            {uncovered} Where two tokens tie, the earlier one is taken.""", other.gates(r),
                      _matrix(other.output(r), self.labels, self.dims, "y", 4),
                      f"Largest difference from the same by hand: {_difference(other.output(r), other.by_hand(r))}.")
 

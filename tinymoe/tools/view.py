@@ -35,7 +35,7 @@ def note(config):
         if not causal:
             said.append(f"{name} chooses over the whole batch, so a byte's expert may depend on later bytes.")
         elif not causal_training:
-            said.append(f"While training, {name} chooses over the whole batch; otherwise on the prefix alone.")
+            said.append(f"{name} chooses over the whole batch while training.")
     if config.capacity_factor is not None:
         said.append("Which bytes lose an expert to the capacity limit depends on the whole batch.")
     return " ".join(said)
@@ -84,7 +84,8 @@ def load_lines(routing):
     for e, n in enumerate(load.tolist()):
         bar = "█" * round(40 * n / max(1, load.max()))
         yield f"expert {e:>{digits}}  {bar:40} {n:6}  {n / max(1, load.sum()):6.1%}"
-    yield "experts of a byte: " + ", ".join(f"{k} for {n} bytes" for k, n in enumerate(counts) if n)
+    counted = (f"{k} for {n} byte{'s' if n > 1 else ''}" for k, n in enumerate(counts) if n)
+    yield f"experts of a byte: {', '.join(counted)}"
     yield ""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..files import CheckpointError, load_arrays, printable
 from ..study.palette import EXPERTS, symbol
 from ..study.quantities import LOSS
-from ..study.rows import load_runs
+from ..study.rows import load_runs, overview
 from ..training.data import CorpusError
 from ..training.evaluation import first_choices
 from ..training.run_folder import ROUTINGS
@@ -23,7 +23,8 @@ NEVER = "no-store"  # the page and the rows change all the time
 def state(folder) -> dict:
     """What the page shows of a results folder, ready for JSON: its runs, by id, or `error`, why they cannot be read."""
     try:
-        runs = [_run(Path(folder), run) for run in load_runs(folder)]
+        progress = {row["run"]: row for row in overview(folder)}
+        runs = [_run(Path(folder), run, progress.get(run.run_id)) for run in load_runs(folder)]
         return {"folder": str(folder), "runs": runs, "error": "" if runs else "no run yet"}
     except (OSError, ValueError) as error:
         return {"folder": str(folder), "runs": [], "error": printable(error)}
@@ -31,10 +32,12 @@ def state(folder) -> dict:
         return {"folder": str(folder), "runs": [], "error": "its rows are of another version"}
 
 
-def _run(folder, run):
-    steps = run.config.get("training", {}).get("steps")
+def _run(folder, run, progress):
+    if progress is None:  # a row of runs.jsonl, without a folder
+        progress = {"state": "finished" if run.summary else "failed", "steps": run.log[-1]["step"]}
     layers = [layer["layer"] for layer in run.log[-1]["layers"]] if run.log else []
-    return {"id": run.run_id, "state": run.state, "steps": steps, "made": run.model.get("router"),
+    return {"id": run.run_id, "state": progress["state"], "steps": progress["steps"],
+            "made": run.model.get("router"),
             "rows": [[row["step"], row.get("cross_entropy"), row[LOSS], row["seconds"]] for row in run.log],
             "loads": {layer: [_shares(row["layers"][place]["load"]) for row in run.log]
                       for place, layer in enumerate(layers)},
