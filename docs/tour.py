@@ -2,7 +2,8 @@
 # # A tour of tinymoe
 #
 # From the chain rule to a trained mixture of experts, in one page. `docs/tour.py` is the source; `tour.ipynb` is made
-# from it by `python tests/test_docs.py`, with what the cells print. The training takes about a minute on one core.
+# from it by `python tests/test_docs.py --tour`, with what the cells print. The training takes about a minute on one
+# core.
 
 # %% [markdown]
 # ## Autograd
@@ -11,6 +12,9 @@
 # differences.
 
 # %%
+import sys
+
+sys.path[:0] = [".", ".."]  # where tinymoe is, if it is not installed: this folder's parent
 import numpy as np
 
 import tinymoe as tm
@@ -111,10 +115,9 @@ except ImportError:
     print(f"{len(rows)} rows; pip install pandas shows them as a table")
 
 # %%
-from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
 
-figure = Figure(figsize=(8, 2.6), layout="constrained")
-left, right = figure.subplots(1, 2)
+figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
 for layer in config.moe_layers:
     mine = [row for row in rows if row["layer"] == layer and not row["at_end"]]
     left.plot([row["step"] for row in mine], [row["causal_cross_entropy"] for row in mine], color="black")
@@ -122,4 +125,5 @@ for layer in config.moe_layers:
 left.set(xlabel="step", ylabel="causal loss (nats)")
 right.set(xlabel="step", ylabel="load CV: 0 is balance")
 right.legend()
+plt.close()  # Jupyter would show it twice
 figure

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 
 
 def cells(script):
@@ -13,7 +14,7 @@ def cells(script):
     for part in script.split("# %%")[1:]:
         first, _, text = part.partition("\n")
         kind = "markdown" if "[markdown]" in first else "code"
-        lines = (line.removeprefix("# ").removeprefix("#") if kind == "markdown" else line for line in text.split("\n"))
+        lines = (re.sub("^# ?", "", line) if kind == "markdown" else line for line in text.split("\n"))
         found.append((kind, "\n".join(lines).strip()))
     return found
 
