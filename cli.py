@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C during them is on
     signal.signal(signal.SIGINT, _end_at_once)
 
 import codecs
+import collections
 import contextlib
 import itertools
 import json
@@ -334,8 +335,11 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     with (_ending_if_interrupted("\nInterrupted. The same command resumes from the last checkpoints."),
           _refusing(OSError), progress.bar):
         failures = runner.run_study(runs, out, text, jobs, fresh, progress.note, scheduler)
+    alike = collections.defaultdict(list)  # one line for all runs that failed in the same way
     for run_id, message in failures.items():
-        _say(printable(f"Error: {run_id} failed: {message}"))
+        alike[message.replace(run_id, "")].append((run_id, message))
+    for (run_id, message), *others in alike.values():
+        _say(printable(f"Error: {run_id} failed: {message}" + (f" (and so did {len(others)} more)" if others else "")))
     return failures
 
 
@@ -404,12 +408,17 @@ def experiment(name, scale, seeds, out, plot_only, text, **how):
     lists the experiments. Interrupt it at any time; the same command resumes from the last checkpoints.
     """
     from tinymoe.experiments import EXPERIMENTS
+    from tinymoe.moe.losses import LOSSES
+    from tinymoe.moe.routers import ROUTERS
     if name is None:
         for name, each in EXPERIMENTS.items():
             click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
         click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
+    before = dict(ROUTERS), dict(LOSSES)
     chosen = _experiment(name)
+    if before != (ROUTERS, LOSSES):  # the file defines a router or a loss of its own: workers need it too
+        how["imports"] += (os.path.abspath(name),)
     if chosen.measure and not chosen.measure.__module__.startswith("tinymoe."):
         how["jobs"] = 1  # another process could not find a function of this file
     if text is not None and chosen.text:
@@ -547,8 +556,6 @@ def runs(folder):
 
     FOLDER is the --out of a study or experiment, which may be running, on this machine or on others.
     """
-    from collections import Counter
-
     from tinymoe.files import printable
     from tinymoe.study.rows import overview
     found = overview(folder)
@@ -558,7 +565,7 @@ def runs(folder):
            ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
              "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else _duration(r["left"]),
              printable(r["where"])) for r in found))
-    states = Counter(r["state"] for r in found)
+    states = collections.Counter(r["state"] for r in found)
     click.echo(", ".join(f"{states[s]} {s}" for s in ("finished", "running", "failed", "waiting")))
 
 
@@ -870,7 +877,8 @@ def explain(router, seed, step, figure, imports, overrides):
 
 @main.command()
 @click.option("--only", metavar="TEXT", help="Check only what has this text in its name.")
-def gradcheck(only):
+@_import_option
+def gradcheck(only, imports):
     """Compare every gradient with finite differences."""
     from tinymoe.tools import checks
     rows = []

@@ -1,4 +1,8 @@
-"""A question of one's own, in one file. Run it by: python cli.py experiment docs/my_question.py --quick"""
+"""A question of one's own, in one file. Run it by: python cli.py experiment docs/my_question.py --quick
+
+Without --quick it trains 500 steps with three seeds. With --full it trains the `steps` and `seeds` that an Experiment
+names, which are its plan. A router or a loss of your own may stand in this file too.
+"""
 
 from tinymoe.experiments import LOSS, Contrast, Experiment, Primary, Setting, over_steps
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 import shutil
 import types
@@ -16,6 +17,7 @@ from tinymoe import ModelConfig, Tensor, Transformer
 from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS
 from tinymoe.moe import metrics
+from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask
 from tinymoe.study import figures, gathered, measures, report
 from tinymoe.study.quantities import LOSS, value
@@ -387,7 +389,7 @@ def test_a_question_of_ones_own_is_a_file(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out/runs").iterdir()} == {
         f"top-{k}-seed{seed}" for k in (1, 2) for seed in (0, 1)}
     assert (tmp_path / "out/figures/over_steps.png").exists()
-    assert QUESTION.read_text().count("\n") < 15
+    assert QUESTION.read_text().count("\n") < 18
 
 
 def test_a_measure_of_ones_own_runs_in_this_process(tmp_path, monkeypatch):
@@ -399,6 +401,22 @@ def test_a_measure_of_ones_own_runs_in_this_process(tmp_path, monkeypatch):
                                          str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "| seven |" in (tmp_path / "out/FINDINGS.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_router_may_stand_in_the_file_of_the_question(tmp_path, monkeypatch):
+    """Would have caught: workers that did not know it, after the other settings had trained."""
+    monkeypatch.setitem(lab.SCALES, "quick", TOY)
+    monkeypatch.setitem(ROUTERS, "own", None)
+    del ROUTERS["own"]  # and again after the test
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))
+    router = "from tinymoe.moe.routers import ROUTERS\nclass Own(ROUTERS['top_k'], name='own'): pass\n"
+    (tmp_path / "mine.py").write_text(router + QUESTION.read_text().replace('"top_k": 1', '"router": "own"'))
+    done = CliRunner().invoke(cli.main, ["experiment", str(tmp_path / "mine.py"), "--quick", "--jobs", "2", "--text",
+                                         str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "out/runs/top-1-seed0/config.json").read_text())
+    assert config["model"]["router"] == "own" and config["imports"][0]["path"] == str(tmp_path / "mine.py")
 
 
 @pytest.mark.parametrize("text, message", [

@@ -1,6 +1,7 @@
 """Exercises 6, 14 and 15: one expert a byte, without and with the balance loss."""
 
-from tinymoe.experiments import LOSS, Experiment, Setting, by_layer, over_steps
+from tinymoe.experiments import LOSS, Experiment, Setting, over_steps
+from tinymoe.study.figures import by_layer
 from tinymoe.study.maps import expert_load
 
 balance = Experiment(

@@ -11,7 +11,7 @@ YARN_OPTIONS = {**dict.fromkeys(("factor", "original_length", "beta_fast", "beta
 NAMES = Check(lambda value: isinstance(value, (tuple, list)) and all(isinstance(one, str) for one in value),
               "a list of names")
 LAYERS = Check(lambda value: isinstance(value, (tuple, list)) and all(map(COUNT.fits, value)),
-               "a list of whole numbers of at least 0")
+               "a list of whole numbers of at least 0, such as [1, 3]")
 YARN = Check(lambda value: isinstance(value, dict) and {"factor", "original_length"} <= value.keys() and all(
     name in YARN_OPTIONS and YARN_OPTIONS[name].fits(one) for name, one in value.items()),
     "an object with factor and original_length, and perhaps beta_fast, beta_slow, truncate and attention_factor")

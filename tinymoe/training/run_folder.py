@@ -212,5 +212,6 @@ class RunFolder:
         except (ValueError, TypeError, AttributeError, KeyError):
             raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
         if different:
+            longer = ", or lengthen it with --extend" if [text.split()[1] for text in different] == ["steps"] else ""
             raise RunError(f"{self.path} holds a run with other settings ({'; '.join(different)}): choose another "
-                           "--out, or start again with --fresh")
+                           f"--out, or start again with --fresh{longer}")
