@@ -29,6 +29,7 @@ import click
 HERE = Path(__file__).resolve().parent
 RESULTS = (HERE if (HERE / "pyproject.toml").exists() else Path()) / "results"  # installed: in the current folder
 COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class Commands(click.Group):
@@ -122,7 +123,23 @@ def main():
 
 
 def _folder(context, option, value):
-    """A folder for results, as a Path. Reports name it, so its name must be text."""
+    """A folder for results, as a Path."""
+    path = _named(value)
+    if path and os.path.isfile(path):
+        raise click.BadParameter(f"{path} is a file: give a folder")
+    return path
+
+
+def _file(context, option, value):
+    """A file to write, as a Path."""
+    path = _named(value)
+    if path and os.path.isdir(path):
+        raise click.BadParameter(f"{path} is a folder: give a file")
+    return path
+
+
+def _named(value):
+    """A path. Reports name it, so its name must be text."""
     if value == "":
         raise click.BadParameter("the name of a folder is empty")
     try:
@@ -165,8 +182,15 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _out_option(text, **settings):
-    return click.option("--out", "-o", type=click.Path(), callback=_folder, help=text, **settings)
+def _out_option(text, callback=_folder, **settings):
+    return click.option("--out", "-o", type=click.Path(), callback=callback, help=text, **settings)
+
+
+def _scale(quick, full):
+    """The name of the Scale."""
+    if quick and full:
+        raise click.UsageError("--quick and --full contradict each other: give one of them")
+    return "quick" if quick else "full" if full else None
 
 
 _import_option = click.option("--import", "imports", multiple=True, type=click.Path(), metavar="FILE.py", is_eager=True,
@@ -216,15 +240,16 @@ def _settings(overrides):
         elif equals and name in known:
             known[name][name] = value
         else:
-            raise click.UsageError(f"--set {text}: write NAME=VALUE with a name that `options` lists, such as steps, "
-                                   "router.NAME for an option of the router, losses.NAME for a coefficient")
+            raise click.UsageError(f"--set {text}: {f'there is no setting {name}: ' if equals else ''}write NAME=VALUE "
+                                   "with a name that `options` lists, such as steps, router.NAME for an option of the "
+                                   "router, losses.NAME for a coefficient")
     return model, training
 
 
 @main.command()
-@click.option("--quick", "scale", flag_value="quick", help="200 steps a config instead of 2,000.")
-@click.option("--full", "scale", flag_value="full", help="As planned for publication: every seed, and learning rates "
-              "that are chosen first.")
+@click.option("--quick", is_flag=True, help="200 steps a config instead of 2,000.")
+@click.option("--full", is_flag=True, help="As planned for publication: every seed, and learning rates that are chosen "
+              "first.")
 @click.option("--steps", "-n", type=COUNT, help="Training steps of each run.")
 @click.option("--config", "configs", multiple=True, type=click.Choice(list("ABCDEFG"), case_sensitive=False),
               help="Train only this config; repeat for several.  [default: all]")
@@ -235,12 +260,13 @@ def _settings(overrides):
 @click.option("--extend", is_flag=True, help="Let runs that are there go on to --steps, from their checkpoints.")
 @_training_options
 @_set_option
-def study(scale, steps, configs, seeds, out, plot, plot_only, overrides, **how):
+def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, **how):
     """Train configs A to G on real text and report what they did.
 
     Interrupt it at any time; the same command resumes from the last checkpoint.
     """
     from tinymoe.experiments import STUDY
+    scale = _scale(quick, full)
     if how["extend"] and (scale == "full" or how["fresh"]):
         raise click.UsageError("--extend goes on from what is there: leave --full and --fresh out")
     model, training = _settings(overrides)
@@ -327,6 +353,8 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     steps = " or ".join(map(str, sorted({run.training.steps for run in runs})))
     where = f"on {scheduler}" if scheduler else f"{min(jobs, len(runs))} at a time"
     click.echo(f"{len(runs)} run(s) of {steps} steps, {where} -> {out}")
+    if scheduler:
+        click.echo("waiting for the scheduler and its workers, up to a minute")
     if not scheduler and not runner.kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
     progress = Progress(runs)
@@ -339,7 +367,9 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     for run_id, message in failures.items():
         alike[message.replace(run_id, "")].append((run_id, message))
     for (run_id, message), *others in alike.values():
-        _say(printable(f"Error: {run_id} failed: {message}" + (f" (and so did {len(others)} more)" if others else "")))
+        _say(printable(f"Error: {run_id} failed: {message}"))
+        if others:
+            _say(printable(f"Error: {', '.join(name for name, _ in others)} failed likewise"))
     return failures
 
 
@@ -394,14 +424,14 @@ def _duration(seconds):
 
 @main.command()
 @click.argument("name", metavar="[NAME|FILE.py]", required=False, shell_complete=_names("experiments", "EXPERIMENTS"))
-@click.option("--quick", "scale", flag_value="quick", help="60 steps and two seeds, to test that it runs.")
-@click.option("--full", "scale", flag_value="full", help="As planned for publication: its steps, seeds, and learning "
-              "rates that are chosen first; takes hours.")
+@click.option("--quick", is_flag=True, help="60 steps and two seeds, to test that it runs.")
+@click.option("--full", is_flag=True, help="As planned for publication: its steps, seeds, and learning rates that are "
+              "chosen first; takes hours.")
 @click.option("--seeds", type=click.IntRange(1, 1000),
               help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick; with --full as planned]")
 @_out_option("Folder of the results.  [default: results/experiments/NAME; with --quick results/experiments-quick/NAME]")
 @_training_options
-def experiment(name, scale, seeds, out, plot_only, text, **how):
+def experiment(name, quick, full, seeds, out, plot_only, text, **how):
     """Run an experiment and report the result, or list them all.
 
     NAME is one of the list, or a file of yours that defines an Experiment, such as docs/my_question.py. Without NAME it
@@ -415,7 +445,7 @@ def experiment(name, scale, seeds, out, plot_only, text, **how):
             click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
         click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
-    before = dict(ROUTERS), dict(LOSSES)
+    scale, before = _scale(quick, full), (dict(ROUTERS), dict(LOSSES))
     chosen = _experiment(name)
     if before != (ROUTERS, LOSSES):  # the file defines a router or a loss of its own: workers need it too
         how["imports"] += (os.path.abspath(name),)
@@ -449,7 +479,7 @@ def _print_finding(results):
 
 
 @main.command()
-@click.argument("folder", type=PATH, default=RESULTS / "published")
+@click.argument("folder", type=FOLDER, default=RESULTS / "published")
 @_refusing(ValueError, OSError)
 def findings(folder):
     """Gather the study and the experiments into one document.
@@ -465,7 +495,7 @@ def findings(folder):
 
 
 @main.command("report")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--experiment", "name", metavar="NAME|FILE.py", shell_complete=_names("experiments", "EXPERIMENTS"),
               help="Whose results they are.  [default: that of the folder's name, else the study]")
 @_refusing(ValueError, OSError)
@@ -488,7 +518,7 @@ def report_page(folder, name):
 
 
 @main.command()
-@click.argument("folder", type=PATH)
+@click.argument("folder", type=FOLDER)
 @_refusing(ValueError, OSError)
 def compact(folder):
     """Put the runs of a folder into one file, runs.jsonl.
@@ -502,9 +532,9 @@ def compact(folder):
 
 
 @main.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+@click.argument("paths", nargs=-1, required=True, type=FOLDER,
                 metavar="RUN_OR_FOLDER...")
-@_out_option("The figure.", default=RESULTS / "compare.png")
+@_out_option("The figure.", _file, default=RESULTS / "compare.png")
 @_refusing(ValueError, OSError)
 def compare(paths, out):
     """Put runs of any folders into one table and one figure.
@@ -526,10 +556,10 @@ def compare(paths, out):
 
 
 @main.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.option("--csv", "form", flag_value="csv", default="csv", help="A table that every program reads (the default).")
 @click.option("--parquet", "form", flag_value="parquet", help="A smaller file with types; needs the package pyarrow.")
-@_out_option("The file to write.  [default: FOLDER/rows.csv or FOLDER/rows.parquet]")
+@_out_option("The file to write.  [default: FOLDER/rows.csv or FOLDER/rows.parquet]", _file)
 @_refusing(ValueError, OSError)
 def rows(folder, form, out):
     """Write every row of a folder's runs as one flat table.
@@ -549,7 +579,7 @@ def rows(folder, form, out):
 
 
 @main.command()
-@click.argument("folder", type=PATH)
+@click.argument("folder", type=FOLDER)
 @_refusing(ValueError, OSError)
 def runs(folder):
     """Show which runs are finished, running, failed or waiting.
@@ -633,12 +663,15 @@ def params(model, context, width):
     """
     from tinymoe.files import read_json
     from tinymoe.model import counting
+    if width != width:
+        raise click.UsageError("--bytes nan: give a number above 0")
     with _refusing(OSError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, about=f"{model}: "):
         config = counting.PRESETS.get(model.lower())
         if config is None:
-            if not Path(model).exists():
-                raise ValueError(f"no file, and no preset: choose one of {', '.join(counting.PRESETS)}")
-            config = read_json(model)
+            path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
+            if not path.exists():
+                raise click.UsageError(f"{model}: no file, and no preset: choose one of {', '.join(counting.PRESETS)}")
+            config = read_json(path)
             config = config.get("model", config)  # a run's config.json holds its model
         parts = counting.count(counting.architecture(config), context)
     _table({"": "<16", "total": "18,", "active": "18,.0f", "MFLOP a token": "14,.1f", "GB": "9.3f"}, (
@@ -708,12 +741,13 @@ def _probed(subject, steps, ids, text, overrides):
     if ids is not None:
         raise click.UsageError("--ids is for a file or run: a router is trained and probed on text")
     if subject not in ROUTERS and (os.sep in subject or Path(subject).suffix in (".npz", ".safetensors")):
-        raise ValueError(f"{subject} does not exist: check the path, or name a router")
+        raise click.UsageError(f"{subject} does not exist: check the path, or name a router")
     model, training = _settings(overrides)
     model = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": subject} | model
-    for name in model["router"] if isinstance(model["router"], list) else [model["router"]]:
-        if isinstance(name, str) and find(name).top_1_only:
-            model = {"top_k": 1} | model
+    with _refusing(ValueError, usage=True):
+        for name in model["router"] if isinstance(model["router"], list) else [model["router"]]:
+            if isinstance(name, str) and find(name).top_1_only:
+                model = {"top_k": 1} | model
     config, steps = ModelConfig(**model), 50 if steps is None else steps
     if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
         raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
@@ -741,7 +775,7 @@ def route(run, text, gate, entropy, load, layers, imports):
         raise click.UsageError("TEXT is empty: give at least one byte")
     if not config.moe_layers or not set(layers) <= set(config.moe_layers):
         wanted, there = (", ".join(map(str, some)) for some in (layers or ["all"], config.moe_layers or ["none"]))
-        raise click.ClickException(f"--layer {wanted}: the layers of {run} with experts are {there}")
+        raise click.UsageError(f"--layer {wanted}: the layers of {run} with experts are {there}")
     colour, width = os.isatty(1) and not os.environ.get("NO_COLOR"), shutil.get_terminal_size((80, 24)).columns
     for layer, routing in zip(config.moe_layers, view.prefix_routings(model, data)):
         if not layers or layer in layers:
@@ -762,13 +796,15 @@ def route(run, text, gate, entropy, load, layers, imports):
 def _model(run):
     """(model, step) of the last checkpoint of a run."""
     from tinymoe.training.loading import load_checkpoint
+    if os.path.isfile(run):
+        raise click.UsageError(f"{run} is a file: give the folder of a run")
     return load_checkpoint(run)
 
 
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--text", type=click.Path(), help="Show the first bytes of this file instead of validation windows.")
-@click.option("--out", "-o", type=PATH, help="The page to write.  [default: RUN/view.html]")
+@_out_option("The page to write.  [default: RUN/view.html]", _file)
 @_import_option
 @_refusing(OSError)
 def view(run, text, out, imports):
@@ -788,7 +824,7 @@ def view(run, text, out, imports):
 
 
 @main.command()
-@click.argument("out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=FOLDER)
 @click.option("--port", type=click.IntRange(0, 65535), default=8321, help="Of the page; 0 takes a free one.")
 @_refusing(OSError)
 def watch(out, port):
@@ -846,7 +882,8 @@ def generate(run, prompt, length, temperature, top, seed, imports):
               shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
 @click.option("--step", is_flag=True, help="Wait for a key after each part.")
-@click.option("--figure", type=PATH, help="Draw one token through router, experts and sum into this file.")
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
+              help="Draw one token through router, experts and sum into this file.")
 @_import_option
 @_set_option
 @_refusing(OSError)
@@ -930,6 +967,8 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out):
             draw(rows, out / f"{name}.png")
         return rows
 
+    if sizes and (profile or quick):
+        raise click.UsageError("--sizes, --profile and --quick each say what to time: give one of them")
     warning = b.busy()  # before this program itself is a load
     if threads:
         with _refusing(ValueError, usage=True, about="--threads: "):

@@ -128,12 +128,18 @@ class Cluster(futures.Executor):
                                ) from None
 
     def _require_workers(self, out):
-        """ClusterError unless there are workers, and each has this code and reads a file that lies in `out`."""
+        """ClusterError unless the scheduler can import tinymoe and there are workers, each of which has this code and
+        reads a file that lies in `out`."""
         try:
             self._client.wait_for_workers(1, timeout=PATIENCE)
         except (OSError, futures.TimeoutError):
             raise ClusterError(f"the scheduler at {self._address} has no worker: start one, "
                                f"`dask worker {self._address} --nthreads 1`") from None
+        try:
+            self._client.run_on_scheduler(_code)
+        except Exception as error:
+            raise ClusterError(f"the scheduler cannot import tinymoe ({type(error).__name__}: {error}): install it "
+                               "there, and start the scheduler again") from None
         path = out / f".shared-{self._command}"
         path.write_text(self._command)
         try:

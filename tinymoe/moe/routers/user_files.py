@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,8 @@ def load_file(path: str | Path) -> str:
 def run_file(path: str | Path) -> tuple[ModuleType, str]:
     """(module, sha256) of a Python file of the user's, which is run. Raises ValueError as `load_file` does."""
     path = Path(path)
+    if not os.path.exists(path):
+        raise ValueError(f"cannot import {path}: there is no such file: check the path")
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
