@@ -591,7 +591,7 @@ def runs(folder):
     found = overview(folder)
     if not found:
         raise click.ClickException(f"{folder}: no runs in it: give the --out of a study or experiment")
-    _table({"run": "<16", "state": "<8", "step": ">11", "loss": ">7", "left": ">8", "where": "<"},
+    _table({"run": "<16", "state": "<8", "step": ">11", "causal loss": ">11", "left": ">8", "where": "<"},
            ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
              "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else _duration(r["left"]),
              printable(r["where"])) for r in found))

@@ -106,8 +106,8 @@ def _write_compact(study_dir, runs):
 def overview(study_dir) -> list[dict]:
     """How far each run in the folders of a study is, by name; the runs may be in training.
 
-    Each dict has `run`, `state` ("finished", "running", "failed" or "waiting"), `step`, `steps`, `loss` (validation;
-    None before the first), `left` (seconds, of a running one; None if unknown) and `where` (the host of a running one,
+    Each dict has `run`, `state` ("finished", "running", "failed" or "waiting"), `step`, `steps`, `loss` (the causal
+    one: of the last evaluation, and of a finished run that of the tables; None before the first), `left` (seconds, of a running one; None if unknown) and `where` (the host of a running one,
     or why it failed).
     """
     return [_progress(place) for place in sorted(Path(study_dir, "runs").glob("*")) if place.is_dir()]
@@ -118,15 +118,17 @@ def _progress(place):
     rows = [row for row in read_rows(place / "log.jsonl") if _fits(row, {"step": int, LOSS: NUMBER, "seconds": NUMBER})]
     row, process = (rows or [{"step": 0, LOSS: None, "seconds": 0.0}])[-1], holder(place)
     steps = config["training"]["steps"] if _fits(config, {"training": {"steps": int}}) else None
-    state = ("finished" if RunFolder(place).summary() else "running" if process else "failed" if failure is not None
-             else "waiting")
-    left, where = None, ""
+    summary = RunFolder(place).summary()
+    state = "finished" if summary else "running" if process else "failed" if failure is not None else "waiting"
+    left, where, loss = None, "", row[LOSS]
+    if _fits(summary, {"final": {LOSS: NUMBER}}):
+        loss = summary["final"][LOSS]
     if state == "running":
         left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
         where = f"{process['host']}, process {process['pid']}"
     elif state == "failed":
         where = f"{failure.get('reason')} at step {failure.get('step')}"
-    return {"run": place.name, "state": state, "step": row["step"], "steps": steps, "loss": row[LOSS], "left": left,
+    return {"run": place.name, "state": state, "step": row["step"], "steps": steps, "loss": loss, "left": left,
             "where": where}
 
 

@@ -34,10 +34,11 @@ def state(folder) -> dict:
 
 def _run(folder, run, progress):
     if progress is None:  # a row of runs.jsonl, without a folder
-        progress = {"state": "finished" if run.summary else "failed", "steps": run.log[-1]["step"]}
+        progress = {"state": "finished" if run.summary else "failed", "steps": run.log[-1]["step"],
+                    "loss": run.final[LOSS] if run.summary else None}
     layers = [layer["layer"] for layer in run.log[-1]["layers"]] if run.log else []
     return {"id": run.run_id, "state": progress["state"], "steps": progress["steps"],
-            "made": run.model.get("router"),
+            "loss": progress["loss"], "made": run.model.get("router"),
             "rows": [[row["step"], row.get("cross_entropy"), row[LOSS], row["seconds"]] for row in run.log],
             "loads": {layer: [_shares(row["layers"][place]["load"]) for row in run.log]
                       for place, layer in enumerate(layers)},
