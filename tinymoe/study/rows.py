@@ -107,8 +107,8 @@ def overview(study_dir) -> list[dict]:
     """How far each run in the folders of a study is, by name; the runs may be in training.
 
     Each dict has `run`, `state` ("finished", "running", "failed" or "waiting"), `step`, `steps`, `loss` (the causal
-    one: of the last evaluation, and of a finished run that of the tables; None before the first), `left` (seconds, of a running one; None if unknown) and `where` (the host of a running one,
-    or why it failed).
+    one: of the last evaluation, and of a finished run that of the tables; None before the first), `left` (seconds, of a
+    running one; None if unknown) and `where` (the host of a running one, or why it failed).
     """
     return [_progress(place) for place in sorted(Path(study_dir, "runs").glob("*")) if place.is_dir()]
 
