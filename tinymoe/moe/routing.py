@@ -96,7 +96,12 @@ def _placed(values, place, shape):
 
 
 def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
-    """Boolean mask of the k largest scores along an axis. Ties go to the lowest index; NaN counts as the smallest."""
+    """Boolean mask of the k largest scores along an axis. Ties go to the lowest index; NaN counts as the smallest.
+
+    Raises ValueError if the axis has fewer than k entries.
+    """
+    if k > scores.shape[axis]:
+        raise ValueError(f"k {k} is more than the {scores.shape[axis]} entries along this axis")
     if k == 0:
         return np.zeros(scores.shape, bool)
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -110,7 +115,10 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
 
 
 def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
-    """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool."""
+    """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool.
+
+    Each row needs at least one chosen entry: a row without has the sum 0, and becomes NaN.
+    """
     kept = values.data * chosen
     total = np.einsum("ne->n", kept)[:, None]  # faster than .sum
     share = kept / total
