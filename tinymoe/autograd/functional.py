@@ -237,12 +237,13 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
     depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
-    base: a number, or the angles of a position (d/2,).
+    base: the number in the formula; or an array (d/2,) of angles, which then take the place of base^(-2i/d).
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
     T, d = x.shape[1], x.shape[-1]
-    angle = np.arange(T)[:, None] * (base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d))  # (T, d/2)
+    angles = base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d)
+    angle = np.arange(T)[:, None] * angles  # (T, d/2)
     cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
 
     def turn(z, sin):

@@ -134,7 +134,7 @@ class Tensor:
         while nodes:
             node = nodes.pop()  # the newest: no other node depends on it, so its gradient is complete
             g = gradients.pop(node, None)
-            if g is None:
+            if g is None:  # a VJP gave None: nothing to pass on
                 continue
             if node._vjp is None:
                 gradients.give(node, g)

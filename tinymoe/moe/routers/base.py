@@ -30,14 +30,14 @@ class RouteContext:
     causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
         do; the others change their rule.
     domain: (B,) the domain of each sequence, an integer; known in training and evaluation, not for other texts.
-    shared: values that a layer's router passes to the routers of later layers, within one forward pass.
+    carried: values that a layer's router passes to the routers of later layers, within one forward pass.
     """
 
     ids: np.ndarray | None = None
     training: bool = False
     rng: np.random.Generator | None = None
     causal: bool = False
-    shared: dict = field(default_factory=dict)
+    carried: dict = field(default_factory=dict)
     domain: np.ndarray | None = None
 
     def need(self, name: str, router: "Router") -> Any:
