@@ -507,6 +507,37 @@ def test_an_imported_file_makes_its_router_known_with_its_options(tmp_path, monk
     assert code == 0 and output.startswith("mine_cli after 1 steps"), output
 
 
+@pytest.mark.parametrize("table, code, message", [
+    (ROUTERS, """
+from tinymoe.moe.routers import LinearRouter
+class Scores(LinearRouter, name="mine_wrong"):
+    def forward(self, x, context):
+        return self.scores(x)
+""", "Error: router mine_wrong returned a Tensor, not a Routing: make one with from_mask("),
+    (LOSSES, """
+from tinymoe.moe.losses import LOSSES
+LOSSES["mine_wrong"] = lambda r: r.logits.mean()
+""", 'mine.py (TypeError: LOSSES["mine_wrong"] must be a Loss, such as Loss("what it means", lambda r, c: ')])
+@pytest.mark.parametrize("command", [["probe", "mine_wrong"], ["explain", "--router", "mine_wrong"]])
+def test_an_imported_router_or_loss_that_is_not_one_is_one_line(command, table, code, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(table, "mine_wrong", None)  # which takes the name out again at the end
+    (tmp_path / "mine.py").write_text(code)
+    exit_code, output = invoke(*command, "--import", tmp_path / "mine.py", "--set", "d_model=8")
+    assert exit_code in (1, 2) and message in output and "Traceback" not in output, output
+
+
+def test_a_loss_in_a_file_is_trained_with_and_probed(tmp_path, monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine_loss", None)
+    (tmp_path / "mine.py").write_text("""
+from tinymoe.moe.losses import LOSSES, Loss
+LOSSES["mine_loss"] = Loss("mean square of the logits", lambda r, c: (r.logits ** 2).mean())
+""")
+    sets = [x for one in ("seq_len=16", "d_model=8", "d_ff=8", "batch_size=2", "losses.mine_loss=0.1")
+            for x in ("--set", one)]
+    code, output = invoke("probe", "top_k", "--steps", 1, "--import", tmp_path / "mine.py", *sets)
+    assert code == 0 and re.search(r"^mine_loss +0\.1 +\d", output, re.M), output
+
+
 def test_an_unknown_router_names_the_option_that_makes_it_known():
     code, output = invoke("probe", "mine_unknown")
     assert code == 2 and "unknown router 'mine_unknown'" in output and "--import FILE.py" in output

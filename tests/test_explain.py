@@ -87,7 +87,7 @@ def test_other_sizes_other_numbers_and_what_is_refused():
     code, output = invoke("explain", "--set", "n_experts=6", "--set", "top_k=3", "--set", "router.renormalise=false")
     assert code == 0 and "12 of the 24 pairs" in " ".join(output.split())
     code, output = invoke("explain", "--set", "n_layers=3")
-    assert code == 2 and "n_layers: the example is too small for this" in output
+    assert code == 2 and "n_layers: explain has no such setting; it can set n_experts" in output
     assert invoke("explain", "--router", "nope")[0] == 2
 
 
@@ -103,3 +103,31 @@ def test_the_figure_has_the_numbers_of_the_text(tmp_path, printed):
     assert drawn[1] == [f"{value:.2f}" for value in matrix(printed[1], "logits")[0]]
     assert [float(text) for text in drawn[3] if text != "."] == [g for g in matrix(printed[2], "G")[0] if g]
     np.testing.assert_allclose(np.array(drawn[6], float), matrix(printed[5], "y")[0], atol=0.0051)
+
+
+def part_of(number, *args):
+    """One part of the explanation."""
+    return invoke("explain", *args)[1].split("## ")[number]
+
+
+def test_it_says_what_makes_the_probabilities_and_shows_logits_only_where_there_are_some():
+    for router, says, title in (
+            ("top_k", "The softmax makes probabilities of the logits", "probabilities\n(softmax)"),
+            ("sigmoid_bias", "The function sigmoid makes other scores of the logits", "probabilities"),
+            ("hash", "It has no logits. Its probabilities:", "probabilities")):
+        text = part_of(2, "--router", router)
+        titles = [axes.get_title() for axes in draw(Example({"router": router})).axes]
+        assert says in " ".join(text.split()) and ("softmax" in text) == (router == "top_k")
+        assert ("\n    logits " in text) == ("logits\nof the router" in titles) == (router != "hash")
+        assert title in titles
+
+
+def test_a_probability_of_sigmoid_scores_is_a_score_divided_by_the_sum_of_its_row():
+    text = part_of(2, "--router", "sigmoid_bias")
+    scores = 1 / (1 + np.exp(-matrix(text, "logits")))
+    np.testing.assert_allclose(matrix(text, "probability"), scores / scores.sum(axis=1, keepdims=True), atol=0.0051)
+
+
+def test_where_the_load_is_even_no_expert_is_said_to_lose():
+    text = part_of(7, "--router", "expert_choice")
+    assert "so its gradient on the logits is 0" in text and "lose" not in text and "gradient  " not in text

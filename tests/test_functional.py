@@ -252,6 +252,18 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
         WRONG[wrong]()
 
 
+@pytest.mark.parametrize("call, message", [
+    (lambda x: F.activation(x, "tanh"), "^unknown activation 'tanh': choose one of gelu, .*clamped_swiglu$"),
+    (lambda x: F.activation(x, "swiglu"), r"swiglu takes the two halves .* must be even, not \(2, 3\)"),
+    (lambda x: F.activation(x, "clamped_swiglu"), r"clamped_swiglu takes the two halves .* not \(2, 3\)"),
+    (lambda x: F.activation(x.sum(), "geglu"), r"geglu takes the two halves .* not \(\)"),
+    (lambda x: F.causal_attention(x, x, x), r"causal_attention takes q \(B, T, H, d\).*not \(2, 3\), \(2, 3\)"),
+])
+def test_errors_say_what_is_taken(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(leaf(np.ones((2, 3))))
+
+
 # ---- lookups and joins ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ids", [[0, 0, 2], [[1, 1], [1, 3]], 2, np.zeros((0,), int), np.array([3, 0], np.uint8)])

@@ -194,6 +194,19 @@ def test_the_table_finds_a_wrong_gradient_and_a_choice_that_flips(monkeypatch):
     assert not row.ok and "choice" in row.note
 
 
+def test_a_wrong_gradient_of_a_module_names_the_parameter():
+    wrong = checks._module(lambda: nn.Linear(4, 5, RNG, dtype=float), SMALL,
+                           call=lambda module, x: x @ module.weight.detach() + module.bias)
+    assert wrong().where.startswith("weight at (")
+
+
+def test_a_case_that_raises_an_error_is_a_failed_row_and_the_others_follow(monkeypatch):
+    monkeypatch.setitem(checks.OPERATIONS, "sum", (lambda a: {}["no such\nkey"], checks.A))
+    rows = {row.name: row for row in checks.run_all("operation: s")}
+    assert [name for name, row in rows.items() if not row.ok] == ["operation: sum"] and len(rows) > 3
+    assert rows["operation: sum"].line().endswith(r"inf  ERROR KeyError: 'no such\nkey'")
+
+
 def test_a_gradient_that_must_be_zero_fails_where_it_is_not():
     assert checks._zero(lambda x: Tensor(SMALL) * 2, SMALL).ok
     assert not checks._zero(lambda x: x * 1e-200 + SMALL, SMALL).ok

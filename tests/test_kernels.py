@@ -89,6 +89,31 @@ def test_activation(name, dtype):
           1e-12 if dtype == np.float64 else 1e-6)
 
 
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_a_name_means_the_activation_of_this_name_in_reference(name):
+    """In the experts too, whose loops choose by a number. Would have caught a number that a new entry had moved."""
+    x, dy = normal(3, 8), normal(3, 4 if name in reference.GATED else 8)
+    close(kernels.activation(x, name), reference.activation(x, name))
+    close(kernels.activation_backward(dy, x, name), reference.activation_backward(dy, x, name))
+    arguments = routed(ROUTES["balanced"], gated=name in reference.GATED)
+    (y, saved), (expected, kept) = (m.experts_forward(*arguments, name) for m in (kernels, reference))
+    close(y, expected)
+    all_close(kernels.experts_backward(y, *arguments, name, saved),
+              reference.experts_backward(y, *arguments, name, kept), np.float64)
+
+
+def test_an_activation_without_a_loop_is_an_error_that_names_it(monkeypatch, both_kernels):
+    monkeypatch.setitem(reference.CURVES, "cube", lambda x: (x**3, 3 * x**2))
+    x, arguments = normal(3, 8), routed(ROUTES["balanced"])
+    for call in (lambda: kernels.activation(x, "cube"), lambda: kernels.activation_backward(x, x, "cube"),
+                 lambda: kernels.experts_forward(*arguments, "cube")):
+        if both_kernels == "numba":
+            with pytest.raises(kernels.KernelsError, match="no loop for cube: add one, or set TINYMOE_KERNELS=numpy"):
+                call()
+        else:
+            call()
+
+
 @pytest.mark.parametrize("name", ["gelu", "silu"])
 def test_activation_in_float32_is_good_to_a_few_units_in_the_last_place(name):
     x = np.linspace(-20, 20, 2001 if COMPILED else 101).astype(np.float32)

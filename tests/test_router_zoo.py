@@ -248,6 +248,7 @@ def test_a_masked_group_loses_even_to_negative_scores():
         (dict(n_groups=2, group_limit=3), "group_limit 3"),
         (dict(n_groups=4, group_limit=1), "leaves 1 experts, fewer than top_k 2"),
         (dict(second_expert="none"), "'none'.*threshold"),
+        (dict(second_expert="threshold", second_threshold=.5), "second_threshold 0.5 must be below 0.5"),
         (dict(bias_rate=0.1), "bias_rate is no option of top_k, which takes .*renormalise"),
     ],
 )
@@ -266,6 +267,12 @@ def test_second_expert_by_hand(policy, kept):
     assert r.coverage.tolist() == kept
     np.testing.assert_allclose(r.to_dense().data[:, 0], [.6, .9])            # the first keeps its gate
     assert route(p, "top_k", 2, **options).coverage.tolist() == [2, 2]
+
+
+def test_a_threshold_for_the_second_expert_keeps_some_by_default():
+    """Gates .7 and .3, or .9 and .1, against 0.2."""
+    r = route(np.log([[.7, .3], [.9, .1]]), "top_k", 2, context(training=True), second_expert="threshold")
+    assert r.coverage.tolist() == [2, 1]
 
 
 def test_a_random_second_expert_is_kept_in_proportion_to_its_gate():

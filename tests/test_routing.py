@@ -188,6 +188,11 @@ def test_largest_always_takes_k_and_a_nan_last(k):
     np.testing.assert_array_equal(largest(scores.T, k, axis=0), chosen.T)
 
 
+def test_more_than_there_are_cannot_be_the_largest():
+    with pytest.raises(ValueError, match="^k 5 is more than the 4 entries along this axis$"):
+        largest(np.zeros((2, 4)), 5)
+
+
 def test_shares_of_what_is_chosen():
     """.5 and .3 of .8; all of .2; with dy = (1, 0, 0) in the first row, dx = ((1 - 5/8) / .8, -(5/8) / .8, 0)."""
     values, chosen = np.array([[.5, .3, .2], [.2, .7, .1]]), np.array([[1, 1, 0], [1, 0, 0]], bool)

@@ -45,7 +45,12 @@ def activation(x: Tensor, name: str) -> Tensor:
     "geglu" and "swiglu" take x (..., 2F) to f(a) * b (..., F), where a and b are the halves of x (Shazeer 2020).
     "clamped_swiglu" takes x to a * sigmoid(1.702 a) * (1 + b), with a at most 7 and b from -7 to 7 (GPT-OSS, OpenAI
     2025). It is composed of other operations and has no kernel.
+    Raises ValueError for another name, and for a gated one where the last axis of x is odd.
     """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if name in GATED and (x.ndim == 0 or x.shape[-1] % 2):
+        raise ValueError(f"{name} takes the two halves of x (..., 2F), so its last axis must be even, not {x.shape}")
     _check_dtypes(name, x)
     if name == CLAMPED:
         half = x.shape[-1] // 2
@@ -218,8 +223,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv) -> (B, T, H, dv). G divides H, and head h reads group h // (H // G)
     (grouped queries, Ainslie et al. 2023). Raises ValueError for shapes that do not fit together.
     """
-    (B, T, H, d), (G, _) = q.shape, v.shape[2:]
-    if k.shape != (B, T, G, d) or v.shape[:2] != (B, T) or d == 0 or G == 0 or H % G:
+    if not q.ndim == k.ndim == v.ndim == 4 or q.shape[:2] != v.shape[:2] or (
+            k.shape != (*v.shape[:3], q.shape[3]) or 0 in k.shape[2:] or q.shape[2] % k.shape[2]):
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0 and "
                          f"G dividing H, not {q.shape}, {k.shape}, {v.shape}")
     _check_dtypes("causal_attention", q, k, v)
@@ -232,12 +237,13 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
     depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
-    base: a number, or the angles of a position (d/2,).
+    base: the number in the formula; or an array (d/2,) of angles, which then take the place of base^(-2i/d).
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
     T, d = x.shape[1], x.shape[-1]
-    angle = np.arange(T)[:, None] * (base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d))  # (T, d/2)
+    angles = base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d)
+    angle = np.arange(T)[:, None] * angles  # (T, d/2)
     cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
 
     def turn(z, sin):

@@ -34,6 +34,10 @@ def no_grad():
         _no_grad_depth.set(_no_grad_depth.get() - 1)
 
 
+_OPERATORS = {np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv,
+              np.power: operator.pow, np.matmul: operator.matmul}
+
+
 def _reflected(operation):
     """The method for an array or a number on the left, as in 2 * tensor."""
     return lambda self, other: operation(self._operand(other), self)
@@ -52,8 +56,6 @@ class Tensor:
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_retains_grad", "_parents", "_vjp", "_time", "__weakref__")
-    __array_ufunc__ = None  # array + tensor calls Tensor.__radd__ instead of looping over entries
-
     def __init__(self, array: ArrayLike | Tensor, requires_grad: bool = False):
         self.data = np.asarray(array)
         if self.data.dtype.kind not in "fiub":
@@ -93,6 +95,16 @@ class Tensor:
                             "or take the values alone with .numpy()")
         return np.array(self.data, dtype=dtype, copy=True) if copy else np.asarray(self.data, dtype=dtype)
 
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        """NumPy calls this for array + tensor, which is Tensor.__radd__. Other functions of NumPy make no graph."""
+        name = ufunc.__name__
+        if ufunc in (np.equal, np.not_equal):
+            return ufunc is np.not_equal  # an array is not a Tensor
+        if ufunc in _OPERATORS and method == "__call__" and not options and not isinstance(inputs[0], Tensor):
+            return _OPERATORS[ufunc](inputs[1]._operand(inputs[0]), inputs[1])
+        instead = f"x.{name}(), or " if name in ("exp", "log", "sqrt", "tanh") else ""
+        raise TypeError(f"np.{name} does not take a Tensor x: use {instead}np.{name} of x.data outside the graph")
+
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array, not copied and outside any graph."""
         return self.data
@@ -122,7 +134,7 @@ class Tensor:
         while nodes:
             node = nodes.pop()  # the newest: no other node depends on it, so its gradient is complete
             g = gradients.pop(node, None)
-            if g is None:
+            if g is None:  # a VJP gave None: nothing to pass on
                 continue
             if node._vjp is None:
                 gradients.give(node, g)

@@ -2,7 +2,8 @@
 
 A backward pass takes dy, the gradient of the loss with respect to the output y, and returns dx for each input x.
 Arrays are float32 or float64, and results have the dtype of the inputs. Axes: N tokens, D width, F hidden width,
-E experts, A assignments of a token to an expert, B batch, T time steps, H heads, G groups of heads that share keys.
+E experts, A assignments of a token to an expert, B batch, T time steps, H heads, G groups of heads that share keys,
+d entries of a query or key, dv of a value, I inputs and O outputs of a linear layer, M rows taken from a table of n.
 """
 import numpy as np
 from scipy.special import expit as sigmoid
@@ -70,7 +71,7 @@ def causal_attention(q, k, v):
     T, H, d = q.shape[1:]
     q, k, v = (x.repeat(H // x.shape[2], axis=2).swapaxes(1, 2) for x in (q, k, v))     # a matrix (T,d) for each head
     scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) * d**-0.5, -np.inf)
-    p = np.exp(scores - scores.max(axis=3, keepdims=True, initial=-np.inf))
+    p = np.exp(scores - scores.max(axis=3, keepdims=True, initial=-np.inf))             # initial: for T = 0
     p /= p.sum(axis=3, keepdims=True)
     return (p @ v).swapaxes(1, 2), p
 
@@ -99,7 +100,8 @@ def experts_forward(x, token, offsets, gate, weights, name):
 
 
 def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
-    """-> dx, dgate, dw1, db1, dw2, db2: zero for an expert without assignments"""
+    """dgate[a] = dy[n] . out[a]; the rest is the backward pass of each expert, whose output has the gradient
+    gate[a] dy[n] -> dx, dgate, dw1, db1, dw2, db2: zero for an expert without assignments"""
     (w1, _, w2, _), (rows, before, out) = weights, saved
     dw1, db1, dw2, db2 = map(np.empty_like, weights)
     dout, drows = gate[:, None] * dy[token], np.empty_like(rows)
@@ -118,7 +120,8 @@ def add_rows(n, index, rows):
 
 def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
     """p -= lr (m' / (sqrt(v') + eps) + weight_decay p), in place  (Loshchilov & Hutter 2019, algorithm 2)
-    m and v: running means of the gradient g and of g^2; m' = m / (1 - b1^step), as they start at 0; step 1, 2, ..."""
+    m and v: running means of the gradient g and of g^2. They start at 0, so m' = m / (1 - b1^step) and
+    v' = v / (1 - b2^step), step 1, 2, ... The decay is times lr too, as in PyTorch."""
     b1, b2 = betas
     m[...] = b1 * m + (1 - b1) * g
     v[...] = b2 * v + (1 - b2) * (g * g)

@@ -40,15 +40,15 @@ class Block(Module):
 def make_attention(config: ModelConfig, rng: np.random.Generator, out_std: float, dtype, window: int = 0) -> Module:
     """The attention layer that a config describes, with this window."""
     c = config
-    shared = dict(out_std=out_std, dtype=dtype, head_dim=c.head_dim, rope_theta=c.rope_theta)
+    common = dict(out_std=out_std, dtype=dtype, head_dim=c.head_dim, rope_theta=c.rope_theta)
     if c.attention == "latent":
-        return LatentAttention(c.d_model, c.n_heads, rng, **shared, q_rank=c.q_rank, kv_rank=c.kv_rank,
+        return LatentAttention(c.d_model, c.n_heads, rng, **common, q_rank=c.q_rank, kv_rank=c.kv_rank,
                                rope_dim=c.rope_dim, v_dim=c.v_dim, norm_eps=c.latent_eps or c.norm_eps)
-    shared |= dict(n_kv_heads=c.n_kv_heads, biases=c.attention_biases, rotary=c.positions == "rotary",
+    common |= dict(n_kv_heads=c.n_kv_heads, biases=c.attention_biases, rotary=c.positions == "rotary",
                    qk_norm=c.qk_norm, norm_eps=c.norm_eps)
     if window or c.sinks or c.yarn:
-        return WindowedAttention(c.d_model, c.n_heads, rng, **shared, window=window, sinks=c.sinks, yarn=c.yarn)
-    return CausalSelfAttention(c.d_model, c.n_heads, rng, **shared)
+        return WindowedAttention(c.d_model, c.n_heads, rng, **common, window=window, sinks=c.sinks, yarn=c.yarn)
+    return CausalSelfAttention(c.d_model, c.n_heads, rng, **common)
 
 
 def make_norm(config: ModelConfig, dtype) -> Module:

@@ -140,9 +140,9 @@ class Transformer(Module):
 
     def _routing_terms(self, output, nats):
         """Yield (name, coefficient, mean over MoE layers) of the losses and of the routers' own penalties."""
-        c, shared = self.config, cache(nats)
+        c, nats = self.config, cache(nats)
         layers = [(routing, LossContext(layer.router, seq_len=output.logits.shape[1], n_devices=c.n_devices,
-                                        max_devices=c.max_devices, token_nats=shared,
+                                        max_devices=c.max_devices, token_nats=nats,
                                         recent_share=getattr(layer.recent_share, "data", None),
                                         balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]

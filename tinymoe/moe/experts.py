@@ -42,16 +42,16 @@ def grouped(bank, x, routing):
     return F.scatter_add(F.concatenate(rows), routing.token, len(x))
 
 
-def sparse(chosen):
-    """A backend that runs each expert on its own tokens, by a kernel of `chosen`."""
+def sparse(module):
+    """A backend that runs each expert on its own tokens, by the kernels of a module."""
     def backend(bank, x, routing):
         if bank.activation == F.CLAMPED:
             return grouped(bank, x, routing)
         parents = (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2)
         rows, gate, *weights = (t.data for t in parents)
         inputs = (rows, routing.token, routing.offsets, gate, weights, bank.activation)
-        y, saved = chosen.experts_forward(*inputs)
-        return record(y, parents, lambda g: chosen.experts_backward(g, *inputs, saved))
+        y, saved = module.experts_forward(*inputs)
+        return record(y, parents, lambda g: module.experts_backward(g, *inputs, saved))
     return backend
 
 
@@ -69,7 +69,7 @@ class ExpertBank(Module):
     Raises ValueError for an unknown backend or activation, and for a routing that does not fit x.
     """
 
-    benchmark = classmethod(benchmark)
+    benchmark = classmethod(benchmark)  # ExpertBank.benchmark(...) times the backends, see benchmark.py
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int, activation="gelu", backend="numba", seed=0,
                  dtype=np.float32, out_std=INIT_STD, bias=True):

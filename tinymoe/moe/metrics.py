@@ -57,7 +57,7 @@ def drop_rate(routing: Routing) -> float:
 
 
 def token_coverage(routing: Routing) -> float:
-    """Share of the tokens that have at least one expert."""
+    """Share of the tokens that have at least one expert; `Routing.coverage` counts the experts of each token."""
     return float((routing.coverage > 0).mean())
 
 

@@ -65,7 +65,7 @@ class Routing:
 
     @property
     def coverage(self) -> np.ndarray:
-        """(N,) int: experts of each token, the row counts of the gate matrix."""
+        """(N,) int: how many experts each token has, the row counts. metrics.token_coverage is the share above 0."""
         return np.bincount(self.token, minlength=self.n_tokens)
 
     @property
@@ -80,15 +80,15 @@ class Routing:
 
     def mask(self) -> np.ndarray:
         """(N, E) bool: where the gate matrix has an assignment."""
-        return _placed(np.ones(len(self.token), bool), (self.token, self.expert), self.probs.shape)
+        return _scatter(np.ones(len(self.token), bool), (self.token, self.expert), self.probs.shape)
 
     def to_dense(self) -> Tensor:
         """The gate matrix (N, E) as a Tensor, zero where nothing is assigned."""
         place = (self.token, self.expert)
-        return primitive(_placed(self.gate.data, place, self.probs.shape), (self.gate, lambda g: g[place]))
+        return primitive(_scatter(self.gate.data, place, self.probs.shape), (self.gate, lambda g: g[place]))
 
 
-def _placed(values, place, shape):
+def _scatter(values, place, shape):
     """A matrix with values at some places, and zeros elsewhere."""
     matrix = np.zeros(shape, values.dtype)
     matrix[place] = values
@@ -96,7 +96,12 @@ def _placed(values, place, shape):
 
 
 def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
-    """Boolean mask of the k largest scores along an axis. Ties go to the lowest index; NaN counts as the smallest."""
+    """Boolean mask of the k largest scores along an axis. Ties go to the lowest index; NaN counts as the smallest.
+
+    Raises ValueError if the axis has fewer than k entries.
+    """
+    if k > scores.shape[axis]:
+        raise ValueError(f"k {k} is more than the {scores.shape[axis]} entries along this axis")
     if k == 0:
         return np.zeros(scores.shape, bool)
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -110,7 +115,10 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
 
 
 def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
-    """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool."""
+    """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool.
+
+    Each row needs at least one chosen entry: a row without has the sum 0, and becomes NaN.
+    """
     kept = values.data * chosen
     total = np.einsum("ne->n", kept)[:, None]  # faster than .sum
     share = kept / total
@@ -122,7 +130,7 @@ def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, 
     n_tokens, n_experts = chosen.shape
     expert, token = np.divmod(np.flatnonzero(np.ascontiguousarray(chosen.T)), n_tokens)  # nonzero, but faster
     offsets = np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=n_experts))])
-    gate = primitive(gates.data[token, expert], (gates, lambda g: _placed(g, (token, expert), gates.shape)))
+    gate = primitive(gates.data[token, expert], (gates, lambda g: _scatter(g, (token, expert), gates.shape)))
     return Routing(token, offsets, gate, logits, probs, **fields)
 
 
@@ -161,7 +169,7 @@ def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = 
     urgency = _choice_rank(routing) if policy == "order" else -routing.gate.data
     # sorted by expert, then urgency, then token: a stable sort keeps the token order within ties
     order = np.lexsort((urgency, routing.expert))
-    kept = np.sort(order[_places(routing.load) < limit])
+    kept = np.sort(order[_index_within(routing.load) < limit])
     offsets = np.concatenate([[0], np.cumsum(np.minimum(routing.load, limit))])
     return dataclasses.replace(routing, token=routing.token[kept], gate=routing.gate[kept], offsets=offsets,
                                n_dropped=routing.n_dropped + len(order) - len(kept), demand=routing.wanted)
@@ -171,10 +179,10 @@ def _choice_rank(routing):
     """(A,) int: 0 for a token's first choice (largest gate), 1 for its second, ..."""
     order = np.lexsort((-routing.gate.data, routing.token))
     rank = np.empty(len(order), int)
-    rank[order] = _places(routing.coverage)
+    rank[order] = _index_within(routing.coverage)
     return rank
 
 
-def _places(lengths):
+def _index_within(lengths):
     """0, 1, ... within each of several runs of these lengths, one after the other."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

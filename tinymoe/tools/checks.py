@@ -6,6 +6,7 @@ a kernel is checked by the operation that calls it.
 """
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,13 +47,19 @@ class CheckRow:
 
 
 def run_all(only: str | None = None) -> Iterator[CheckRow]:
-    """Yield a CheckRow for every case whose name contains `only` (None: for every case), as each is done."""
+    """Yield a CheckRow for every case whose name contains `only` (None: for every case), as each is done.
+
+    A case that raises an error has failed; its note is the error.
+    """
     threads = kernels.get_threads()
     kernels.set_threads(1)  # a second thread does not pay for arrays this small
     try:
         for name, check in cases().items():
             if only is None or only in name:
-                result = check()
+                try:
+                    result = check()
+                except Exception as error:  # a case that cannot run must not hide the others
+                    result = GradcheckResult(False, np.inf, " ".join(f"ERROR {type(error).__name__}: {error}".split()))
                 yield CheckRow(name, result.ok, result.max_error, "" if result.ok else result.where)
     finally:
         kernels.set_threads(threads)
@@ -139,10 +146,12 @@ def _module(make, *inputs, call=lambda module, *x: module(*x), spread=0.1):
     """
     def run():
         module = make()
-        parameters = module.parameters().values()
+        names, parameters = module.parameters().keys(), module.parameters().values()
         for i, p in enumerate(parameters, start=1):
             p.data = p.data + spread * _normal(*p.shape, seed=i)
-        return gradcheck(lambda *t: call(module, *t[:len(inputs)]), *inputs, *parameters, rtol=RTOL)
+        result = gradcheck(lambda *t: call(module, *t[:len(inputs)]), *inputs, *parameters, rtol=RTOL)
+        places = [*(f"input {i}" for i in range(len(inputs))), *names]
+        return replace(result, where=re.sub(r"^input (\d+)", lambda found: places[int(found[1])], result.where))
     return run
 
 

@@ -5,11 +5,13 @@ import textwrap
 
 import numpy as np
 
+from ..autograd import functional as F
 from ..autograd.tensor import Tensor
 from ..model.config import ModelConfig
 from ..moe import losses, metrics
 from ..moe.layer import MoELayer
 from ..moe.routers import ROUTERS, RouteContext, TopK, find
+from ..moe.routers.token_choice import Scored
 from ..moe.routing import limit_capacity
 
 TEXT, SEED = "look", 902
@@ -47,7 +49,8 @@ class Example:
 
     def __init__(self, model: dict, seed: int = SEED):
         if unknown := sorted(model.keys() - set(FREE)):
-            raise ValueError(f"{', '.join(unknown)}: the example is too small for this; set {', '.join(FREE)}")
+            raise ValueError(f"{', '.join(unknown)}: explain has no such setting; it can set {', '.join(FREE[:-1])} "
+                             "and router.NAME, an option of the router")
         top_1 = find(model.get("router", "top_k")).top_1_only
         self.config = ModelConfig(**SIZES | FIXED | {"top_k": 1 if top_1 else 2} | model)
         self.seed = seed
@@ -65,6 +68,10 @@ class Example:
             self.weight.data = weight
         context = RouteContext(self.ids, rng=np.random.default_rng(0), domain=np.zeros(1, int))
         self.routing = self.router(self.x, context)
+        logits, probs = self.routing.logits.data, self.routing.probs.data
+        self.linear = self.weight is not None and np.allclose(x @ self.weight.data, logits)
+        self.has_logits = self.linear or self.router.learned  # those of a table or of chance only stand for its choice
+        self.softmaxed = self.has_logits and np.allclose(F.softmax(Tensor(logits)).data, probs)
         self.labels = [f"{n} {character}" for n, character in enumerate(TEXT)]
         self.experts = [f"e{e}" for e in range(self.config.n_experts)]
         self.dims = [f"d{d}" for d in range(self.config.d_model)]
@@ -98,15 +105,24 @@ class Example:
             enough. The two o's have the same hidden state.""", _matrix(self.x.data, self.labels, self.dims, "x", 1))
 
     def scores(self):
-        weight = self.weight
-        linear = weight is not None and np.allclose(self.x.data @ weight.data, self.routing.logits.data)
-        how = ("The router multiplies x with its weights W (D, E). The products are the logits, one score for each "
-               "token and expert. The softmax makes probabilities of them: each row sums to 1.") if linear else (
-               f"The router {self.router.name}: {_first_line(self.router)} Its logits and its probabilities:")
-        return _part("2. What the router says", how, *([_matrix(weight.data, self.dims, self.experts, "W", 1)]
-                                                       if linear else []),
-                     _matrix(self.routing.logits.data, self.labels, self.experts, "logits"),
-                     _matrix(self.routing.probs.data, self.labels, self.experts, "probability"))
+        about = f"The router {self.router.name}: {_first_line(self.router)}"
+        how = about if self.has_logits else f"{about} It has no logits. Its probabilities:"
+        if self.linear:
+            how = ("The router multiplies x with its weights W (D, E). The products are the logits, one score for each "
+                   "token and expert.")
+        if self.softmaxed:
+            how += " The softmax makes probabilities of the logits: each row sums to 1."
+        elif isinstance(self.router, Scored):
+            how += (f" The function {self.router.score} makes other scores of the logits. A probability is such a "
+                    "score divided by the sum of its row.")
+        elif self.has_logits:
+            how += " Its probabilities are not the softmax of its logits."
+        matrices = {"W": (self.linear, self.weight, self.dims, 1),
+                    "logits": (self.has_logits, self.routing.logits, self.labels, 2),
+                    "probability": (True, self.routing.probs, self.labels, 2)}
+        return _part("2. What the router says", how, *(
+            _matrix(values.data, rows, self.experts, name, digits)
+            for name, (shown, values, rows, digits) in matrices.items() if shown))
 
     def choice(self):
         g, plain = self.routing.to_dense().data, type(self.router) is TopK and not self.config.router_options
@@ -163,19 +179,22 @@ class Example:
         rows = np.stack([f, mean, len(f) * f * mean], axis=1)
         texts = [f"""The load of an expert is the number of its tokens, a column count of G: {_list(r.load)}.
             f is its share of all assignments, P its mean probability. The balance loss is
-            E * sum of f * P = {loss.item():.4f}; at perfect balance it is 1. The loads' standard deviation over their
-            mean (load CV) is {metrics.load_cv(r):.3f}.""",
+            E * sum of f * P = {loss.item():.4f}; at perfect balance it is 1. It can be below 1, because f counts
+            choices and P averages probabilities. The loads' standard deviation over their mean (load CV) is
+            {metrics.load_cv(r):.3f}.""",
                  _matrix(rows, self.experts, ["f", "P", "E f P"], "expert", 3)]
         if not r.logits.requires_grad:
             texts.append(f"The loss has no gradient: {self.router.name} does not learn.")
+        elif (r.load == r.load[0]).all():
+            texts.append("All f are equal, so its gradient on the logits is 0.")
         else:
             r.logits.retain_grad()
             loss.backward()
             hand = gradient_by_hand(probs, r.load)
             texts += ["Its gradient on the logits. Where it is above 0, training lowers the logit: experts with a "
-                      "larger f than the token's mean lose, the others gain.",
+                      "larger f than the mean of f under the token's probabilities lose, the others gain.",
                       _matrix(r.logits.grad, self.labels, self.experts, "gradient", 4)]
-            if np.allclose(np.exp(r.logits.data) / np.exp(r.logits.data).sum(axis=1, keepdims=True), probs):
+            if self.softmaxed:
                 texts += ["By hand, E / N * p_e * (f_e - sum of f * p):", _source(gradient_by_hand),
                           f"Largest difference: {_difference(r.logits.grad, hand)}."]
         return _part("7. Load and balance", *texts)
@@ -218,8 +237,9 @@ def draw(example: Example):
     outputs = np.stack([np.maximum(e.x.data[n] @ e.bank.w1.data[i], 0) @ e.bank.w2.data[i] for i in chosen])
     names = [e.experts[i] for i in chosen]
     parts = [("x, the\nhidden state", e.x.data[n:n + 1], e.dims, [""]),
-             ("logits\nof the router", e.routing.logits.data[n:n + 1], e.experts, [""]),
-             ("probabilities\n(softmax)", e.routing.probs.data[n:n + 1], e.experts, [""]),
+             *[("logits\nof the router", e.routing.logits.data[n:n + 1], e.experts, [""])] * e.has_logits,
+             ("probabilities\n(softmax)" if e.softmaxed else "probabilities", e.routing.probs.data[n:n + 1], e.experts,
+              [""]),
              ("gates\nof the chosen", gates[None], e.experts, [""]),
              ("outputs of\nthe experts", outputs, e.dims, names),
              ("outputs times\ntheir gates", gates[chosen, None] * outputs, e.dims, names),

@@ -1,4 +1,8 @@
-"""Training: the loop of one run. It takes a batch, learns from it, and now and then evaluates, logs and saves."""
+"""Training: the loop of one run. It takes a batch, learns from it, and now and then evaluates, logs and saves.
+
+A RunPlan (plan.py) holds the ModelConfig, the TrainConfig and the seed of a run. `evaluate` (evaluation.py) measures
+the loss and the routers on validation windows.
+"""
 
 import json
 import math

@@ -2,7 +2,7 @@
 import numpy as np
 from numba import prange
 
-from .activations import KINDS, activate, activate_backward
+from .activations import activate, activate_backward, kind_of
 from .compile import example, loop, pool
 from .dense import add_bias
 from .product import TILED, multiply_in_parts
@@ -199,7 +199,7 @@ def experts_forward(x, token, offsets, gate, weights, name):
     (D, F), A = weights[0].shape[1:], len(token)
     saved = *_, out = tuple(np.empty(shape, x.dtype) for shape in ((A, D), A * F, (A, D)))
     pieces, _, first_piece = _plan(offsets, _segment_rows(A), get_threads())
-    _experts_forward(x, token, (pieces, first_piece), tuple(weights), KINDS[name], saved)
+    _experts_forward(x, token, (pieces, first_piece), tuple(weights), kind_of(name), saved)
     y = np.zeros_like(x)
     scatter_add(y, token, gate, out)
     return y, saved
@@ -213,7 +213,7 @@ def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
     pieces, first_slot, first_piece = _plan(offsets, _segment_rows(len(token)), get_threads())
     dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in weights) for n in (E, first_slot[-1]))
     d_rows, dgate = np.empty_like(saved[0]), np.empty_like(gate)
-    _experts_backward(dy, token, gate, (pieces, first_piece), tuple(weights), KINDS[name], saved, d_rows, dgate,
+    _experts_backward(dy, token, gate, (pieces, first_piece), tuple(weights), kind_of(name), saved, d_rows, dgate,
                       dw, partial)
     if first_slot[-1] or empty.any():
         _add_all_partials(dw, partial, first_slot, empty)

@@ -12,7 +12,8 @@ def load_balancing_loss(routing: Routing) -> Tensor:
 
     f_e is the share of the assignments that went to e, before any capacity limit, and has no gradient. P_e is the mean
     over tokens of `probs`, the full softmax. Equals 1 at perfect balance and E / K where everything goes to K experts
-    with certainty. 1 is not a lower bound.
+    with certainty. It can fall below 1: f counts choices and P averages probabilities, and an expert that is chosen
+    often may have a small mean probability.
     """
     return balance(routing.wanted, routing.probs.mean(axis=0))
 

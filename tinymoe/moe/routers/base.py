@@ -18,7 +18,7 @@ ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
 
 
 class RouteError(ValueError):
-    """A router lacks something of its context. The message says what to give."""
+    """A router lacks something of its context, or does not return a Routing. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class RouteContext:
     causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
         do; the others change their rule.
     domain: (B,) the domain of each sequence, an integer; known in training and evaluation, not for other texts.
-    shared: values that a layer's router passes to the routers of later layers, within one forward pass.
+    carried: values that a layer's router passes to the routers of later layers, within one forward pass.
     """
 
     ids: np.ndarray | None = None
     training: bool = False
     rng: np.random.Generator | None = None
     causal: bool = False
-    shared: dict = field(default_factory=dict)
+    carried: dict = field(default_factory=dict)
     domain: np.ndarray | None = None
 
     def need(self, name: str, router: "Router") -> Any:
@@ -78,6 +78,14 @@ class Router(Module):
         self.n_experts, self.top_k = n_experts, top_k
         vars(self).update(options)
         self.causal, self.causal_training = self.causal_with(options)
+
+    def __call__(self, x: Tensor, context: RouteContext) -> Routing:
+        """Run `forward`. Raises RouteError where it returns something else than a Routing."""
+        routing = self.forward(x, context)
+        if not isinstance(routing, Routing):
+            raise RouteError(f"router {self.name} returned a {type(routing).__name__}, not a Routing: make one with "
+                             "from_mask(chosen, gates, logits, probs) of tinymoe.moe.routing")
+        return routing
 
     def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()

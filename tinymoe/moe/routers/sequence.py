@@ -30,8 +30,8 @@ class Sequence(TopK, name="sequence"):
         return (options.get("sequence_pool", cls.sequence_pool) == "prefix",) * 2
 
     def forward(self, x, context):
-        if self.sequence_scope == "global" and "sequence" in context.shared:
-            return context.shared["sequence"]
+        if self.sequence_scope == "global" and "sequence" in context.carried:
+            return context.carried["sequence"]
         ids = context.need("ids", self)
         states = self._jittered(x, context).reshape(*ids.shape, x.shape[1])  # (B, T, D)
         if self.sequence_pool == "prefix" or context.causal:
@@ -40,7 +40,7 @@ class Sequence(TopK, name="sequence"):
             pooled = states.mean(axis=1, keepdims=True)[:, np.zeros(ids.shape[1], int)]  # the same for all T
         routing = self._choose(self.scores(pooled.reshape(x.shape)), context)
         if self.sequence_scope == "global":
-            context.shared["sequence"] = routing
+            context.carried["sequence"] = routing
         return routing
 
 

@@ -1,4 +1,7 @@
-"""Each token chooses its K experts of largest probability."""
+"""Each token chooses its K experts of largest probability.
+
+Read `_choose` first. With the default options `_jittered`, `_in_best_groups` and `_keeps_second` do nothing.
+"""
 
 from typing import Literal
 
@@ -20,10 +23,11 @@ class TopK(LinearRouter, name="top_k"):
     jitter: while training, inputs are multiplied by noise from U(1 - jitter, 1 + jitter) (Switch).
     n_groups, group_limit: experts lie in n_groups equal groups, and a token may use its best group_limit groups. The
         score of a group is that of its best expert (DeepSeek-V2, section 2.2.2).
-    second_expert: for K = 2, which second experts are kept while training: "all"; "threshold", those whose gate is
-        above second_threshold; "random", each with probability gate / second_threshold. From GShard (Lepikhin et
-        al. 2020, algorithm 1).
-    second_threshold: for second_expert; GShard has 0.5.
+    second_expert: for K = 2, which second experts are kept while training: "all"; "random", each with probability
+        gate / second_threshold (GShard, Lepikhin et al. 2020, algorithm 1); "threshold", those whose gate is above
+        second_threshold (Mesh TensorFlow).
+    second_threshold: by default 0.5 for "random" (GShard) and 0.2 for "threshold" (Mesh TensorFlow, which compares p).
+        For "threshold" it must be below 0.5, because a second gate is at most 0.5.
     Raises ValueError for training with noise but without an rng.
     """
 
@@ -35,18 +39,20 @@ class TopK(LinearRouter, name="top_k"):
     n_groups: int = 1
     group_limit: int | None = None
     second_expert: Literal["all", "random", "threshold"] = "all"
-    second_threshold: float = 0.5
+    second_threshold: float | None = None
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
         if self.renormalise is None:
             self.renormalise = top_k > 1
+        if self.second_threshold is None:
+            self.second_threshold = 0.2 if self.second_expert == "threshold" else 0.5
 
     @classmethod
     def check(cls, n_experts, top_k, options):
         super().check(n_experts, top_k, options)
-        n_groups, limit, second, jitter = (options.get(name, getattr(cls, name)) for name in (
-            "n_groups", "group_limit", "second_expert", "jitter"))
+        n_groups, limit, second, threshold, jitter = (options.get(name, getattr(cls, name)) for name in (
+            "n_groups", "group_limit", "second_expert", "second_threshold", "jitter"))
         if (n_groups > 1) != (limit is not None):
             raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
         if n_experts % n_groups or limit and limit > n_groups:
@@ -57,6 +63,8 @@ class TopK(LinearRouter, name="top_k"):
                              f"{top_k}")
         if second != "all" and top_k != 2:
             raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
+        if second == "threshold" and (threshold or 0) >= 0.5:
+            raise ValueError(f"second_threshold {threshold} must be below 0.5, because no second gate is above it")
         if jitter >= 1:
             raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+from ..losses import LOSSES, Loss
+
 
 def load_file(path: str | Path) -> str:
     """Run a Python file of the user's, so that the routers and losses it defines are known; returns its sha256.
@@ -27,6 +29,9 @@ def run_file(path: str | Path) -> tuple[ModuleType, str]:
             raise ImportError("its name must end in .py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        for name, entry in LOSSES.items():
+            if not isinstance(entry, Loss):
+                raise TypeError(f'LOSSES["{name}"] must be a Loss, such as Loss("what it means", lambda r, c: mine(r))')
     except Exception as error:
         raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct it") from None
     return module, digest
