@@ -54,7 +54,8 @@ for n, e in zip(routing.token, routing.expert):
 print("largest difference below 1e-12:", np.abs(y - by_hand).max() < 1e-12)
 
 # %% [markdown]
-# The balance loss is 1 at perfect balance. Its gradient reaches the router's weights through the probabilities.
+# The balance loss is 1 at perfect balance. It can fall below: f counts choices, P averages probabilities. Its gradient
+# reaches the router's weights through the probabilities.
 
 # %%
 loss = tm.losses.load_balancing_loss(routing)
