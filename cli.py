@@ -982,6 +982,9 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out):
         rows = measured("ladder", b.ladder(sizes or (b.LADDER[:2] if quick else b.LADDER), repeats), {
             "n_tokens": "8", "d_model": "7", "n_experts": "9", "top_k": "5", "backend": "<8", "pass": "<18",
             "first_ms": "9.1f", "ms": "9.2f", "relative": "8.3f", "difference": "10.1e"}, b.draw_ladder)
+        if not as_json:
+            click.echo("ms: the median; first_ms: the first call, which compiles; relative: over naive, below 1 is "
+                       "faster.\ndifference: the largest from naive. The loop is timed at the first size alone.")
         if max(row["difference"] or 0 for row in rows) > 1e-3:
             raise click.ClickException("the backends disagree: see the column difference")
     if not (profile or sizes):

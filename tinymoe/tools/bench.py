@@ -5,7 +5,9 @@ What is compared is timed in turn, so that a noisy moment of the machine hits al
 profile of a step is a mean over steps.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -286,8 +288,10 @@ def draw_scaling(rows, path):
 
 
 def write(out, name, rows):
-    """Write rows to out/NAME.jsonl, each with the machine it was measured on and its load; return the rows."""
+    """Write rows to out/NAME.jsonl, each with the machine, its load and any PyTorch's version; return them."""
     where = machine() | {"load": os.getloadavg()[0]}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        where["torch"] = importlib.metadata.version("torch")
     rows = [row | where for row in rows]
     write_rows(Path(out) / f"{name}.jsonl", rows)
     return rows
