@@ -949,9 +949,14 @@ def _sizes(context, option, values):
 @click.option("--repeats", type=COUNT, default=7, help="Timings of each number; the median counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line, instead of tables.")
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
+@_set_option
 @_refusing(OSError)
-def bench(quick, profile, sizes, threads, repeats, as_json, out):
-    """Time experts and training steps, and PyTorch if it is there."""
+def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
+    """Time experts and training steps, and PyTorch if it is there.
+
+    With --set it times only the step, of a model with these settings: --set n_layers=4 --set d_model=64 --set d_ff=256
+    --set moe_layers=[1,3] is the laboratory's.
+    """
     from tinymoe.tools import bench as b
 
     def measured(name, rows, columns, draw=None):
@@ -967,8 +972,13 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out):
             draw(rows, out / f"{name}.png")
         return rows
 
-    if sizes and (profile or quick):
-        raise click.UsageError("--sizes, --profile and --quick each say what to time: give one of them")
+    if sizes and (profile or overrides):
+        raise click.UsageError("--sizes times the experts alone, --profile and --set the step alone: give one of them")
+    model, training = _settings(overrides)
+    if training.keys() - {"batch_size"}:
+        raise click.UsageError(f"--set {min(training)}: a timed step has the settings of the model and batch_size")
+    with _refusing(ValueError, TypeError, usage=True):
+        config, batch = b.ModelConfig(**model), training.get("batch_size", 8)
     warning = b.busy()  # before this program itself is a load
     if threads:
         with _refusing(ValueError, usage=True, about="--threads: "):
@@ -978,7 +988,7 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out):
         _say(f"Warning: {warning}", code=0)
     if not as_json:
         click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {_describe(b.machine())}")
-    if not profile:
+    if not (profile or overrides):
         rows = measured("ladder", b.ladder(sizes or (b.LADDER[:2] if quick else b.LADDER), repeats), {
             "n_tokens": "8", "d_model": "7", "n_experts": "9", "top_k": "5", "backend": "<8", "pass": "<18",
             "first_ms": "9.1f", "ms": "9.2f", "relative": "8.3f", "difference": "10.1e"}, b.draw_ladder)
@@ -988,14 +998,14 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out):
         if max(row["difference"] or 0 for row in rows) > 1e-3:
             raise click.ClickException("the backends disagree: see the column difference")
     if not (profile or sizes):
-        measured("step", b.three_ways(repeats=repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
+        measured("step", b.three_ways(config, batch, repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
     if not sizes:
         peak = b.sgemm_gflops()
         rows = [row | {"sgemm_gflops": peak, "sgemm_threads": b.kernels.get_threads()}
-                for row in b.step_profile(repeats=3 * repeats)]
+                for row in b.step_profile(config, batch, 3 * repeats)]
         measured("profile", rows, {"operation": "<28", "calls": "6.0f", "ms": "9.2f", "share": "6.1%",
                                    "gflops": "8.1f", "sgemm_gflops": "12.0f"}, b.draw_profile)
-    if not (profile or quick or sizes):
+    if not (profile or quick or sizes or overrides):
         measured("scaling", b.scaling(repeats=repeats),
                  {"against": "<10", "value": "6g", "ms": "9.1f", "relative": "8.2f"}, b.draw_scaling)
     if not as_json:

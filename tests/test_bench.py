@@ -95,6 +95,18 @@ def test_the_command_times_the_sizes_that_are_asked_for(tmp_path, monkeypatch):
     assert [json.loads(line)["table"] for line in printed] == ["ladder"] * len(printed)
 
 
+def test_the_step_of_another_model_is_timed_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "pytorch", lambda *_, **asked: [])
+    small = ("n_layers=1", "moe_layers=[0]", "d_model=8", "n_heads=2", "d_ff=8", "seq_len=8", "batch_size=2")
+    shown = run(*(word for setting in small for word in ("--set", setting)), "--out", tmp_path)
+    assert shown.exit_code == 0, shown.output
+    assert {path.name for path in tmp_path.iterdir()} == {"step.jsonl", "profile.jsonl", "profile.png"}
+    calls = {row["operation"]: row["calls"] for row in map(json.loads, (tmp_path / "profile.jsonl").open())}
+    assert calls["causal_attention"] == 1
+    for typed in (("--set", "steps=3"), ("--sizes", "16,4,2,1", "--profile"), ("--sizes", "16,4,2,1", "--set", small[0])):
+        assert run(*typed, "--out", tmp_path / "none").exit_code == 2 and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("size", ["16,4,2", "16,4,2,3", "0,4,2,1", "a,b,c,d"])
 def test_an_impossible_size_is_wrong_usage(tmp_path, size):
     shown = run("--sizes", size, "--out", tmp_path)
