@@ -103,7 +103,8 @@ def test_the_step_of_another_model_is_timed_alone(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"step.jsonl", "profile.jsonl", "profile.png"}
     calls = {row["operation"]: row["calls"] for row in map(json.loads, (tmp_path / "profile.jsonl").open())}
     assert calls["causal_attention"] == 1
-    for typed in (("--set", "steps=3"), ("--sizes", "16,4,2,1", "--profile"), ("--sizes", "16,4,2,1", "--set", small[0])):
+    alone = ("--sizes", "16,4,2,1")
+    for typed in (("--set", "steps=3"), (*alone, "--profile"), (*alone, "--set", small[0])):
         assert run(*typed, "--out", tmp_path / "none").exit_code == 2 and not (tmp_path / "none").exists()
 
 
