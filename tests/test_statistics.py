@@ -141,10 +141,50 @@ def test_the_share_of_the_text():
 
 
 def test_the_uncertainty_of_seeds_and_text_by_hand():
-    """Independent noise of 6 seeds x 24 stretches: the bootstrap's variance is that of the mean of the seeds, plus that
-    of the stretches: each variance over its number."""
+    """The squares of the half widths of both t intervals are added: 2.5706 standard errors of 6 seeds, 2.0687 of 24
+    stretches. The text's share is that of the two squared standard errors."""
     x = np.random.default_rng(1).normal(size=(6, 1)) + np.random.default_rng(2).normal(size=(1, 24))
     low, high, share = text_uncertainty([x], n_resamples=4000)
-    parts = x.mean(axis=1).var() / 6, x.mean(axis=0).var() / 24
-    assert share == pytest.approx(parts[1] / sum(parts), abs=0.03)
-    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(sum(parts)), rel=0.1)
+    seeds, text = x.mean(axis=1).var(ddof=1) / 6, x.mean(axis=0).var(ddof=1) / 24
+    assert share == pytest.approx(text / (seeds + text), abs=0.03)
+    assert (high - low) / 2 == pytest.approx(math.hypot(2.5706 * seeds**0.5, 2.0687 * text**0.5), rel=0.02)
+    assert (high + low) / 2 == pytest.approx(x.mean())
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_the_interval_over_seeds_and_text_covers_the_truth_and_is_no_narrower_than_that_of_seeds(n):
+    """400 studies of 3 domains whose true mean is 0: SD 0.2 of seeds, 1 of stretches, 0.3 of both together."""
+    rng, covered = np.random.default_rng(n), 0
+    for _ in range(400):
+        seeds = rng.normal(0, 0.2, (n, 1))
+        parts = [seeds + rng.normal(0, 1, (1, 24)) + rng.normal(0, 0.3, (n, 24)) for _ in range(3)]
+        low, high, _ = text_uncertainty(parts, n_resamples=200)
+        assert (high - low) / 2 >= t_interval(np.mean([part.mean(axis=1) for part in parts], axis=0)).half
+        covered += low < 0 < high
+    assert 0.94 < covered / 400 < 0.99  # with few seeds it is a little too wide
+
+
+def test_the_same_is_corrected_too():
+    """Two comparisons whose uncorrected p of the same is between 2.5% and 5%: alone each is the same, together neither
+    is; and a larger family makes no "different" of p = 0.04 a "same"."""
+    values = (0.0, 0.003, 0.006)
+    assert 0.025 < compared(*values).p_same < 0.05 and compared(*values).verdict == "same"
+    family = corrected([Comparison(DIFFERENCE, values, 0.01)] * 2, holm)
+    assert [one.verdict for one in family] == ["not known"] * 2
+    assert family[0].corrected_same == pytest.approx(2 * family[0].p_same)
+    sure = (0.005, 0.006, 0.0065, 0.0008)
+    alone, together = compared(*sure), corrected([Comparison(DIFFERENCE, sure, 0.01),
+                                                  *[Comparison(DIFFERENCE, (0.2, -0.2), 0.01)] * 4], holm)[0]
+    assert alone.interval.p < 0.05 < together.corrected and together.interval.low > 0
+    assert (alone.verdict, together.verdict, together.interval90) == ("different", "not known", alone.interval90)
+    unbounded = corrected([Comparison(DIFFERENCE, values, 0.01), Comparison(DIFFERENCE, values)], holm)
+    assert unbounded[0].verdict == "same" and math.isnan(unbounded[1].corrected_same)  # one test of the same
+
+
+def test_smallest_effect_and_seeds_needed_allow_for_the_family():
+    """10 seeds show an effect of one SD at 5% (Cohen). At 1% it takes 1.25 SDs: t(0.995, 9) = 3.25 against 2.26."""
+    values = np.array([1.0, -1.0] * 5)
+    family = corrected([Comparison(DIFFERENCE, tuple(values / values.std(ddof=1)), 1.0)] * 5, holm)
+    power = stats.nct.sf(stats.t.ppf(0.995, 9), 9, family[0].smallest * math.sqrt(10))
+    assert power == pytest.approx(0.8) and family[0].smallest == pytest.approx(1.25, abs=0.03)
+    assert family[0].needed == seeds_needed(1, 0.01) > seeds_needed(1) == compared(*family[0].values, margin=1.0).needed

@@ -94,13 +94,16 @@ class Contrast:
 class Comparison:
     """A Contrast over its common seeds, tested against 0, and against both ends of ±margin if it has one.
 
-    values: one of each seed. corrected: its p value after the correction for the comparisons of its family.
+    values: one of each seed. corrected, corrected_same: its p values after the correction for the comparisons of its
+    family, and family: how many these are.
     """
 
     contrast: Contrast
     values: tuple
     margin: float | None = None
     corrected: float = math.nan
+    corrected_same: float = math.nan
+    family: int = 1
 
     n = property(lambda self: len(self.values))
     mean = property(lambda self: self.interval.mean)
@@ -113,7 +116,7 @@ class Comparison:
 
     @property
     def interval90(self) -> Interval:
-        """Inside ±margin exactly where both one-sided tests reject at 5%."""
+        """Inside ±margin exactly where both one-sided tests reject at 5%; without correction."""
         return t_interval(self.values, 0.9)
 
     @cached_property
@@ -135,19 +138,22 @@ class Comparison:
 
     @property
     def smallest(self) -> float:
-        """The smallest effect that so many seeds of this SD show with 80% power, by the t-test without correction."""
-        return _detectable(self.n) * self.sd / math.sqrt(self.n)
+        """The smallest effect that so many seeds of this SD show with 80% power, by the t-test at 5% / family.
+
+        The level is Bonferroni's, a bound for Holm's.
+        """
+        return _detectable(self.n, LEVEL / self.family) * self.sd / math.sqrt(self.n)
 
     @property
     def needed(self) -> int | None:
-        """Seeds of this SD that decide with 80% power whether the true value is 0 or the margin; None: over 1,000."""
-        return None if self.margin is None else seeds_needed(self.sd / self.margin)
+        """Seeds of this SD that decide with 80% power whether the true value is 0 or the margin, by tests at
+        5% / family; None: over 1,000."""
+        return None if self.margin is None else seeds_needed(self.sd / self.margin, LEVEL / self.family)
 
     @property
     def within(self) -> bool:
-        """Whether it is shown to be inside ±margin."""
-        return self.margin is not None and self.tested and max(
-            abs(self.interval90.low), abs(self.interval90.high)) < self.margin
+        """Whether it is shown to be inside ±margin, after the correction."""
+        return self.corrected_same < LEVEL
 
     @property
     def verdict(self) -> str:
@@ -158,24 +164,24 @@ class Comparison:
 
 
 @cache
-def _detectable(n):
-    """The effect, in standard errors, that n seeds show with 80% power by a two-sided t-test at 5%."""
-    critical = stats.t.ppf(1 - LEVEL / 2, n - 1)  # the other tail adds less than 1e-6 to the power
-    return brentq(lambda effect: stats.nct.sf(critical, n - 1, effect) - POWER, 0, 100)
+def _detectable(n, level):
+    """The effect, in standard errors, that n seeds show with 80% power by a two-sided t-test."""
+    critical = stats.t.ppf(1 - level / 2, n - 1)  # the other tail adds less than 1e-6 to the power
+    return brentq(lambda effect: stats.nct.sf(critical, n - 1, effect) - POWER, 0, 4 * critical + 10)
 
 
-def seeds_needed(scatter: float) -> int | None:
+def seeds_needed(scatter: float, level: float = LEVEL) -> int | None:
     """The smallest number of seeds with 80% power for both verdicts; None where it is over MOST_SEEDS.
 
-    scatter: the SD in units of the margin. "different" for a true value of the margin (t-test at two-sided 5%), "same"
-    for a true value of 0 (two one-sided tests at 5%; the power is exact where it is not small).
+    scatter: the SD in units of the margin. "different" for a true value of the margin (two-sided t-test), "same" for a
+    true value of 0 (two one-sided tests; the power is exact where it is not small).
     """
     if scatter == 0:
         return 2
     n = np.arange(2, MOST_SEEDS + 1)
     effect = np.minimum(np.sqrt(n) / scatter, 30)  # beyond it the power is 1
-    differ = stats.nct.sf(stats.t.ppf(1 - LEVEL / 2, n - 1), n - 1, effect)
-    same = 2 * stats.nct.sf(stats.t.ppf(1 - LEVEL, n - 1), n - 1, effect) - 1
+    differ = stats.nct.sf(stats.t.ppf(1 - level / 2, n - 1), n - 1, effect)
+    same = 2 * stats.nct.sf(stats.t.ppf(1 - level, n - 1), n - 1, effect) - 1
     enough = np.flatnonzero((differ >= POWER) & (same >= POWER))
     return int(n[enough[0]]) if len(enough) else None
 
@@ -192,36 +198,39 @@ benjamini_hochberg = stats.false_discovery_control
 
 
 def corrected(comparisons, correction) -> list[Comparison]:
-    """The same comparisons, a family, with corrected p values. One that is not tested counts as one with p = 1."""
-    p_values = [one.interval.p if one.tested else 1.0 for one in comparisons]
-    return [replace(one, corrected=float(p)) for one, p in zip(comparisons, correction(p_values) if p_values else [])]
+    """The same comparisons, a family, with corrected p values: those of 0, and those of the margins that are given.
+
+    One that is not tested counts as one with p = 1.
+    """
+    def adjusted(p_values):
+        return map(float, correction([1.0 if math.isnan(p) else p for p in p_values]) if p_values else ())
+
+    found = adjusted([one.interval.p for one in comparisons])
+    same = adjusted([one.p_same for one in comparisons if one.margin is not None])
+    return [replace(one, corrected=next(found), corrected_same=math.nan if one.margin is None else next(same),
+                    family=len(comparisons)) for one in comparisons]
 
 
 def text_uncertainty(differences, n_resamples: int = 1000) -> tuple[float, float, float] | None:
-    """(low, high, share): the 95% percentile interval of a mean over seeds and text, and the text's share of its
-    variance.
+    """(low, high, share): the 95% interval of a mean over seeds and text, and the text's share of its variance.
 
-    differences: for each domain an array (seeds, stretches of text). The mean is that of the means of the domains. The
-    bootstrap draws seeds, and stretches within each domain; the share is the variance where it draws only stretches
-    over that where it draws both. None with one seed or one stretch.
+    differences: for each domain an array (seeds, stretches of text). The mean is that of the means of the domains. Its
+    variance is that of the mean over seeds plus that of the text: the bootstrap's, which draws stretches within each
+    domain. Half the interval's width is the root of the sum of the squares of the half widths of Student's intervals
+    for each of both, so it is never narrower than that of the seeds. None with one seed or one stretch.
     """
     if min(min(each.shape) for each in differences) < 2:
         return None
-
-    def bootstrap(arrays, *indices):
-        def mean(seeds, *parts, axis):
-            return np.mean([a[seeds[..., :, None], part[..., None, :]].mean((-2, -1))
-                            for a, part in zip(arrays, parts)], axis=0)
-
-        fixed = () if indices else (np.zeros(1, int),)
-        return stats.bootstrap((*indices, *(np.arange(each.shape[1]) for each in arrays)),
-                               lambda *drawn, axis: mean(*fixed, *drawn, axis=axis), vectorized=True,
-                               method="percentile", n_resamples=n_resamples, random_state=0)
-
-    both = bootstrap(differences, np.arange(len(differences[0])))
-    text = bootstrap([each.mean(axis=0, keepdims=True) for each in differences])
-    share = (text.standard_error / both.standard_error) ** 2 if both.standard_error else math.nan
-    return *map(float, both.confidence_interval), min(1.0, float(share))
+    seeds = t_interval(np.mean([each.mean(axis=1) for each in differences], axis=0))
+    means = [each.mean(axis=0) for each in differences]
+    # a bootstrap of k values has (k - 1) / k of their variance
+    spread = [x.mean() + (x - x.mean()) * math.sqrt(len(x) / (len(x) - 1)) for x in means]
+    text = float(stats.bootstrap(spread, lambda *drawn, axis: np.mean([x.mean(axis=axis) for x in drawn], axis=0),
+                                 vectorized=True, method="percentile", n_resamples=n_resamples,
+                                 random_state=0).standard_error)
+    t = [float(stats.t.ppf(1 - LEVEL / 2, n - 1)) for n in (seeds.n, min(map(len, means)))]
+    half, both = math.hypot(seeds.half, t[1] * text), math.hypot(seeds.half / t[0], text)
+    return seeds.mean - half, seeds.mean + half, (text / both) ** 2 if both else math.nan
 
 
 def enough_digits(numbers, digits: int, bound: float = 0.0) -> int:
