@@ -1,6 +1,7 @@
 """The report and the figures, on small made-up studies: everything must follow from the rows alone."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,8 @@ from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.study import figures, maps, palette, quantities, report
 from tinymoe.study.results import Results
-from tinymoe.study.rows import RunRecord, compact, load_runs
+from tinymoe.study.rows import RunRecord, compact, load_runs, made_of
+from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
            "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01),
@@ -372,7 +374,54 @@ def test_settings_that_differ_between_letters_are_said(tmp_path):
     assert "The runs used 2 kinds of processor, so last bits can differ (one; two)." in text
     assert "seq_len differs between settings (B 16, C 32, D 16): compare with care." in text
     assert "learning_rate differs between settings (B 0.001, C 0.002, D 0.001): compare with care." in text
-    assert "D was changed: its router is hash, not top_k." in text and "do not share the same versions" in text
+    assert "D was changed: router is hash, not top_k" in text and "do not share the same versions" in text
+
+
+def test_what_set_and_import_added_is_said(tmp_path):
+    """Of all settings in one sentence, of one setting beside it; imported files stand by the versions."""
+    write_study(tmp_path, losses={name: LOSSES[name] for name in "AB"})
+    assert "A was changed" not in findings(tmp_path)
+    for seed in range(3):
+        for name in "AB":
+            change(tmp_path / f"runs/{name}-seed{seed}", "model", d_model=48)
+        change(tmp_path / f"runs/A-seed{seed}", "model", router="near_best", losses={"kl_balance": 0.02})
+        change(tmp_path / f"runs/A-seed{seed}", None,
+               imports=[{"path": "/there/near_best.py", "sha256": "0123456789abcdef"}])
+    text = findings(tmp_path)
+    assert "**All settings were changed: seq_len is 16, not 128; d_model is 48, not 128; " in text
+    assert "**A was changed: router is near_best, not top_k; losses are {'kl_balance': 0.02}, not {}.**" in text
+    assert "| A near_best, K=1, aux 0, kl_balance 0.02 | no load balancing (but changed, see above) |" in text
+    assert "| B top_k, K=1, aux 0.01 | light balancing |" in text
+    assert " Imports: near_best.py (sha256 0123456789ab)." in text
+
+
+def test_runs_beside_the_plan_are_told_with_the_command_that_works(tmp_path):
+    """Steps and seeds of the plan without its sweep: `--full` in the same folder would refuse the rates of the runs."""
+    write_study(tmp_path)
+
+    def said(**changed):
+        results = Results(dataclasses.replace(STUDY, **{"steps": 20, "seeds": 3, "rates": ()} | changed), tmp_path)
+        return [one for one in report.beside_the_plan(results) if not one.startswith("No plan")]
+
+    assert said() == []
+    assert said(rates=(1e-3, 2e-3)) == ["The plan has 3 seeds of 20 steps, with a learning rate chosen for each "
+                                        "setting: `--full` runs it in a folder of its own."]
+    assert said(steps=40) == ["The plan has 3 seeds of 40 steps: `--full` runs it in a folder of its own."]
+    assert said(seeds=5) == ["The plan has 5 seeds of 20 steps: `--full` runs it.",
+                             "3 seeds ran, the plan has 5: the p values do not allow for a look in between."]
+    assert said(seeds=2) == ["3 seeds ran, the plan has 2: the p values do not allow for a look in between."]
+
+
+def test_not_known_says_what_would_be_seen_and_how_many_seeds_would_decide():
+    def said(*values):
+        (one,) = corrected([Comparison(Contrast("loss", "a", minus="b"), values, 0.01)], holm)
+        return one, report.how_sure(one)
+
+    one, text = said(0.01, 0.03, -0.02)
+    assert text == (f" (an effect of {one.smallest:.3f} would be seen with 80% power; about {one.needed} seeds would "
+                    "decide if the true difference were 0 or the margin; 3 ran)")
+    one, text = said(*[0.0145, -0.0025] * 5)
+    assert one.needed <= 10 and text == f" (an effect of {one.smallest:.3f} would be seen with 80% power; 10 ran)"
 
 
 def test_runs_of_no_setting_are_named_and_in_no_number(tmp_path):
@@ -487,7 +536,7 @@ def test_the_rules_of_expert_choice_stand_beside_its_numbers(tmp_path):
         folder = write_run(tmp_path / str(i), "E", 0, 1.5)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"model": model}))
-        assert [run.made_of for run in load_runs(tmp_path / str(i))] == [f"expert_choice {rules}, K=2, aux 0"]
+        assert [made_of([run]) for run in load_runs(tmp_path / str(i))] == [f"expert_choice {rules}, K=2, aux 0"]
         compact(tmp_path / str(i))
         shutil.rmtree(tmp_path / str(i) / "runs")
         assert [run.rules for run in load_runs(tmp_path / str(i))] == [rules]
@@ -501,7 +550,7 @@ def test_a_router_that_does_not_fix_k_is_reported_with_its_measured_experts(tmp_
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace('"validation_tokens": 100', '"validation_tokens": 25'))
     run = load_runs(tmp_path)[0]
-    assert run.made_of == "top_k, K=4.00 measured, aux 0" and quantities.value(run, "experts_per_token") == 4
+    assert made_of([run]) == "top_k, K=4.00 measured, aux 0" and quantities.value(run, "experts_per_token") == 4
     full = RunRecord(run.run_id, run.config | {"model": ModelConfig(n_experts=4, top_k=1).to_dict()},
                      run.log, run.summary)
     counted = {k: count(architecture(full.model), experts_per_token=k)[-1].active for k in (1, 4)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..files import printable
 from .quantities import LOSS, in_row, title, value
-from .rows import RunRecord, load_runs
+from .rows import RunRecord, load_runs, made_of
 from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
@@ -39,7 +39,7 @@ def table(found) -> tuple[list, list]:
 
     Columns whose numbers are all the same, or missing, are left out, but for the loss and the parameters.
     """
-    rows = [[label, runs[0].made_of, len(runs), *(_mean(runs, name) for name in COLUMNS)]
+    rows = [[label, made_of(runs), len(runs), *(_mean(runs, name) for name in COLUMNS)]
             for label, runs in found.items()]
     columns = ["run", "made of", "seeds", *map(title, COLUMNS)]
     always = 3 + COLUMNS.index("load_cv")

@@ -38,8 +38,8 @@ of several experiments, so these are not independent evidence."""
 YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
 three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
-SURE = """*Different*: the difference is not 0; p is corrected for the primary comparisons of the experiment. *Same*: \
-the difference is shown to be smaller than the margin. *Not known*: these runs do not decide."""
+SURE = """*Different*: the difference is not 0. *Same*: the difference is shown to be smaller than the margin. The p \
+values of both are corrected for the primary comparisons of the experiment. *Not known*: these runs do not decide."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
 FOREST = "*All primary differences, the first setting minus the second, in units of their margins.*"
 

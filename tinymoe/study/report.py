@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -92,23 +93,61 @@ def warnings(results: Results) -> list[str]:
                                             for one in run.config.get("extended", ())).items():
         said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {steps} steps: "
                     "there the learning rate had fallen already, and rose again.")
-    lengths = {round(s.length * e.steps) for s in e.settings}
-    if (not {run.summary["steps"] for run in results.runs} <= lengths or e.rates and not results.sweep
-            or max(map(len, groups.values())) < e.seeds):
-        said.append(f"The plan has {e.seeds} seeds of {e.steps:,} steps"
-                    f"{', with a learning rate chosen for each setting' if e.rates else ''}: `--full` runs it.")
+    return [*said, *beside_the_plan(results), *differing_settings(results), *left_out(results)]
+
+
+def beside_the_plan(results):
+    """Sentences about steps, seeds, learning rates and hashes that are not those of the plan."""
+    e, n = results.experiment, max(map(len, results.groups.values()))
+    other = (not {run.summary["steps"] for run in results.runs} <= {round(s.length * e.steps) for s in e.settings}
+             or bool(e.rates and e.choosers and not results.sweep))
+    if other or n < e.seeds:  # in a folder whose runs have other settings `--full` would be refused
+        yield (f"The plan has {e.seeds} seeds of {e.steps:,} steps"
+               f"{', with a learning rate chosen for each setting' if e.rates else ''}: `--full` runs it"
+               f"{' in a folder of its own' if other else ''}.")
+    if not other and n != e.seeds:
+        yield (f"{n} seed{'s' if n > 1 else ''} ran, the plan has {e.seeds}: the p values do not allow for a look in "
+               "between.")
     hashes = [run.plan_hash for run in results.runs]
-    for n, what in ((len(hashes) - hashes.count(e.plan_hash) - hashes.count(None), "The plan was changed after"),
-                    (hashes.count(None), "No plan was recorded by")):
-        if n:
-            said.append(f"{what} {n} run{'s' if n > 1 else ''}.")
-    return [*said, *differing_settings(results), *left_out(results)]
+    none = hashes.count(None)
+    if n := len(hashes) - hashes.count(e.plan_hash) - none:
+        yield f"The plan of {n} run{'s' if n > 1 else ''} is another one than today's."
+    if none:
+        yield f"No plan was recorded by {none} run{'s' if none > 1 else ''}."
+
+
+def changes(results) -> tuple[list[str], dict[str, list[str]]]:
+    """(of all settings, {setting id: its own}): `top_k is 1, not 2` for each field of model and training that is not as
+    the plan gives it at the scale that is most alike. Steps are left out, and rates where a sweep chose them.
+    """
+    e, aside = results.experiment, {"steps", *(["learning_rate"] if results.sweep else [])}
+    configs = {name: runs[0].config for name, runs in results.groups.items()}
+
+    def of(config, plan):
+        wanted = json.loads(json.dumps({"model": plan.model.to_dict(), "training": asdict(plan.training)}))
+        return [f"{field} {'are' if field.endswith('s') else 'is'} {found}, not {wanted[part][field]}"
+                for part in wanted for field, found in config[part].items()
+                if field in wanted[part].keys() - aside and found != wanted[part][field]]
+
+    try:
+        plans = [{plan.config_id: plan for plan in e.runs(e.scale(name), 1)} for name in ("full", *e.scales)]
+    except ValueError:  # a router of a file that is not imported
+        return [], {}
+    found = min(({name: of(config, plan[name]) for name, config in configs.items()} for plan in plans),
+                key=lambda found: sum(map(len, found.values())))
+    first, *others = found.values()
+    shared = [one for one in first if others and all(one in other for other in others)]
+    return shared, {name: [one for one in those if one not in shared] for name, those in found.items()}
 
 
 def differing_settings(results):
     """Sentences about what differs between settings though it should not, and what is not as the experiment says."""
     settings = {s.id: s for s in results.experiment.settings}
     configs = {name: runs[0].config for name, runs in results.groups.items()}
+    shared, own = changes(results)
+    for name, those in {"All settings were": shared, **{f"{name} was": those for name, those in own.items()}}.items():
+        if those:
+            yield escaped(f"{name} changed: {'; '.join(those)}.")
     for part in ("model", "training"):
         chosen = ["learning_rate"] if results.sweep else []
         intended = set().union(chosen, *(s.changed[part] for s in settings.values()))
@@ -116,12 +155,7 @@ def differing_settings(results):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
-                yield escaped(f"{field} differs between settings ({those}): compare with care.")
-        for name, config in configs.items():
-            for field, wanted in getattr(settings[name], part).items():
-                found = config[part].get(field)
-                if found != (list(wanted) if isinstance(wanted, tuple) else wanted):
-                    yield escaped(f"{name} was changed: its {field} is {found}, not {wanted}.")
+                yield escaped(f"{field} differ{'' if field.endswith('s') else 's'} between settings ({those}): compare with care.")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
         if len(found) > 1:
@@ -155,11 +189,14 @@ def answers(results: Results) -> list[str]:
 
 def how_sure(found) -> str:
     """What a verdict rests on, in brackets."""
-    smallest = f"only an effect above {found.smallest:.3f} could have been seen" if found.tested else ""
-    decide = "" if not found.tested else f"; {found.needed} seeds would decide" if found.needed else \
-        "; over 1,000 seeds would decide"
-    said = {"different": p_value(found.corrected), "not known": smallest + decide,
-            "same": f"within {found.margin:g}, {p_value(found.p_same)}"}.get(found.verdict)
+    if found.verdict == "not known":
+        digits = enough_digits([found.smallest], 3)
+        decide = f" about {found.needed}" if found.needed else " over 1,000"
+        decide = "" if found.needed and found.needed <= found.n else \
+            f";{decide} seeds would decide if the true difference were 0 or the margin"
+        return f" (an effect of {found.smallest:.{digits}f} would be seen with 80% power{decide}; {found.n} ran)"
+    said = {"different": p_value(found.corrected),
+            "same": f"within {found.margin:g}, {p_value(found.corrected_same)}"}.get(found.verdict)
     return f" ({said}; {found.n} seeds)" if said else ""
 
 
@@ -193,7 +230,7 @@ def primary_table(results):
         mean, interval, verdict = cells(found)
         text = results.text_uncertainty(found.contrast) if found.tested else None
         tests = [f"{found.corrected:.2g}", f"{found.p_flip:.2g}", cells(found, found.interval90)[1],
-                 f"{found.p_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
+                 f"{found.corrected_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
                  str(found.needed or "over 1,000")] if found.tested else ["–"] * 7
         columns.append([one.published or "–", f"{title(found.contrast.metric)}, {found.contrast}", mean, interval,
                         f"**{verdict}**", *tests[:3], f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
@@ -261,7 +298,8 @@ def settings_table(results):
     columns = {title(metric): [results.cell(metric, name, leaky=leaky) for name in results.groups]
                for metric in e.metrics}
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-    what = {s.id: s.what for s in e.settings}
+    own = changes(results)[1]
+    what = {s.id: s.what + (" (but changed, see above)" if own.get(s.id) else "") for s in e.settings}
     if not e.adjustable:  # where labels have them already
         rules = {name: runs[0].rules for name, runs in results.groups.items() if runs[0].rules}
         what |= {name: f"{what[name]} (chosen {escaped(said)})" for name, said in rules.items()}
@@ -369,7 +407,14 @@ def document(results: Results) -> list[str]:
         "## Words used here", GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),
         f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
         f"{run.log[-1]['validation_tokens']:,}. Runs: {ids}. Plan: `{experiment.plan_hash[:12]}`. "
-        f"Versions: {escaped(versions)}."]
+        f"Versions: {escaped(versions)}.{imports(results.runs)}"]
+
+
+def imports(runs) -> str:
+    """A sentence: the files that the runs imported, with the beginnings of their hashes; empty without any."""
+    files = dict.fromkeys((Path(str(file["path"])).name, str(file["sha256"])[:12]) for run in runs
+                          for file in run.config.get("imports") or ())
+    return f" Imports: {escaped(', '.join(f'{name} (sha256 {sha256})' for name, sha256 in files))}." if files else ""
 
 
 def write_summary_csv(study_dir) -> Path:

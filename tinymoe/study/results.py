@@ -11,7 +11,7 @@ from ..training.run_folder import ROUTINGS
 from . import statistics
 from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
 from .quantities import LOSS, collapsed, crossing, quantity, value
-from .rows import RunRecord, load_runs
+from .rows import RunRecord, load_runs, made_of
 from .statistics import Comparison, Contrast, Interval, corrected, enough_digits, t_interval
 
 STATES = ("collapsed", "starved", "in use")  # of an MoE layer
@@ -150,7 +150,7 @@ class Results:
 
     def label(self, name: str) -> str:
         """The name of a setting in figures; where --set may change settings, with what its runs really were."""
-        return f"{name} {self.groups[name][0].made_of}" if self.experiment.adjustable else name
+        return f"{name} {made_of(self.groups[name])}" if self.experiment.adjustable else name
 
     def cell(self, metric: str, name: str, half: bool = True, leaky: bool = True) -> str:
         """`mean ± half width` over seeds, a dash for no number; leaky: add the leaky number to a causal one."""

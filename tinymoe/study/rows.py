@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from ..files import printable, read_json, read_rows, write_rows
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
@@ -17,8 +19,8 @@ COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
 NUMBER, OPTIONAL = (int, float), (int, float, type(None))
 PARTS = {"config": dict, "log": [dict], "summary": (dict, type(None)), "failure": (dict, type(None))}
 CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "versions": dict, "domains": [str],
-          "model": {"router": (str, list), "router_options": (dict, type(None)), "top_k": NUMBER,
-                    "capacity_factor": OPTIONAL, "aux_coef": NUMBER, "seq_len": int},
+          "model": {"router": (str, list), "router_options": (dict, type(None)), "losses": (dict, type(None)),
+                    "top_k": NUMBER, "capacity_factor": OPTIONAL, "aux_coef": NUMBER, "seq_len": int},
           "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
           "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
 LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": int} | dict.fromkeys((
@@ -58,16 +60,21 @@ class RunRecord:
     # failed: the loss was not finite; incomplete: stopped, or still running
     state = property(lambda self: "complete" if self.summary else "failed" if self.failure else "incomplete")
 
-    @property
-    def made_of(self) -> str:
-        """Router, experts per byte and balance coefficient, in a few words; K as measured where it is not top_k."""
-        if not self.is_moe:
-            return "dense"
-        router, top_k, k = self.model["router"], self.model["top_k"], experts_per_token(self.final)
-        router = " ".join(filter(None, (router if isinstance(router, str) else "+".join(map(str, router)), self.rules)))
-        limited = self.model.get("capacity_factor") is not None
-        shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
-        return f"{router}, K={shown}, aux {self.model['aux_coef']:g}"
+
+def made_of(runs) -> str:
+    """What the runs of one setting are made of, in a few words: router, experts per byte, coefficients of losses.
+
+    The experts are the measured ones, a mean over the runs, where they are not top_k.
+    """
+    model, rules = runs[0].model, runs[0].rules
+    if not runs[0].is_moe:
+        return "dense"
+    router, top_k, k = model["router"], model["top_k"], np.mean([experts_per_token(run.final) for run in runs])
+    router = " ".join(filter(None, (router if isinstance(router, str) else "+".join(map(str, router)), rules)))
+    limited = model.get("capacity_factor") is not None
+    shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
+    losses = [f"{name} {of}" for name, of in (model.get("losses") or {}).items() if of]
+    return ", ".join([f"{router}, K={shown}, aux {model['aux_coef']:g}", *losses])
 
 
 def load_runs(study_dir) -> list[RunRecord]:
