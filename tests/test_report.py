@@ -484,14 +484,42 @@ def test_text_is_drawn_on_the_colours_of_its_experts(tmp_path):
 
 
 def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
-    results = Results(STUDY, write_study(tmp_path, n_seeds=1))
-    assert report.caption(results, "over_steps") == (
-        "Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, bands go from the "
-        "lowest seed to the highest.")
+    results = Results(STUDY, write_study(tmp_path, n_seeds=2))
+    said = ("Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, bands go from "
+            "the lowest seed to the highest.")
+    assert report.caption(results, "over_steps") == said
     for run in results.runs:
         run.final["validation_tokens"] = 4096
     assert report.caption(results, "over_steps").endswith(
         " A point is measured on 100 validation bytes, a number of the tables on 4,096.")
+
+
+def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1))
+    assert report.caption(results, "over_steps") == "Causal loss (nats) less that of D, over the training steps."
+    assert report.caption(results, "router_entropy").endswith(", for each MoE layer over the training steps.")
+    for row_ in results.groups["A"][0].log[:1]:
+        row_["causal_cross_entropy"] += 5
+    assert report.caption(results, "over_steps").endswith("steps. The first evaluations may lie outside the frame.")
+    with figures.default_style():
+        fig = STUDY.figures["at_the_end"](results)
+    assert not fig.legends or "hollow" in fig.legends[0].get_texts()[0].get_text()
+
+
+def test_the_margin_that_is_shaded_is_that_of_the_comparison(tmp_path):
+    """C - A has a margin of 0.02 and E - G one of 0.03: the smaller; 0.01 without one; none with one seed."""
+    def shaded(n_seeds, *margins):
+        primary = [dataclasses.replace(one, margin=margin) for one, margin in zip(STUDY.primary[::2], margins)]
+        experiment = dataclasses.replace(STUDY, primary=tuple(primary))
+        folder = tmp_path / str(n_seeds)
+        with figures.default_style():
+            axes = STUDY.figures["at_the_end"](Results(experiment, folder)).axes[0]
+        return [tuple(patch.get_extents().transformed(axes.transData.inverted()).intervalx) for patch in axes.patches]
+
+    for n_seeds in (1, 2):
+        write_study(tmp_path / str(n_seeds), n_seeds)
+    assert shaded(2, 0.02, 0.03) == [pytest.approx((-0.02, 0.02))]
+    assert shaded(2) == [pytest.approx((-0.01, 0.01))] and shaded(1, 0.02) == []
 
 
 def test_findings_and_summary_do_not_wait_for_figures(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from .palette import COLOURS, MARKERS
 from .quantities import in_row, quantity, title
 from .results import Results
 from .statistics import MARGIN, Contrast, t_interval
+from .wording import CURVES, INTERVALS
 
 STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
@@ -39,7 +40,6 @@ LEAKY_KEY = Line2D([], [], color=GREY, marker="o", label="hollow: leaky (route s
 SEED_KEYS = [Line2D([], [], color=GREY, marker="o", markersize=5, label="mean and 95% interval"),
              Line2D([], [], color=GREY, marker="|", linestyle="none", label="one seed")]
 MARGIN_KEY = Patch(color=SHADE, label="within the margin")
-CURVES = "lines are means over the seeds, bands go from the lowest seed to the highest"
 
 
 @contextmanager
@@ -151,10 +151,10 @@ def half_widths(intervals):
     return np.nan_to_num([one.half for one in intervals])
 
 
-def curve(axes, results, name, metric, *, reference=None, layer=None, **options):
-    """Draw the log of a setting, less the reference's of the same seed if there is one: mean and range over the seeds.
+def points_of(results, name, metric, *, reference=None, layer=None):
+    """(steps, numbers (steps, seeds)) of a setting's log, less the reference's of the same seed if there is one.
 
-    layer: index of one MoE layer, None for the mean. Returns (steps, numbers (steps, seeds)).
+    layer: index of one MoE layer, None for the mean.
     """
     logs = {run.run_id: {row["step"]: row for row in run.log}
             for setting in (name, reference) if setting for run in results.groups[setting]}
@@ -165,8 +165,13 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, **options)
 
     common = sorted(set.intersection(*map(set, logs.values())))  # none for runs of other lengths
     found = {step: values for step in common if len(values := at(step)) and np.isfinite(values).all()}
-    steps, values, style = np.array(list(found)), np.array(list(found.values())), style_of(results, name)
-    every = max(1, len(steps) // 8)
+    return np.array(list(found)), np.array(list(found.values()))
+
+
+def curve(axes, results, name, metric, *, reference=None, layer=None, **options):
+    """Draw what `points_of` returns, and return it: the mean and the range over the seeds."""
+    steps, values = points_of(results, name, metric, reference=reference, layer=layer)
+    style, every = style_of(results, name), max(1, len(steps) // 8)
     offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
     if len(steps):
         axes.plot(steps, values.mean(axis=1), markevery=(offset, every), **style | options)
@@ -175,11 +180,29 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, **options)
     return steps, values
 
 
-def over_steps(reference, *metrics, names=None):
-    """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's.
+def frame_of(metric, curves):
+    """(low, high) of the axis of a loss over the steps, from [(steps, numbers)] after the first fifth of the steps,
+    before which differences are many times as large; None for another metric."""
+    late = [values[steps >= steps[-1] / 5] for steps, values in curves if len(steps)]
+    if not late or not ("perplexity" in metric or quantity(metric).is_loss):
+        return None
+    low, high = min(map(np.min, late)), max(map(np.max, late))
+    return low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
 
-    The scale of a loss leaves out the first fifth of the steps, where differences are many times as large.
-    """
+
+def over_steps(reference, *metrics, names=None):
+    """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's."""
+    def clips(results):
+        """Whether a point lies outside the frame."""
+        for metric in metrics:
+            base, _ = less_reference(reference, metric, results)
+            curves = [points_of(results, name, metric, reference=base) for name in names or results.groups
+                      if name in results.groups]
+            frame = frame_of(metric, curves)
+            if frame and any((values < frame[0]).any() or (values > frame[1]).any() for _, values in curves):
+                return True
+        return False
+
     @captioned(f"{listed(metrics, reference)}, over the training steps: {CURVES}.")
     def draw(results):
         shown, leaky = names or list(results.groups), []
@@ -192,16 +215,15 @@ def over_steps(reference, *metrics, names=None):
                 if metric == "causal_cross_entropy" and results.groups[name][0].leaky:
                     leaky = [LEAKY_KEY]
                     curve(axes, results, name, "val_cross_entropy", reference=base, **HOLLOW)
-            late = [values[steps >= steps[-1] / 5] for steps, values in curves.values() if len(steps)]
-            if late and ("perplexity" in metric or quantity(metric).is_loss):
-                low, high = min(map(np.min, late)), max(map(np.max, late))
-                axes.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
+            if frame := frame_of(metric, curves.values()):
+                axes.set_ylim(*frame)
             if many:
                 name_points(axes, results, {name: (steps[-1], values[-1].mean())
                                             for name, (steps, values) in curves.items() if len(steps)})
             axes.set(xlabel="training step", ylabel=label)
         add_legend(fig, results, () if many else shown, *leaky)
         return fig
+    draw.clips = clips
     return draw
 
 
@@ -241,11 +263,12 @@ def at_the_end(*metrics, reference=None, experts_only=False):
             return None
         shown = [metric for metric in metrics if any(np.isfinite(results.mean(metric, name)) for name in chosen)]
         fig, (axes_of,) = panel_grid(1, len(shown), 1.0 + 0.3 * len(chosen), sharey=True)
-        keys = dict.fromkeys(SEED_KEYS)
+        keys = dict.fromkeys(SEED_KEYS if results.several else ())
         for axes, metric in zip(axes_of, shown):
             base, label = less_reference(reference, metric, results)
-            if base:
-                axes.axvspan(-MARGIN, MARGIN, color=SHADE)
+            if base and results.several:
+                margin = margin_of(results, metric)
+                axes.axvspan(-margin, margin, color=SHADE)
                 keys[MARGIN_KEY] = None
             for y, name in enumerate(chosen):
                 end_mark(axes, results, name, metric, y, base)
@@ -261,12 +284,18 @@ def at_the_end(*metrics, reference=None, experts_only=False):
     return draw
 
 
+def margin_of(results, metric) -> float:
+    """The margin of the primary comparison of a loss, the smallest of several; the default without one."""
+    return min((one.margin for one in results.experiment.primary if one.contrast.metric == metric), default=MARGIN)
+
+
 def end_mark(axes, results, name, metric, y, reference=None, **options):
     """Mean, interval and seeds of one setting at height y, less those of the reference if there is one."""
     seeds = Contrast(metric, name, minus=reference).of(results.numbers)
     interval, style = t_interval(seeds), style_of(results, name)
     axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
-    axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
+    if results.several:
+        axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
     axes.plot(interval.mean, y, linestyle="none", **style | {"markersize": 5} | options)
 
 
@@ -312,7 +341,7 @@ def draw_forest(found: list[Results], published) -> Path | None:
 
 def one_against_other(x, y):
     """A point for each setting, with its intervals: metric y against metric x."""
-    @captioned(f"{listed([y])} against {title(x)} at the end of training: means and 95% intervals.")
+    @captioned(f"{listed([y])} against {title(x)} at the end of training: {INTERVALS}.")
     def draw(results):
         many, points = len(results.groups) > len(COLOURS), {}
         fig, ((axes,),) = panel_grid(1, 1, 3.4)
@@ -343,7 +372,7 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
 
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
-    @captioned(f"{listed(metrics, reference)}, by {x_label}, at the end of training: means and 95% intervals.")
+    @captioned(f"{listed(metrics, reference)}, by {x_label}, at the end of training: {INTERVALS}.")
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})

@@ -19,7 +19,7 @@ from .quantities import LOSS, QUANTITIES, quantity, title, value
 from .results import Results
 from .rows import RunRecord, load_runs
 from .statistics import enough_digits, t_interval
-from .wording import CROSSINGS, DOMAINS, EXPLORATORY, GLOSSARY, METHODS, PRIMARY, SWEEP, VERDICTS
+from .wording import CROSSINGS, CURVES, DOMAINS, EXPLORATORY, GLOSSARY, INTERVALS, METHODS, PRIMARY, SWEEP, VERDICTS
 
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
@@ -155,7 +155,8 @@ def differing_settings(results):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
-                yield escaped(f"{field} differ{'' if field.endswith('s') else 's'} between settings ({those}): compare with care.")
+                verb = "differ" if field.endswith("s") else "differs"
+                yield escaped(f"{field} {verb} between settings ({those}): compare with care.")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
         if len(found) > 1:
@@ -364,12 +365,19 @@ def images(results, place="") -> list[str]:
 
 
 def caption(results, name) -> str:
-    """The caption of a figure; of curves also on how much text points and tables are measured."""
-    said = getattr(results.experiment.figures[name], "caption", f"{name.replace('_', ' ')}.")
-    run = results.runs[0]
+    """The caption of a figure; of curves also on how much text points and tables are measured, and what lies outside
+    of the frame. With one seed there are no bands and intervals."""
+    draw, run = results.experiment.figures[name], results.runs[0]
+    said = getattr(draw, "caption", f"{name.replace('_', ' ')}.")
     few, many = run.log[-1]["validation_tokens"], run.final["validation_tokens"]
-    return said + (f" A point is measured on {few:,} validation bytes, a number of the tables on {many:,}."
-                   if "over the training steps: lines" in said and few != many else "")
+    over_steps = CURVES in said
+    if not results.several:
+        said = said.replace(f": {CURVES}", "").replace(f": {INTERVALS}", "")
+    if over_steps and few != many:
+        said += f" A point is measured on {few:,} validation bytes, a number of the tables on {many:,}."
+    if hasattr(draw, "clips") and draw.clips(results):
+        said += " The first evaluations may lie outside the frame."
+    return said
 
 
 def chapter(heading, *parts):

@@ -123,6 +123,11 @@ class Results:
         complete = len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
         return complete or self.experiment.adjustable
 
+    @property
+    def several(self) -> bool:
+        """Whether any setting has two seeds."""
+        return any(len(runs) > 1 for runs in self.groups.values())
+
     def has(self, contrast: Contrast) -> bool:
         """Whether there are runs of all settings of a Contrast, with experts if it asks for the smallest of several."""
         if isinstance(contrast.setting, tuple):

@@ -57,3 +57,6 @@ SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning ra
 taken before any other run existed; these runs are in no other number."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
 CROSSINGS = "The last step at which two curves cross, on a straight line between evaluations; – where they do not."
+# what captions say of figures, where a setting has two seeds
+CURVES = "lines are means over the seeds, bands go from the lowest seed to the highest"
+INTERVALS = "means and 95% intervals"
