@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -20,10 +21,12 @@ from tinymoe.experiments import STUDY
 from tinymoe.files import save_arrays
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
-from tinymoe.study import figures, maps, palette, quantities, report
+from tinymoe.moe.routers import ROUTERS
+from tinymoe.study import compare, figures, maps, palette, quantities, report
 from tinymoe.study.results import Results
 from tinymoe.study.rows import RunRecord, compact, load_runs, made_of
 from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
+from tinymoe.training import identity
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
            "E": ("expert_choice", 2, 0.0), "F": ("noisy_top_k", 2, 0.01),
@@ -393,6 +396,43 @@ def test_what_set_and_import_added_is_said(tmp_path):
     assert "| A near_best, K=1, aux 0, kl_balance 0.02 | no load balancing (but changed, see above) |" in text
     assert "| B top_k, K=1, aux 0.01 | light balancing |" in text
     assert " Imports: near_best.py (sha256 0123456789ab)." in text
+
+
+ROUTER = """from tinymoe.moe.routers import LinearRouter
+class OfAFile(LinearRouter, name="of_a_file"):
+    pass
+"""
+
+
+def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
+    """As long as the file is as it was, and not among the results: a folder from elsewhere brings no code along."""
+    path, study = tmp_path / "of_a_file.py", tmp_path / "study"
+    folder = write_run(study, "A", 0, 2.0)
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {
+        "model": ModelConfig(top_k=1, aux_coef=0.0).to_dict() | {"router": "of_a_file"},
+        "imports": [{"path": str(path), "sha256": hashlib.sha256(ROUTER.encode()).hexdigest()}]}))
+    compact(study)
+    said = "The router of_a_file is unknown, so what is counted from the model is missing: name its file with --import"
+    try:
+        for text in ("1", None, ROUTER):
+            path.unlink(missing_ok=True)
+            if text:
+                path.write_text(text)
+            assert (said in findings(study)) is (text != ROUTER)
+            assert (said in " ".join(compare.cautions(compare.groups([study])))) is (text != ROUTER)
+        assert math.isfinite(quantities.value(load_runs(study)[0], "megaflops"))
+        assert "A was changed: router is of_a_file, not top_k" in findings(study)
+        ROUTERS.pop("of_a_file")
+        shutil.rmtree(study / "runs")
+        identity.load_imports.cache_clear()
+        assert said not in findings(study)  # from runs.jsonl alone
+        ROUTERS.pop("of_a_file")
+        identity.load_imports.cache_clear()
+        shutil.move(study / "runs.jsonl", tmp_path)  # now the file lies beside it
+        assert said in findings(tmp_path) and "of_a_file" not in ROUTERS
+    finally:
+        ROUTERS.pop("of_a_file", None)
+        identity.load_imports.cache_clear()
 
 
 def test_runs_beside_the_plan_are_told_with_the_command_that_works(tmp_path):

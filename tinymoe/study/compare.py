@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..files import printable
 from .quantities import LOSS, in_row, title, value
-from .rows import RunRecord, load_runs, made_of
+from .rows import RunRecord, load_runs, made_of, unknown
 from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
@@ -64,6 +64,7 @@ def cautions(found) -> list[str]:
         different = list(dict.fromkeys(map(of, runs)))
         if len(different) > 1:
             yield printable(f"They differ in their {what}: {'; '.join(map(str, different))}.")
+    yield from map(printable, unknown(runs))
 
 
 def draw(found):

@@ -17,7 +17,7 @@ from ..training.identity import processors
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, quantity, title, value
 from .results import Results
-from .rows import RunRecord, load_runs
+from .rows import RunRecord, load_runs, unknown
 from .statistics import enough_digits, t_interval
 from .wording import CROSSINGS, CURVES, DOMAINS, EXPLORATORY, GLOSSARY, INTERVALS, METHODS, PRIMARY, SWEEP, VERDICTS
 
@@ -93,6 +93,7 @@ def warnings(results: Results) -> list[str]:
                                             for one in run.config.get("extended", ())).items():
         said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {steps} steps: "
                     "there the learning rate had fallen already, and rose again.")
+    said += map(escaped, unknown(results.runs))
     return [*said, *beside_the_plan(results), *differing_settings(results), *left_out(results)]
 
 
@@ -421,7 +422,7 @@ def document(results: Results) -> list[str]:
 def imports(runs) -> str:
     """A sentence: the files that the runs imported, with the beginnings of their hashes; empty without any."""
     files = dict.fromkeys((Path(str(file["path"])).name, str(file["sha256"])[:12]) for run in runs
-                          for file in run.config.get("imports") or ())
+                          for file in run.config.get("imports") or () if {"path", "sha256"} <= set(file))
     return f" Imports: {escaped(', '.join(f'{name} (sha256 {sha256})' for name, sha256 in files))}." if files else ""
 
 

@@ -1,16 +1,19 @@
 """Result rows: the runs that a study left on disk, read back and checked, and how far runs are that still train."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..files import printable, read_json, read_rows, write_rows
+from ..moe.losses import LOSSES
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
 from ..training.identity import describe, differing, with_defaults
 from ..training.lease import holder
+from ..training.loading import UNUSABLE, load_imports_of
 from ..training.run_folder import RunFolder
 from .quantities import LOSS, QUANTITIES, experts_per_token
 
@@ -169,8 +172,31 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
     return todo
 
 
+def _unknown_names(model):
+    """`router x` or `loss x` for each of a stored ModelConfig that is not known in this process."""
+    routers = model.get("router") or ()
+    routers = dict.fromkeys([routers] if isinstance(routers, str) else map(str, routers))
+    return [*(f"router {name}" for name in routers if name not in ROUTERS),
+            *(f"loss {name}" for name in model.get("losses") or () if name not in LOSSES)]
+
+
+def _load_imports(config, study_dir):
+    """Run the files that a run with an unknown router or loss imported: none that has changed, or lies in the results.
+    """
+    if _fits(config, CONFIG) and _unknown_names(config["model"]):
+        with suppress(*UNUSABLE):
+            load_imports_of(config, study_dir)
+
+
+def unknown(runs) -> list[str]:
+    """A sentence for each router and loss of these runs that is not known, also not from the files of its run."""
+    return [f"The {name} is unknown, so what is counted from the model is missing: name its file with --import, or put "
+            "it back as it was." for name in dict.fromkeys(name for run in runs for name in _unknown_names(run.model))]
+
+
 def _folder_run(place):
     config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
+    _load_imports(config, place.parent.parent)
     return _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
 
 
@@ -188,6 +214,7 @@ def _compact_runs(path):
             parts = json.loads(line)
             if not _fits(parts, PARTS):
                 raise ValueError
+            _load_imports(parts["config"], path.parent)
             yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
         except (ValueError, KeyError, RecursionError):
             raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None

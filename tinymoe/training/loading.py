@@ -15,23 +15,31 @@ from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
 from .identity import RunError, load_imports
 
 
-def load_recorded_imports(folder: str | Path) -> None:
-    """Execute the files that the config.json of a run names, so that its routers are known.
+UNUSABLE = (RunError, OSError, KeyError, ValueError, TypeError)  # what a recorded file that cannot be used raises
 
-    Only files with an absolute path outside the run's folder are executed, and only if their hash is the recorded one:
-    a run folder from elsewhere cannot bring code with it. Raises CheckpointError for any other file.
-    """
-    place, inside = Path(folder, "config.json"), Path(folder).resolve()
+
+def load_recorded_imports(folder: str | Path) -> None:
+    """Execute the files that a run's config.json names, by `load_imports_of`. Raises CheckpointError for others."""
+    place = Path(folder, "config.json")
     try:
-        recorded = files.read_json(place).get("imports", []) if place.exists() else []
-        for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
-            if not path.is_absolute() or path.resolve().is_relative_to(inside):
-                raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
-            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                raise ValueError(f"{path} has changed since this run")
-        load_imports(tuple(file["path"] for file in recorded))
-    except (RunError, OSError, KeyError, ValueError, TypeError) as error:
+        load_imports_of(files.read_json(place) if place.exists() else {}, folder)
+    except UNUSABLE as error:
         raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put them back") from None
+
+
+def load_imports_of(config: dict, folder: str | Path) -> None:
+    """Execute the files that a run's config names, so that its routers are known.
+
+    Only files with an absolute path outside `folder` are executed, and only if their hash is the recorded one: results
+    from elsewhere cannot bring code with them. Raises one of UNUSABLE for any other file.
+    """
+    recorded = config.get("imports", [])
+    for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
+        if not path.is_absolute() or path.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise ValueError(f"{path} has changed since this run")
+    load_imports(tuple(file["path"] for file in recorded))
 
 
 def load_model(folder: str | Path) -> Transformer:
