@@ -224,7 +224,7 @@ def test_a_run_that_starts_from_a_row_alone_is_refused(copy, monkeypatch):
 def test_a_table_has_no_row_that_holds_nothing(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=1))
     rows = [line.split(" | ")[0] for line in report.primary_table(results).splitlines()[2:]]
-    assert rows == ["| difference", "| mean", "| verdict", "| margin", "| seeds"]
+    assert rows == ["| difference", "| mean", "| margin", "| seeds"]
     assert report.answers(results)[0].startswith("Does balancing cost loss? **Not tested")
 
 

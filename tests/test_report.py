@@ -109,7 +109,7 @@ def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     assert "6.07 ± 1.51 (leaky 4.73 ± 1.17)" in text
     # 20 steps of 4 * 16 bytes, over 1,600 bytes of training text.
     assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
-    assert "Function divergence, `E` - `D`: –. *Not tested*." in text
+    assert "Function divergence, `E` - `D`: –.\n" in text
     assert "`A` 3 collapsed" in text and "The first setting with every layer in use: `B`." in text
     assert "effective experts, `A`: 1.000 [1.000, 1.000]; needs < 4" in text
 
@@ -130,6 +130,8 @@ def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
     assert "**One seed, so no interval and no test: A, B, C, D, E, F, G." in text
     assert text.count("**Not tested: there are fewer than two common seeds.**") == 3
+    assert text.index("| setting |") < text.index("**Not tested:") and "*Not tested*." not in text
+    assert not any(word in text for word in ("Sign flips", "Smallest effect", "corrected p", "95% interval |"))
     numbers = [line for line in text.splitlines() if line.startswith("|")]
     assert numbers and not any("±" in line or "[+" in line or "[-" in line for line in numbers)
     assert not any(word in line for line in numbers for word in ("different", "**same**", "not known", "undecided"))
@@ -544,6 +546,25 @@ def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):
     with figures.default_style():
         fig = STUDY.figures["at_the_end"](results)
     assert not fig.legends or "hollow" in fig.legends[0].get_texts()[0].get_text()
+
+
+def test_figures_of_other_runs_are_left_out_and_that_is_said(tmp_path):
+    """Whatever the times of files are; those without a mark are of an earlier version."""
+    write_study(tmp_path, n_seeds=2, losses={name: LOSSES[name] for name in "AD"})
+    name, draw = next(iter(STUDY.figures.items()))
+    few = dataclasses.replace(STUDY, figures={name: draw})
+    (path,) = figures.draw_all(Results(few, tmp_path))
+    image = f"(figures/{name}.png)"
+    assert image in findings(tmp_path)
+    compact(tmp_path)
+    shutil.rmtree(tmp_path / "runs")
+    assert image in findings(tmp_path)
+    write_run(tmp_path, "A", 2, 2.1)
+    text = findings(tmp_path)
+    assert image not in text and "No figures yet" not in text
+    assert text.splitlines()[2] == "Figures drawn before the last runs are left out: `--plot-only` draws them again."
+    path.write_bytes(path.read_bytes().replace(b"Description", b"description"))
+    assert image in findings(tmp_path) and "left out" not in findings(tmp_path)
 
 
 def test_the_margin_that_is_shaded_is_that_of_the_comparison(tmp_path):

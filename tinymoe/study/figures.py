@@ -59,14 +59,14 @@ def draw_all(results: Results) -> list[Path]:
             fig = draw(results)
             if fig is not None:
                 paths.append(results.folder / "figures" / f"{name}.png")
-                save(fig, paths[-1])
+                save(fig, paths[-1], results.mark)
     return paths
 
 
-def save(fig: Figure, path):
-    """Write a figure as PNG: the same bytes for the same figure."""
+def save(fig: Figure, path, mark: str | None = None):
+    """Write a figure as PNG: the same bytes for the same figure. mark: a text in its metadata."""
     image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=200, metadata={"Software": None})
+    fig.savefig(image, format="png", dpi=200, metadata={"Software": None, "Description": mark})
     write_atomically(path, image.getvalue())
 
 

@@ -185,7 +185,7 @@ def left_out(results):
 def answers(results: Results) -> list[str]:
     """For each primary comparison its question and answer, the number, the verdict, and how sure it is."""
     return [f"{one.question} **{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
-            f"{cells(found)[0]}. *{cells(found)[-1].capitalize()}*{how_sure(found)}."
+            f"{cells(found)[0]}." + (f" *{found.verdict.capitalize()}*{how_sure(found)}." if found.tested else "")
             for one, found in zip(results.experiment.primary, results.primary)]
 
 
@@ -241,7 +241,7 @@ def primary_table(results):
              "margin", "same", "SD", "seeds", "smallest effect", "seeds needed", "95% over seeds and text",
              "text's share of the variance"]
     questions = [one.question for one in results.experiment.primary]
-    rows = [row for row in zip(names, *columns) if set(row[1:]) != {"–"}]
+    rows = [row for row in zip(names, *columns) if not set(row[1:]) <= {"–", "**not tested**", "**no common seed**"}]
     return table(["", *questions], rows) if columns else ""
 
 
@@ -249,13 +249,16 @@ def domain_table(results):
     """The difference of each primary comparison of the loss in each domain; "" without one."""
     rows = [[str(found.contrast), escaped(domain), *cells(each)[:2]] for found in results.primary
             for domain, each in results.by_domain(found.contrast).items()]
-    return table(["difference", "domain", "mean", "95% interval"], rows) if rows else ""
+    kept = 4 if any(row[3] != "–" for row in rows) else 3
+    return table(["difference", "domain", "mean", "95% interval"][:kept], [row[:kept] for row in rows]) if rows else ""
 
 
 def exploratory_table(results):
     rows = [[title(one.contrast.metric), str(one.contrast), *cells(one)[:2],
              f"{one.corrected:.2g}" if one.tested else "–", cells(one)[2]] for one in results.exploratory]
-    return table(["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"], rows) if rows else ""
+    kept = 6 if any(one.tested for one in results.exploratory) else 3  # no interval and no test of one seed
+    names = ["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"]
+    return table(names[:kept], [row[:kept] for row in rows]) if rows else ""
 
 
 def sweep_table(results):
@@ -362,7 +365,18 @@ def _slope(log):
 def images(results, place="") -> list[str]:
     """The figures of an experiment that were drawn, with captions, as Markdown; place: the folder of its document."""
     return [f"![{name.replace('_', ' ')}]({place}figures/{name}.png)\n\n*{caption(results, name)}*"
-            for name in results.experiment.figures if (results.folder / "figures" / f"{name}.png").exists()]
+            for name, fresh in drawn(results).items() if fresh]
+
+
+def drawn(results) -> dict[str, bool]:
+    """{name: whether it shows these runs, and not those of before} of the figures that are there.
+
+    A figure that says nothing of its runs, of an earlier version, counts as one of these.
+    """
+    paths = {name: results.folder / "figures" / f"{name}.png" for name in results.experiment.figures}
+    heads = {name: path.read_bytes()[:1000] for name, path in paths.items() if path.exists()}
+    return {name: b"Description\0rows " not in head or f"Description\0{results.mark}".encode() in head
+            for name, head in heads.items()}
 
 
 def caption(results, name) -> str:
@@ -396,18 +410,21 @@ def write_findings(experiment: Experiment, folder) -> Path:
 
 def document(results: Results) -> list[str]:
     """The document of one experiment, as paragraphs of Markdown."""
-    first, *others = images(results) or ["No figures yet: `--plot-only` draws them."]
+    stale = not all(drawn(results).values())
+    first, *others = images(results) or ["" if stale else "No figures yet: `--plot-only` draws them."]
     run, claims, experiment = results.runs[0], claim_rows(results), results.experiment
     versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
     said = finding(results)
-    n = len(experiment.primary) or 1
+    n, untested = len(experiment.primary) or 1, not results.several
     ids = ", ".join(f"`{each}`" for each in run_ids(results.runs))
     return [
-        f"# {experiment.name}: {experiment.question}", *said[:n], about(results), bold(warnings(results)), first,
-        settings_table(results), bullets(said[n:]),
-        *chapter("Primary comparisons", PRIMARY, primary_table(results)),
+        f"# {experiment.name}: {experiment.question}",
+        "Figures drawn before the last runs are left out: `--plot-only` draws them again." if stale else "",
+        *([] if untested else said[:n]), about(results), bold(warnings(results)), *([] if untested else [first]),
+        settings_table(results), *([*said[:n], first] if untested else []), bullets(said[n:]),
+        *chapter("Primary comparisons", "" if untested else PRIMARY, primary_table(results)),
         *chapter("By domain", DOMAINS, domain_table(results)),
-        *chapter("Exploratory comparisons", EXPLORATORY, exploratory_table(results)),
+        *chapter("Exploratory comparisons", "" if untested else EXPLORATORY, exploratory_table(results)),
         *chapter("Learning rates", SWEEP, sweep_table(results)),
         *chapter("Where curves cross", CROSSINGS, crossing_table(results)),
         *chapter("Claims", VERDICTS, table(CLAIM_COLUMNS, claims) if claims else ""),

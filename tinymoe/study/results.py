@@ -1,5 +1,7 @@
 """What an experiment makes of its runs: settings with their numbers, comparisons, and the rates of a sweep."""
 
+import hashlib
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +124,12 @@ class Results:
         seeds = [{run.seed for run in runs} for runs in self.groups.values()]
         complete = len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
         return complete or self.experiment.adjustable
+
+    @property
+    def mark(self) -> str:
+        """A text that tells these runs from others, also from shorter ones: figures that were drawn of them hold it."""
+        said = json.dumps([(run.run_id, run.summary) for run in self.runs], sort_keys=True)
+        return f"rows {hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
     @property
     def several(self) -> bool:
