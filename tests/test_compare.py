@@ -1,6 +1,7 @@
 """Runs of several folders in one table and one figure, and flat rows: against the rows on disk."""
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import shutil
@@ -11,8 +12,11 @@ import pytest
 from test_cli import invoke, study
 from test_train import WORDS
 from tinymoe import files
+from tinymoe.experiments import STUDY
 from tinymoe.files import as_csv
 from tinymoe.study import compare as c
+from tinymoe.study import quantities
+from tinymoe.study.palette import COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,32 @@ def test_the_figure_shows_the_rows(folders):
         loads = [np.array(row["layers"][0]["load"]) for row in rows]
         assert point == pytest.approx([np.mean([row["causal_cross_entropy"] for row in rows]),
                                        np.mean([load.max() / load.mean() for load in loads])])
+
+
+def test_a_run_has_the_colour_of_its_experiment_and_no_two_lines_look_alike(folders):
+    """B and D are the second and the fourth setting of the study; A of another folder has another dash and marker."""
+    found = c.groups([folders / "one", folders / "two"])
+    study = c.looks(found, [STUDY])
+    assert [study[label]["color"] for label in found] == [COLOURS[i] for i in (1, 3, 0)]
+    assert [look["color"] for look in c.looks(found).values()] == list(COLOURS[:3])
+    twice = c.looks({**found, "again": found["one/D"]}, [STUDY])
+    assert twice["again"]["color"] == twice["one/D"]["color"]
+    assert all(twice["again"][part] != twice["one/D"][part] for part in ("marker", "linestyle"))
+    assert {look["linestyle"] for look in study.values()} == {"-"}
+
+
+def test_seeds_give_the_mean_of_k_and_an_interval(folders):
+    runs = c.groups([folders / "one"])["D"]
+    columns, rows = c.table({"D": runs, "one": runs[:1]})
+    losses = [run.final["causal_cross_entropy"] for run in runs]
+    half = 12.7062 * abs(losses[0] - losses[1]) / 2
+    assert [row[columns.index("± (95%)")] for row in rows] == [pytest.approx(half, rel=1e-4), None]
+    assert "± (95%)" not in c.table({"one": runs[:1]})[0]
+    final = runs[0].final | {"layers": [layer | {"load": [n // 4 for n in layer["load"]]}
+                                        for layer in runs[0].final["layers"]]}
+    less = dataclasses.replace(runs[0], summary=runs[0].summary | {"final": final})
+    ks = [quantities.value(run, "experts_per_token") for run in (less, runs[1])]
+    assert f"K={np.mean(ks):.2f} measured" in c.table({"D": [less, runs[1]]})[1][0][1]
 
 
 def test_folders_of_one_name_are_told_apart_by_their_paths(folders, tmp_path):

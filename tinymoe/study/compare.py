@@ -1,15 +1,21 @@
 """Runs of any folders side by side: one table, one figure, and the flat rows of a folder for other programs."""
 
 import math
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 from ..files import printable
+from .palette import MARKERS
 from .quantities import LOSS, in_row, title, value
 from .rows import RunRecord, load_runs, made_of, unknown
 from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
            "token_coverage", "experts_per_token", "seconds")
+DASHES = ("-", "--", ":", "-.")
 RUN_FIELDS = ("router", "top_k", "n_experts", "aux_coef")  # of the model, in each flat row
 
 
@@ -37,12 +43,19 @@ def groups(paths) -> dict[str, list[RunRecord]]:
 def table(found) -> tuple[list, list]:
     """(columns, rows): a label, what it is made of, its seeds, and the mean of each of COLUMNS, None without a number.
 
-    Columns whose numbers are all the same, or missing, are left out, but for the loss and the parameters.
+    After the loss half the width of its 95% interval over seeds. Columns whose numbers are all the same, or missing,
+    are left out, but for the loss and the parameters.
     """
     rows = [[label, made_of(runs), len(runs), *(_mean(runs, name) for name in COLUMNS)]
             for label, runs in found.items()]
     columns = ["run", "made of", "seeds", *map(title, COLUMNS)]
     always = 3 + COLUMNS.index("load_cv")
+    halves = [t_interval([value(run, LOSS) for run in runs]).half for runs in found.values()]
+    if np.isfinite(halves).any():
+        columns.insert(4, "± (95%)")
+        always += 1
+        for row, half in zip(rows, halves):
+            row.insert(4, half if math.isfinite(half) else None)
     kept = [i for i in range(len(columns)) if i < always or len({row[i] for row in rows}) > 1]
     return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
@@ -67,21 +80,41 @@ def cautions(found) -> list[str]:
     yield from map(printable, unknown(runs))
 
 
-def draw(found):
+def looks(found, experiments=()) -> dict[str, dict]:
+    """{label: style of its line}: colour and marker of its setting where its experiment is known, else of its place.
+
+    A colour that comes again has another marker and another dash. experiments: the Experiments that may be known.
+    """
+    from .figures import GREY, style_at, style_of
+    ids, styles, used = {runs[0].config_id for runs in found.values()}, {}, Counter()
+    for place, (label, (run, *_)) in enumerate(found.items()):
+        own = next((one for one in experiments if run.plan_hash == one.plan_hash
+                    or ids <= {setting.id for setting in one.settings}), None)
+        style = style_of(SimpleNamespace(experiment=own), run.config_id) if own else {"color": GREY}
+        style = style_at(place) if style["color"] == GREY else style
+        n = used[style["color"]]
+        used[style["color"]] += 1
+        marker = MARKERS[(MARKERS.index(style["marker"]) + n) % len(MARKERS)]
+        styles[label] = style | {"marker": marker, "linestyle": DASHES[n % len(DASHES)]}
+    return styles
+
+
+def draw(found, experiments=()):
     """A Figure: the causal loss over the steps, the busiest expert's load over them, and that load against the loss.
 
     Lines are means over seeds at the steps that they share. The last panel shows the path of a run: at each evaluation
-    a point, from the right, where the loss is high, to a large mark at the end.
+    a point, from the right, where the loss is high, to a large mark at the end. experiments: see `looks`.
     """
-    from .figures import default_style, panel_grid, style_at
+    from .figures import default_style, panel_grid
     with default_style():
         fig, (axes_of,) = panel_grid(1, 3, 2.8)
-        for place, (label, runs) in enumerate(found.items()):
+        styles = looks(found, experiments)
+        for label, runs in found.items():
             logs = [{row["step"]: row for row in run.log} for run in runs]
             steps = sorted(set.intersection(*map(set, logs)))
             loss, busiest = ([sum(of(log[step]) for log in logs) / len(logs) for step in steps] for of in (
                 lambda row: row[LOSS], lambda row: 1 + in_row(row, "max_violation")))
-            style = style_at(place) | {"markevery": max(1, len(steps) // 8)}
+            style = styles[label] | {"markevery": max(1, len(steps) // 8)}
             for axes, x, y in zip(axes_of, (steps, steps, loss), (loss, busiest, busiest)):
                 axes.plot(x, y, label=label, **style)
             axes_of[2].plot(loss[-1:], busiest[-1:], color=style["color"], marker=style["marker"], markersize=7)

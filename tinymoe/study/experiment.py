@@ -10,6 +10,7 @@ import numpy as np
 
 from ..model.config import ModelConfig
 from ..training.plan import RunPlan, TrainConfig
+from .quantities import require_known
 from .statistics import MARGIN, Comparison, Contrast, t_interval
 
 
@@ -159,6 +160,8 @@ class Experiment:
                      *(effect for claim in self.claims for effect in claim.effects))
         needed = [*(one.settings for one in contrasts), *(pair for _, *pair in self.crossings),
                   [name for s in self.settings for name in (s.start, s.rate_of) if name]]
+        if not self.measure:  # which may give any name
+            require_known([*self.metrics, *(one.metric for one in contrasts), *(name for name, *_ in self.crossings)])
         known = {s.id for s in self.settings}
         if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")

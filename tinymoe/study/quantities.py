@@ -4,6 +4,7 @@ To add a metric, add one Quantity to the list. Without `of`, it is the field `na
 layers, or of what an experiment measured at the end of the run. With `of`, it is computed from what is stored.
 """
 
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..model.counting import architecture, count
 from ..moe import metrics
+from ..moe.losses import LOSSES
 from ..moe.routing import capacity
 
 LOSS = "causal_cross_entropy"
@@ -222,6 +224,23 @@ FAMILIES = {  # quantities with a parameter: `causal_cross_entropy:python`, `sec
                                               of=lambda run: reached(run, float(loss), lambda row: row["seconds"])),
     "tokens_to": lambda name, loss: Quantity(name, f"training text to a causal loss of {loss}", "million bytes",
                                              per="run", of=lambda run: reached(run, float(loss), tokens_of(run)))}
+
+
+# numbers of rows that have no entry, beside those of losses
+OTHERS = ("train_loss", "gradient_norm", "learning_rate", "penalty", "multi_token", "validation_tokens", "load_entropy",
+          "marginal_entropy", "mutual_information", "mutual_information_null", "byte_information",
+          "byte_information_null")
+
+
+def require_known(names) -> None:
+    """ValueError for the first name that is neither in the table, nor a number of rows or a loss."""
+    known = (*QUANTITIES, *OTHERS, *LOSSES)
+    for name in names:
+        family, _, parameter = name.partition(":")
+        if name not in known and not (parameter and family in FAMILIES):
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"no quantity {name}: " + (f"did you mean {near[0]}?" if near else
+                             "no row holds it; add an entry to QUANTITIES in study/quantities.py"))
 
 
 def quantity(name: str) -> Quantity:

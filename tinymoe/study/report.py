@@ -438,8 +438,8 @@ def document(results: Results) -> list[str]:
 
 def imports(runs) -> str:
     """A sentence: the files that the runs imported, with the beginnings of their hashes; empty without any."""
-    files = dict.fromkeys((Path(str(file["path"])).name, str(file["sha256"])[:12]) for run in runs
-                          for file in run.config.get("imports") or () if {"path", "sha256"} <= set(file))
+    files = dict.fromkeys((Path(str(file.get("path"))).name, str(file.get("sha256"))[:12]) for run in runs
+                          for file in run.config.get("imports") or () if isinstance(file, dict))
     return f" Imports: {escaped(', '.join(f'{name} (sha256 {sha256})' for name, sha256 in files))}." if files else ""
 
 

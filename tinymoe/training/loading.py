@@ -14,7 +14,6 @@ from ..model.upcycling import upcycle
 from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
 from .identity import RunError, load_imports
 
-
 UNUSABLE = (RunError, OSError, KeyError, ValueError, TypeError)  # what a recorded file that cannot be used raises
 
 
