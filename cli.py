@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C during them is on
 import codecs
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -480,8 +481,9 @@ def _print_finding(results):
 
 @main.command()
 @click.argument("folder", type=FOLDER, default=RESULTS / "published")
+@_import_option
 @_refusing(ValueError, OSError)
-def findings(folder):
+def findings(folder, imports):
     """Gather the study and the experiments into one document.
 
     It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the answers, the claims, and a section
@@ -490,6 +492,7 @@ def findings(folder):
     from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.study import gathered
     from tinymoe.study.figures import draw_forest
+    gathered.require_ours(folder)
     draw_forest(gathered.published_results(folder, STUDY, EXPERIMENTS.values())[0], folder)
     click.echo(gathered.gather(folder, STUDY, EXPERIMENTS.values()))
 
@@ -498,8 +501,9 @@ def findings(folder):
 @click.argument("folder", type=FOLDER)
 @click.option("--experiment", "name", metavar="NAME|FILE.py", shell_complete=_names("experiments", "EXPERIMENTS"),
               help="Whose results they are.  [default: that of the folder's name, else the study]")
+@_import_option
 @_refusing(ValueError, OSError)
-def report_page(folder, name):
+def report_page(folder, name, imports):
     """Write the findings of a results folder as one HTML page.
 
     FOLDER/report.html holds the figures, tables that sort, and the run ids behind each number, in one file. FOLDER has
@@ -532,16 +536,17 @@ def compact(folder):
 
 
 @main.command()
-@click.argument("paths", nargs=-1, required=True, type=FOLDER,
-                metavar="RUN_OR_FOLDER...")
+@click.argument("paths", nargs=-1, required=True, type=FOLDER, metavar="RUN_OR_FOLDER...")
 @_out_option("The figure.", _file, default=RESULTS / "compare.png")
+@_import_option
 @_refusing(ValueError, OSError)
-def compare(paths, out):
+def compare(paths, out, imports):
     """Put runs of any folders into one table and one figure.
 
     Give run folders and results folders. Runs that differ only in their seed are one line, their mean. The figure shows
     the loss and the load of the busiest expert over the steps, and one against the other.
     """
+    from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.study import compare as c
     from tinymoe.study.figures import save
     found = c.groups(paths)
@@ -551,7 +556,7 @@ def compare(paths, out):
     _table(dict(zip(columns, forms)), rows)
     for line in c.cautions(found):
         click.echo(f"Careful: {line}")
-    save(c.draw(found), out)
+    save(c.draw(found, (STUDY, *EXPERIMENTS.values())), out)
     click.echo(f"figure in {out}")
 
 
@@ -958,27 +963,9 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     --set moe_layers=[1,3] is the laboratory's.
     """
     from tinymoe.tools import bench as b
-
-    def measured(name, rows, columns, draw=None):
-        """Print these columns of the rows as they come; write them, draw them and return them."""
-        shown, kept = itertools.tee(rows)
-        if not as_json:
-            click.echo()
-            _table(columns, ([row[key] for key in columns] for row in shown))
-        rows = b.write(out, name, kept)
-        if as_json:
-            click.echo("\n".join(json.dumps({"table": name} | row) for row in rows))
-        if draw:
-            draw(rows, out / f"{name}.png")
-        return rows
-
     if sizes and (profile or overrides):
         raise click.UsageError("--sizes times the experts alone, --profile and --set the step alone: give one of them")
-    model, training = _settings(overrides)
-    if training.keys() - {"batch_size"}:
-        raise click.UsageError(f"--set {min(training)}: a timed step has the settings of the model and batch_size")
-    with _refusing(ValueError, TypeError, usage=True):
-        config, batch = b.ModelConfig(**model), training.get("batch_size", 8)
+    step, measured = _timed_step(overrides), functools.partial(_measured, out, as_json)
     warning = b.busy()  # before this program itself is a load
     if threads:
         with _refusing(ValueError, usage=True, about="--threads: "):
@@ -998,11 +985,11 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
         if max(row["difference"] or 0 for row in rows) > 1e-3:
             raise click.ClickException("the backends disagree: see the column difference")
     if not (profile or sizes):
-        measured("step", b.three_ways(config, batch, repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
+        measured("step", b.three_ways(*step, repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
     if not sizes:
         peak = b.sgemm_gflops()
         rows = [row | {"sgemm_gflops": peak, "sgemm_threads": b.kernels.get_threads()}
-                for row in b.step_profile(config, batch, 3 * repeats)]
+                for row in b.step_profile(*step, 3 * repeats)]
         measured("profile", rows, {"operation": "<28", "calls": "6.0f", "ms": "9.2f", "share": "6.1%",
                                    "gflops": "8.1f", "sgemm_gflops": "12.0f"}, b.draw_profile)
     if not (profile or quick or sizes or overrides):
@@ -1010,6 +997,31 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
                  {"against": "<10", "value": "6g", "ms": "9.1f", "relative": "8.2f"}, b.draw_scaling)
     if not as_json:
         click.echo(f"\nrows and figures in {out}")
+
+
+def _measured(out, as_json, name, rows, columns, draw=None):
+    """Print these columns of the rows as they come; write them, draw them and return them."""
+    from tinymoe.tools.bench import write
+    shown, kept = itertools.tee(rows)
+    if not as_json:
+        click.echo()
+        _table(columns, ([row[key] for key in columns] for row in shown))
+    rows = write(out, name, kept)
+    if as_json:
+        click.echo("\n".join(json.dumps({"table": name} | row) for row in rows))
+    if draw:
+        draw(rows, out / f"{name}.png")
+    return rows
+
+
+def _timed_step(overrides):
+    """(ModelConfig, batch size) of the step that `bench` times. Raises click.UsageError for other settings."""
+    from tinymoe.model.config import ModelConfig
+    model, training = _settings(overrides)
+    if training.keys() - {"batch_size"}:
+        raise click.UsageError(f"--set {min(training)}: a timed step has the settings of the model and batch_size")
+    with _refusing(ValueError, TypeError, usage=True):
+        return ModelConfig(**model), training.get("batch_size", 8)
 
 
 def _describe(machine):

@@ -450,6 +450,14 @@ def test_experiments_are_gathered_before_the_study_has_ended(corpora, tmp_path):
     assert page.exit_code == 0, page.output
 
 
+def test_a_document_of_others_is_not_overwritten(tmp_path):
+    """Would have caught: the findings of the first version, replaced by those of its rows."""
+    (tmp_path / "FINDINGS.md").write_text("# Findings of mine\n")
+    refused = CliRunner().invoke(cli.main, ["findings", str(tmp_path)])
+    assert refused.exit_code == 1 and "was not made by this program" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["FINDINGS.md"]
+
+
 def test_what_is_gathered_names_what_is_missing(corpora, tmp_path):
     study = [dataclasses.replace(run, config_id=name) for run, name in zip(toy_runs(EXPERIMENTS["frozen"], 1), "AB")]
     for run in study:

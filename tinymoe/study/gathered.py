@@ -36,6 +36,7 @@ the z-loss gives at low precision. Corrections are made within each experiment. 
 so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are the reference \
 of several experiments, so these are not independent evidence."""
 YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
+HEADING = "# Findings"
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
 three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
 SURE = """*Different*: the difference is not 0. *Same*: the difference is shown to be smaller than the margin. The p \
@@ -61,6 +62,13 @@ def published_results(published, study: Experiment, experiments) -> tuple[list[R
     return found, absent
 
 
+def require_ours(published):
+    """Raise ValueError if there is a FINDINGS.md that `gather` did not write."""
+    path = Path(published, "FINDINGS.md")
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(f"{HEADING}\n"):
+        raise ValueError(f"{path} was not made by this program: move it away, or give another folder")
+
+
 def gather(published, study: Experiment, experiments) -> Path:
     """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
 
@@ -80,7 +88,7 @@ def document(found, absent, published, section=None) -> list[str]:
                      for number, text, _, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
     forest = Path(published, "figures", "primary.png").exists()
     return [
-        "# Findings", OPENING, yardstick(found), "## The three questions", question_table(study), SURE,
+        HEADING, OPENING, yardstick(found), "## The three questions", question_table(study), SURE,
         *(chapter("Claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims), BY_CONSTRUCTION)
           if claims else []),
         "## The surprise", surprise(found), "## All primary comparisons",
