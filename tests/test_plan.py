@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import types
 
 import pytest
 from click.testing import CliRunner
@@ -237,6 +238,15 @@ def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
     assert "**The plan has 12 seeds of 2,000 steps, with a learning rate chosen for each setting: `--full`" in text
     assert "**The plan of 1 run is another one than today's.**" in text
     assert "**No plan was recorded by 18 runs.**" in text
+
+
+def test_the_seeds_that_are_lacking_have_a_price(tmp_path):
+    """100 seeds more of two settings, at 20 seconds a run."""
+    results = Results(STUDY, write_study(tmp_path))
+    found = types.SimpleNamespace(verdict="not known", needed=102, n=2, contrast=Contrast(LOSS, "C", minus="A"))
+    assert report.lacking_hours(results, found) == f"{100 * 40 / 3600:.1f}"
+    for other in (dict(verdict="same"), dict(needed=2), dict(needed=None)):
+        assert report.lacking_hours(results, types.SimpleNamespace(**vars(found) | other)) == "–"
 
 
 def test_failed_runs_and_wall_clock_are_in_the_compute(tmp_path):

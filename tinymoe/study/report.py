@@ -233,16 +233,25 @@ def primary_table(results):
         text = results.text_uncertainty(found.contrast) if found.tested else None
         tests = [f"{found.corrected:.2g}", f"{found.p_flip:.2g}", cells(found, found.interval90)[1],
                  f"{found.corrected_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
-                 str(found.needed or "over 1,000")] if found.tested else ["–"] * 7
+                 str(found.needed or "over 1,000"), lacking_hours(results, found)] if found.tested else ["–"] * 8
         columns.append([one.published or "–", f"{title(found.contrast.metric)}, {found.contrast}", mean, interval,
                         f"**{verdict}**", *tests[:3], f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
                         *([f"[{text[0]:+.3f}, {text[1]:+.3f}]", f"{text[2]:.0%}"] if text else ["–", "–"])])
     names = ["published", "difference", "mean", "95% interval", "verdict", "corrected p", "sign flips", "90% interval",
-             "margin", "same", "SD", "seeds", "smallest effect", "seeds needed", "95% over seeds and text",
+             "margin", "same", "SD", "seeds", "smallest effect", "seeds needed", "core-hours lacking",
+             "95% over seeds and text",
              "text's share of the variance"]
     questions = [one.question for one in results.experiment.primary]
     rows = [row for row in zip(names, *columns) if not set(row[1:]) <= {"–", "**not tested**", "**no common seed**"}]
     return table(["", *questions], rows) if columns else ""
+
+
+def lacking_hours(results, found):
+    """Core-hours of the seeds that a comparison lacks to be decided, by its runs; a dash where it is decided."""
+    if found.verdict != "not known" or not found.needed or found.needed <= found.n:
+        return "–"
+    seed = sum(np.mean([run.wall_seconds for run in results.groups[name]]) for name in found.contrast.settings)
+    return f"{(found.needed - found.n) * seed / 3600:.1f}"
 
 
 def domain_table(results):

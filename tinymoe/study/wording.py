@@ -49,7 +49,8 @@ margin. Both have Holm's correction over the primary comparisons of the experime
 sign flips: the permutation test that changes the signs of the seeds' differences, whose p is at least 2 / 2^n with n \
 seeds. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% power \
 whether the difference is 0 or as large as the margin. Both are reckoned at 5% over the number of primary comparisons, \
-a bound for Holm's correction."""
+a bound for Holm's correction. Seeds beyond those of the plan were not run, because their number would then hang on \
+what was seen; the core-hours lacking are what they would cost."""
 EXPLORATORY = """These comparisons were not planned to answer the question. Their p values, also those of the same, \
 are corrected by Benjamini and Hochberg: of those that are *different*, at most 5% are expected to be so by chance, \
 and likewise of those that are the *same*."""
