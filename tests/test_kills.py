@@ -191,7 +191,7 @@ def test_a_study_that_is_killed_at_random_moments_ends_with_the_same_bits(text, 
 
 
 @pytest.mark.skipif(os.environ.get("TINYMOE_KERNELS") == "numpy", reason="nothing is compiled")
-@pytest.mark.parametrize("number, target", itertools.product(SIGNALS, TARGETS) if LONG else [
+@pytest.mark.parametrize("number, target", [*itertools.product(SIGNALS, TARGETS)] if LONG else [
     (signal.SIGKILL, "parent"), (signal.SIGTERM, "parent"), (signal.SIGINT, "both")])
 def test_a_signal_while_kernels_are_compiled_ends_all_that_compile(text, undisturbed, tmp_path, number, target):
     """Would have caught: Ctrl-C that prints the tracebacks of the compiling processes, and compiling processes that
