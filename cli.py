@@ -268,6 +268,8 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     """
     from tinymoe.experiments import STUDY
     scale = _scale(quick, full)
+    if plot_only and (how["extend"] or how["fresh"]):
+        raise click.UsageError("--plot-only trains nothing: leave --extend and --fresh out")
     if how["extend"] and (scale == "full" or how["fresh"]):
         raise click.UsageError("--extend goes on from what is there: leave --full and --fresh out")
     model, training = _settings(overrides)
@@ -753,10 +755,12 @@ def _probed(subject, steps, ids, text, overrides):
         for name in model["router"] if isinstance(model["router"], list) else [model["router"]]:
             if isinstance(name, str) and find(name).top_1_only:
                 model = {"top_k": 1} | model
-    config, steps = ModelConfig(**model), 50 if steps is None else steps
+    with _refusing(ValueError, TypeError, usage=True):
+        config, steps = ModelConfig(**model), 50 if steps is None else steps
+        training = TrainConfig(**{"steps": max(1, steps)} | training)
     if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
         raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
-    return probes.trained(config, steps, TrainConfig(**{"steps": max(1, steps)} | training), text)
+    return probes.trained(config, steps, training, text)
 
 
 @main.command()
@@ -931,7 +935,8 @@ def gradcheck(only, imports):
         raise click.UsageError(f"--only {only}: no check has this in its name; run without it for the list")
     failed = [row.name for row in rows if not row.ok]
     worst = max(row.error for row in rows)
-    click.echo(f"\n{len(rows)} checks, largest relative error {worst:.1e}, {len(failed)} failed")
+    plural = "s" if len(rows) > 1 else ""
+    click.echo(f"\n{len(rows)} check{plural}, largest relative error {worst:.1e}, {len(failed)} failed")
     if failed:
         raise SystemExit(1)
 
@@ -963,8 +968,9 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     --set moe_layers=[1,3] is the laboratory's.
     """
     from tinymoe.tools import bench as b
-    if sizes and (profile or overrides):
-        raise click.UsageError("--sizes times the experts alone, --profile and --set the step alone: give one of them")
+    if sizes and (quick or profile or overrides) or quick and (profile or overrides):
+        raise click.UsageError("--sizes times the experts alone, --profile and --set the step alone, --quick a part of "
+                               "all: give one of them")
     step, measured = _timed_step(overrides), functools.partial(_measured, out, as_json)
     warning = b.busy()  # before this program itself is a load
     if threads:

@@ -689,7 +689,7 @@ def test_probe_takes_a_router_for_each_layer():
     code, output = invoke("probe", "top_k", "--steps", 1, *small, "--set", 'router=["top_k","base_assignment"]')
     assert code == 0 and output.startswith("top_k, base_assignment after 1 steps"), output  # the second needs K = 1
     code, output = invoke("probe", "top_k", "--set", 'router=["top_k"]')
-    assert code == 1 and "one name for each of the 2 MoE layers" in output
+    assert code == 2 and "one name for each of the 2 MoE layers" in output
 
 
 def test_probe_takes_a_run_a_checkpoint_and_weights(run, finished, text, tmp_path):

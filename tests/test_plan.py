@@ -165,7 +165,7 @@ def test_a_plan_is_run_from_its_sweep_to_its_document(done):
     assert "| dense | 6 | 8 | 0 | 0.00 |" in text and "`mixture-seed{0,1}`" in text
     assert "@0.001-seed100` is" not in text
     assert not any(sentence in text for sentence in ("The plan has", "another one than today", "No plan"))
-    assert "chosen for each setting" in text and "compare with care" not in text
+    assert "chosen as the table of learning rates shows" in text and "compare with care" not in text
     assert f"Plan: `{TOY_DENSE.plan_hash[:12]}`" in text
 
 

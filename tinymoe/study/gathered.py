@@ -42,7 +42,8 @@ three questions and to test claims of the literature. Their loss is in nats a by
 SURE = """*Different*: the difference is not 0. *Same*: the difference is shown to be smaller than the margin. The p \
 values of both are corrected for the primary comparisons of the experiment. *Not known*: these runs do not decide."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
-FOREST = "*All primary differences, the first setting minus the second, in units of their margins.*"
+FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
+is logarithmic.*"""
 
 
 def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[str]]:

@@ -359,7 +359,7 @@ def limits(results: Results) -> list[str]:
             f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
             f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
             f"One text, learning rate {', '.join(map('{:g}'.format, rates))}" +
-            (", chosen for each setting." if results.sweep else ": settings may prefer others.")]
+            (", chosen as the table of learning rates shows." if results.sweep else ": settings may prefer others.")]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
         said.append("About half of the validation lines of the domain `tables` also stand in the training text.")
     return said
@@ -395,6 +395,8 @@ def caption(results, name) -> str:
     said = getattr(draw, "caption", f"{name.replace('_', ' ')}.")
     few, many = run.log[-1]["validation_tokens"], run.final["validation_tokens"]
     over_steps = CURVES in said
+    for absent in (s.id for s in results.experiment.settings if s.id not in results.groups):
+        said = re.sub(rf" less that of {re.escape(absent)}(?=[ ,])", "", said)
     if not results.several:
         said = said.replace(f": {CURVES}", "").replace(f": {INTERVALS}", "")
     if over_steps and few != many:

@@ -208,10 +208,12 @@ class RunFolder:
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
         path = self.path / "config.json"
         try:
-            different = differing(files.read_json(path), config)
+            found = files.read_json(path)
+            different = differing(found, config)
         except (ValueError, TypeError, AttributeError, KeyError):
             raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
         if different:
-            longer = ", or lengthen it with --extend" if [text.split()[1] for text in different] == ["steps"] else ""
+            only_steps = [text.split()[1] for text in different] == ["steps"]
+            longer = only_steps and found["training"]["steps"] < config["training"]["steps"]
             raise RunError(f"{self.path} holds a run with other settings ({'; '.join(different)}): choose another "
-                           f"--out, or start again with --fresh{longer}")
+                           f"--out, or start again with --fresh{', or lengthen it with --extend' if longer else ''}")
