@@ -9,6 +9,7 @@ from click.testing import CliRunner
 import cli
 from tinymoe import kernels
 from tinymoe.model.transformer import ModelConfig
+from tinymoe.study import figures
 from tinymoe.tools import bench
 
 SMALL = ModelConfig(vocab_size=11, n_layers=2, d_model=8, n_heads=2, d_ff=16, seq_len=4, moe_layers=(1,), n_experts=4)
@@ -106,6 +107,17 @@ def test_the_step_of_another_model_is_timed_alone(tmp_path, monkeypatch):
     alone = ("--sizes", "16,4,2,1")
     for typed in (("--set", "steps=3"), (*alone, "--profile"), (*alone, "--set", small[0])):
         assert run(*typed, "--out", tmp_path / "none").exit_code == 2 and not (tmp_path / "none").exists()
+
+
+def test_the_axis_of_milliseconds_has_numbers(tmp_path, monkeypatch):
+    """Would have caught: labels such as $\\mathdefault{10^{2}}$, a formula that is not parsed."""
+    drawn, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda fig, path: (save(fig, path), drawn.append(fig)))
+    rows = [dict(n_tokens=n, d_model=4, n_experts=2, top_k=1, backend="naive", ms=ms) | {"pass": "forward + backward"}
+            for n, ms in ((16, 0.5), (32, 500.0))]
+    bench.draw_ladder(rows, tmp_path / "ladder.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert "10" in labels and not any("$" in label for label in labels)
 
 
 @pytest.mark.parametrize("size", ["16,4,2", "16,4,2,3", "0,4,2,1", "a,b,c,d"])

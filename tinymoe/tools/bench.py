@@ -240,6 +240,7 @@ def draw_ladder(rows, path):
             axes.bar_label(bars, fmt="{:.3g}", fontsize=6, padding=1)
         axes.set(yscale="log", ylabel="forward + backward (ms)", xticks=range(len(sizes)),
                  xticklabels=[f"N {n}, D {d}\nE {e}, K {k}" for n, d, e, k in sizes])
+        axes.yaxis.set_major_formatter("{x:g}")  # the default writes formulas, which are not parsed here
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.12)
         fig.legend(loc="outside upper center", ncols=5)
