@@ -142,7 +142,7 @@ def _file(context, option, value):
 def _named(value):
     """A path. Reports name it, so its name must be text."""
     if value == "":
-        raise click.BadParameter("the name of a folder is empty")
+        raise click.BadParameter("the name is empty")
     try:
         str(value).encode()
     except UnicodeEncodeError:
@@ -268,8 +268,6 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     """
     from tinymoe.experiments import STUDY
     scale = _scale(quick, full)
-    if plot_only and (how["extend"] or how["fresh"]):
-        raise click.UsageError("--plot-only trains nothing: leave --extend and --fresh out")
     if how["extend"] and (scale == "full" or how["fresh"]):
         raise click.UsageError("--extend goes on from what is there: leave --full and --fresh out")
     model, training = _settings(overrides)
@@ -298,6 +296,8 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
     """
     from tinymoe.study import report
     from tinymoe.study.results import Results
+    if scale is None and (how["fresh"] or how.get("extend")):
+        raise click.UsageError("--plot-only trains nothing: leave --fresh and --extend out")
     failures = _train_all(experiment, scale, seeds, out, fields or {}, **how) if scale else {}
     if failures is not None:
         with _refusing(ValueError, OSError):
@@ -495,8 +495,9 @@ def findings(folder, imports):
     from tinymoe.study import gathered
     from tinymoe.study.figures import draw_forest
     gathered.require_ours(folder)
-    draw_forest(gathered.published_results(folder, STUDY, EXPERIMENTS.values())[0], folder)
-    click.echo(gathered.gather(folder, STUDY, EXPERIMENTS.values()))
+    found, absent = gathered.published_results(folder, STUDY, EXPERIMENTS.values())
+    draw_forest(found, folder)
+    click.echo(gathered.gather(folder, found, absent))
 
 
 @main.command("report")

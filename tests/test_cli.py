@@ -178,6 +178,13 @@ def test_seeds_and_steps_make_the_runs(text, tmp_path):
     assert results(tmp_path / "runs/D-seed1")[1][0]["step"] == 6  # --set steps wins over --steps
 
 
+@pytest.mark.parametrize("command", ["study", "experiment"])
+def test_what_contradicts_plot_only_is_wrong_usage(command, tmp_path):
+    name = ["dense"] if command == "experiment" else []
+    code, output = invoke(command, *name, "--plot-only", "--fresh", "--out", tmp_path)
+    assert code == 2 and "--plot-only trains nothing" in output
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monkeypatch):
     """Would have caught: a traceback of a SystemError."""
     real = train.Trainer.learn

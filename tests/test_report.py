@@ -539,6 +539,9 @@ def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
 def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=1))
     assert report.caption(results, "over_steps") == "Causal loss (nats) less that of D, over the training steps."
+    del results.groups["D"]  # as in a study of some configs
+    assert report.caption(results, "over_steps").startswith("Causal loss (nats), over the training steps.")
+    results.groups["D"] = [run for run in results.all_runs if run.config_id == "D"]
     assert report.caption(results, "router_entropy").endswith(", for each MoE layer over the training steps.")
     for row_ in results.groups["A"][0].log[:1]:
         row_["causal_cross_entropy"] += 5

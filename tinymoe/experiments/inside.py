@@ -125,7 +125,7 @@ def by_devices(r):
     devices = [n for n in measures.DEVICES if f"sent_{n}" in r.runs[0].measured]
     for axes, number in zip(axes_of, ("sent", "reach", "slowest", "path")):
         lines = [([n * 1.04 ** (place - 2) for n in devices], [r.interval(f"{number}_{n}", name) for n in devices],
-                  style_of(r, name)) for place, name in enumerate(r.groups)]
+                  style_of(r.experiment, name)) for place, name in enumerate(r.groups)]
         log_lines(axes, lines, devices, "devices", title(f"{number}_4").removesuffix(", 4 devices"))
     add_legend(fig, r, r.groups)
     return fig

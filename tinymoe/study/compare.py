@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -90,7 +89,7 @@ def looks(found, experiments=()) -> dict[str, dict]:
     for place, (label, (run, *_)) in enumerate(found.items()):
         own = next((one for one in experiments if run.plan_hash == one.plan_hash
                     or ids <= {setting.id for setting in one.settings}), None)
-        style = style_of(SimpleNamespace(experiment=own), run.config_id) if own else {"color": GREY}
+        style = style_of(own, run.config_id) if own else {"color": GREY}
         style = style_at(place) if style["color"] == GREY else style
         n = used[style["color"]]
         used[style["color"]] += 1

@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_atomically
+from .experiment import Experiment
 from .palette import COLOURS, MARKERS
 from .quantities import in_row, quantity, title
 from .results import Results
@@ -70,26 +71,29 @@ def save(fig: Figure, path, mark: str | None = None):
     write_atomically(path, image.getvalue())
 
 
-def captioned(text: str):
-    """A decorator that gives a function that draws its caption, which stands under the figure."""
+def captioned(text):
+    """A decorator that gives a function that draws its caption, which stands under the figure.
+
+    text: a str, or a function of Results where the caption hangs on the runs; `draw.caption` is a function always.
+    """
     def mark(draw):
-        draw.caption = text
+        draw.caption = text if callable(text) else lambda results: text
         return draw
     return mark
 
 
-def listed(metrics, reference=None) -> str:
+def listed(metrics, reference=None, results=None) -> str:
     """The titles of metrics as the beginning of a sentence; of losses with the reference whose loss is taken off."""
-    said = [less_reference(reference, metric)[1].replace("\n", " ") for metric in metrics]
+    said = [less_reference(reference, metric, results)[1].replace("\n", " ") for metric in metrics]
     text = " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
     return text[0].upper() + text[1:]
 
 
-def style_of(results: Results, name: str) -> dict:
+def style_of(experiment: Experiment, name: str) -> dict:
     """Colour and marker of a setting by its place in the experiment, or in its primary comparisons; else grey."""
-    ids = [s.id for s in results.experiment.settings]
+    ids = [s.id for s in experiment.settings]
     if len(ids) > len(COLOURS):
-        ids = list(dict.fromkeys(id for one in results.experiment.primary for id in one.contrast.settings))
+        ids = list(dict.fromkeys(id for one in experiment.primary for id in one.contrast.settings))
     return style_at(ids.index(name)) if name in ids else {"color": GREY, "marker": "."}
 
 
@@ -114,7 +118,7 @@ def layer_grid(results, n_rows, height, sharey):
 
 def add_legend(fig, results, names, *extra):
     """One legend below the panels, where it can cover no data; `extra` are handles after those of the settings."""
-    handles = [Line2D([], [], label=results.label(name), **style_of(results, name)) for name in names]
+    handles = [Line2D([], [], label=results.label(name), **style_of(results.experiment, name)) for name in names]
     if handles := [*handles, *extra]:
         n_rows = math.ceil(len(handles) / (3 if results.experiment.adjustable else 5))
         fig.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / n_rows))
@@ -132,7 +136,7 @@ def name_points(axes, results, points):
     for i in reversed(range(len(places) - 1)):
         places[i] = min(places[i], places[i + 1] - gap)
     for name, y in zip(order, places):
-        colour = style_of(results, name)["color"]
+        colour = style_of(results.experiment, name)["color"]
         axes.annotate(name, points[name], (1.05, y), textcoords="axes fraction", va="center", fontsize=6.5,
                       color=colour, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 1})
 
@@ -171,7 +175,7 @@ def points_of(results, name, metric, *, reference=None, layer=None):
 def curve(axes, results, name, metric, *, reference=None, layer=None, **options):
     """Draw what `points_of` returns, and return it: the mean and the range over the seeds."""
     steps, values = points_of(results, name, metric, reference=reference, layer=layer)
-    style, every = style_of(results, name), max(1, len(steps) // 8)
+    style, every = style_of(results.experiment, name), max(1, len(steps) // 8)
     offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
     if len(steps):
         axes.plot(steps, values.mean(axis=1), markevery=(offset, every), **style | options)
@@ -203,7 +207,7 @@ def over_steps(reference, *metrics, names=None):
                 return True
         return False
 
-    @captioned(f"{listed(metrics, reference)}, over the training steps: {CURVES}.")
+    @captioned(lambda results: f"{listed(metrics, reference, results)}, over the training steps: {CURVES}.")
     def draw(results):
         shown, leaky = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
@@ -256,7 +260,7 @@ def at_the_end(*metrics, reference=None, experts_only=False):
     Losses are less those of the reference setting, if there is one. experts_only: only settings with experts, and no
     figure without any.
     """
-    @captioned(f"{listed(metrics, reference)}, at the end of training, for each setting.")
+    @captioned(lambda results: f"{listed(metrics, reference, results)}, at the end of training, for each setting.")
     def draw(results):
         chosen = results.with_experts if experts_only else list(results.groups)
         if not chosen:
@@ -292,7 +296,7 @@ def margin_of(results, metric) -> float:
 def end_mark(axes, results, name, metric, y, reference=None, **options):
     """Mean, interval and seeds of one setting at height y, less those of the reference if there is one."""
     seeds = Contrast(metric, name, minus=reference).of(results.numbers)
-    interval, style = t_interval(seeds), style_of(results, name)
+    interval, style = t_interval(seeds), style_of(results.experiment, name)
     axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
     if results.several:
         axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
@@ -349,7 +353,7 @@ def one_against_other(x, y):
             a, b = results.interval(x, name), results.interval(y, name)
             points[name] = a.mean, b.mean
             axes.errorbar(a.mean, b.mean, xerr=half_widths([a]), yerr=half_widths([b]), linestyle="none",
-                          elinewidth=0.8, capsize=0, **style_of(results, name) | {"markersize": 5})
+                          elinewidth=0.8, capsize=0, **style_of(results.experiment, name) | {"markersize": 5})
         axes.set(xlabel=title(x), ylabel=title(y))
         if many:
             name_points(axes, results, points)
@@ -372,7 +376,7 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
 
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
-    @captioned(f"{listed(metrics, reference)}, by {x_label}, at the end of training: {INTERVALS}.")
+    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training: {INTERVALS}.")
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})

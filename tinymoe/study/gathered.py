@@ -70,12 +70,8 @@ def require_ours(published):
         raise ValueError(f"{path} was not made by this program: move it away, or give another folder")
 
 
-def gather(published, study: Experiment, experiments) -> Path:
-    """Write published/FINDINGS.md from published/full and published/experiments/NAME; returns its path.
-
-    Raises ValueError as `published_results`. Experiments without a finished run are named as missing.
-    """
-    found, absent = published_results(published, study, experiments)
+def gather(published, found: list[Results], absent: list[str]) -> Path:
+    """Write published/FINDINGS.md, and return its path; found, absent: as `published_results` gives."""
     return write_paragraphs(Path(published, "FINDINGS.md"), document(found, absent, published))
 
 

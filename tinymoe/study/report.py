@@ -250,8 +250,13 @@ def lacking_hours(results, found):
     """Core-hours of the seeds that a comparison lacks to be decided, by its runs; a dash where it is decided."""
     if found.verdict != "not known" or not found.needed or found.needed <= found.n:
         return "–"
-    seed = sum(np.mean([run.wall_seconds for run in results.groups[name]]) for name in found.contrast.settings)
-    return f"{(found.needed - found.n) * seed / 3600:.1f}"
+    seed = sum(np.mean([core_hours(run, run.wall_seconds) for run in results.groups[name]])
+               for name in found.contrast.settings)
+    return f"{(found.needed - found.n) * seed:.1f}"
+
+
+def core_hours(run, seconds):
+    return run.config.get("threads", 1) * seconds / 3600
 
 
 def domain_table(results):
@@ -300,7 +305,7 @@ def compute_row(results) -> list[str]:
     seconds = [*((run, run.wall_seconds) for run in done),
                *((run, row["seconds"]) for run in failed for row in run.log[-1:]
                  if isinstance(row.get("seconds"), float))]
-    hours = sum(run.config.get("threads", 1) * of / 3600 for run, of in seconds)
+    hours = sum(core_hours(run, of) for run, of in seconds)
     return [results.experiment.name, *map(str, (len(results.runs), len(done) - len(results.runs), len(failed))),
             f"{hours:.2f}"]
 
@@ -392,11 +397,9 @@ def caption(results, name) -> str:
     """The caption of a figure; of curves also on how much text points and tables are measured, and what lies outside
     of the frame. With one seed there are no bands and intervals."""
     draw, run = results.experiment.figures[name], results.runs[0]
-    said = getattr(draw, "caption", f"{name.replace('_', ' ')}.")
+    said = draw.caption(results) if hasattr(draw, "caption") else f"{name.replace('_', ' ')}."
     few, many = run.log[-1]["validation_tokens"], run.final["validation_tokens"]
     over_steps = CURVES in said
-    for absent in (s.id for s in results.experiment.settings if s.id not in results.groups):
-        said = re.sub(rf" less that of {re.escape(absent)}(?=[ ,])", "", said)
     if not results.several:
         said = said.replace(f": {CURVES}", "").replace(f": {INTERVALS}", "")
     if over_steps and few != many:
