@@ -241,12 +241,28 @@ def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
 
 
 def test_the_seeds_that_are_lacking_have_a_price(tmp_path):
-    """100 seeds more of two settings, at 20 seconds a run."""
+    """100 seeds more of two settings, at 20 seconds a run; one slow run does not change the median."""
     results = Results(STUDY, write_study(tmp_path))
-    found = types.SimpleNamespace(verdict="not known", needed=102, n=2, contrast=Contrast(LOSS, "C", minus="A"))
-    assert report.lacking_hours(results, found) == f"{100 * 40 / 3600:.1f}"
-    for other in (dict(verdict="same"), dict(needed=2), dict(needed=None)):
-        assert report.lacking_hours(results, types.SimpleNamespace(**vars(found) | other)) == "–"
+    results.groups["A"][1].summary["wall_seconds"] = 3600.0
+    found = types.SimpleNamespace(verdict="not known", needed=102, needed_range=(50, None), n=2,
+                                  contrast=Contrast(LOSS, "C", minus="A"))
+
+    def said(**changed):
+        one = types.SimpleNamespace(**vars(found) | changed)
+        return report.lacking_hours(results, one), report.to_decide(results, one)
+
+    assert said() == (pytest.approx(100 * 40 / 3600), "102 seeds (50 to over 1,000), 1.1 core-hours more")
+    assert said(needed=None, needed_range=(None, None)) == (
+        pytest.approx(998 * 40 / 3600), "over 1,000 seeds (over 1,000), over 11.1 core-hours more")
+    assert said(needed=2)[1] == "no number of seeds is known, as the difference seems to lie between 0 and the margin"
+    assert said(needed=2)[0] == said(verdict="same")[0] == 0
+
+
+def test_the_price_of_a_seed_has_the_run_that_it_starts_from(tmp_path):
+    settings = tuple(dataclasses.replace(s, start="A") if s.id == "C" else s for s in STUDY.settings)
+    results = Results(dataclasses.replace(STUDY, settings=settings, rates=()), write_study(tmp_path))
+    found = types.SimpleNamespace(verdict="not known", needed=102, n=2, contrast=Contrast(LOSS, "C", minus="B"))
+    assert report.lacking_hours(results, found) == pytest.approx(100 * 60 / 3600)
 
 
 def test_failed_runs_and_wall_clock_are_in_the_compute(tmp_path):
@@ -284,6 +300,7 @@ def test_quantities_of_curves_by_hand(tmp_path):
     assert str(value(b, "seconds_to:1.2")) == "nan"
     assert quantities.in_row(a.log[1], "effective_experts") == pytest.approx(1.7548, abs=1e-4)
     assert value(a, "collapse_step") == 10 and str(value(b, "collapse_step")) == "nan"
+    assert [results.cell("collapse_step", name) for name in "AB"] == ["10", "never"]
     assert str(value(a, "known_gap")) == "nan"  # rows of before have no such numbers
 
 
@@ -303,7 +320,11 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
     experiment = dataclasses.replace(STUDY, exploratory=(
         Contrast(LOSS, "A", minus="B"), Contrast(LOSS, "C", minus="D"), Contrast("load_cv", "A", minus="B")))
     said = gathered.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
-    assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).**")
+    assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).** The interval is [")
+    assert "largest of 2 exploratory differences" in said
+    claim = Claim(3, "A is worse", "nobody", (Effect(LOSS, "B", "<", 0, minus="A"),))
+    asked = dataclasses.replace(experiment, claims=(claim,))
+    assert gathered.surprise([Results(asked, tmp_path)]).startswith("No exploratory difference")
     none = dataclasses.replace(STUDY, exploratory=())
     assert gathered.surprise([Results(none, tmp_path)]).startswith("No exploratory difference")
 

@@ -189,3 +189,11 @@ def test_smallest_effect_and_seeds_needed_allow_for_the_family():
     power = stats.nct.sf(stats.t.ppf(0.995, 9), 9, family[0].smallest * math.sqrt(10))
     assert power == pytest.approx(0.8) and family[0].smallest == pytest.approx(4.13 / 3.14, abs=0.03)
     assert family[0].needed == seeds_needed(1, 0.01) > seeds_needed(1) == compared(*family[0].values, margin=1.0).needed
+
+
+def test_the_seeds_needed_have_the_range_of_their_sd():
+    """The SD of 8 seeds lies between 0.661 and 2.035 of the one seen (chi-squared quantiles 16.013 and 1.690, 7)."""
+    values = np.array([1.0, -1.0] * 4)
+    one = compared(*(values / values.std(ddof=1)), margin=1.0)
+    assert one.needed_range == (seeds_needed(math.sqrt(7 / 16.013)), seeds_needed(math.sqrt(7 / 1.690)))
+    assert one.needed_range[0] < one.needed < one.needed_range[1]

@@ -20,7 +20,7 @@ shared = Experiment(
     primary=(Primary(
         question="Does a shared expert help?", contrast=Contrast(LOSS, "1+3-of-15", minus="4-of-16"),
         lower="A shared expert lowers the loss.", higher="A shared expert raises the loss.",
-        same="A shared expert changes nothing.",
+        same="A shared expert changes the loss by less than 0.01 nats.",
         published="yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)"),),
     exploratory=(*contrasts((LOSS,), (("1+1-of-7", "2-of-8"),)),
                  *contrasts(("mi_excess",), (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16")))),

@@ -127,7 +127,7 @@ rate = Experiment(
         question="Does a larger learning rate change what noise on the scores costs?",
         contrast=Contrast(LOSS, "F-0.004", minus="D-0.004"),
         lower="At 0.004 noise on the scores lowers the loss.", higher="At 0.004 noise on the scores raises the loss.",
-        same="At 0.004 noise on the scores costs nothing."),),
+        same="At 0.004 noise on the scores costs less than 0.01 nats."),),
     exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"
                                     if (first, rate) != ("F", 4e-3)]),
     seeds=6, steps=1000, say=say_rate, training=WHOLE,

@@ -43,7 +43,7 @@ routers_a_to_f = Experiment(
     primary=(
         Primary(question="Does balancing cost loss?", contrast=Contrast(LOSS, "C", minus="A"),
                 lower="Heavy balancing lowers the loss.", higher="Heavy balancing raises the loss.",
-                same="Heavy balancing costs nothing."),
+                same="Heavy balancing costs less than 0.01 nats."),
         Primary(question="Do experts differ as much under expert choice as under token choice?",
                 contrast=Contrast("function_divergence", "E", minus="D"), margin=0.05,
                 lower="Under expert choice the functions of experts are more alike.",

@@ -11,43 +11,53 @@ from .report import (
     about,
     answers,
     bold,
+    bullets,
     cells,
     chapter,
     claim_rows,
     compute_row,
+    enumerated,
     how_sure,
     images,
-    p_value,
+    lacking_hours,
     settings_table,
     table,
+    to_decide,
+    total_hours,
+    verdicts,
     warnings,
     write_paragraphs,
 )
 from .results import Results
 from .rows import COMPACT
 from .statistics import MARGIN
-from .wording import GLOSSARY, METHODS, VERDICTS
+from .wording import GLOSSARY, METHODS
 
 ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
 has a document of its own with all its tables, figures and run ids."""
-CANNOT = """Experiments without a table of learning rates train all settings at one rate, which may not be the best \
-for a setting. Two things cannot be seen at this scale: training that is several times faster, and the stability that \
-the z-loss gives at low precision. Corrections are made within each experiment. There is none over all experiments, \
-so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are the reference \
-of several experiments, so these are not independent evidence."""
+CANNOT = """Most settings take the learning rate that another setting chose, which may not be their best; the tables \
+of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
+stability that the z-loss gives at low precision. Corrections are made within each experiment. There is none over all \
+experiments, so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are \
+the reference of several experiments, so these are not independent evidence."""
+ORDER = ("different", "same", "not known", "not tested")  # of verdicts
 YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
 HEADING = "# Findings"
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
 three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
-SURE = """*Different*: the difference is not 0. *Same*: the difference is shown to be smaller than the margin. The p \
-values of both are corrected for the primary comparisons of the experiment. *Not known*: these runs do not decide."""
+SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
+allow for the number of primary comparisons in the experiment. *Not known*: neither is shown. Brackets are 95% \
+intervals over seeds, without that allowance."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
-is logarithmic.*"""
+is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
+WHY = """*To decide it*: so many seeds would tell a difference of 0 from one of the margin, with 80% power; in \
+brackets the range that the scatter of so few seeds leaves open. They were not run, because the plan fixes how many \
+run: more of them now would make that number depend on what was seen."""
 
 
-def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[str]]:
-    """(Results of the study and of the experiments that have a finished run, names of those without).
+def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[Experiment]]:
+    """(Results of the study and of the experiments that have a finished run, the Experiments without).
 
     Raises ValueError where there is no finished run at all, or a run is damaged.
     """
@@ -57,7 +67,7 @@ def published_results(published, study: Experiment, experiments) -> tuple[list[R
         if Path(folder, COMPACT).exists() or any(folder.glob("runs/*/summary.json")):
             found.append(Results(experiment, folder))
         else:
-            absent.append(experiment.name)
+            absent.append(experiment)
     if not found:
         raise ValueError(f"{published}: no finished run in full/ and experiments/: train some first")
     return found, absent
@@ -70,7 +80,7 @@ def require_ours(published):
         raise ValueError(f"{path} was not made by this program: move it away, or give another folder")
 
 
-def gather(published, found: list[Results], absent: list[str]) -> Path:
+def gather(published, found: list[Results], absent: list[Experiment]) -> Path:
     """Write published/FINDINGS.md, and return its path; found, absent: as `published_results` gives."""
     return write_paragraphs(Path(published, "FINDINGS.md"), document(found, absent, published))
 
@@ -81,19 +91,25 @@ def document(found, absent, published, section=None) -> list[str]:
     section: Results -> the section of an experiment.
     """
     study, others = ([r for r in found if r.experiment.adjustable is its] for its in (True, False))
-    claims = sorted(([number, text, verdict, link(results)] for results in others
-                     for number, text, _, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
+    claims = sorted(([number, text, numbers, verdict, link(results)] for results in others
+                     for number, text, numbers, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
+    waiting = sorted({claim.number for each in absent for claim in each.claims if claim.number})
     forest = Path(published, "figures", "primary.png").exists()
     return [
-        HEADING, OPENING, yardstick(found), "## The three questions", question_table(study), SURE,
-        *(chapter("Claims of the literature", table([*CLAIM_COLUMNS[:2], *CLAIM_COLUMNS[3:]], claims), BY_CONSTRUCTION)
-          if claims else []),
-        "## The surprise", surprise(found), "## All primary comparisons",
-        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", question_table(others),
-        ORIGIN, bold([f"Without finished runs, so not here: {', '.join(absent)}."] if absent else []),
-        "## Words used here", GLOSSARY, VERDICTS, *map(section or summary, found),
-        "## What this scale cannot show", CANNOT,
-        "## Compute", table(COMPUTE, map(compute_row, found)), "## Methods", METHODS]
+        HEADING, OPENING, counted(found), yardstick(found), "## The three questions",
+        *(questions(study) if study else [bullets(f"{one.question} No runs are finished yet." for each in absent
+                                                  if each.adjustable for one in each.primary)]), SURE,
+        *(chapter("Claims of the literature",
+                  BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
+                  table(CLAIM_COLUMNS, claims)) if claims else []),
+        "## The surprise", surprise(found), "## The other questions",
+        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", *questions(others),
+        cost(found),
+        ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
+                     if absent else []),
+        *map(section or summary, found), "## What this scale cannot show", CANNOT,
+        "## Words used here", GLOSSARY, verdicts(found), "## Methods", METHODS,
+        "## Compute", table(COMPUTE, map(compute_row, found))]
 
 
 def place_of(experiment):
@@ -106,21 +122,43 @@ def link(results):
 
 
 def yardstick(found):
-    """What a margin is, and what a mixture gains, in a sentence."""
-    gains = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
-    gain = f" A mixture gains {-gains[0].mean:.3f} nats over a dense model of equal active size." if gains else ""
+    """What a margin is, and what a mixture is worth, in two sentences."""
+    worth = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
+    said = "".join(f" The loss of a mixture minus that of a dense model of equal active size is "
+                   f"{' '.join(cells(one)[:2])}: {one.verdict}." for one in worth)
     return (f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is {math.expm1(MARGIN):.0%} of "
-            f"perplexity.{gain}")
+            f"perplexity.{said}")
 
 
-def question_table(found):
-    """The primary comparisons of several experiments: question, answer, number, how sure."""
-    if not found:
-        return "No runs are finished yet."
-    rows = [[one.question, f"**{one.sentence(each)}**", f"{each.contrast}: {cells(each)[0]} {unit(each)}".strip(),
-             f"{cells(each)[2]}{how_sure(each)}", link(results)]
+def counted(found):
+    """How many primary comparisons have each verdict, in a sentence."""
+    verdicts = [one.verdict for results in found for one in results.primary]
+    said = ", ".join(f"{verdicts.count(word)} {word}" for word in ORDER if word in verdicts)
+    return f"**Primary comparisons, planned before the runs: {len(verdicts)}; {said}.**" if verdicts else ""
+
+
+def questions(found) -> list[str]:
+    """The primary comparisons of several experiments, those that are decided first: question, answer, number, how
+    sure. Those that are not known have a table of their own, which says what would decide them."""
+    rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
+                             f"{each.contrast}: {' '.join(cells(each)[:2])} {unit(each)}".strip(),
+                             f"{cells(each)[2]}{how_sure(each)}", link(results)])
             for results in found for one, each in zip(results.experiment.primary, results.primary)]
-    return table(["question", "answer", "difference", "how sure", "experiment"], rows)
+    rows.sort(key=lambda row: ORDER.index(row[0].verdict))
+    decided = [row for each, _, row in rows if each.verdict != "not known"]
+    others = [[row[0], row[2], how_sure(each).strip(" ()"), to_decide(results, each), row[4]]
+              for each, results, row in rows if each.verdict == "not known"]
+    names = (["question", "answer", "difference", "how sure", "experiment"],
+             ["not known", "difference", "with 80% power", "to decide it", "experiment"])
+    return [table(head, those) if those else "" for head, those in zip(names, (decided, others))]
+
+
+def cost(found):
+    """What would decide all that is not known, why it was not run, and its core-hours; empty if all is decided."""
+    lacking = sum(lacking_hours(results, one) for results in found for one in results.primary)
+    spent = sum(map(total_hours, found))
+    return (f"{WHY} To decide all of it would take about {lacking:,.0f} core-hours; all runs here took {spent:,.1f}."
+            if lacking else "")
 
 
 def unit(found):
@@ -130,25 +168,32 @@ def unit(found):
 
 
 def surprise(found):
-    """The largest exploratory difference of the causal loss that survives its correction, in a sentence; between
-    settings that were trained from scratch for as many steps."""
-    def fair(one, settings):
-        pair = [settings[name] for name in one.contrast.settings]
-        return not any(s.start for s in pair) and len({s.length for s in pair}) == 1
-
-    settings_of = [(results, {s.id: s for s in results.experiment.settings}) for results in found]
-    differences = [(one, settings, results) for results, settings in settings_of for one in results.exploratory
-                   if one.contrast.metric == LOSS and one.contrast.minus and one.verdict == "different"
-                   and fair(one, settings)]
-    if not differences:
+    """The largest exploratory difference of the causal loss that survives its correction, in a sentence."""
+    fair = [(one, results) for results in found for one in results.exploratory if is_fair(one, results)]
+    different = [(one, results) for one, results in fair if one.verdict == "different"]
+    if not different:
         return "No exploratory difference of the loss survives its correction."
-    one, settings, results = max(differences, key=lambda found: abs(found[0].mean))
-    first, second = (settings[name] for name in one.contrast.settings)
+    one, results = max(different, key=lambda found: abs(found[0].mean))
+    what = {s.id: s.what for s in results.experiment.settings}
+    first, second = one.contrast.settings
     better = "better" if one.mean < 0 else "worse"
-    said = f"{first.id} ({first.what}) is {abs(one.mean):.3f} nats {better} than {second.id} ({second.what})."
-    return (f"**{said}** No question asked for it. It is the largest exploratory difference of the causal loss that "
-            "survives the correction of its experiment, between settings trained from scratch for as many steps "
-            f"({p_value(one.corrected)}; {one.n} seeds; {link(results)}).")
+    return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
+            f"The interval is {cells(one)[1]}{how_sure(one)}; {link(results)}. No question asked for it. It is the "
+            f"largest of {len(fair)} exploratory differences of the causal loss between models of equal active size "
+            "that were trained alike, so it is probably too large.")
+
+
+def is_fair(one, results):
+    """Whether a comparison is of the causal loss of two models of equal active size that read the default text for as
+    many steps from the start, that no claim asks for, and where nobody is told the source."""
+    e, pair = results.experiment, one.contrast.settings
+    if one.contrast.metric != LOSS or not one.contrast.minus or e.text or not one.tested:
+        return False
+    settings = [s for s in e.settings if s.id in pair]
+    sizes = [results.mean("active_parameters", name) for name in pair]
+    asked = [set(effect.settings) for claim in e.claims for effect in claim.effects if effect.metric == LOSS]
+    return (not any(s.start for s in settings) and len({s.length for s in settings}) == 1 and set(pair) not in asked
+            and not max(sizes) > 1.05 * min(sizes))
 
 
 def summary(results):

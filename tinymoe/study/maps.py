@@ -24,20 +24,21 @@ def diagram(names_of, x_label, y_label):
 
     names_of: {setting id: (number of experts, x, y)}, in ascending order.
     """
-    @captioned(f"Effective experts at the end of training, the mean over seeds, by {x_label} and {y_label}: white is "
-               "half of the experts; below it, in blue, routing is collapsed.")
+    @captioned(f"Effective experts at the end of training, the mean over layers and seeds, by {x_label} and {y_label}: "
+               "white is half of the experts, blue is fewer. A question mark: the half lies within the 95% interval.")
     def draw(results):
         sizes = list(dict.fromkeys(most for most, *_ in names_of.values()))
         fig, (axes_of,) = panel_grid(1, len(sizes), 2.6)
         for axes, size in zip(axes_of, sizes):
-            found = {(y, x): results.mean("effective_experts", name) / size
+            found = {(y, x): results.interval("effective_experts", name)
                      for name, (most, x, y) in names_of.items() if most == size}
             ys, xs = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
-            shares = np.reshape([found[y, x] for y in ys for x in xs], (len(ys), len(xs)))
+            shares = np.reshape([found[y, x].mean / size for y in ys for x in xs], (len(ys), len(xs)))
             axes.pcolormesh(shares, vmin=0, vmax=1, cmap=RATIOS, edgecolor="white")
             for (row, column), share in np.ndenumerate(shares):
-                axes.text(column + 0.5, row + 0.5, f"{share * size:.1f}", ha="center", va="center",
-                          color="black" if 0.3 < share < 0.9 else "white")
+                one = found[ys[row], xs[column]]
+                axes.text(column + 0.5, row + 0.5, f"{one.mean:.1f}{'?' if one.low < size / 2 < one.high else ''}",
+                          ha="center", va="center", color="black" if 0.3 < share < 0.9 else "white")
             axes.set_xticks(np.arange(len(xs)) + 0.5, [f"{x:g}" for x in xs])
             axes.set_yticks(np.arange(len(ys)) + 0.5, [f"{y:g}" for y in ys])
             axes.set(xlabel=x_label, ylabel=y_label, title=f"{size} experts")

@@ -25,6 +25,7 @@ class Quantity:
     """One number of a run. per: what `of` is given, "layer" or "row" (a dict of the log) or "run" (a RunRecord).
 
     A quantity per layer is averaged over the MoE layers of a row; one per run exists only at the end of a run.
+    event: it says when something happens, and is nan where that never does.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Quantity:
     digits: int = 3  # after the decimal point, in tables
     of: Callable | None = None
     per: str = "layer"
+    event: bool = False
 
     @property
     def is_loss(self) -> bool:
@@ -164,7 +166,8 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     # load
     Quantity("load_cv", "load CV"),
     Quantity("effective_experts", "effective experts", digits=2, of=effective_experts),
-    Quantity("collapse_step", "step with fewer than E / 2 effective experts", digits=0, of=collapse_step, per="run"),
+    Quantity("collapse_step", "first evaluation with a collapsed layer", "step", digits=0, of=collapse_step, per="run",
+             event=True),
     Quantity("worst_cv", "largest load CV while training", of=_worst("load_cv"), per="run"),
     Quantity("max_violation", "MaxVio of the validation set"),
     Quantity("max_violation_batch", "MaxVio of a batch"),
@@ -221,9 +224,11 @@ FAMILIES = {  # quantities with a parameter: `causal_cross_entropy:python`, `sec
     LOSS: lambda name, domain: Quantity(name, f"causal loss, {domain}", "nats", per="row",
                                         of=lambda row: row.get("causal_by_domain", {}).get(domain, math.nan)),
     "seconds_to": lambda name, loss: Quantity(name, f"training time to a causal loss of {loss}", "seconds", per="run",
+                                              event=True,
                                               of=lambda run: reached(run, float(loss), lambda row: row["seconds"])),
     "tokens_to": lambda name, loss: Quantity(name, f"training text to a causal loss of {loss}", "million bytes",
-                                             per="run", of=lambda run: reached(run, float(loss), tokens_of(run)))}
+                                             per="run", event=True,
+                                             of=lambda run: reached(run, float(loss), tokens_of(run)))}
 
 
 # numbers of rows that have no entry, beside those of losses

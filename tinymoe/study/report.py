@@ -18,8 +18,20 @@ from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, quantity, title, value
 from .results import Results
 from .rows import RunRecord, load_runs, unknown
-from .statistics import enough_digits, t_interval
-from .wording import CROSSINGS, CURVES, DOMAINS, EXPLORATORY, GLOSSARY, INTERVALS, METHODS, PRIMARY, SWEEP, VERDICTS
+from .statistics import MOST_SEEDS, enough_digits, t_interval
+from .wording import (
+    CROSSINGS,
+    CURVES,
+    DOMAINS,
+    EVERY_RUN,
+    EXPLORATORY,
+    GLOSSARY,
+    INTERVALS,
+    METHODS,
+    PRIMARY,
+    SWEEP,
+    VERDICTS,
+)
 
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
@@ -183,23 +195,30 @@ def left_out(results):
 
 
 def answers(results: Results) -> list[str]:
-    """For each primary comparison its question and answer, the number, the verdict, and how sure it is."""
+    """For each primary comparison its question and answer, the number, the verdict, how sure it is, and what would
+    decide it."""
     return [f"{one.question} **{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
             f"{cells(found)[0]}." + (f" *{found.verdict.capitalize()}*{how_sure(found)}." if found.tested else "")
+            + (f" To decide it: {to_decide(results, found)}." if found.verdict == "not known" else "")
             for one, found in zip(results.experiment.primary, results.primary)]
 
 
 def how_sure(found) -> str:
-    """What a verdict rests on, in brackets."""
-    if found.verdict == "not known":
-        digits = enough_digits([found.smallest], 3)
-        decide = f" about {found.needed}" if found.needed else " over 1,000"
-        decide = "" if found.needed and found.needed <= found.n else \
-            f";{decide} seeds would decide if the true difference were 0 or the margin"
-        return f" (an effect of {found.smallest:.{digits}f} would be seen with 80% power{decide}; {found.n} ran)"
-    said = {"different": p_value(found.corrected),
-            "same": f"within {found.margin:g}, {p_value(found.corrected_same)}"}.get(found.verdict)
-    return f" ({said}; {found.n} seeds)" if said else ""
+    """What a verdict rests on, in brackets; empty for one that is not tested."""
+    if not found.tested:
+        return ""
+    said = {"different": p_value(found.corrected), "same": f"within {found.margin:g}, {p_value(found.corrected_same)}",
+            "not known": f"an effect of {found.smallest:.{enough_digits([found.smallest], 3)}f} would be seen"}
+    return f" ({said[found.verdict]}; {found.n} seeds)"
+
+
+def to_decide(results, found) -> str:
+    """How many seeds would decide a comparison that is not known, the range that its SD leaves open, and their cost."""
+    if found.needed and found.needed <= found.n:
+        return "no number of seeds is known, as the difference seems to lie between 0 and the margin"
+    needed, *ends = (f"{n:,}" if n else f"over {MOST_SEEDS:,}" for n in (found.needed, *found.needed_range))
+    hours = f"{'' if found.needed else 'over '}{lacking_hours(results, found):,.1f} core-hours more"
+    return f"{needed} seeds ({' to '.join(dict.fromkeys(ends))}), {hours}"
 
 
 def p_value(p):
@@ -231,28 +250,29 @@ def primary_table(results):
     for one, found in zip(results.experiment.primary, results.primary):
         mean, interval, verdict = cells(found)
         text = results.text_uncertainty(found.contrast) if found.tested else None
-        tests = [f"{found.corrected:.2g}", f"{found.p_flip:.2g}", cells(found, found.interval90)[1],
+        tests = [f"{found.corrected:.2g}", f"{found.p_flip:.3g}", cells(found, found.interval90)[1],
                  f"{found.corrected_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
-                 str(found.needed or "over 1,000"), lacking_hours(results, found)] if found.tested else ["–"] * 8
+                 to_decide(results, found) if verdict == "not known" else "–"] if found.tested else ["–"] * 7
         columns.append([one.published or "–", f"{title(found.contrast.metric)}, {found.contrast}", mean, interval,
                         f"**{verdict}**", *tests[:3], f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
                         *([f"[{text[0]:+.3f}, {text[1]:+.3f}]", f"{text[2]:.0%}"] if text else ["–", "–"])])
     names = ["published", "difference", "mean", "95% interval", "verdict", "corrected p", "sign flips", "90% interval",
-             "margin", "same", "SD", "seeds", "smallest effect", "seeds needed", "core-hours lacking",
-             "95% over seeds and text",
+             "margin", "same", "SD", "seeds", "smallest effect", "to decide it", "95% over seeds and text",
              "text's share of the variance"]
     questions = [one.question for one in results.experiment.primary]
     rows = [row for row in zip(names, *columns) if not set(row[1:]) <= {"–", "**not tested**", "**no common seed**"}]
     return table(["", *questions], rows) if columns else ""
 
 
-def lacking_hours(results, found):
-    """Core-hours of the seeds that a comparison lacks to be decided, by its runs; a dash where it is decided."""
-    if found.verdict != "not known" or not found.needed or found.needed <= found.n:
-        return "–"
-    seed = sum(np.mean([core_hours(run, run.wall_seconds) for run in results.groups[name]])
-               for name in found.contrast.settings)
-    return f"{(found.needed - found.n) * seed:.1f}"
+def lacking_hours(results, found) -> float:
+    """Core-hours of the seeds that a comparison lacks to be decided, at the median of each setting's runs and of those
+    that it starts from; 0 where it is decided. Over 1,000 seeds count as 1,000."""
+    if found.verdict != "not known":
+        return 0.0
+    starts = {s.id: s.start for s in results.experiment.settings}
+    names = {each for name in found.contrast.settings for each in (name, starts.get(name)) if each in results.groups}
+    seed = sum(np.median([core_hours(run, run.wall_seconds) for run in results.groups[name]]) for name in names)
+    return max((found.needed or MOST_SEEDS) - found.n, 0) * float(seed)
 
 
 def core_hours(run, seconds):
@@ -269,7 +289,8 @@ def domain_table(results):
 
 def exploratory_table(results):
     rows = [[title(one.contrast.metric), str(one.contrast), *cells(one)[:2],
-             f"{one.corrected:.2g}" if one.tested else "–", cells(one)[2]] for one in results.exploratory]
+             f"{one.corrected_same if one.verdict == 'same' else one.corrected:.2g}" if one.tested else "–",
+             cells(one)[2]] for one in results.exploratory]
     kept = 6 if any(one.tested for one in results.exploratory) else 3  # no interval and no test of one seed
     names = ["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"]
     return table(names[:kept], [row[:kept] for row in rows]) if rows else ""
@@ -300,14 +321,24 @@ COMPUTE = ["experiment", "runs finished", "of the sweep", "failed", "core-hours"
 
 def compute_row(results) -> list[str]:
     """The experiment, its finished, sweep and failed runs, and their core-hours, those of failed runs included."""
-    done = [*results.runs, *(run for run in results.sweep_runs if run.summary)]
-    failed = [run for run in results.all_runs if run.state == "failed"]
+    done, failed = ended(results)
+    return [results.experiment.name, *map(str, (len(results.runs), len(done) - len(results.runs), len(failed))),
+            f"{total_hours(results):.2f}"]
+
+
+def ended(results):
+    """(finished runs with those of the sweep, failed runs)"""
+    return ([*results.runs, *(run for run in results.sweep_runs if run.summary)],
+            [run for run in results.all_runs if run.state == "failed"])
+
+
+def total_hours(results) -> float:
+    """Core-hours of all runs of an experiment, those of failed runs included."""
+    done, failed = ended(results)
     seconds = [*((run, run.wall_seconds) for run in done),
                *((run, row["seconds"]) for run in failed for row in run.log[-1:]
                  if isinstance(row.get("seconds"), float))]
-    hours = sum(core_hours(run, of) for run, of in seconds)
-    return [results.experiment.name, *map(str, (len(results.runs), len(done) - len(results.runs), len(failed))),
-            f"{hours:.2f}"]
+    return sum(core_hours(run, of) for run, of in seconds)
 
 
 def settings_table(results):
@@ -339,6 +370,12 @@ def claim_rows(results: Results) -> list[list[str]]:
                      "<br>".join(measured(effect, numbers) for effect, numbers in found), f"**{verdict}**",
                      results.experiment.name])
     return rows
+
+
+def verdicts(found) -> str:
+    """What the verdicts of claims mean, for the claims of some Results."""
+    effects = [effect for results in found for claim in results.experiment.claims for effect in claim.effects]
+    return VERDICTS + (f" {EVERY_RUN}" if any(effect.every_run for effect in effects) else "")
 
 
 def measured(effect, numbers):
@@ -443,7 +480,7 @@ def document(results: Results) -> list[str]:
                  exploratory_table(results)),
         *chapter("Learning rates", SWEEP, sweep_table(results)),
         *chapter("Where curves cross", CROSSINGS, crossing_table(results)),
-        *chapter("Claims", VERDICTS, table(CLAIM_COLUMNS, claims) if claims else ""),
+        *chapter("Claims", verdicts([results]), table(CLAIM_COLUMNS, claims) if claims else ""),
         *chapter("More figures", "\n\n".join(others)),
         "## What these runs cannot show", experiment.caution, bullets(limits(results)),
         "## Words used here", GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),

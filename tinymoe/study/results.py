@@ -166,7 +166,12 @@ class Results:
         return f"{name} {made_of(self.groups[name])}" if self.experiment.adjustable else name
 
     def cell(self, metric: str, name: str, half: bool = True, leaky: bool = True) -> str:
-        """`mean ± half width` over seeds, a dash for no number; leaky: add the leaky number to a causal one."""
+        """`mean ± half width` over seeds, a dash for no number; of an event the median, and in how many seeds it is.
+
+        leaky: add the leaky number to a causal one.
+        """
+        if quantity(metric).event:
+            return self._event(metric, name)
         one, digits = self.interval(metric, name), quantity(metric).digits
         if not np.isfinite(one.mean):
             return "–"
@@ -177,6 +182,14 @@ class Results:
         if leaky and metric.startswith("causal_") and self.groups[name][0].leaky:
             shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
         return shown
+
+    def _event(self, metric, name):
+        numbers = list(self.numbers(metric, name).values())
+        there = [x for x in numbers if np.isfinite(x)]
+        if not there:
+            return "never"
+        few = f" in {len(there)} of {len(numbers)} seeds" if len(there) < len(numbers) else ""
+        return f"{np.median(there):,.{quantity(metric).digits}f}{few}"
 
     def layers_at_the_end(self, names) -> str:
         """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""

@@ -53,7 +53,7 @@ class Contrast:
     """A quantity of one setting, or its difference from (`minus`) or ratio to (`over`) another's, paired by seed.
 
     setting: an id, or a tuple of ids for the smallest of them, seed by seed. times: a factor of `minus`. A ratio is
-    computed on as its logarithm, which `shown` undoes.
+    computed as its logarithm; `shown` undoes that.
     """
 
     metric: str
@@ -148,7 +148,16 @@ class Comparison:
     def needed(self) -> int | None:
         """Seeds of this SD that decide with 80% power whether the true value is 0 or the margin, by tests at
         5% / family; None: over 1,000."""
-        return None if self.margin is None else seeds_needed(self.sd / self.margin, LEVEL / self.family)
+        return self._seeds_of(self.sd)
+
+    @property
+    def needed_range(self) -> tuple[int | None, int | None]:
+        """`needed` at both ends of the 95% interval of the SD, by the chi-squared distribution."""
+        return tuple(self._seeds_of(self.sd * math.sqrt((self.n - 1) / end))
+                     for end in stats.chi2.ppf([0.975, 0.025], self.n - 1))
+
+    def _seeds_of(self, sd):
+        return None if self.margin is None else seeds_needed(sd / self.margin, LEVEL / self.family)
 
     @property
     def within(self) -> bool:

@@ -19,12 +19,12 @@ chance is about K / E.
 - A *primary* comparison answers a question of an experiment. It was planned before the runs, with a *margin*: \
 differences below the margin do not matter. For losses it is 0.01 nats unless the table says otherwise; that is 1% of \
 perplexity. All other comparisons are *exploratory*: they suggest questions for other runs.
-- Two settings are *different* when their difference is not 0 (t-test over seeds, 5%). They are the *same* when it is \
-shown to lie within the margin (two one-sided tests, 5%). The p values of both are corrected for all comparisons of \
-their kind in the experiment, primary or exploratory; no interval is. So an interval without 0, or within the margin, \
-need not decide. Where neither is shown the answer is *not known*. Then it is told which effect would be seen with 80% \
-power, and about how many seeds would decide if the true difference were 0 or the margin. *Not tested*: fewer than two \
-common seeds.
+- Two settings are *different* when their difference is shown not to be 0 (t-test over seeds, 5%). They are the \
+*same* when it is shown to lie within the margin (two one-sided tests, 5%). The p values of both are corrected for \
+all comparisons of their kind in the experiment, primary or exploratory; no interval is. So an interval without 0, or \
+within the margin, need not decide. Where neither is shown the answer is *not known*. Then the document says which \
+effect would be seen with 80% power, and how many seeds would decide with 80% power between a true difference of 0 \
+and of the margin. *Not tested*: fewer than two common seeds.
 - ± and brackets are 95% intervals over seeds (Student's t) unless a column says otherwise. There is no ± for one \
 seed, or where all seeds agree. Differences are paired by seed."""
 METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
@@ -32,28 +32,31 @@ shuffled labels. Domains are shuffled over windows, bytes over positions. Weight
 over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
 layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
 its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
-which is the same for all settings. Intervals cover the seed, not the choice of text, but for those over seeds and \
-text. These add to the variance of the mean over seeds that of the text: of a bootstrap that draws stretches of the \
-validation text within each domain. Half their width is the root of the sum of the squares of the half widths of both \
-t intervals, so they are wider than those over seeds. Intervals take the chosen learning rates as fixed. They assume \
-that seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
-coverage of 1."""
+which is the same for all settings. Intervals cover the seed and not the choice of text, except those over seeds and \
+text. Their variance is that of the mean over seeds plus that of the text, from a bootstrap of stretches within each \
+domain. Their half width is the root of the summed squares of the half widths of the two t intervals. Intervals take \
+the chosen learning rates as fixed. They assume that seeds scatter normally, which so few seeds cannot check. They \
+may pass a bound that a number cannot, such as a coverage of 1."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
-*undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. Two kinds of numbers are \
-judged in every run instead: those that cannot pass their bound (dead experts, coverage), and changes that are either \
-rounding or not. There is no correction for the number of claims. *Held* needs all conditions, so it is wrong in at \
-most 5% of cases. *Did not hold* needs one of them, so with several conditions it may be wrong in more than 5%."""
+*undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \
+the number of claims. *Held* needs all conditions, so it is wrong in at most 5% of cases. *Did not hold* needs one of \
+them, so with several conditions it may be wrong in more than 5%."""
+EVERY_RUN = """Two kinds of numbers are judged in every run instead: those that cannot pass their bound (dead experts, \
+coverage), and changes that are either rounding or not."""
 PRIMARY = """Corrected p: p value of the t-test against 0. Same: p value of the two one-sided tests against the \
 margin. Both have Holm's correction over the primary comparisons of the experiment. The intervals have none, nor have \
-sign flips: the permutation test that changes the signs of the seeds' differences, whose p is at least 2 / 2^n with n \
-seeds. Smallest effect: what so many seeds of this SD show with 80% power. Seeds needed: so many decide with 80% power \
-whether the difference is 0 or as large as the margin. Both are reckoned at 5% over the number of primary comparisons, \
-a bound for Holm's correction. Seeds beyond those of the plan were not run, because their number would then hang on \
-what was seen; the core-hours lacking are what they would cost."""
-EXPLORATORY = """These comparisons were not planned to answer the question. Their p values, also those of the same, \
-are corrected by Benjamini and Hochberg: of those that are *different*, at most 5% are expected to be so by chance, \
-and likewise of those that are the *same*."""
+sign flips: the permutation test that changes the signs of the seeds' differences. Its p is at least 2 / 2^n with n \
+seeds, so with fewer than six it never falls below 5%. Smallest effect: what so many seeds of this SD show with 80% \
+power. To decide it: so many seeds tell with 80% power whether the difference is 0 or as large as the margin; in \
+brackets the range that the SD of so few seeds leaves open (its 95% interval). Both are computed at 5% over the number \
+of primary comparisons, a bound for Holm's correction. These seeds were not run. The plan fixes how many run, and more \
+of them now would make that number depend on what was seen. A new experiment of that size would cost the core-hours \
+named, at the median of the runs here."""
+EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
+and Hochberg: of those that are *different*, at most 5% are expected to be so by chance, and likewise of those that \
+are the *same*. Beside *same* stands the p value of the two one-sided tests against the margin, else that of the test \
+against 0."""
 SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
 taken before any other run existed; these runs are in no other number."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
