@@ -169,7 +169,19 @@ def test_errors_name_the_value():
     with pytest.raises(ValueError, match="5 tokens.*4 tokens"):
         bank(x, r)
     with pytest.raises(ValueError, match="4 experts.*2 experts"):
-        ExpertBank(2, D, F, backend="naive")(Tensor(np.zeros((5, D))), r)
+        ExpertBank(2, D, F, backend="naive", dtype=np.float64)(Tensor(np.zeros((5, D))), r)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_an_x_of_another_width_or_dtype_is_refused(backend):
+    """BLAS checks neither: the compiled backend would read or write beyond its arrays."""
+    bank, x, r, *_ = problem(LOADS["one each"], backend=backend)
+    for width in (D - 1, D + 1):
+        with pytest.raises(ValueError, match=f"width {D} and float64 take x .N, {D}. .* not .4, {width}. float64"):
+            bank(Tensor(np.zeros((4, width))), r)
+    for other in (x.data[None], x.data.astype(np.float32)):
+        with pytest.raises(ValueError, match="take x"):
+            bank(Tensor(other), r)
 
 
 def test_an_unknown_activation_is_refused_at_once():

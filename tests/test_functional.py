@@ -399,3 +399,14 @@ def test_what_is_empty_has_an_empty_result_and_gradient_or_is_refused(name, both
         y = call(*inputs)
         y.sum().backward()
         assert y.shape == expected and all(x.grad.shape == x.shape for x in inputs)
+
+
+def test_scatter_add_takes_no_index_from_the_end():
+    for index in ([-1, 0], [0, 3]):
+        with pytest.raises(IndexError, match="rows from 0 to 2"):
+            F.scatter_add(Tensor([1.0, 1.0]), np.array(index), 3)
+
+
+def test_the_clamp_of_swiglu_lets_nan_through():
+    assert np.isnan(F.activation(Tensor([[np.nan, 1.0]]), "clamped_swiglu").data).all()
+    assert np.isnan(F.activation(Tensor([[1.0, np.nan]]), "clamped_swiglu").data).all()

@@ -229,3 +229,15 @@ def test_where_nothing_could_be_known_the_share_is_0():
     ids, alone = np.tile(np.arange(8), (4, 1)), np.ones((32, 1))
     found = metrics.information_given(routing(alone), ids, np.zeros(4, int), np.random.default_rng(0))
     assert found == dict.fromkeys(("byte_given_domain", "domain_given_byte", "byte_known", "domain_known"), 0)
+
+
+def test_labels_may_have_any_integer_dtype():
+    """A byte times the number of experts does not fit into a byte."""
+    rng = np.random.default_rng(0)
+    labels, chosen = rng.integers(0, 256, 64), rng.random((64, 8)) < .25
+    r = from_mask(chosen, *[Tensor(np.ones((64, 8)))] * 3)
+    small, large = (metrics.label_load(r, labels.astype(dtype), 256) for dtype in (np.uint8, int))
+    np.testing.assert_array_equal(small, large)
+    null = [metrics.shuffled_information(chosen.astype(int), labels.astype(dtype), 256, np.random.default_rng(1))
+            for dtype in (np.uint8, int)]
+    assert null[0] == null[1]

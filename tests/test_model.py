@@ -416,7 +416,8 @@ def test_top_1_is_not_renormalised_so_it_does_not_start_as_the_dense_one():
     assert not np.allclose(model.forward(IDS).logits.data, dense.forward(IDS).logits.data)
 
 
-@pytest.mark.parametrize("changes", [dict(d_ff=8), dict(n_shared=1), dict(d_expert=3), dict(n_layers=3)])
+@pytest.mark.parametrize("changes", [dict(d_ff=8), dict(n_shared=1), dict(n_copy=1), dict(n_zero=1), dict(d_expert=3),
+                                     dict(n_layers=3)])
 def test_what_does_not_fit_is_not_upcycled(changes):
     dense = Transformer(ModelConfig(**SMALL | dict(moe_layers=())))
     with pytest.raises(ValueError, match="same sizes"):

@@ -15,7 +15,7 @@ from tinymoe.moe.losses import load_balancing_loss
 from tinymoe.moe.routers import ROUTERS, RouteContext
 from tinymoe.moe.routers.expert_choice import prefix_softmax
 from tinymoe.moe.routers.token_choice import log_softplus
-from tinymoe.moe.routing import from_mask
+from tinymoe.moe.routing import from_mask, limit_capacity
 from tinymoe.training.data import load_corpus
 from tinymoe.training.evaluation import Validation, evaluate
 from tinymoe.training.optim import AdamW
@@ -880,3 +880,93 @@ def test_every_router_says_what_it_is(name):
     assert {n: p.shape for n, p in parameters.items()} == {
         n: tuple(map(length.get, axes)) for n, axes in router.shapes.items()
     }
+
+
+# -- numbers at their limits ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_tokens_are_routed_nowhere(name, training):
+    """Nothing that is saved becomes NaN, and the load is 0."""
+    k = 1 if ROUTERS[name].top_1_only or ROUTERS[name].sampled else 2
+    router = routers.make(name, 3, 4, k)
+    routing = router(Tensor(np.zeros((0, 3), np.float32)), context(training, np.zeros((0, 5), int)))
+    assert routing.load.tolist() == [0] * 4
+    router.after_step(routing)
+    assert all(np.isfinite(p.data).all() for p in router.parameters().values())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("training", [True, False])
+def test_large_logits_give_finite_gates(name, training):
+    k = 1 if ROUTERS[name].top_1_only or ROUTERS[name].sampled else 2
+    router, rng = routers.make(name, 4, 4, k), np.random.default_rng(0)
+    if hasattr(router, "weight"):
+        router.weight.data = rng.normal(0, 5e3, router.weight.shape).astype(np.float32)
+    x = Tensor(rng.standard_normal((32, 4)).astype(np.float32), requires_grad=True)
+    routing = router(x, context(training, rng.integers(0, 256, (4, 8))))
+    assert np.isfinite(routing.gate.data).all()
+    if routing.gate.requires_grad:
+        routing.gate.sum().backward()
+        assert np.isfinite(x.grad).all()
+
+
+def test_sinkhorn_chooses_well_where_its_plan_underflows():
+    """Against the same iteration on logarithms."""
+    logits = np.random.default_rng(0).standard_normal((64, 4)) * 1e3
+    plan = logits.copy()
+    for _ in range(20):
+        plan -= np.logaddexp.reduce(plan, axis=1, keepdims=True)
+        plan += np.log(16) - np.logaddexp.reduce(plan, axis=0)
+    second = np.argsort(-plan, axis=1)[:, 1]
+    chosen = route(logits, "sinkhorn", 2, context(training=True)).mask()
+    assert (routers.sinkhorn_plan(logits) == 0).any() and chosen[np.arange(64), second].all()
+
+
+def test_top_p_is_steered_by_what_was_wanted():
+    """A capacity limit drops half of the assignments: top_p would rise for ever if it made up for them."""
+    router = routers.make("top_p", 4, 4, 1, dtype=np.float64, steer=.1)
+    router.weight.data = np.eye(4) * 9
+    routing = router(Tensor(np.eye(4)[[0] * 8]), EVALUATION)
+    assert routing.load.tolist() == [8, 0, 0, 0]
+    router.after_step(limit_capacity(routing, 1, 1))
+    assert router.threshold.data == .4
+
+
+@pytest.mark.parametrize("load, end", [(0, 1e-20), (4, 1e20)])
+def test_the_coefficient_of_remoe_has_an_end(load, end):
+    router = routers.make("remoe", 4, 4, 2)
+    routing = from_mask(np.arange(4)[None] < load, *[Tensor(np.ones((1, 4), np.float32))] * 3)
+    for _ in range(700):
+        router.after_step(routing)
+    assert router.coefficient.data == np.float32(end)
+
+
+def test_the_penalty_of_remoe_is_that_before_a_capacity_limit():
+    router = routers.make("remoe", 2, 2, 1, dtype=np.float64, penalty_start=1.0)
+    router.weight.data = np.eye(2)
+    routing = router(Tensor([[1.0, -1], [3, 1]]), EVALUATION)
+    want = 2 / 1 * (2 / 2 * (1 + 3) / 2 + 1 / 2 * 1 / 2)
+    for each in routing, limit_capacity(routing, 1, 1):
+        assert router.penalty(each, None).data == pytest.approx(want)
+
+
+def test_real_bias_knows_the_experts_of_its_model():
+    config = ModelConfig(n_layers=2, d_model=8, d_ff=8, n_heads=2, seq_len=8, moe_layers=(1,), n_experts=3, n_zero=2,
+                         router="real_bias")
+    assert Transformer(config).blocks[1].feed_forward.router.n_real == 3
+    for real_k in (3, 4):
+        with pytest.raises(ValueError, match=f"real_k {real_k} must be at most 2"):
+            routers.make("real_bias", 4, 5, 2, n_real=3, real_k=real_k)
+
+
+def test_a_threshold_of_0_takes_no_token_without_a_gate():
+    router = routers.make("expert_threshold", 2, 2, 1)
+    router.weight.data, router.threshold.data = np.eye(2, dtype=np.float32) * 200, np.array([0, .5], np.float32)
+    assert router(Tensor(np.eye(2, dtype=np.float32)), EVALUATION).mask().tolist() == [[True, False], [False, True]]
+
+
+def test_the_oracle_takes_domains_of_any_integer_dtype():
+    router, x = routers.make("oracle", 3, 6, 2), Tensor(np.zeros((1, 3), np.float32))
+    masks = [router(x, RouteContext(domain=np.array([200], dtype))).mask() for dtype in (np.uint8, int)]
+    np.testing.assert_array_equal(*masks)

@@ -201,3 +201,27 @@ def test_shares_of_what_is_chosen():
     shares(leaf, chosen).backward(np.array([[1., 0, 0], [0, 0, 0]]))
     np.testing.assert_allclose(leaf.grad, [[3 / 6.4, -5 / 6.4, 0], [0, 0, 0]])
     assert gradcheck(lambda x: shares(x, chosen), values).ok
+
+
+def test_assignments_must_be_sorted_and_there_once():
+    probs = Tensor(np.full((3, 2), .5))
+    for token in ([1, 0, 2], [0, 0, 2]):
+        with pytest.raises(ValueError, match="must rise.*only once"):
+            Routing(np.array(token), np.array([0, 2, 3]), Tensor(np.ones(3)), probs, probs)
+    assert Routing(np.array([1, 2, 0]), np.array([0, 2, 3]), Tensor(np.ones(3)), probs, probs).load.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan")])
+def test_a_capacity_factor_is_above_0(factor):
+    with pytest.raises(ValueError, match="capacity factor .* must be above 0"):
+        limit_capacity(routing(GATES), factor, 2)
+    assert capacity(0, 4, 2) == 0  # at most N
+
+
+def test_shares_of_nothing_are_0():
+    values = Tensor(np.array([[.25, .75, .5], [.1, 0, 0], [.2, .3, .5]]), requires_grad=True)
+    chosen = np.array([[True, True, False], [False, True, True], [False] * 3])
+    share = shares(values, chosen)
+    assert share.data.tolist() == [[.25, .75, 0], [0, 0, 0], [0, 0, 0]]
+    share.sum().backward()
+    assert np.isfinite(values.grad).all()

@@ -55,7 +55,7 @@ def activation(x: Tensor, name: str) -> Tensor:
     if name == CLAMPED:
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
-        a, b = where(a.data < 7, a, 7.0), where(np.abs(b.data) < 7, b, np.sign(b.data) * 7)
+        a, b = where(a.data > 7, 7.0, a), where(np.abs(b.data) > 7, np.sign(b.data) * 7, b)
         return a * sigmoid(a * 1.702) * (b + 1)
     return record(kernels.activation(x.data, name), (x,), lambda g: (kernels.activation_backward(g, x.data, name),))
 
@@ -264,9 +264,13 @@ def embedding(table: Tensor, ids: ArrayLike) -> Tensor:
         raise ValueError(f"embedding takes a table (V, D), not shape {table.shape}")
     if ids.dtype.kind not in "iu":
         raise IndexError(f"ids must be integers, not dtype {ids.dtype}")
-    if ids.size and (ids.min() < 0 or ids.max() >= table.shape[0]):
-        raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but the table has rows 0 to {table.shape[0] - 1}")
+    _require_rows(ids, table.shape[0])
     return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
+
+
+def _require_rows(index, n):
+    if index.size and (index.min() < 0 or index.max() >= n):
+        raise IndexError(f"indices run from {index.min()} to {index.max()}, but the rows from 0 to {n - 1}")
 
 
 def gather(x: Tensor, index: ArrayLike, axis: int | None = -1) -> Tensor:
@@ -297,6 +301,7 @@ def scatter_add(rows: Tensor, index: ArrayLike, n: int) -> Tensor:
     if rows.ndim == 0 or index.shape != rows.shape[:1] or index.dtype.kind not in "iu":
         raise ValueError(f"scatter_add takes rows (M, ...) and integers (M,), not {rows.shape} and {index.dtype} "
                          f"{index.shape}")
+    _require_rows(index, n)
     value = np.zeros((n, *rows.shape[1:]), rows.dtype)
     np.add.at(value, index, rows.data)
     return primitive(value, (rows, lambda g: g[index]))

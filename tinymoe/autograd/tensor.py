@@ -51,8 +51,8 @@ class Tensor:
         over calls of `backward` until it is set to None.
 
     Operators take Python numbers, which get the tensor's dtype, and NumPy arrays, on either side.
-    Operations keep references to `.data`, so do not change it between the forward and the backward pass: gradients
-    would be wrong. `backward` raises an error if an optimiser did (`mark_changed`); it cannot notice other changes.
+    Operations keep references to `.data` and to arrays of indices. Do not change these before the backward pass, or
+    gradients are wrong: `backward` raises an error if an optimiser did (`mark_changed`), and notices no other change.
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_retains_grad", "_parents", "_vjp", "_time", "__weakref__")
@@ -140,7 +140,7 @@ class Tensor:
                 gradients.give(node, g)
                 continue
             if node._retains_grad:
-                node.grad = np.array(g)
+                node.grad = np.array(g) if node.grad is None else node.grad + g
             for parent, share in zip(node._parents, node._vjp(g)):
                 gradients.add(parent, share)
             if not retain_graph:

@@ -139,8 +139,8 @@ class ModelConfig:
 
     def options_of(self, router: str) -> dict[str, Any]:
         """The keyword arguments that a router takes from this config."""
-        given, known = self.router_options | {"vocab_size": self.vocab_size}, routers.find(router).options()
-        return {name: value for name, value in given.items() if name in known}
+        given = self.router_options | {"vocab_size": self.vocab_size, "n_real": self.n_experts}
+        return {name: given[name] for name in routers.find(router).options() if name in given}
 
     def coefficients(self) -> dict[str, float]:
         """name -> coefficient of every loss of LOSSES; 0 where none is set."""

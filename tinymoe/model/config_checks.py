@@ -79,7 +79,7 @@ def _check_routers(c):
                          "MoE layers")
     known = set().union(*(routers.find(name).options() for name in c.routers))
     for option in c.router_options.keys() - known:
-        taken = ", ".join(sorted(known - {"vocab_size"})) or "none"
+        taken = ", ".join(sorted(known - {"vocab_size", "n_real"})) or "none"
         raise ValueError(f"{option} is no option of {', '.join(c.routers)}, which takes {taken}")
     for name in c.routers:
         routers.find(name).check(c.n_columns, c.top_k, c.options_of(name))

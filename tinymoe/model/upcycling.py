@@ -13,12 +13,12 @@ def upcycle(dense: Transformer, config: ModelConfig, seed: int = 0) -> Transform
 
     Every expert is a copy of the dense feed-forward layer; routers are drawn anew. If the gates of each token sum
     to 1, the output at the start is that of the dense model.
-    Raises ValueError unless `dense` has no MoE layers, and `config` is of the same sizes.
+    Raises ValueError unless `dense` has no MoE layers, and `config` is of the same sizes, without other experts.
     """
     if _dense_settings(config) != _dense_settings(dense.config) or dense.config.moe_layers or config.n_shared \
-            or config.expert_width != config.d_ff:
+            or config.n_columns > config.n_experts or config.expert_width != config.d_ff:
         raise ValueError("upcycling takes a dense model and a config of the same sizes, with experts as wide as "
-                         "its feed-forward layers and none shared")
+                         "its feed-forward layers, and none that are shared, copy or zero")
     model, known = Transformer(config, seed, dense.token_embedding.weight.dtype), dense.parameters()
     for name, p in model.parameters().items():
         if name in known:

@@ -66,7 +66,7 @@ class ExpertBank(Module):
     backend: a name in BACKENDS. seed: an integer or a NumPy Generator.
     out_std: standard deviation of the initial w2. bias: False for experts without b1 and b2.
     Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
-    Raises ValueError for an unknown backend or activation, and for a routing that does not fit x.
+    Raises ValueError for an unknown backend or activation, and where x, gates or routing do not fit.
     """
 
     benchmark = classmethod(benchmark)  # ExpertBank.benchmark(...) times the backends, see benchmark.py
@@ -94,6 +94,10 @@ class ExpertBank(Module):
         return hidden @ self.w2 + self.b2[:, None]
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        width, dtype = self.w1.shape[1], self.w1.dtype
+        if x.shape[1:] != (width,) or not x.dtype == routing.gate.dtype == dtype:  # BLAS checks neither
+            raise ValueError(f"experts of width {width} and {dtype} take x (N, {width}) and gates of that dtype, not "
+                             f"{x.shape} {x.dtype} and {routing.gate.dtype}")
         if routing.n_experts != self.n_experts or routing.n_tokens != len(x):
             raise ValueError(f"a routing of {routing.n_tokens} tokens to {routing.n_experts} experts does not fit "
                              f"{len(x)} tokens and {self.n_experts} experts")

@@ -128,7 +128,7 @@ def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:
 
 def label_load(routing: Routing, labels: np.ndarray, n_labels: int) -> np.ndarray:
     """(n_labels, E) counts: assignments of the tokens with each label (N,) to each expert."""
-    place = labels[routing.token] * routing.n_experts + routing.expert
+    place = np.asarray(labels, int)[routing.token] * routing.n_experts + routing.expert
     return np.bincount(place, minlength=n_labels * routing.n_experts).reshape(n_labels, -1)
 
 
@@ -147,7 +147,7 @@ def shuffled_information(counts_by_unit: np.ndarray, labels: np.ndarray, n_label
     counts_by_unit: (U, E) assignments of each unit (a window, or a token) to each expert.
     """
     unit, expert = np.nonzero(counts_by_unit)
-    n_experts, found = counts_by_unit.shape[1], []
+    labels, n_experts, found = np.asarray(labels, int), counts_by_unit.shape[1], []
     for _ in range(n_shuffles):
         place = rng.permutation(labels)[unit] * n_experts + expert
         table = np.bincount(place, weights=counts_by_unit[unit, expert], minlength=n_labels * n_experts)

@@ -28,7 +28,7 @@ class Routing:
     soft_load  (E,) Tensor  a router's smooth estimate of its load, or None
     demand     (E,) int     the load before any capacity limit, or None where there was none
 
-    Raises ValueError where the sizes do not fit together.
+    Raises ValueError where the sizes do not fit together, and for assignments that are not sorted, or are there twice.
     """
 
     token: np.ndarray
@@ -49,6 +49,8 @@ class Routing:
             raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
         if n_assignments and not (self.token.min() >= 0 and self.token.max() < n_tokens):
             raise ValueError(f"token {self.token.min()} or {self.token.max()} is not one of 0 to {n_tokens - 1}")
+        if (np.diff(self.expert * n_tokens + self.token) <= 0).any():
+            raise ValueError("the tokens of each expert must rise, and a token can have an expert only once")
 
     @property
     def n_tokens(self) -> int:
@@ -117,10 +119,11 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
 def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
     """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool.
 
-    Each row needs at least one chosen entry: a row without has the sum 0, and becomes NaN.
+    A row whose chosen values are all 0, or that has none, stays 0.
     """
     kept = values.data * chosen
     total = np.einsum("ne->n", kept)[:, None]  # faster than .sum
+    total += total == 0
     share = kept / total
     return primitive(share, (values, lambda g: (g - np.einsum("ne,ne->n", g, share)[:, None]) / total * chosen))
 
@@ -151,9 +154,11 @@ def first_experts(routing: Routing, n: int) -> Routing:
 
 
 def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.0) -> int:
-    """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N."""
+    """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N; factor above 0."""
+    if not factor > 0:
+        raise ValueError(f"capacity factor {factor} must be above 0")
     exact = min(n_tokens, factor * n_tokens * per_token / n_experts)
-    return max(1, math.ceil(round(exact, 9)))  # 1.1 * 10 is 11.000000000000002, but means 11
+    return min(n_tokens, max(1, math.ceil(round(exact, 9))))  # 1.1 * 10 is 11.000000000000002, but means 11
 
 
 def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = "order") -> Routing:
@@ -161,7 +166,7 @@ def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = 
 
     policy "order" keeps first choices before second choices, and earlier tokens before later ones
     (GShard, Lepikhin et al. 2020, algorithm 1); "gate" keeps the largest gates. Ties go to the earlier token.
-    Raises ValueError for another policy.
+    Raises ValueError for another policy, and unless the factor is above 0.
     """
     if policy not in DROP_POLICIES:
         raise ValueError(f"unknown drop policy {policy!r}: choose one of {', '.join(DROP_POLICIES)}")

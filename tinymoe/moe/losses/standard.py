@@ -30,7 +30,7 @@ def z_loss(routing: Routing) -> Tensor:
 
 
 def importance_loss(routing: Routing) -> Tensor:
-    """CV^2 of the column sums of the gates (Shazeer et al. 2017, eq. 6 and 7)."""
+    """CV^2 of the column sums of the gates (Shazeer et al. 2017, eq. 6 and 7); those that were dropped do not count."""
     return _cv_squared(F.scatter_add(routing.gate, routing.expert, routing.n_experts))
 
 

@@ -29,8 +29,9 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
     def forward(self, x, context):
         logits = self.scores(x)
         balanced = context.training and not context.causal
-        scores = sinkhorn_plan(logits.data, self.sinkhorn_iterations) if balanced else logits.data
-        probs = F.softmax(logits)
+        scores, probs = logits.data, F.softmax(logits)
+        if balanced:  # the logarithm of the plan but for the factor of the row, which changes no order
+            scores = scores + np.log(np.maximum(sinkhorn_factors(scores, self.sinkhorn_iterations)[1], 1e-300))
         gates = F.sigmoid(logits) if self.top_k == 1 else probs
         return from_mask(largest(scores, self.top_k), gates, logits, probs)
 
@@ -61,16 +62,30 @@ class BaseAssignment(LinearRouter, name="base_assignment"):
 def sinkhorn_plan(scores: np.ndarray, iterations: int = 20) -> np.ndarray:
     """(N, E) float64: exp(scores) with its rows scaled to sum 1 and its columns to sum N / E, in turn; columns last.
 
-    From Sinkhorn 1967. Each row's largest score is subtracted first.
+    From Sinkhorn 1967. An entry that is too small for a float is 0.
     """
-    scores = scores.astype(float)
-    plan = np.exp(scores - scores.max(axis=1, keepdims=True))
-    n, n_experts = plan.shape
+    rows, columns = sinkhorn_factors(scores, iterations)
+    return rows[:, None] * _from_largest(scores) * columns
+
+
+def sinkhorn_factors(scores: np.ndarray, iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (E,) float64: factors of the rows and columns of exp(scores - the row's largest) in `sinkhorn_plan`.
+
+    The factor of a column without any entry is 0.
+    """
+    start = _from_largest(scores)
+    n, n_experts = start.shape
+    rows, columns = np.ones(n), np.ones(n_experts)
     for _ in range(iterations):
-        plan /= plan.sum(axis=1, keepdims=True)
-        total = plan.sum(axis=0, keepdims=True)
-        plan *= np.divide(n / n_experts, total, out=np.zeros_like(total), where=total > 1e-300)
-    return plan
+        rows = 1 / np.einsum("ne,e->n", start, columns)
+        total = np.einsum("ne,n->e", start, rows)
+        columns = np.divide(n / n_experts, total, out=np.zeros_like(total), where=total > 1e-300)
+    return rows, columns
+
+
+def _from_largest(scores):
+    scores = scores.astype(float)
+    return np.exp(scores - scores.max(axis=1, keepdims=True))
 
 
 def balanced_assignment(scores: np.ndarray) -> np.ndarray:
@@ -81,7 +96,7 @@ def balanced_assignment(scores: np.ndarray) -> np.ndarray:
     move what is left from the too popular experts to the others (Ahuja et al. 1993, section 9.7), which is exact.
     """
     n, n_experts = scores.shape
-    room = capacity(n, n_experts, 1)
+    room = max(1, capacity(n, n_experts, 1))
     gain, price = np.zeros((room * n_experts, n_experts)), np.zeros(n_experts)  # places for all; rows beyond n are 0
     gain[:n] = np.nan_to_num(scores, nan=0.0, posinf=1e30, neginf=-1e30)  # training stops at a loss that is not finite
     for e in [*range(n_experts)] * (PRICE_ROUNDS if n_experts > 1 else 0):

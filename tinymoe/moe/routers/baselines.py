@@ -100,10 +100,10 @@ class Oracle(Router, name="oracle"):
     cost = "a lookup"
 
     def forward(self, x, context):
-        first = np.asarray(context.need("domain", self)) * self.top_k  # (B,)
+        first = np.asarray(context.need("domain", self), int) * self.top_k  # (B,)
         chosen = np.zeros((len(first), self.n_experts), bool)
         chosen[np.arange(len(first))[:, None], (first[:, None] + np.arange(self.top_k)) % self.n_experts] = True
-        return constant(np.repeat(chosen, len(x) // len(chosen), axis=0), x.dtype)
+        return constant(np.repeat(chosen, len(x) // max(1, len(chosen)), axis=0), x.dtype)
 
 
 class Random(Router, name="random"):

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...autograd import functional as F
 from ...autograd.tensor import Tensor, primitive
-from ..routing import capacity, from_mask, largest
+from ..routing import capacity, from_mask, largest, shares
 from .base import LinearRouter
 
 
@@ -80,16 +80,17 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
         if rule == "batch":
             chosen = largest(scores, capacity(*scores.shape, self.top_k), axis=0)
         elif rule == "threshold" and self.threshold.data.any():
-            chosen = scores >= self.threshold.data
+            chosen = (scores >= self.threshold.data) & (gates.data > 0)  # a threshold can underflow
         else:
             chosen = self._prefix_choice(scores, context)
         if self.renormalise:
-            total = (gates * chosen).sum(axis=-1, keepdims=True)
-            gates = gates / F.where(total.data > 0, total, 1)  # 0 for a token without expert
+            gates = shares(gates, chosen)
         return from_mask(chosen, gates, logits, probs)
 
     def after_step(self, routing):
         scores = (routing.logits if self.softmax_over == "tokens" else routing.probs).data
+        if not len(scores):
+            return
         place, before = len(scores) - capacity(*scores.shape, self.top_k), self.threshold.data
         now = np.partition(scores, place, axis=0)[place]  # the C-th largest of each column
         mean = self.threshold_decay * before + (1 - self.threshold_decay) * now if before.any() else now

@@ -87,7 +87,7 @@ class CosineTopK(TopK, name="cosine_top_k"):
 
     def scores(self, x):
         top = np.log(100.0).astype(x.dtype)
-        scale = F.where(self.log_scale.data < top, self.log_scale, top).exp()
+        scale = F.where(self.log_scale.data > top, top, self.log_scale).exp()
         return F.linear(_unit(F.linear(x, self.projection), axis=1), _unit(self.weight, axis=0)) * scale
 
 
@@ -141,7 +141,7 @@ class TopP(LinearRouter, name="top_p"):
         return from_mask(chosen, gates, logits, probs)
 
     def after_step(self, routing):
-        p, missing = self.threshold, self.top_k - routing.coverage.mean()
+        p, missing = self.threshold, self.top_k - routing.wanted.sum() / max(1, routing.n_tokens)
         p.data = np.clip(p.data + self.steer * missing / self.n_experts, min(0.01, self.top_p), 1).astype(p.dtype)
 
 
@@ -150,8 +150,9 @@ class ReMoE(LinearRouter, name="remoe"):
 
     All of it has a gradient. The penalty is lambda * E / K * sum over e of f_e * (mean of g_e), with f_e the share of
     the tokens that expert e serves, without gradient. After each training step lambda grows by the factor
-    where more than K / E of the gates are positive, and shrinks by it where fewer are. The paper has one lambda for
-    all layers; here each layer has its own, which is saved with the model. `probs` are the softmax of the logits.
+    where more than K / E of the gates are positive, and shrinks by it where fewer are; here it stays within 1e-20 to
+    1e20. The paper has one lambda for all layers; here each layer has its own, which is saved with the model. `probs`
+    are the softmax of the logits.
 
     penalty_start: lambda at the start.
     penalty_factor: what lambda is multiplied or divided by.
@@ -175,12 +176,13 @@ class ReMoE(LinearRouter, name="remoe"):
 
     def penalty(self, routing, context):
         share = (routing.wanted / routing.n_tokens).astype(routing.gate.dtype)
-        total = F.scatter_add(routing.gate, routing.expert, routing.n_experts)  # (E,)
-        return (share * total).sum() * (self.coefficient.data * self.n_experts / (self.top_k * routing.n_tokens))
+        mean = F.relu(routing.logits).mean(axis=0)  # (E,), before any capacity limit, as the share
+        return (share * mean).sum() * (self.coefficient.data * self.n_experts / self.top_k)
 
     def after_step(self, routing):
         surplus = np.sign(routing.wanted.sum() - self.top_k * routing.n_tokens)
-        self.coefficient.data = (self.coefficient.data * self.penalty_factor ** surplus).astype(self.coefficient.dtype)
+        new = np.clip(self.coefficient.data * self.penalty_factor ** surplus, 1e-20, 1e20)
+        self.coefficient.data = new.astype(self.coefficient.dtype)
 
 
 class MixtureOfDepths(LinearRouter, name="mixture_of_depths"):
@@ -291,7 +293,7 @@ class RealBias(SigmoidBias, name="real_bias"):
     (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
 
     n_real: n_experts of the model.
-    real_k: real experts that a token is to have on average.
+    real_k: real experts that a token is to have on average; at most top_k and n_real.
     renormalise: whether a token's gates are divided by their sum. LongCat-Flash does not, and its gate_scale is 6.
     """
 
@@ -305,8 +307,15 @@ class RealBias(SigmoidBias, name="real_bias"):
     real_k: float = 1.0
     bias_rule = "sign"  # fixed; not used
 
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        real_k, most = options.get("real_k", cls.real_k), min(top_k, options.get("n_real", n_experts))
+        if real_k > most:
+            raise ValueError(f"real_k {real_k} must be at most {most}, the smaller of top_k and n_real")
+
     def _step(self, routing):
-        step = self.real_k / self.top_k / self.n_real - routing.wanted / (routing.n_tokens * self.top_k)
+        step = self.real_k / self.top_k / self.n_real - routing.wanted / max(1, routing.n_tokens * self.top_k)
         return self.bias_rate * np.where(np.arange(self.n_experts) < self.n_real, step, 0)
 
 
