@@ -22,7 +22,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -209,7 +208,7 @@ def _training_options(command):
                          help="Train on the workers of this Dask scheduler, tcp://HOST:PORT; see docs/cluster.md."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
-            click.option("--fresh", is_flag=True, help="Delete what these runs left before, instead of resuming."),
+            click.option("--fresh", is_flag=True, help="Delete existing results of these runs instead of resuming."),
             click.option("--plot-only", is_flag=True, help="Train nothing: make figures and findings again."),
             _import_option)):
         command = option(command)
@@ -258,7 +257,7 @@ def _settings(overrides):
               help="Runs of each config, seeds 0 to N - 1.  [default: 1; with --full as planned]")
 @_out_option("Folder of the results.  [default: results/full, results/quick, or with --full results/planned]")
 @click.option("--plot", is_flag=True, help="Draw the figures at the end.")
-@click.option("--extend", is_flag=True, help="Let runs that are there go on to --steps, from their checkpoints.")
+@click.option("--extend", is_flag=True, help="Train existing runs on to --steps, from their checkpoints.")
 @_training_options
 @_set_option
 def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, **how):
@@ -269,7 +268,7 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     from tinymoe.experiments import STUDY
     scale = _scale(quick, full)
     if how["extend"] and (scale == "full" or how["fresh"]):
-        raise click.UsageError("--extend goes on from what is there: leave --full and --fresh out")
+        raise click.UsageError("--extend continues existing runs: leave --full and --fresh out")
     model, training = _settings(overrides)
     fields = {"only": list(dict.fromkeys(map(str.upper, configs))), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
@@ -338,9 +337,10 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}."""
     import dataclasses
 
-    from tinymoe.files import printable
-    from tinymoe.study import runner
+    from tinymoe import kernels
     from tinymoe.study.rows import remaining
+    from tinymoe.study.runner import run_study
+    from tinymoe.tools.progress import Progress
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
     if extend:
         from tinymoe.training.run_folder import RunFolder
@@ -352,77 +352,33 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         click.echo(f"{len(runs) - len(todo)} of {len(runs)} runs are finished in {out}")
     if not todo:
         return {}
-    runs = todo
-    steps = " or ".join(map(str, sorted({run.training.steps for run in runs})))
-    where = f"on {scheduler}" if scheduler else f"{min(jobs, len(runs))} at a time"
-    click.echo(f"{len(runs)} run(s) of {steps} steps, {where} -> {out}")
+    steps = " or ".join(map(str, sorted({run.training.steps for run in todo})))
+    where = f"on {scheduler}" if scheduler else f"{min(jobs, len(todo))} at a time"
+    click.echo(f"{len(todo)} run(s) of {steps} steps, {where} -> {out}")
     if scheduler:
         click.echo("waiting for the scheduler and its workers, up to a minute")
-    if not scheduler and not runner.kernels.is_compiled("float32"):
+    if not scheduler and not kernels.is_compiled("float32"):
         click.echo("The kernels are compiled first, once on this machine: half a minute or more without progress.")
-    progress = Progress(runs)
+    progress = Progress(todo)
     if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with (_ending_if_interrupted("\nInterrupted. The same command resumes from the last checkpoints."),
           _refusing(OSError), progress.bar):
-        failures = runner.run_study(runs, out, text, jobs, fresh, progress.note, scheduler)
-    alike = collections.defaultdict(list)  # one line for all runs that failed in the same way
+        failures = run_study(todo, out, text, jobs, fresh, progress.note, scheduler)
+    _say_failures(failures)
+    return failures
+
+
+def _say_failures(failures):
+    """Print one line for all runs that failed in the same way."""
+    from tinymoe.files import printable
+    alike = collections.defaultdict(list)
     for run_id, message in failures.items():
         alike[message.replace(run_id, "")].append((run_id, message))
     for (run_id, message), *others in alike.values():
         _say(printable(f"Error: {run_id} failed: {message}"))
         if others:
             _say(printable(f"Error: {', '.join(name for name, _ in others)} failed likewise"))
-    return failures
-
-
-class Progress:
-    """A bar over the steps of all runs, with losses and the time left; without a terminal, a line every half minute."""
-
-    INTERVAL = 30  # seconds between two lines
-
-    def __init__(self, runs, clock=time.monotonic):
-        self.steps = {run.run_id: run.training.steps for run in runs}
-        self.reached = dict.fromkeys(self.steps, 0)
-        self.losses = {}  # of the runs that train now
-        self.clock, self.terminal = clock, os.isatty(1)
-        self.started, self.trained, self.printed = None, 0, 0.0  # time starts at the first step, after compiling
-        self.bar = click.progressbar(length=sum(self.steps.values()), label="training", show_eta=True,
-                                     item_show_func=lambda _: "  ".join(f"{r} {x:.3f}" for r, x in self.losses.items()))
-
-    def note(self, event):
-        run = event.run_id
-        new = (event.step if event.kind in ("step", "resumed") else self.steps[run]) - self.reached[run]
-        self.reached[run] += new
-        if event.kind == "step":
-            self.losses[run] = event.loss
-            self.count(new)
-        elif event.kind == "resumed":
-            click.echo(("\r\x1b[K" if self.terminal else "") + f"{run}: resumed from step {event.step}")
-        else:
-            self.losses.pop(run, None)
-            if not self.terminal:
-                click.echo(f"{run}: {event.kind}")
-        self.bar.update(new, event)
-
-    def count(self, steps):
-        """Count steps of training. Without a terminal, print a line when one is due."""
-        now = self.clock()
-        if self.started is None:
-            self.started = self.printed = now
-            return
-        self.trained += steps
-        if not self.terminal and now - self.printed >= self.INTERVAL:
-            self.printed = now
-            done, total = sum(self.reached.values()), sum(self.steps.values())
-            left = (now - self.started) / max(1, self.trained) * (total - done)
-            training = "; ".join(f"{r} step {self.reached[r]}, loss {loss:.3f}" for r, loss in self.losses.items())
-            click.echo(f"{done / total:.0%}, {_duration(left)} left: {training}")
-
-
-def _duration(seconds):
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 @main.command()
@@ -559,7 +515,7 @@ def compare(paths, out, imports):
     _table(dict(zip(columns, forms)), rows)
     for line in c.cautions(found):
         click.echo(f"Careful: {line}")
-    save(c.draw(found, (STUDY, *EXPERIMENTS.values())), out)
+    save(c.draw(found, (STUDY, *EXPERIMENTS.values())), out, follow=True)
     click.echo(f"figure in {out}")
 
 
@@ -596,12 +552,13 @@ def runs(folder):
     """
     from tinymoe.files import printable
     from tinymoe.study.rows import overview
+    from tinymoe.tools.progress import duration
     found = overview(folder)
     if not found:
         raise click.ClickException(f"{folder}: no runs in it: give the --out of a study or experiment")
     _table({"run": "<16", "state": "<8", "step": ">11", "causal loss": ">11", "left": ">8", "where": "<"},
            ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
-             "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else _duration(r["left"]),
+             "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else duration(r["left"]),
              printable(r["where"])) for r in found))
     states = collections.Counter(r["state"] for r in found)
     click.echo(", ".join(f"{states[s]} {s}" for s in ("finished", "running", "failed", "waiting")))
@@ -691,7 +648,7 @@ def params(model, context, width):
 @click.argument("subject", metavar="ROUTER|RUN|FILE", shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50",
               help="Of a router: training steps before.")
-@click.option("--ids", type=click.Path(), help="Of a file or run: a file of token ids, as text or .npy.")
+@click.option("--ids", type=click.Path(), help="A file of token ids, as text or .npy; for a file or run.")
 @click.option("--text", type=click.Path(), help="A file, a folder whose entries are domains, or: synthetic.")
 @_import_option
 @_set_option
@@ -738,8 +695,7 @@ def probe(subject, steps, ids, text, imports, overrides):
 
 def _probed(subject, steps, ids, text, overrides):
     """The probes.Subject of a router's name, trained for some steps, or of a path."""
-    from tinymoe.model.config import ModelConfig
-    from tinymoe.moe.routers import ROUTERS, find
+    from tinymoe.moe.routers import ROUTERS
     from tinymoe.study import probes
     from tinymoe.training.plan import TrainConfig
     if subject not in ROUTERS and os.path.exists(subject):
@@ -750,17 +706,10 @@ def _probed(subject, steps, ids, text, overrides):
         raise click.UsageError("--ids is for a file or run: a router is trained and probed on text")
     if subject not in ROUTERS and (os.sep in subject or Path(subject).suffix in (".npz", ".safetensors")):
         raise click.UsageError(f"{subject} does not exist: check the path, or name a router")
-    model, training = _settings(overrides)
-    model = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64, "router": subject} | model
-    with _refusing(ValueError, usage=True):
-        for name in model["router"] if isinstance(model["router"], list) else [model["router"]]:
-            if isinstance(name, str) and find(name).top_1_only:
-                model = {"top_k": 1} | model
+    (model, training), steps = _settings(overrides), 50 if steps is None else steps
     with _refusing(ValueError, TypeError, usage=True):
-        config, steps = ModelConfig(**model), 50 if steps is None else steps
+        config = probes.small_model({"router": subject} | model)
         training = TrainConfig(**{"steps": max(1, steps)} | training)
-    if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
-        raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
     return probes.trained(config, steps, training, text)
 
 
@@ -892,7 +841,7 @@ def generate(run, prompt, length, temperature, top, seed, imports):
               shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
 @click.option("--step", is_flag=True, help="Wait for a key after each part.")
-@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--figure", type=click.Path(), callback=_file,
               help="Draw one token through router, experts and sum into this file.")
 @_import_option
 @_set_option
@@ -913,7 +862,7 @@ def explain(router, seed, step, figure, imports, overrides):
         if figure:
             from tinymoe.study.figures import save
             from tinymoe.tools.explain import draw
-            save(draw(example), figure)
+            save(draw(example), figure, follow=True)
         for part in example.parts():
             click.echo(part)
             if step:
@@ -968,6 +917,7 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     With --set it times only the step, of a model with these settings: --set n_layers=4 --set d_model=64 --set d_ff=256
     --set moe_layers=[1,3] is the laboratory's.
     """
+    from tinymoe import kernels
     from tinymoe.tools import bench as b
     if sizes and (quick or profile or overrides) or quick and (profile or overrides):
         raise click.UsageError("--sizes times the experts alone, --profile and --set the step alone, --quick a part of "
@@ -976,13 +926,15 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     warning = b.busy()  # before this program itself is a load
     if threads:
         with _refusing(ValueError, usage=True, about="--threads: "):
-            b.kernels.set_threads(threads)
-    compiled = b.kernels.compile_all("float32")
+            kernels.set_threads(threads)
+    compiled = kernels.compile_all("float32")
     if warning:
         _say(f"Warning: {warning}", code=0)
     if not as_json:
-        click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {_describe(b.machine())}")
-    if not (profile or overrides):
+        click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {b.describe(b.machine())}")
+    wanted = "ladder" if sizes else "profile" if profile else "step profile" if overrides else \
+        "ladder step profile" if quick else "ladder step profile scaling"
+    if "ladder" in wanted:
         rows = measured("ladder", b.ladder(sizes or (b.LADDER[:2] if quick else b.LADDER), repeats), {
             "n_tokens": "8", "d_model": "7", "n_experts": "9", "top_k": "5", "backend": "<8", "pass": "<18",
             "first_ms": "9.1f", "ms": "9.2f", "relative": "8.3f", "difference": "10.1e"}, b.draw_ladder)
@@ -991,15 +943,15 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
                        "faster.\ndifference: the largest from naive. The loop is timed at the first size alone.")
         if max(row["difference"] or 0 for row in rows) > 1e-3:
             raise click.ClickException("the backends disagree: see the column difference")
-    if not (profile or sizes):
+    if "step" in wanted:
         measured("step", b.three_ways(*step, repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
-    if not sizes:
+    if "profile" in wanted:
         peak = b.sgemm_gflops()
-        rows = [row | {"sgemm_gflops": peak, "sgemm_threads": b.kernels.get_threads()}
+        rows = [row | {"sgemm_gflops": peak, "sgemm_threads": kernels.get_threads()}
                 for row in b.step_profile(*step, 3 * repeats)]
         measured("profile", rows, {"operation": "<28", "calls": "6.0f", "ms": "9.2f", "share": "6.1%",
                                    "gflops": "8.1f", "sgemm_gflops": "12.0f"}, b.draw_profile)
-    if not (profile or quick or sizes or overrides):
+    if "scaling" in wanted:
         measured("scaling", b.scaling(repeats=repeats),
                  {"against": "<10", "value": "6g", "ms": "9.1f", "relative": "8.2f"}, b.draw_scaling)
     if not as_json:
@@ -1029,13 +981,6 @@ def _timed_step(overrides):
         raise click.UsageError(f"--set {min(training)}: a timed step has the settings of the model and batch_size")
     with _refusing(ValueError, TypeError, usage=True):
         return ModelConfig(**model), training.get("batch_size", 8)
-
-
-def _describe(machine):
-    info = machine["thread_info"]
-    blas = ", ".join("{name} {version} at {threads} thread(s)".format_map(pool) for pool in info["blas"])
-    numba = f"numba {info['numba']} ({info['threading_layer']})" if info["numba"] else "NumPy kernels"
-    return f"{machine['threads']} thread(s), {numba}, {blas}; {machine['processor']}, {machine['cores']} cores"
 
 
 def run():

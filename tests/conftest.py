@@ -11,7 +11,7 @@ from tinymoe import kernels
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread(request):
+def kernels_of_the_tests(request):
     if "not slow" in request.config.getoption("markexpr") and not os.environ.get("TINYMOE_KERNELS"):
         kernels.use("numpy")
     kernels.set_threads(1)

@@ -26,6 +26,7 @@ from tinymoe.moe.routers import ROUTERS
 from tinymoe.study import figures as plots
 from tinymoe.study import report
 from tinymoe.study.runner import Event
+from tinymoe.tools.progress import Progress
 from tinymoe.training import trainer as train
 from tinymoe.training.plan import TrainConfig
 from tinymoe.training.run_folder import RunFolder
@@ -277,7 +278,7 @@ class Watch:
 
 def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
     clock, runs = Watch(), [tiny("A", steps=100), tiny("B", steps=100)]
-    progress = cli.Progress(runs, clock)
+    progress = Progress(runs, clock)
     with progress.bar:
         progress.note(Event("resumed", "B-seed0", 60))
         for step in range(1, 31):  # a step of each run in two seconds
@@ -585,7 +586,7 @@ def test_probe_says_what_leaks_and_refuses_what_it_does_not_know():
     assert code == 2 and "unknown router 'topk'" in output
     for option in ("moe_layers=[]", "seq_len=1", "vocab_size=100"):
         code, output = invoke("probe", "top_k", "--set", option)
-        assert code == 1 and "a probe needs" in output
+        assert code == 2 and "a probe needs" in output
 
 
 @pytest.mark.parametrize("text, message",

@@ -131,3 +131,11 @@ def test_a_probability_of_sigmoid_scores_is_a_score_divided_by_the_sum_of_its_ro
 def test_where_the_load_is_even_no_expert_is_said_to_lose():
     text = part_of(7, "--router", "expert_choice")
     assert "so its gradient on the logits is 0" in text and "lose" not in text and "gradient  " not in text
+
+
+def test_the_figure_goes_where_a_link_points_and_an_empty_name_is_refused(tmp_path):
+    (tmp_path / "link.png").symlink_to(tmp_path / "there.png")
+    assert invoke("explain", "--figure", tmp_path / "link.png")[0] == 0
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "there.png").read_bytes()[1:4] == b"PNG"
+    code, output = invoke("explain", "--figure", "")
+    assert code == 2 and "the name is empty" in output

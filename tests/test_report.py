@@ -414,7 +414,7 @@ def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
         "model": ModelConfig(top_k=1, aux_coef=0.0).to_dict() | {"router": "of_a_file"},
         "imports": [{"path": str(path), "sha256": hashlib.sha256(ROUTER.encode()).hexdigest()}]}))
     compact(study)
-    said = "The router of_a_file is unknown, so what is counted from the model is missing: name its file with --import"
+    said = "The router of_a_file is unknown, so parameters and FLOPs of its model are not counted: name its file with"
     try:
         for text in ("1", None, ROUTER):
             path.unlink(missing_ok=True)

@@ -749,4 +749,4 @@ def test_a_loss_is_the_mean_over_domains_and_is_kept_by_stretches_of_text():
     assert evaluation.losses_by_part(nats, valid) == {"a": [1, 2, 3], "b": [6]}
     many = evaluation.Validation(np.zeros((50, 1)), None, np.zeros(50, int), ("a",), 2)
     parts = evaluation.losses_by_part(np.arange(50.0)[:, None], many)["a"]
-    assert len(parts) == evaluation.PARTS and parts[:3] == [1, 4, 6.5]  # windows 0 to 2, 3 to 5, 6 and 7
+    assert len(parts) == evaluation.N_STRETCHES and parts[:3] == [1, 4, 6.5]  # windows 0 to 2, 3 to 5, 6 and 7

@@ -23,6 +23,7 @@ from tinymoe.training import loading
 from tinymoe.training import trainer as train
 from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
 from tinymoe.training.loading import load_model
+from tinymoe.training.run_folder import saved_routings
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -397,3 +398,10 @@ def test_no_two_experts_of_eight_have_colours_that_look_alike(eyes):
     linear = np.where(rgb <= .04045, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4)
     seen = [lab(np.array(SEEN[eyes]) @ colour) for colour in linear]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 20
+
+
+def test_saved_routings_are_in_the_order_of_their_steps(tmp_path):
+    (tmp_path / "routings").mkdir()
+    for name in ("999000.npz", "1000000.npz", "000200.npz", "12.npz", "notes.npz"):
+        (tmp_path / "routings" / name).touch()
+    assert [path.stem for path in saved_routings(tmp_path)] == ["000200", "999000", "1000000"]

@@ -1,10 +1,11 @@
-"""Published weights: a small Mixtral, OLMoE, Qwen-MoE or DeepSeek-V3, read from .safetensors into a Transformer.
+"""Published weights in .safetensors, of a small Mixtral, OLMoE, Qwen-MoE, GPT-OSS or DeepSeek-V3, as a Transformer.
 
-The files store three things in another form, which does not change the result:
+The files store four things in another form, which does not change the result:
 
     a matrix is (out, in) there, (in, out) here;
     an expert's gate and up matrices are two there and one here, (D, 2F), with the activated half first;
-    DeepSeek-V3's rotary positions turn entries 2i and 2i + 1 together, ours i and i + d/2: we reorder the columns.
+    DeepSeek-V3's rotary positions turn entries 2i and 2i + 1 together, ours i and i + d/2: we reorder the columns;
+    GPT-OSS holds all experts in one array, gate and up columns in turns, perhaps in four bits (MXFP4).
 
 An unsupported setting that would change the logits raises an error that names it. Settings that only training reads
 (dropout, coefficients of losses, the layers of multi-token prediction) are ignored.
@@ -18,9 +19,10 @@ import numpy as np
 
 from ..files import CheckpointError, printable, read_json
 from ..moe.settings import COUNT, DEPTH, WHOLE
+from .block import Block
 from .config import ModelConfig
 from .counting import KEYS, architecture, require_size
-from .transformer import Block, Transformer
+from .transformer import Transformer
 
 COMMON = (*KEYS, "max_position_embeddings", "num_experts_per_tok", "intermediate_size")  # whole numbers, for all
 SIZES = {  # further whole numbers that a config.json needs
@@ -61,9 +63,8 @@ def model_config(config: dict) -> ModelConfig:
     """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
 
     model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, gpt_oss or deepseek_v3.
-    Raises ValueError for another model_type, a missing or unknown key, and unsupported settings: but for gpt_oss,
-    stretched rotary positions (YaRN), a sliding window below the longest sequence and quantised weights; other biases
-    and clipping.
+    Raises ValueError for another model_type, a missing or unknown key, and an unsupported setting. Stretched rotary
+    positions (YaRN), sliding windows below the longest sequence and quantised weights are read for gpt_oss alone.
     """
     kind = config.get("model_type")
     if kind not in SIZES:

@@ -35,7 +35,7 @@ class ClusterError(Exception):
 
 
 class Unwanted(BaseException):
-    """Nobody waits for this run here: it was cancelled, or the worker closes."""
+    """The run was cancelled, or its worker closes."""
 
 
 class _Client(Client):
@@ -182,7 +182,7 @@ def _look(path):
 
 
 def _work(attempt, text, seq_len, described, kind, plan, folder, fresh):
-    """Train a run; returns its last Event. It is "busy" if another process trains it, or if nobody waits for it."""
+    """Train a run; returns its last Event. It is "busy" if another process trains it, or the run was cancelled."""
     worker = get_worker()
     key, last = worker.get_current_task(), None
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ..files import printable
 from .palette import MARKERS
 from .quantities import LOSS, in_row, title, value
-from .rows import RunRecord, load_runs, made_of, unknown
+from .rows import RunRecord, load_runs, made_of, router_names, unknown
 from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
@@ -64,7 +65,7 @@ def _mean(runs, name):
     return mean if math.isfinite(mean) else None
 
 
-def cautions(found) -> list[str]:
+def cautions(found) -> Iterator[str]:
     """Sentences about what makes runs of different folders hard to compare."""
     runs = [run for those in found.values() for run in those]
     parts = {"steps": lambda run: run.summary["steps"], "windows in a batch": lambda run:
@@ -135,8 +136,7 @@ def flat_rows(folder) -> list[dict]:
     for run in load_runs(folder):
         head = {"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "state": run.state,
                 **{name: run.model.get(name) for name in RUN_FIELDS}}
-        if isinstance(head["router"], (list, tuple)):
-            head["router"] = "+".join(map(str, head["router"]))
+        head["router"] = "+".join(router_names(run.model)) or None
         ends = [run.final] if run.summary else []
         for row, at_end in [*((row, False) for row in run.log), *((row, True) for row in ends)]:
             shared = {name: of for name, of in row.items() if name not in ("layers", "warnings")}

@@ -59,22 +59,22 @@ def draw_all(results: Results) -> list[Path]:
         for name, draw in results.experiment.figures.items() if results.ready else ():
             fig = draw(results)
             if fig is not None:
-                paths.append(results.folder / "figures" / f"{name}.png")
-                save(fig, paths[-1], results.mark)
+                paths.append(save(fig, results.folder / "figures" / f"{name}.png", results.mark))
     return paths
 
 
-def save(fig: Figure, path, mark: str | None = None):
-    """Write a figure as PNG: the same bytes for the same figure. mark: a text in its metadata."""
+def save(fig: Figure, path, mark: str | None = None, follow: bool = False) -> Path:
+    """Write a figure as PNG: the same bytes for the same figure. mark: a text in its metadata. follow: see files.py."""
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=200, metadata={"Software": None, "Description": mark})
-    write_atomically(path, image.getvalue())
+    write_atomically(path, image.getvalue(), follow)
+    return path
 
 
 def captioned(text):
-    """A decorator that gives a function that draws its caption, which stands under the figure.
+    """A decorator that gives a drawing function its caption, which stands under the figure.
 
-    text: a str, or a function of Results where the caption hangs on the runs; `draw.caption` is a function always.
+    text: a str, or a function of Results where the caption depends on the runs; `draw.caption` is always a function.
     """
     def mark(draw):
         draw.caption = text if callable(text) else lambda results: text
@@ -340,7 +340,7 @@ def draw_forest(found: list[Results], published) -> Path | None:
     """Draw `forest` into published/figures/primary.png; None without a tested primary comparison."""
     with default_style():
         fig, path = forest(found), Path(published, "figures", "primary.png")
-        return save(fig, path) or path if fig else None
+        return save(fig, path) if fig else None
 
 
 def one_against_other(x, y):

@@ -112,7 +112,7 @@ def expert_load(results):
 
 
 @captioned("How often each domain uses each expert, over how often all do, at the end of training, first seed: "
-           "white is as often, orange more, blue less; above a panel: what an expert tells of the domain.")
+           "white is as often, orange more, blue less; above a panel: domain information.")
 def domain_by_expert(results):
     """p(expert | domain) / p(expert) at the end, and the information between expert and domain above its null."""
     def ratios_of(run, place):

@@ -6,12 +6,10 @@ from ..autograd.tensor import Tensor, no_grad
 from ..moe import devices, metrics
 from ..moe.routing import from_mask, merge
 from ..training.evaluation import by_domain, losses_and_routings
-from . import probes
-from .probes import rerouted
+from .probes import compared, rerouted
+from .quantities import DEVICES, RULES
 
-RULES = ("batch", "prefix", "threshold")  # of expert choice
 WINDOWS = 16  # of each domain
-DEVICES = (1, 2, 4, 8, 16)
 BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
 CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
 CLASS_BYTES = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " \t\n\r",
@@ -29,8 +27,8 @@ def influence(trainer) -> dict[str, float]:
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
         this = np.arange(len(ids))[:, None] == w
-        mates = probes.compared(model, ids, np.where(this, ids, noise), lambda x, w=w: x[w], domain)
-        later = probes.compared(model, ids, np.where(this & late, noise, ids), lambda x, w=w: x[w, :half], domain)
+        mates = compared(model, ids, np.where(this, ids, noise), lambda x, w=w: x[w], domain)
+        later = compared(model, ids, np.where(this & late, noise, ids), lambda x, w=w: x[w, :half], domain)
         found.append((mates.logits, mates.tokens, later.logits, later.tokens))
     names = ("mates_logits", "mates_rerouted", "later_logits", "later_rerouted")
     return dict(zip(names, np.mean(found, axis=0).tolist()))

@@ -1,8 +1,8 @@
 """Tests of what routers do to a model, as `python cli.py probe` runs them.
 
 Does a later token, or another sequence of the batch, change the output for an earlier one? Which terms of the loss
-give the router a gradient? Has routing collapsed? The model is trained briefly with the router of that name, or it is
-a run, a file of weights, or published weights.
+give the router a gradient? Has routing collapsed? The subject is a router, trained briefly in a small model, or a run,
+a file of weights, or published weights.
 """
 
 from contextlib import contextmanager
@@ -13,9 +13,10 @@ import numpy as np
 
 from ..autograd.tensor import Tensor, no_grad
 from ..model import published
+from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe import metrics
-from ..moe.routers import RouteContext, greedy_assignment, shortfall, sinkhorn_plan
+from ..moe.routers import RouteContext, find, greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
 from ..training.data import load_corpus
 from ..training.evaluation import Validation, losses_and_routings
@@ -245,6 +246,21 @@ def trained(config, steps: int, training, text=None) -> Subject:
     return Subject(trainer.model, *windows, about)
 
 
+def small_model(fields: dict) -> ModelConfig:
+    """The ModelConfig of a probe: two MoE layers of width 32, but for these fields; top_k 1 for a router that needs it.
+
+    Raises ValueError for a model without experts, or that cannot read text, and what ModelConfig raises.
+    """
+    fields = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64} | fields
+    names = [fields["router"]] if isinstance(fields["router"], str) else fields["router"]
+    if any(isinstance(name, str) and find(name).top_1_only for name in names):
+        fields = {"top_k": 1} | fields
+    config = ModelConfig(**fields)
+    if not config.moe_layers or config.seq_len < 2 or config.vocab_size < 256:
+        raise ValueError("a probe needs a layer with experts, seq_len of at least 2 and vocab_size of at least 256")
+    return config
+
+
 def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | None = None) -> Subject:
     """The model of a run folder, of an .npz file of weights, or of published weights, and tokens to probe it with.
 
@@ -282,7 +298,7 @@ def _tokens(config, has_bytes, ids, text, trained_on):
         return cut(read_ids(ids, V), length), f"ids of {ids}"
     if not has_bytes:
         drawn = np.random.default_rng(0).integers(0, V, SEQUENCES * length + 1)
-        return cut(drawn, length), "random ids, which tell less than text does (--ids FILE gives others)"
+        return cut(drawn, length), "random ids, weaker evidence than text (--ids FILE gives others)"
     corpus = corpus_of(trained_on, length) if trained_on and text is None else load_corpus(text, length)
     return corpus.validation(2, length), "bytes of text"
 

@@ -17,6 +17,8 @@ from ..moe.losses import LOSSES
 from ..moe.routing import capacity
 
 LOSS = "causal_cross_entropy"
+RULES = ("batch", "prefix", "threshold")  # of expert choice
+DEVICES = (1, 2, 4, 8, 16)  # whose traffic an experiment may measure
 TOKEN_BYTES = 4  # bytes of English in a token of the 50,000-token vocabularies that papers use
 
 
@@ -207,14 +209,14 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("later_rerouted", "share of bytes rerouted by later bytes"),
     Quantity("later_logits", "largest change of a logit by later bytes"),
     # one model of expert choice under each of its rules
-    *(Quantity(f"{name}_by_{rule}", f"{label} by {rule}", unit) for rule in ("batch", "prefix", "threshold")
+    *(Quantity(f"{name}_by_{rule}", f"{label} by {rule}", unit) for rule in RULES
       for name, label, unit in (("loss", "loss, chosen", "nats"), ("load_cv", "load CV, chosen", ""))),
     # cost
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
     Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active"), per="run"),
     Quantity("megaflops", "work for a byte", "MFLOP", of=lambda run: counted(run, "flops"), per="run"),
     Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
-    *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in (1, 2, 4, 8, 16) for name, label in (
+    *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in DEVICES for name, label in (
         ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
         ("link", "bytes on the busiest link for a byte"), ("slowest", "slowest device / mean load"),
         ("path", "microseconds for a batch and layer"))))}

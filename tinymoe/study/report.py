@@ -16,7 +16,7 @@ from ..files import as_csv, printable, write_atomically
 from ..training.identity import processors
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, quantity, title, value
-from .results import Results
+from .results import Results, lowest
 from .rows import RunRecord, load_runs, unknown
 from .statistics import MOST_SEEDS, enough_digits, t_interval
 from .wording import (
@@ -300,7 +300,7 @@ def sweep_table(results):
     """The loss at each learning rate, the lowest in bold; says where the best is at an end of the range."""
     rates, rows = results.experiment.rates, []
     for name, losses in results.sweep.items():
-        best = min(losses, key=lambda rate: (losses[rate], rate))
+        best = lowest(losses)
         shown = [f"{losses[rate]:.3f}" if math.isfinite(losses.get(rate, math.nan)) else
                  "not finite" if rate in losses else "–" for rate in rates]
         at_end = ", at the end of the range" if best in (min(rates), max(rates)) else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import printable
-from ..training.run_folder import ROUTINGS
+from ..training.run_folder import ROUTINGS, saved_routings
 from . import statistics
 from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
 from .quantities import LOSS, collapsed, crossing, quantity, value
@@ -44,8 +44,13 @@ def best_rates(experiment: Experiment, runs, only=None) -> dict[str, float]:
             found = losses.get(chooser, {})
             if len(found) < len(experiment.rates) or not np.isfinite(min(found.values())):
                 raise ValueError(f"the sweep of {chooser} gives no learning rate: its runs are missing, or all failed")
-            rates[setting.id] = min(found, key=lambda rate: (found[rate], rate))
+            rates[setting.id] = lowest(found)
     return rates
+
+
+def lowest(losses: dict[float, float]) -> float:
+    """The rate with the lowest loss; of equal ones the smaller."""
+    return min(losses, key=lambda rate: (losses[rate], rate))
 
 
 class Results:
@@ -114,7 +119,7 @@ class Results:
 
     def routings(self, run: RunRecord) -> Path | None:
         """The file of a run's last saved routings: in its folder, or FOLDER/routings/RUN.npz of published results."""
-        paths = sorted((self.folder / "runs" / run.run_id / ROUTINGS).glob("[0-9]*.npz"))
+        paths = saved_routings(self.folder / "runs" / run.run_id)
         return next((path for path in (*paths[-1:], self.folder / ROUTINGS / f"{run.run_id}.npz") if path.exists()),
                     None)
 
@@ -127,7 +132,7 @@ class Results:
 
     @property
     def mark(self) -> str:
-        """A text that tells these runs from others, also from shorter ones: figures that were drawn of them hold it."""
+        """A hash of these runs. Figures carry it, so that figures of other or shorter runs are recognised."""
         said = json.dumps([(run.run_id, run.summary) for run in self.runs], sort_keys=True)
         return f"rows {hashlib.sha256(said.encode()).hexdigest()[:16]}"
 

@@ -64,6 +64,12 @@ class RunRecord:
     state = property(lambda self: "complete" if self.summary else "failed" if self.failure else "incomplete")
 
 
+def router_names(model: dict) -> list[str]:
+    """The routers of a stored ModelConfig, one or one for each layer."""
+    found = model.get("router") or ()
+    return [found] if isinstance(found, str) else list(map(str, found))
+
+
 def made_of(runs) -> str:
     """What the runs of one setting are made of, in a few words: router, experts per byte, coefficients of losses.
 
@@ -72,8 +78,8 @@ def made_of(runs) -> str:
     model, rules = runs[0].model, runs[0].rules
     if not runs[0].is_moe:
         return "dense"
-    router, top_k, k = model["router"], model["top_k"], np.mean([experts_per_token(run.final) for run in runs])
-    router = " ".join(filter(None, (router if isinstance(router, str) else "+".join(map(str, router)), rules)))
+    top_k, k = model["top_k"], np.mean([experts_per_token(run.final) for run in runs])
+    router = " ".join(filter(None, ("+".join(router_names(model)), rules)))
     limited = model.get("capacity_factor") is not None
     shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
     losses = [f"{name} {of}" for name, of in (model.get("losses") or {}).items() if of]
@@ -174,9 +180,7 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
 
 def _unknown_names(model):
     """`router x` or `loss x` for each of a stored ModelConfig that is not known in this process."""
-    routers = model.get("router") or ()
-    routers = dict.fromkeys([routers] if isinstance(routers, str) else map(str, routers))
-    return [*(f"router {name}" for name in routers if name not in ROUTERS),
+    return [*(f"router {name}" for name in dict.fromkeys(router_names(model)) if name not in ROUTERS),
             *(f"loss {name}" for name in model.get("losses") or () if name not in LOSSES)]
 
 
@@ -190,8 +194,9 @@ def _load_imports(config, study_dir):
 
 def unknown(runs) -> list[str]:
     """A sentence for each router and loss of these runs that is not known, also not from the files of its run."""
-    return [f"The {name} is unknown, so what is counted from the model is missing: name its file with --import, or put "
-            "it back as it was." for name in dict.fromkeys(name for run in runs for name in _unknown_names(run.model))]
+    names = dict.fromkeys(name for run in runs for name in _unknown_names(run.model))
+    return [f"The {name} is unknown, so parameters and FLOPs of its model are not counted: name its file with "
+            "--import, or restore the file." for name in names]
 
 
 def _folder_run(place):
@@ -234,9 +239,9 @@ def _record(place, config, log, summary, failure):
 
 def _rules(model):
     """The rules of a stored ModelConfig's routers; expert choice had one causal rule before it had thresholds."""
-    router, options = model.get("router") or (), model.get("router_options") or {}
+    options = model.get("router_options") or {}
     options = options if "shared_gate" in model else {"causal_rule": "prefix"} | options
-    known = (ROUTERS.get(name) for name in dict.fromkeys([router] if isinstance(router, str) else router))
+    known = (ROUTERS.get(name) for name in dict.fromkeys(router_names(model)))
     return "; ".join(filter(None, (cls.rules(options) for cls in known if cls)))
 
 

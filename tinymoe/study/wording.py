@@ -36,7 +36,8 @@ which is the same for all settings. Intervals cover the seed and not the choice 
 text. Their variance is that of the mean over seeds plus that of the text, from a bootstrap of stretches within each \
 domain. Their half width is the root of the summed squares of the half widths of the two t intervals. Intervals take \
 the chosen learning rates as fixed. They assume that seeds scatter normally, which so few seeds cannot check. They \
-may pass a bound that a number cannot, such as a coverage of 1."""
+may pass a bound that a number cannot, such as a coverage of 1. \
+Training times are of runs beside others on one machine, which slowed each other."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \

@@ -1,1 +1,1 @@
-"""Tools around the model: the routing viewer, the benchmarks, the table of gradient checks."""
+"""Tools around the model, one command each."""

@@ -43,6 +43,14 @@ def busy() -> str:
         if load > cores else ""
 
 
+def describe(machine) -> str:
+    """A row's machine in words: threads, libraries, processor."""
+    info = machine["thread_info"]
+    blas = ", ".join("{name} {version} at {threads} thread(s)".format_map(pool) for pool in info["blas"])
+    numba = f"numba {info['numba']} ({info['threading_layer']})" if info["numba"] else "NumPy kernels"
+    return f"{machine['threads']} thread(s), {numba}, {blas}; {machine['processor']}, {machine['cores']} cores"
+
+
 def ladder(sizes=LADDER, repeats=5):
     """Yield the rows of ExpertBank.benchmark for each size: the Python loop for the first alone, numba where chosen.
 
@@ -211,15 +219,12 @@ def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), share
     return rows
 
 
-def _figure(path, height, panels, draw):
-    """Call draw(figure, axes) in the style of the study's figures, and save. matplotlib is first imported here."""
-    from matplotlib.figure import Figure
-
-    from ..study.figures import DOUBLE, default_style, save
-
+def _figure(path, height, n_panels, draw):
+    """Call draw(figure, *panels) in the style of the study's figures, and save. matplotlib is first imported here."""
+    from ..study.figures import default_style, panel_grid, save
     with default_style():
-        fig = Figure(figsize=(DOUBLE, height), layout="constrained")
-        draw(fig, fig.subplots(1, panels))
+        fig, (panels,) = panel_grid(1, n_panels, height)
+        draw(fig, *panels)
         save(fig, path)
 
 
@@ -250,9 +255,11 @@ def draw_ladder(rows, path):
 
 def draw_profile(rows, path):
     """A bar for each operation of the step, the slowest on top, with its rate where it multiplies matrices."""
+    from ..study.palette import COLOURS
+
     def draw(fig, axes):
         operations, whole = rows[:-1], rows[-1]
-        bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color="#0072B2")
+        bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color=COLOURS[0])
         axes.bar_label(bars, [f"{row['share']:.0%}" + (f", {row['gflops']:.0f} GFLOP/s" if row["gflops"] else "")
                               for row in operations], fontsize=6, padding=2)
         axes.invert_yaxis()
@@ -269,15 +276,16 @@ def draw_scaling(rows, path):
 
     The work of the optimizer grows with the experts instead, and does not grow with the tokens.
     """
+    from ..study.palette import COLOURS
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}
 
-    def draw(fig, panels):
+    def draw(fig, *panels):
         for axes, (against, label) in zip(panels, labels.items()):
             values, ms = zip(*((row["value"], row["ms"]) for row in rows if row["against"] == against))
             ideal = [ms[0] * v / values[0] if against == "tokens" else ms[0] for v in values]
-            axes.plot(values, ms, "o-", color="#0072B2", label="measured")
-            axes.plot(values, ideal, "--", color="#000000", label="the first, in proportion to the matrix products")
+            axes.plot(values, ms, "o-", color=COLOURS[0], label="measured")
+            axes.plot(values, ideal, "--", color="black", label="the first, in proportion to the matrix products")
             if against != "imbalance":
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(values, [f"{v:g}" for v in values], minor=False)

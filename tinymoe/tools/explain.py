@@ -228,9 +228,8 @@ class Example:
 def draw(example: Example):
     """A Figure: the token with the most experts, through router, gates and experts to the sum y; bold: chosen."""
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
-    from ..study.figures import DOUBLE, default_style
+    from ..study.figures import default_style, panel_grid
     from ..study.palette import DIVERGING
     n, e = int(example.routing.coverage.argmax()), example
     chosen, gates = np.flatnonzero(e.routing.mask()[n]), e.routing.to_dense().data[n]
@@ -246,9 +245,9 @@ def draw(example: Example):
              ("y, their\nsum", gates[chosen] @ outputs[None], e.dims, [""])]
     colours = LinearSegmentedColormap.from_list("signs", DIVERGING)
     with default_style():
-        fig = Figure(figsize=(DOUBLE, 2.2), layout="constrained")
         widths = [0.6 + 0.4 * len(columns) for *_, columns in parts]
-        for axes, (title, values, rows, columns) in zip(fig.subplots(1, len(parts), width_ratios=widths), parts):
+        fig, (axes_of,) = panel_grid(1, len(parts), 2.2, width_ratios=widths)
+        for axes, (title, values, rows, columns) in zip(axes_of, parts):
             axes.imshow(values.T, cmap=colours, vmin=-2.5, vmax=2.5, aspect="auto")
             for (column, row), value in np.ndenumerate(values):
                 bold = rows is e.experts and row in chosen

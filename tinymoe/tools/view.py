@@ -20,7 +20,7 @@ from ..study.probes import rerouted
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, first_choices, snapshot
 from ..training.loading import corpus_of, load_model, load_recorded_imports
-from ..training.run_folder import FILES, ROUTINGS
+from ..training.run_folder import FILES, ROUTINGS, saved_routings
 
 BARS = "▁▂▃▄▅▆▇█"
 MAX_WINDOWS = 8  # shown of a user's text
@@ -104,7 +104,7 @@ def page(folder, text=None):
     It shows the routings that were saved while training. If there are none, or for the first bytes of a file `text`, it
     shows what the last checkpoint does. Raises CheckpointError, CorpusError or OSError if there is nothing to show.
     """
-    paths = [] if text is not None else sorted(Path(folder, ROUTINGS).glob("[0-9]*.npz"))
+    paths = [] if text is not None else saved_routings(folder)
     load_recorded_imports(folder)
     steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from ..study.quantities import LOSS
 from ..study.rows import load_runs, overview
 from ..training.data import CorpusError
 from ..training.evaluation import first_choices
-from ..training.run_folder import ROUTINGS
+from ..training.run_folder import saved_routings
 from . import view
 
 NEVER = "no-store"  # the page and the rows change all the time
@@ -53,7 +53,7 @@ def _shares(load):
 
 def _routes(run):
     """The newest saved routes of the first window of each domain: the bytes, and first choices by layer; or None."""
-    paths = sorted((run / ROUTINGS).glob("[0-9]*.npz"))
+    paths = saved_routings(run)
     if not paths:
         return None
     try:

@@ -1,1 +1,1 @@
-"""Training: data, synthetic text, optimizer, evaluation, trainer, run folder."""
+"""Training one run: texts, data, optimizer, loop, and the run's folder."""

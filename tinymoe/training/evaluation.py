@@ -11,10 +11,10 @@ from ..moe import metrics
 from ..moe.routers import RouteContext
 from ..moe.routing import merge
 
-MEASURED = ("load_cv", "max_violation", "load_entropy", "dead_experts", "router_entropy", "marginal_entropy",
+ROUTING_METRICS = ("load_cv", "max_violation", "load_entropy", "dead_experts", "router_entropy", "marginal_entropy",
             "drop_rate", "token_coverage")  # metrics of a row that need the routing alone
 RECORDED = 2  # windows of each domain whose routings are saved at every evaluation
-PARTS = 24  # into which the validation windows of a domain are cut, see losses_by_part
+N_STRETCHES = 24  # into which the validation windows of a domain are cut, see losses_by_part
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ def evaluate(model, valid: Validation, initial_divergence):
 
 
 def losses_by_part(nats, valid: Validation) -> dict:
-    """{domain: losses}: the mean loss of each of PARTS equal stretches of the domain's validation windows, in order.
+    """{domain: losses}: the mean loss of N_STRETCHES equal stretches of the domain's validation windows, in order.
 
     Neighbouring windows are alike, so a bootstrap over the text draws stretches and not windows.
     """
     windows = [nats[valid.domain == d] for d in range(len(valid.names))]
-    return {name: [round(float(part.mean(dtype=float)), 5) for part in np.array_split(those, PARTS) if len(part)]
+    return {name: [round(float(part.mean(dtype=float)), 5) for part in np.array_split(those, N_STRETCHES) if len(part)]
             for name, those in zip(valid.names, windows)}
 
 
 def snapshot(ids, domain, by_layer) -> dict:
-    """Arrays for tools/view.py: how L MoE layers routed the N = W * T bytes of windows ids (W, T), domain (W,).
+    """Arrays that say how L MoE layers routed the N = W * T bytes of windows ids (W, T), domain (W,).
 
     by_layer: for each layer a list of Routings whose first N tokens are those of the windows.
     Returns ids (W, T) uint8; domain (W,) int32; probs, gates (L, N, E) float16; chosen (L, N, E) bool.
@@ -112,7 +112,7 @@ def _loss_numbers(prefix, nats, valid):
 def layer_numbers(routings, valid: Validation) -> dict:
     """The routing metrics of one MoE layer, from its Routings of the validation batches."""
     routing = merge(routings)
-    return {"load": routing.load.tolist(), **{name: getattr(metrics, name)(routing) for name in MEASURED},
+    return {"load": routing.load.tolist(), **{name: getattr(metrics, name)(routing) for name in ROUTING_METRICS},
             "max_violation_batch": float(np.mean([metrics.max_violation(r) for r in routings])),
             "repetition": metrics.repetition(routing, valid.ids.shape[1]), **_information(routing, valid)}
 

@@ -71,7 +71,7 @@ def processors(config: dict) -> list:
 
 @functools.cache
 def load_imports(paths: tuple) -> list[dict]:
-    """Execute the user's files that define routers, once in this process.
+    """Execute the user's files that define routers or losses, once in this process.
 
     Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.
     """

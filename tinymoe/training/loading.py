@@ -27,7 +27,7 @@ def load_recorded_imports(folder: str | Path) -> None:
 
 
 def load_imports_of(config: dict, folder: str | Path) -> None:
-    """Execute the files that a run's config names, so that its routers are known.
+    """Execute the files that a run's config names, so that its routers and losses are known.
 
     Only files with an absolute path outside `folder` are executed, and only if their hash is the recorded one: results
     from elsewhere cannot bring code with them. Raises one of UNUSABLE for any other file.

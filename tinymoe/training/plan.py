@@ -37,7 +37,7 @@ class RunPlan:
     start: the config id of another run of the study with this seed, whose trained weights this run starts with; a
         mixture is upcycled from a dense model.
     measure: measure(trainer) -> dict ready for JSON, called at the end and kept in the summary.
-    imports: paths of the user's files that define routers; they are executed before the model is made.
+    imports: paths of the user's files that define routers or losses; they are executed before the model is made.
     plan_hash: of the experiment's plan, see study/experiment.py; config.json records it.
     """
 
@@ -60,7 +60,8 @@ class RunPlan:
 class Event:
     """Progress of one run.
 
-    kind: "resumed" (from `step`), "step" (`loss`: its cross-entropy), "done", or "failed" (`message`: why).
+    kind: "resumed" (from `step`), "step" (`loss`: its cross-entropy), "done", "failed" (`message`: why), or "busy":
+        another process trains the run.
     steps: how many the run has; seconds: of training so far, those before an interruption included.
     """
 

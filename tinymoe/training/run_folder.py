@@ -33,6 +33,12 @@ class Busy(RunError):
     """A run that another process trains now."""
 
 
+def saved_routings(run: str | Path) -> list[Path]:
+    """The files of saved routings in the folder of a run, by step."""
+    found = (path for path in Path(run, ROUTINGS).glob("*.npz") if re.fullmatch(r"\d{6,}", path.stem))
+    return sorted(found, key=lambda path: int(path.stem))
+
+
 class RunFolder:
     """The files of one run. Only files of a run are removed. A link is an error: it leads out of the folder."""
 
@@ -130,9 +136,8 @@ class RunFolder:
         for folder in (self.path, routings):
             files.remove_leftovers(folder, alone=True)
         if not (self.path / "checkpoint.npz").exists():  # the saved routings are of an earlier run
-            for path in routings.glob("*.npz"):
-                if re.fullmatch(r"\d{6,}", path.stem):
-                    path.unlink()
+            for path in saved_routings(self.path):
+                path.unlink()
             with contextlib.suppress(OSError):  # it does not exist, or holds files of the user
                 routings.rmdir()
 
