@@ -83,7 +83,9 @@ def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     ({"settings": EXPERIMENTS["frozen"].settings * 2}, "two settings have one id"),
     ({"metrics": ("mega_flops",)}, r"no quantity mega_flops: did you mean megaflops\?"),
     ({"exploratory": (Contrast("causal_loss:poetry", "learned"),)}, "no quantity causal_loss:poetry"),
-    ({"crossings": (("xyz", "learned", "frozen"),)}, "no quantity xyz: no row holds it")])
+    ({"crossings": (("xyz", "learned", "frozen"),)}, "no quantity xyz: no row holds it"),
+    ({"figures": {"one": figures.at_the_end("xyz")}}, "no quantity xyz"),
+    ({"figures": {"one": figures.one_against_other("xyz", LOSS)}}, "no quantity xyz")])
 def test_a_name_that_is_no_setting_or_quantity_is_refused_before_anything_is_trained(changed, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(EXPERIMENTS["frozen"], **changed)

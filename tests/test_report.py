@@ -137,7 +137,7 @@ def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     assert not any(word in line for line in numbers for word in ("different", "**same**", "not known", "undecided"))
 
 
-def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
+def test_failed_unfinished_and_torn_runs_are_named(tmp_path):
     write_study(tmp_path)
     failed, stopped = (tmp_path / "runs" / name for name in ("C-seed2", "D-seed1"))
     (failed / "summary.json").unlink()
@@ -149,11 +149,11 @@ def test_failed_incomplete_and_torn_runs_are_named(tmp_path):
     (tmp_path / "runs" / "Z-seed0").mkdir()
     text = findings(tmp_path)
     assert "`C-seed2` failed (step 7, layer block 3, reason loss is nan)" in text and "`C-seed{0,1}`" in text
-    assert "`D-seed1` is incomplete" in text and "`Z-seed0` is incomplete" in text
+    assert "`D-seed1` is not finished" in text and "`Z-seed0` is not finished" in text
     assert [len(run.log) for run in load_runs(tmp_path) if run.run_id == "A-seed0"] == [3]
     with open(report.write_summary_csv(tmp_path)) as file:
         states = {line["run_id"]: line["state"] for line in csv.DictReader(file)}
-    assert len(states) == 22 and states["C-seed2"] == "failed" and states["Z-seed0"] == "incomplete"
+    assert len(states) == 22 and states["C-seed2"] == "failed" and states["Z-seed0"] == "unfinished"
 
 
 @pytest.mark.parametrize("name, content", [
@@ -314,7 +314,7 @@ def test_compact_results_are_read_as_the_folders_are(tmp_path):
     assert compact(tmp_path) == (tmp_path / "runs.jsonl", 20) and findings(tmp_path) == before  # both: nothing twice
     shutil.rmtree(tmp_path / "runs")
     assert load_runs(tmp_path) == runs
-    assert findings(tmp_path) == before.replace("**`D-seed1` is incomplete and is in no number.**\n\n", "")
+    assert findings(tmp_path) == before.replace("**`D-seed1` is not finished and is in no number.**\n\n", "")
 
 
 def test_a_run_that_went_on_after_it_was_made_compact_is_refused(tmp_path):

@@ -29,7 +29,7 @@ def groups(paths) -> dict[str, list[RunRecord]]:
     for path in map(Path, dict.fromkeys(paths)):
         single = (path / "config.json").exists()
         folder = path.resolve().parent.parent if single else path
-        runs = [run for run in load_runs(folder) if run.state == "complete" and (not single or run.run_id == path.name)]
+        runs = [run for run in load_runs(folder) if run.state == "finished" and (not single or run.run_id == path.name)]
         if not runs:
             raise ValueError(f"{path}: no finished run: train it first, or give a run's folder or a results folder")
         for run in runs:

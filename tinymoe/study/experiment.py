@@ -161,7 +161,9 @@ class Experiment:
         needed = [*(one.settings for one in contrasts), *(pair for _, *pair in self.crossings),
                   [name for s in self.settings for name in (s.start, s.rate_of) if name]]
         if not self.measure:  # which may give any name
-            require_known([*self.metrics, *(one.metric for one in contrasts), *(name for name, *_ in self.crossings)])
+            drawn = [name for draw in self.figures.values() for name in getattr(draw, "metrics", ())]
+            require_known([*self.metrics, *(one.metric for one in contrasts), *(name for name, *_ in self.crossings),
+                           *drawn])
         known = {s.id for s in self.settings}
         if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")

@@ -71,13 +71,14 @@ def save(fig: Figure, path, mark: str | None = None, follow: bool = False) -> Pa
     return path
 
 
-def captioned(text):
+def captioned(text, metrics=()):
     """A decorator that gives a drawing function its caption, which stands under the figure.
 
     text: a str, or a function of Results where the caption depends on the runs; `draw.caption` is always a function.
+    metrics: the quantities that it draws, so that an Experiment can refuse a name that is unknown.
     """
     def mark(draw):
-        draw.caption = text if callable(text) else lambda results: text
+        draw.caption, draw.metrics = text if callable(text) else lambda results: text, metrics
         return draw
     return mark
 
@@ -207,7 +208,7 @@ def over_steps(reference, *metrics, names=None):
                 return True
         return False
 
-    @captioned(lambda results: f"{listed(metrics, reference, results)}, over the training steps: {CURVES}.")
+    @captioned(lambda results: f"{listed(metrics, reference, results)}, over the training steps: {CURVES}.", metrics)
     def draw(results):
         shown, leaky = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
@@ -233,7 +234,7 @@ def over_steps(reference, *metrics, names=None):
 
 def by_layer(*metrics):
     """Curves over steps: a row of panels for each metric that is not always 0, a column for each MoE layer."""
-    @captioned(f"{listed(metrics)}, for each MoE layer over the training steps: {CURVES}.")
+    @captioned(f"{listed(metrics)}, for each MoE layer over the training steps: {CURVES}.", metrics)
     def draw(results):
         names = results.with_experts
         if not names:
@@ -260,7 +261,8 @@ def at_the_end(*metrics, reference=None, experts_only=False):
     Losses are less those of the reference setting, if there is one. experts_only: only settings with experts, and no
     figure without any.
     """
-    @captioned(lambda results: f"{listed(metrics, reference, results)}, at the end of training, for each setting.")
+    @captioned(lambda results: f"{listed(metrics, reference, results)}, at the end of training, for each setting.",
+               metrics)
     def draw(results):
         chosen = results.with_experts if experts_only else list(results.groups)
         if not chosen:
@@ -345,7 +347,7 @@ def draw_forest(found: list[Results], published) -> Path | None:
 
 def one_against_other(x, y):
     """A point for each setting, with its intervals: metric y against metric x."""
-    @captioned(f"{listed([y])} against {title(x)} at the end of training: {INTERVALS}.")
+    @captioned(f"{listed([y])} against {title(x)} at the end of training: {INTERVALS}.", (x, y))
     def draw(results):
         many, points = len(results.groups) > len(COLOURS), {}
         fig, ((axes,),) = panel_grid(1, 1, 3.4)
@@ -376,7 +378,8 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
 
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
-    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training: {INTERVALS}.")
+    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training: {INTERVALS}.",
+               metrics)
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})

@@ -185,8 +185,8 @@ def left_out(results):
     alike = {}
     for run in results.all_runs:
         why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
-        what = {"failed": f"failed ({escaped(why)})", "incomplete": "is incomplete",
-                "complete": "is no setting of this experiment"}
+        what = {"failed": f"failed ({escaped(why)})", "unfinished": "is not finished",
+                "finished": "is no setting of this experiment"}
         if run not in results.runs and run not in results.sweep_runs:
             alike.setdefault(what[run.state], []).append(run)
     for what, runs in alike.items():
@@ -513,7 +513,7 @@ def write_summary_csv(study_dir) -> Path:
 
 def all_numbers(run: RunRecord) -> dict[str, float]:
     """{name: number} of every quantity that a finished run has, and of the fields of its rows that have no entry."""
-    if run.state != "complete":
+    if run.state != "finished":
         return {}
     rows = (run.log[-1], run.measured, *run.final["layers"])
     fields = [name for row in rows for name, number in row.items() if isinstance(number, float)]

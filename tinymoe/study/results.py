@@ -22,7 +22,7 @@ STATES = ("collapsed", "starved", "in use")  # of an MoE layer
 def sweep_losses(experiment: Experiment, runs) -> dict[str, dict[float, float]]:
     """{setting id: {rate: mean causal loss over the seeds of the sweep}}, of what is finished; infinite for a run
     whose loss did not stay finite."""
-    ended = {run.run_id: run.final[LOSS] if run.summary else np.inf for run in runs if run.state != "incomplete"}
+    ended = {run.run_id: run.final[LOSS] if run.summary else np.inf for run in runs if run.state != "unfinished"}
     found = {}
     for name in experiment.choosers:
         for rate in experiment.rates:
@@ -64,13 +64,13 @@ class Results:
 
     def __init__(self, experiment: Experiment, folder):
         self.experiment, self.folder, self.all_runs = experiment, Path(folder), load_runs(folder)
-        found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "complete"]
+        found = {s.id: [run for run in self.all_runs if run.config_id == s.id and run.state == "finished"]
                  for s in experiment.settings}
         self.groups = {name: runs for name, runs in found.items() if runs}
         self.with_experts = [name for name, runs in self.groups.items() if runs[0].is_moe]
         self.runs = [run for runs in self.groups.values() for run in runs]
         if not self.runs:
-            others = ", ".join(sorted({run.config_id for run in self.all_runs if run.state == "complete"}))
+            others = ", ".join(sorted({run.config_id for run in self.all_runs if run.state == "finished"}))
             raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: " + (
                 f"its runs are of {others}, so name their experiment (report --experiment)" if others else
                 "train some first"))

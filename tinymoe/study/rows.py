@@ -60,8 +60,8 @@ class RunRecord:
     # whether routing on the prefix alone gives another loss, in any row
     leaky = property(lambda self: any(row["val_cross_entropy"] != row[LOSS] for row in [*self.log, self.final]))
 
-    # failed: the loss was not finite; incomplete: stopped, or still running
-    state = property(lambda self: "complete" if self.summary else "failed" if self.failure else "incomplete")
+    # failed: the loss was not finite; unfinished: stopped, or still running
+    state = property(lambda self: "finished" if self.summary else "failed" if self.failure else "unfinished")
 
 
 def router_names(model: dict) -> list[str]:
@@ -89,7 +89,7 @@ def made_of(runs) -> str:
 def load_runs(study_dir) -> list[RunRecord]:
     """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
 
-    A run is incomplete without a config. Raises ValueError for a finished run that is damaged, because
+    A run is unfinished without a config. Raises ValueError for a finished run that is damaged, because
     the numbers that are left would be taken for all, and for two different runs of one name.
     """
     runs = {}
@@ -107,7 +107,7 @@ def compact(study_dir) -> tuple[Path, int]:
 
     Raises ValueError where no run is finished.
     """
-    runs = [run for run in load_runs(study_dir) if run.state != "incomplete"]
+    runs = [run for run in load_runs(study_dir) if run.state != "unfinished"]
     if not runs:
         raise ValueError(f"{study_dir}: no finished run to write: train some first")
     return _write_compact(study_dir, runs), len(runs)
@@ -163,7 +163,7 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
     failed = [_folder_run(runs / plan.run_id) for plan in plans
               if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
     stand = {run.run_id: run for run in (*rows, *failed)
-             if run.state == "complete" or run.state == "failed" and "@" in run.config_id}
+             if run.state == "finished" or run.state == "failed" and "@" in run.config_id}
     todo = [plan for plan in plans if plan.run_id not in stand]
     for plan in todo:
         start = replace(plan, config_id=plan.start or plan.config_id).run_id
