@@ -327,7 +327,7 @@ def test_noise_share_by_hand():
 
     terms = of(policy=None, cross_entropy=of(backward=backward))
     model = of(moe_parts=lambda: [of(router=of(weight=w))], loss=lambda *a, **k: terms, config=of(seq_len=4))
-    fake = of(model=model, corpus=of(batch=lambda *a: (0, 0)), optimizer=of(zero_grad=lambda: None),
+    fake = of(model=model, corpus=of(labelled_batch=lambda *a: (0, 0, 0)), optimizer=of(zero_grad=lambda: None),
               plan=of(seed=0, training=of(batch_size=1)))
     assert list(measures.gradient_noise(fake).values()) == pytest.approx([16 / 15, 14 / 15, 16 / 30])
 
@@ -470,3 +470,15 @@ def test_what_is_gathered_names_what_is_missing(corpora, tmp_path):
     text = gathered.gather(tmp_path, *found).read_text()
     assert "No runs are finished yet" not in text
     assert "Without finished runs, so not here: expert-choice, " in text and "(`fine-grained`)" in text
+
+
+@pytest.mark.parametrize("changes", [
+    {"router": "hash"}, {"router": "oracle"}, {"moe_layers": ()}, {"losses": {"policy": 0.0}, "router": "reinforce",
+                                                                   "top_k": 1},
+    {"n_copy": 1}, {"vocab_size": 300}, {"seq_len": 15}])
+def test_measures_take_any_model(corpora, changes):
+    run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **changes))
+    trainer = Trainer(Transformer(run.model, run.seed), run, corpora[None])
+    for measure in (measures.influence, measures.gradient_noise, *[measures.traffic] * bool(run.model.moe_layers)):
+        assert all(number is None or np.isfinite(number) for number in measure(trainer).values())

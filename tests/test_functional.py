@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import naive
-from tinymoe import Tensor, gradcheck
+from tinymoe import Tensor, gradcheck, kernels
 from tinymoe.autograd import functional as F
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -410,3 +410,25 @@ def test_scatter_add_takes_no_index_from_the_end():
 def test_the_clamp_of_swiglu_lets_nan_through():
     assert np.isnan(F.activation(Tensor([[np.nan, 1.0]]), "clamped_swiglu").data).all()
     assert np.isnan(F.activation(Tensor([[1.0, np.nan]]), "clamped_swiglu").data).all()
+
+
+def test_a_graph_keeps_the_kernels_that_it_was_made_with():
+    pytest.importorskip("numba")
+    before, x = kernels.active(), np.random.default_rng(0).standard_normal((1, 5, 2, 3))
+    gradients = []
+    try:
+        for first, then in (("numpy", "numpy"), ("numpy", "numba")):
+            kernels.use(first)
+            q = Tensor(x, requires_grad=True)
+            y = (F.causal_attention(q, q, q) ** 2).sum()
+            kernels.use(then)
+            y.backward()
+            gradients.append(q.grad)
+    finally:
+        kernels.use(before)
+    np.testing.assert_array_equal(*gradients)
+
+
+def test_attention_without_heads_is_refused():
+    with pytest.raises(ValueError, match="G dividing H"):
+        F.causal_attention(Tensor(np.ones((1, 2, 0, 3))), *[Tensor(np.ones((1, 2, 1, 3)))] * 2)

@@ -376,3 +376,65 @@ def test_the_plan_of_the_experts_is_the_one_that_is_drawn_beside_it(both_kernels
         assert pieces.tolist() == [[0, 0, 3, -1], [0, 3, 6, 0], [0, 6, 10, 1],
                                    [1, 10, 12, -1], [3, 12, 14, -1], [3, 14, 17, 2]]
         assert first_slot.tolist() == [0, 2, 2, 2, 3] and first_piece.tolist() == [0, 3, 6]
+
+
+# ---- arrays that do not fit ----------------------------------------------------------------------
+
+def misfits():
+    """Calls that would read or write beyond an array, by name."""
+    def of(*shape):
+        return np.ones(shape)
+
+    def experts(x=(3, 2), token=(0, 2, 1), offsets=(0, 1, 3), gate=3, b1=(2, 5), w2=(2, 5, 2), b2=(2, 2), name="gelu"):
+        return of(*x), np.array(token), np.array(offsets), of(gate), (of(2, 2, 5), of(*b1), of(*w2), of(*b2)), name
+
+    y, saved = reference.experts_forward(*experts())
+    for name, changes in {"x": dict(x=(3, 3)), "token": dict(token=(0, 3, 1)), "negative": dict(token=(0, -1, 1)),
+                          "offsets": dict(offsets=(0, 1, 4)), "falling": dict(offsets=(0, 4, 3)), "gate": dict(gate=2),
+                          "b1": dict(b1=(2, 4)), "w2": dict(w2=(2, 5, 1)), "few w2": dict(w2=(1, 5, 2)),
+                          "b2": dict(b2=(1, 2)), "gated": dict(name="swiglu")}.items():
+        yield f"experts {name}", lambda changes=changes: kernels.experts_forward(*experts(**changes))
+        dy = of(*changes.get("x", y.shape))
+        yield f"experts back {name}", lambda dy=dy, changes=changes: kernels.experts_backward(
+            dy, *experts(**changes), saved)
+    yield "experts dtype", lambda: kernels.experts_forward(experts()[0].astype(np.float32), *experts()[1:])
+    yield "linear", lambda: kernels.linear(of(3, 2), of(4, 5), None)
+    yield "linear bias", lambda: kernels.linear(of(3, 2), of(2, 5), of(4))
+    yield "linear back", lambda: kernels.linear_backward(of(3, 4), of(3, 2), of(2, 5))
+    yield "layer norm", lambda: kernels.layer_norm(of(3, 2), of(1), of(2), 1e-5)
+    yield "layer norm back", lambda: kernels.layer_norm_backward(of(3, 2), of(3, 2), of(2), of(2), of(3))
+    yield "activation back", lambda: kernels.activation_backward(of(2), of(3), "gelu")
+    yield "attention", lambda: kernels.causal_attention(of(1, 3, 2, 2), of(1, 2, 2, 2), of(1, 3, 2, 2))
+    yield "attention back", lambda: kernels.causal_attention_backward(*[of(1, 3, 2, 2)] * 4, of(1, 2, 3))
+    yield "rows", lambda: kernels.add_rows(3, [0, 3], of(2, 2))
+    yield "few rows", lambda: kernels.add_rows(3, [0, 1, 2], of(2, 2))
+    yield "adamw m", lambda: kernels.adamw(of(4), of(4), of(2), of(4), step=1, **ADAMW)
+    yield "adamw g", lambda: kernels.adamw(of(4), of(2), of(4), of(4), step=1, **ADAMW)
+    yield "adamw view", lambda: kernels.adamw(of(4, 4), of(4, 4), of(4, 4).T, of(4, 4), step=1, **ADAMW)
+
+
+@pytest.mark.parametrize("name, call", list(misfits()), ids=[name for name, _ in misfits()])
+def test_arrays_that_do_not_fit_are_refused_before_compiled_code_goes_beyond_them(name, call):
+    if kernels.active() == "numba":
+        with pytest.raises(ValueError, match="do not fit together in one kernel"):
+            call()
+
+
+def test_heads_of_width_1_may_have_any_stride():
+    q, k, v = (normal(2, 5, 2, seed=i)[..., None] for i in range(3))
+    dy = np.moveaxis(normal(1, 2, 5, 2, seed=3), 0, -1)
+    y, saved = kernels.causal_attention(q, k, v)
+    want, p = reference.causal_attention(*(np.array(x) for x in (q, k, v)))
+    close(y, want)
+    back = kernels.causal_attention_backward(dy, q, k, v, saved)
+    for got, expected in zip(back, reference.causal_attention_backward(np.array(dy), q, k, v, p)):
+        close(got, expected)
+
+
+def test_timings_may_be_nested():
+    with kernels.timed() as outer:
+        kernels.sum_of_squares(np.ones(3))
+        with kernels.timed() as inner:
+            kernels.sum_of_squares(np.ones(3))
+        kernels.sum_of_squares(np.ones(3))
+    assert outer["sum_of_squares"][0] == 2 and inner["sum_of_squares"][0] == 1

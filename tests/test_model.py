@@ -574,3 +574,9 @@ def test_a_changed_routing_is_what_the_experts_run():
     assert (changed.logits.data != before).any()
     layer.change_routing = None
     assert (m.forward(IDS).logits.data == before).all()
+
+
+def test_layers_that_do_not_rise_have_one_router():
+    assert ModelConfig(**SMALL | dict(moe_layers=(1, 0), router="hash")).moe_layers == (0, 1)
+    with pytest.raises(ValueError, match=r"moe_layers \[1, 0\] must rise where router is a list"):
+        ModelConfig(**SMALL | dict(moe_layers=(1, 0), router=["hash", "top_k"]))

@@ -131,6 +131,7 @@ def test_learning_rate_options_and_shape():
 def test_no_decay_names():
     shapes = {"token_embedding.weight": (5, 2), "blocks.0.norm1.weight": (2,),
               "blocks.0.attention.query.weight": (2, 2), "head.bias": (5,),
-              "blocks.1.moe.router.noise": (2, 3), "blocks.1.moe.bank.w1": (3, 2, 4), "blocks.1.moe.bank.b1": (3, 4)}
+              "blocks.1.moe.router.projection": (2, 3), "blocks.1.moe.bank.w1": (3, 2, 4),
+              "blocks.1.moe.bank.b1": (3, 4)}
     kept = optim.no_decay_names({name: leaf(np.zeros(shape)) for name, shape in shapes.items()})
     assert kept == {"token_embedding.weight", "blocks.0.norm1.weight", "head.bias", "blocks.1.moe.bank.b1"}

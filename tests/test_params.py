@@ -124,6 +124,8 @@ def test_work_by_hand():
     assert params.count(a)[-1].flops == 76 and params.count(a, context=7)[-1].flops == 76 + 56
     two = dataclasses.replace(a, n_layers=2, windows=[3, 0])  # 3 and 7 positions, or 2 and 2 of a context of 2
     assert [params.count(two, context=n)[-1].flops - params.count(two)[-1].flops for n in (7, 2)] == [80, 32]
+    in_text = params.count(two, length=6)[-1].flops - params.count(two)[-1].flops  # 3 - 9/12 and 6 - 36/12 positions
+    assert in_text == 8 * (2.25 + 3)
     tied = params.count(dataclasses.replace(a, tied=True))[-1]
     assert tied.flops == 76 and tied.total == params.count(a)[-1].total - 10
 
@@ -235,3 +237,18 @@ def test_the_table_of_hash_routing_is_counted_and_not_made():
     assert counted["all"].total == Transformer(config).count_parameters()["total"]
     huge = dataclasses.replace(config, vocab_size=10**9)  # a table of 4 * 10**9 numbers, for each layer
     assert params.count(params.architecture(huge))[-1].total > 8 * 10**9
+
+
+def test_copy_and_zero_experts_have_their_share_of_the_choices():
+    """4 of 8 columns are experts, so of 2 choices one is expected to be an expert."""
+    four = ModelConfig(n_experts=4, top_k=2)
+    experts = [next(part for part in params.count(config) if part.name == "experts") for config in (
+        four, dataclasses.replace(four, n_copy=3, n_zero=1), dataclasses.replace(four, top_k=1))]
+    assert experts[1].total == experts[0].total and experts[1].active == experts[2].active == experts[0].active / 2
+
+
+def test_a_sliding_window_of_all_layers_is_counted():
+    mistral = {"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8,
+               "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
+    assert params.architecture(mistral).windows == ()
+    assert params.architecture(mistral | {"sliding_window": 4}).windows == (4, 4)

@@ -295,6 +295,8 @@ def test_quantities_of_curves_by_hand(tmp_path):
     results = Results(STUDY, tmp_path)
     assert results.crossing(LOSS, "A", "B") == {0: pytest.approx(10 + 10 / 3)}
     assert str(results.crossing(LOSS, "A", "A")) == "{0: nan}"
+    assert quantities.crossing(*[[{"step": i, "layers": [], "x": x} for i, x in enumerate(xs)]
+                                 for xs in ((0, 3, 2, 1, 1), (0, 2, 2, 2, 2))], "x") == 2  # they meet at 2
     a, b = (runs[0] for runs in results.groups.values())
     assert value(a, "seconds_to:1.5") == 15 and value(a, "tokens_to:1.5") == pytest.approx(15 * 64 / 1e6)
     assert str(value(b, "seconds_to:1.2")) == "nan"

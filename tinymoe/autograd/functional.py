@@ -224,12 +224,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (grouped queries, Ainslie et al. 2023). Raises ValueError for shapes that do not fit together.
     """
     if not q.ndim == k.ndim == v.ndim == 4 or q.shape[:2] != v.shape[:2] or (
-            k.shape != (*v.shape[:3], q.shape[3]) or 0 in k.shape[2:] or q.shape[2] % k.shape[2]):
+            k.shape != (*v.shape[:3], q.shape[3]) or 0 in k.shape[2:] or not q.shape[2] or q.shape[2] % k.shape[2]):
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0 and "
                          f"G dividing H, not {q.shape}, {k.shape}, {v.shape}")
     _check_dtypes("causal_attention", q, k, v)
-    value, saved = kernels.causal_attention(q.data, k.data, v.data)
-    return record(value, (q, k, v), lambda g: kernels.causal_attention_backward(g, q.data, k.data, v.data, saved))
+    backward, heads = kernels.causal_attention_backward, (q.data, k.data, v.data)  # now: another `use` may follow
+    value, saved = kernels.causal_attention(*heads)
+    return record(value, (q, k, v), lambda g: backward(g, *heads, saved))
 
 
 def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:

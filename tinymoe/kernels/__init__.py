@@ -2,7 +2,8 @@
 
 `kernels.use("numpy")` or "numba" chooses, or TINYMOE_KERNELS in the environment; else it is numba where that is
 installed. The two agree to rounding, not to the bit. A kernel is a public function of reference.py, and one of the same
-name and arguments in compiled/. It is looked up at each call. Kernels check nothing: their callers do.
+name and arguments in compiled/. It is looked up at each call. Callers check what a user gives. The compiled kernels
+check again what would let them read or write beyond an array.
 """
 import contextlib
 import functools
@@ -60,7 +61,7 @@ def __getattr__(name):
 def timed(work=lambda name, *arguments, **options: 0):
     """Yield a dict, kernel name -> [calls, seconds, sum of work(name, *arguments, **options)], of the calls inside."""
     global _timer
-    spent = {}
+    spent, before = {}, _timer
 
     def call(name, *arguments, **options):
         start = time.perf_counter()
@@ -73,4 +74,4 @@ def timed(work=lambda name, *arguments, **options: 0):
     try:
         yield spent
     finally:
-        _timer = None
+        _timer = before

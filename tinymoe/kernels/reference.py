@@ -54,7 +54,7 @@ def linear_backward(dy, x, w):
 def layer_norm(x, weight, bias, eps):
     """y = z weight + bias, with z = (x - mean) rstd and rstd = 1 / sqrt(variance + eps) of each row  (Ba et al. 2016)
     x (N,D), weight (D,), bias (D,) -> y (N,D), mean (N,), rstd (N,)"""
-    mean, rstd = x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + eps)
+    mean, rstd = x.mean(axis=1), 1 / np.sqrt(x.var(axis=1) + x.dtype.type(eps))
     return (x - mean[:, None]) * rstd[:, None] * weight + bias, mean, rstd
 
 

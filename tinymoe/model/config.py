@@ -84,6 +84,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_fields(self)
+        checks.check_order(self)
         for name, value in (("moe_layers", tuple(sorted(set(map(int, self.moe_layers))))),
                             ("windows", tuple(map(int, self.windows))),
                             ("freeze", tuple(self.freeze)), ("losses", self.losses or {}),

@@ -21,6 +21,13 @@ COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGAT
                      "an object: name of a loss to a finite number of at least 0")
 
 
+def check_order(config) -> None:
+    """Raise ValueError for a list of routers beside layers that do not rise: their pairs would change when sorted."""
+    layers = list(config.moe_layers)
+    if not isinstance(config.router, str) and layers != sorted(set(layers)):
+        raise ValueError(f"moe_layers {layers} must rise where router is a list, one for each of them")
+
+
 def check_together(config) -> None:
     """Raise ValueError where the values of a ModelConfig do not fit together."""
     _check_dense(config)

@@ -26,25 +26,28 @@ class Part:
     flops: float
 
 
-def count(config: ModelConfig, context: float = 0, experts_per_token: float | None = None) -> list[Part]:
+def count(config: ModelConfig, context: float = 0, experts_per_token: float | None = None,
+          length: int | None = None) -> list[Part]:
     """The Parts of a model, then their sum, named "all".
 
-    context: positions that a token attends to. experts_per_token: the measured mean, for a router that does not fix K;
-    None for top_k.
-    Copy and zero experts have no parameters.
+    context: positions that a token attends to. length: of a text instead; then the mean over its tokens counts.
+    experts_per_token: the measured mean, for a router that does not fix K; None for top_k.
+    Copy and zero experts have no parameters; without a measured mean they have their share of the choices.
     """
     c, D, n_moe = config, config.d_model, len(config.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
     shared = _feed_forward(c, c.shared_width) if c.n_shared else (0, 0)  # side by side, one wide layer
     shared = shared[0] + D * c.shared_gate, shared[1]
     norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
-    length = {"D": D, "E": c.n_columns, "V": c.vocab_size, "R": _router_width(c)}
+    axes_of = {"D": D, "E": c.n_columns, "V": c.vocab_size, "R": _router_width(c)}
     shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
-    sizes = [(math.prod(map(length.get, axes)), axes in ("DE", "DR", "RE")) for axes in shapes]
+    sizes = [(math.prod(map(axes_of.get, axes)), axes in ("DE", "DR", "RE")) for axes in shapes]
     if c.losses.get("global_batch"):
         sizes += [(c.n_columns, False)] * n_moe  # the running mean of the load
     routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
-    seen = sum(min(context, c.window_of(i) or context) for i in range(c.n_layers))  # positions, over all layers
+    seen = sum(_positions(c.window_of(i), context, length) for i in range(c.n_layers))
+    if experts_per_token is None:
+        experts_per_token = c.top_k if c.n_columns == c.n_experts else c.top_k * c.n_experts / c.n_columns
     second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 
     def part(name, weights, others, copies=1, used=None, more_flops=0):
@@ -56,14 +59,21 @@ def count(config: ModelConfig, context: float = 0, experts_per_token: float | No
         part("embedding", 0, (c.vocab_size + (c.seq_len if c.learned_positions else 0)) * D),
         part("attention", *attention, c.n_layers, more_flops=seen * _score_flops(c)),
         part("dense layers", *dense, c.n_layers - n_moe),
-        part("experts", *expert, n_moe * c.n_experts,
-             n_moe * (c.top_k if experts_per_token is None else experts_per_token)),
+        part("experts", *expert, n_moe * c.n_experts, n_moe * experts_per_token),
         part("shared experts", *shared, n_moe),
         part("routers", *routers),
         part("norms", 0, norm, c.n_layers * norms + 1),
         part("head", 0, 0, more_flops=2 * c.vocab_size * D) if c.tied else part("head", c.vocab_size * D, 0),
         part("second head", 0, second_head, used=0)]
     return [*parts, Part("all", *(sum(getattr(p, field) for p in parts) for field in ("total", "active", "flops")))]
+
+
+def _positions(window, context, length):
+    """Positions that a token attends to in one layer; window: 0 for all."""
+    if length is None:
+        return min(context, window or context)
+    window = min(window or length, length)  # the first tokens see fewer
+    return window - window**2 / (2 * length)
 
 
 def _attention(c):
@@ -186,6 +196,8 @@ def _particulars(config, kind):
         return {"attention_bias": "all" if get("attention_bias", True) else "none", "bias": True, "sinks": True,
                 "windows": [window * (name == "sliding_attention") for name in types[:config["num_hidden_layers"]]],
                 "router": "biased_top_k", "activation": "clamped_swiglu"}
+    if kind in ("mistral", "mixtral") and get("sliding_window"):
+        return {"windows": [get("sliding_window")] * config["num_hidden_layers"]}
     return {"olmoe": {"qk_norm": True}, "grok-1": {"post_norm": True},
             "deepseek_v3": {"router": "sigmoid_bias"}}.get(kind, {})
 

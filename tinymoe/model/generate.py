@@ -15,12 +15,14 @@ def generate(model: Transformer, prompt: bytes, length: int, temperature: float 
 
     Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
     Temperature 0 takes the most probable byte, the lowest of equals. rng: default_rng(0) by default.
-    Raises ValueError for an empty prompt or a temperature that is negative or not finite.
+    Raises ValueError for an empty prompt, a temperature that is negative or not finite, and a top below 1.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one byte to continue")
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature {temperature} must be 0 or more, and finite")
+    if top is not None and top < 1:
+        raise ValueError(f"top {top} must be at least 1")
     return _generate(model, list(prompt), length, temperature, rng or np.random.default_rng(0), top)
 
 

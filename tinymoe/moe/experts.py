@@ -50,8 +50,8 @@ def sparse(module):
         parents = (x, routing.gate, bank.w1, bank.b1, bank.w2, bank.b2)
         rows, gate, *weights = (t.data for t in parents)
         inputs = (rows, routing.token, routing.offsets, gate, weights, bank.activation)
-        y, saved = module.experts_forward(*inputs)
-        return record(y, parents, lambda g: module.experts_backward(g, *inputs, saved))
+        (y, saved), backward = module.experts_forward(*inputs), module.experts_backward
+        return record(y, parents, lambda g: backward(g, *inputs, saved))
     return backend
 
 

@@ -117,10 +117,7 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
 
 
 def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
-    """(N, E): values where chosen, divided by their sum over the row; 0 elsewhere. chosen (N, E) bool.
-
-    A row whose chosen values are all 0, or that has none, stays 0.
-    """
+    """(N, E): values where chosen (N, E) bool, divided by their sum over the row; 0 elsewhere, and where that is 0."""
     kept = values.data * chosen
     total = np.einsum("ne->n", kept)[:, None]  # faster than .sum
     total += total == 0

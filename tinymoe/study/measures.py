@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..autograd.functional import GATED
 from ..autograd.tensor import Tensor, no_grad
 from ..moe import devices, metrics
 from ..moe.routing import from_mask, merge
@@ -21,9 +22,11 @@ def influence(trainer) -> dict[str, float]:
 
     The largest change of a logit and the share of bytes routed differently: means over the windows of one batch.
     """
-    model, valid, batch = trainer.model, trainer.validation(4), slice(trainer.plan.training.batch_size)
-    ids, domain = valid.ids[batch], valid.domain[batch]
-    half, noise = ids.shape[1] // 2, np.random.default_rng(0).integers(0, 256, ids.shape)
+    model, size = trainer.model, trainer.plan.training.batch_size
+    valid = trainer.validation(max(4, -(-size // len(trainer.corpus.names))))
+    ids, domain = valid.ids[:size], valid.domain[:size]
+    noise = np.random.default_rng(0).integers(0, min(256, model.config.vocab_size), ids.shape)
+    half = -(-ids.shape[1] // 2)
     late, found = np.arange(ids.shape[1]) >= half, []
     for w in range(len(ids)):
         this = np.arange(len(ids))[:, None] == w
@@ -35,13 +38,14 @@ def influence(trainer) -> dict[str, float]:
 
 
 def traffic(trainer) -> dict[str, float]:
-    """The traffic of one layer's forward pass for each number of devices that divides the experts: means over layers
-    and batches, of what quantities.py describes."""
+    """The traffic of one layer's forward pass for each number of devices that divides experts and tokens: means over
+    layers and batches, of what quantities.py describes."""
     config, found = trainer.plan.model, {}
     _, by_layer = losses_and_routings(trainer.model, trainer.validation(WINDOWS), causal=False)
-    flops = 4 * config.d_model * config.expert_width
-    for n in (n for n in DEVICES if config.n_experts % n == 0):
-        parts = [devices.traffic(routing, n, config.d_model) for routings in by_layer for routing in routings]
+    routings = [routing for layer in by_layer for routing in layer]
+    flops = 2 * config.d_model * config.expert_width * (3 if config.activation in GATED else 2)
+    for n in (n for n in DEVICES if all(r.n_experts % n == r.n_tokens % n == 0 for r in routings)):
+        parts = [devices.traffic(routing, n, config.d_model) for routing in routings]
         numbers = {"sent": [t.total_bytes / len(t.reach) for t in parts], "slowest": [t.slowest for t in parts],
                    "link": [t.largest_link / len(t.reach) for t in parts], "reach": [t.reach.mean() for t in parts],
                    "path": [1e6 * t.seconds(BANDWIDTH, FLOPS, flops) for t in parts]}
@@ -79,16 +83,17 @@ def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
     The gradient is that of the policy loss for a router that draws, elsewhere that of the cross-entropy.
     """
     c, model, rng = trainer.plan.training, trainer.model, np.random.default_rng([trainer.plan.seed, 3])
-    weights = [layer.router.weight for layer in model.moe_parts()]
+    weights = [getattr(layer.router, "weight", None) for layer in model.moe_parts()]
     seen = []
-    if not all(w.requires_grad for w in weights):
+    if not weights or not all(w is not None and w.requires_grad for w in weights):
         return dict.fromkeys(("gradient_variance", "gradient_signal", "noise_share"))
     for _ in range(n_batches):
-        ids, targets = trainer.corpus.batch(rng, c.batch_size, model.config.seq_len)
-        terms = model.loss(ids, targets, training=True, rng=rng)
+        ids, targets, domain = trainer.corpus.labelled_batch(rng, c.batch_size, model.config.seq_len)
+        terms = model.loss(ids, targets, training=True, rng=rng, domain=domain)
         trainer.optimizer.zero_grad()
         (terms.cross_entropy if terms.policy is None else terms.policy).backward()
-        seen.append(np.concatenate([w.grad.ravel() for w in weights]).astype(float))
+        seen.append(np.concatenate([np.zeros(w.size) if w.grad is None else w.grad.ravel() for w in weights],
+                                   dtype=float))
     trainer.optimizer.zero_grad()
     mean = np.mean(seen, axis=0)
     variance = ((seen - mean) ** 2).sum() / (n_batches - 1)

@@ -53,8 +53,8 @@ def compared(model, ids, other_ids, keep, domain=None, **options):
         known = None if domain is None else domain[:len(ids)]
         with no_grad():
             output = model.forward(ids, rng=np.random.default_rng(0), domain=known, **options)
-        chosen = [keep(r.mask().reshape(*ids.shape, -1)) for r in output.routings]
-        return np.concatenate(chosen, axis=-1), keep(output.logits.data)
+        masks = [np.zeros((*ids.shape, 0), bool), *(r.mask().reshape(*ids.shape, -1) for r in output.routings)]
+        return keep(np.concatenate(masks, axis=-1)), keep(output.logits.data)
 
     (chosen, logits), (other_chosen, other_logits) = outcome(ids), outcome(other_ids)
     return Influence(float((chosen != other_chosen).any(axis=-1).mean()), float(np.abs(logits - other_logits).max()))
@@ -299,7 +299,8 @@ def _tokens(config, has_bytes, ids, text, trained_on):
     if not has_bytes:
         drawn = np.random.default_rng(0).integers(0, V, SEQUENCES * length + 1)
         return cut(drawn, length), "random ids, weaker evidence than text (--ids FILE gives others)"
-    corpus = corpus_of(trained_on, length) if trained_on and text is None else load_corpus(text, length)
+    split = config.seq_len  # on which the split depends where a text is short
+    corpus = corpus_of(trained_on, split) if trained_on and text is None else load_corpus(text, split)
     return corpus.validation(2, length), "bytes of text"
 
 

@@ -121,18 +121,19 @@ def crossing(log, other, metric):
     rows = {row["step"]: row for row in other if row["step"]}
     found = [(row["step"], in_row(row, metric) - in_row(rows[row["step"]], metric)) for row in log
              if row["step"] in rows]
+    found = [(step, difference) for step, difference in found if difference]  # where they meet, they need not cross
     crossed = [a + (b - a) * x / (x - y) for (a, x), (b, y) in zip(found, found[1:]) if x * y < 0]
     return float(crossed[-1]) if crossed else math.nan
 
 
 def counted(run, field):
-    """A field of the whole model's counting.Part in millions, for measured experts and attention over half a window.
+    """A field of the whole model's counting.Part in millions, for measured experts, the mean over a window of text.
 
     nan where the model is of another version.
     """
     try:
         measured = experts_per_token(run.final, run.model["n_experts"]) if run.is_moe else None
-        parts = count(architecture(run.model), context=run.model["seq_len"] / 2, experts_per_token=measured)
+        parts = count(architecture(run.model), length=run.model["seq_len"], experts_per_token=measured)
         return getattr(parts[-1], field) / 1e6
     except (KeyError, TypeError, ValueError):
         return math.nan

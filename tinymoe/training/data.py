@@ -69,8 +69,8 @@ class Corpus:
         """Fixed validation windows, spread evenly over the validation blocks of each domain.
 
         Returns (ids (W, T), targets (W, T), domain (W,)), all int64. Domains take turns (window 0 of domain 0, window
-        0 of domain 1, ...), so every batch holds them equally. No byte is a target twice. A domain with too few
-        windows gives all that it has. Raises CorpusError if a domain has no validation block of seq_len + 1 bytes.
+        0 of domain 1, ...), so batches hold them equally if their size allows. No byte is a target twice. A domain with
+        too few windows gives all that it has. Raises CorpusError if a domain has no block of seq_len + 1 bytes.
         """
         # windows side by side: neighbours share one byte, which is a target of the first only
         tiles = [np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in domain.valid])

@@ -29,6 +29,7 @@ def _identity(config):
     """What distinguishes a run, as a flat dict: its id, its settings, its kernels, and the hashes of what it reads."""
     parts = {"model": with_defaults(config.get("model", {})), "training": config.get("training", {}),
              "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
+             "training bytes of": {name: text.get("train_bytes") for name, text in config.get("corpus", {}).items()},
              "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
     return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba")} | {
         f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}

@@ -51,9 +51,8 @@ def clip_gradients(parameters, max_norm):
 
 def no_decay_names(parameters):
     """Names of biases, norms and embeddings: all but the weight matrices of linear layers, routers and experts."""
-    matrices = ("weight", "noise", "w1", "w2")
     return {name for name, p in parameters.items()
-            if p.ndim < 2 or "embedding" in name or name.split(".")[-1] not in matrices}
+            if p.ndim < 2 or "embedding" in name or name.split(".")[-1] in ("b1", "b2")}  # of experts: (E, ...)
 
 
 def learning_rate(step, steps, peak, warmup=0.05, floor=0.1):

@@ -101,7 +101,7 @@ class Trainer:
         return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means.tolist())}
 
     def validation(self, n_windows: int) -> Validation:
-        """The first n_windows validation windows of each domain."""
+        """n_windows validation windows of each domain, spread over its validation text."""
         windows = self.corpus.validation(n_windows, self.plan.model.seq_len)
         return Validation(*windows, self.corpus.names, self.plan.training.batch_size)
 

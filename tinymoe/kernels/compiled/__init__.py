@@ -9,8 +9,9 @@
 - **Determinism.** Pieces depend on sizes and routing, not on the number of threads, and partial sums are added in a
   fixed order. So every run has the same bits on any number of threads.
 
-A public function has the docstring of its twin in reference.py. It makes its inputs contiguous, allocates and plans.
-The compiled functions above it compute.
+A public function has the docstring of its twin in reference.py. It makes its inputs contiguous, allocates and plans,
+and refuses arrays that do not fit together, because compiled code would go beyond them. The compiled functions above it
+compute. They trust the allocator: where memory is short within a thread, numba loses the error.
 """
 from . import activations, attention, compile, dense, experts, runtime, updates
 

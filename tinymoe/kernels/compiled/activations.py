@@ -9,7 +9,7 @@ from numba.extending import overload
 from .. import KernelsError
 from ..reference import GATED
 from .compile import example, loop, pool
-from .runtime import SLICE, blocks, contiguous
+from .runtime import SLICE, blocks, contiguous, require
 
 GELU, SILU, RELU, GEGLU, SWIGLU = range(5)
 KINDS = {"gelu": GELU, "silu": SILU, "relu": RELU, "geglu": GEGLU, "swiglu": SWIGLU}
@@ -155,6 +155,7 @@ def activation_backward(dy, x, name):
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([activation_backward(dy * b, a, GATED[name]), dy * activation(a, GATED[name])], axis=-1)
     dy, x = contiguous(dy), contiguous(x)
+    require(dy.shape == x.shape, dy, x)
     dx = np.empty_like(x)
     _activation_backward(dy.reshape(-1), x.reshape(-1), dx.reshape(-1), kind_of(name))
     return dx

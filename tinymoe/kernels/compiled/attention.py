@@ -5,7 +5,7 @@ from numba import prange
 from .activations import exp
 from .compile import example, loop, pool
 from .product import multiply
-from .runtime import contiguous
+from .runtime import contiguous, require
 
 # Queries in a block. Within a block the masked half is computed too, and later values are multiplied by 0: a NaN in v
 # can reach earlier rows of its block.
@@ -102,19 +102,25 @@ def _attention_backward(dout, q, k, v, saved, scale, dq, dk, dv):
                              dk[b, :, g], dv[b, :, g])
 
 
+def _shapes(q, k, v):
+    """Shapes of the output and of what is saved."""
+    (B, T, H, d), (G, dv) = q.shape, v.shape[2:]
+    require(k.shape == (B, T, G, d) and v.shape[:2] == (B, T) and G > 0 and H % G == 0, q, k, v)
+    return (B, T, H, dv), (B, H, sum(min(QUERIES, T - i) * min(i + QUERIES, T) for i in range(0, T, QUERIES)))
+
+
 @example(lambda ones: causal_attention(*[ones(1, 2, 1, 2)] * 3))
 def causal_attention(q, k, v):
     q, k, v = map(contiguous, (q, k, v))
-    B, T, H, d = q.shape
-    out = np.empty((B, T, H, v.shape[3]), q.dtype)
-    saved = np.empty((B, H, sum(min(QUERIES, T - i) * min(i + QUERIES, T) for i in range(0, T, QUERIES))), q.dtype)
-    _attention(q, k, v, q.dtype.type(d**-0.5), out, saved)
+    out, saved = (np.empty(shape, q.dtype) for shape in _shapes(q, k, v))
+    _attention(q, k, v, q.dtype.type(q.shape[3]**-0.5), out, saved)
     return out, saved
 
 
 @example(lambda ones: causal_attention_backward(*[ones(1, 2, 1, 2)] * 4, ones(1, 1, 4)))
 def causal_attention_backward(dy, q, k, v, p):
     dy, q, k, v, p = map(contiguous, (dy, q, k, v, p))
+    require((dy.shape, p.shape) == _shapes(q, k, v), dy, q, k, v, p)
     dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
     _attention_backward(dy, q, k, v, p, q.dtype.type(q.shape[3]**-0.5), dq, dk, dv)
     return dq, dk, dv

@@ -23,6 +23,7 @@ from numba.core.registry import cpu_target
 from .. import KernelsError, reference
 
 ROOT = Path(__file__).parents[3]                            # tinymoe is imported from here
+SETTINGS = "OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT"     # of numba, by NUMBA_...
 
 
 def _cache_folder():
@@ -30,7 +31,8 @@ def _cache_folder():
     here = Path(__file__).parent
     hashed = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py"))))
     cpu = cpu_target.target_context.codegen().magic_tuple()             # NUMBA_CPU_NAME counts
-    hashed.update(repr((sys.implementation.cache_tag, numba.__version__, cpu)).encode())
+    settings = [getattr(numba.config, name, None) for name in SETTINGS]
+    hashed.update(repr((sys.implementation.cache_tag, numba.__version__, cpu, settings)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))    # "~" stays without a home
     places = [cache / "tinymoe"] if cache.is_absolute() else []
     if numba.config.CACHE_DIR:

@@ -4,7 +4,7 @@ from numba import prange
 
 from .compile import example, loop, pool
 from .product import product
-from .runtime import PIECE, blocks, contiguous
+from .runtime import PIECE, blocks, contiguous, require
 
 LINEAR_ROWS, LINEAR_COLUMNS = 512, 256      # in a piece of a linear layer
 
@@ -52,6 +52,7 @@ def _linear_backward(dy, x, w, dx, dw, db):
 
 @example(lambda ones: linear(ones(2, 2), ones(2, 2), ones(2)))
 def linear(x, w, b):
+    require(x.shape[1:] == w.shape[:1] and (b is None or b.shape == w.shape[1:]), x, w, *[] if b is None else [b])
     x, w, b = map(contiguous, (x, w, np.empty(0, x.dtype) if b is None else b))
     y = np.empty((len(x), w.shape[1]), x.dtype)
     _linear(x, w, b, y)
@@ -61,6 +62,7 @@ def linear(x, w, b):
 @example(lambda ones: linear_backward(ones(2, 2), ones(2, 2), ones(2, 2)))
 def linear_backward(dy, x, w):
     dy, x, w = map(contiguous, (dy, x, w))
+    require(x.shape[1:] == w.shape[:1] and dy.shape == (*x.shape[:1], *w.shape[1:]), dy, x, w)
     dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
     _linear_backward(dy, x, w, dx, dw, db)
     return dx, dw, db
@@ -116,6 +118,7 @@ def _layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias):
 @example(lambda ones: layer_norm(ones(2, 2), ones(2), ones(2), 1e-5))
 def layer_norm(x, weight, bias, eps):
     x, weight, bias = map(contiguous, (x, weight, bias))
+    require(x.shape[1:] == weight.shape == bias.shape, x, weight, bias)
     y, mean, rstd = np.empty_like(x), np.empty(len(x), x.dtype), np.empty(len(x), x.dtype)
     _layer_norm(x, weight, bias, x.dtype.type(eps), y, mean, rstd)
     return y, mean, rstd
@@ -124,6 +127,7 @@ def layer_norm(x, weight, bias, eps):
 @example(lambda ones: layer_norm_backward(ones(2, 2), ones(2, 2), ones(2), ones(2), ones(2)))
 def layer_norm_backward(dy, x, weight, mean, rstd):
     dy, x, weight, mean, rstd = map(contiguous, (dy, x, weight, mean, rstd))
+    require(dy.shape == x.shape == (*mean.shape, *weight.shape) and mean.shape == rstd.shape, dy, x, weight, mean, rstd)
     dx, partial = np.empty_like(x), np.zeros((2, blocks(len(x), PIECE), x.shape[1]), x.dtype)
     _layer_norm_backward(dy, x, weight, mean, rstd, dx, partial[0], partial[1])
     return dx, partial[0].sum(axis=0), partial[1].sum(axis=0)

@@ -2,12 +2,13 @@
 import numpy as np
 from numba import prange
 
+from ..reference import GATED
 from .activations import activate, activate_backward, kind_of
 from .compile import example, loop, pool
 from .dense import add_bias
 from .product import TILED, multiply_in_parts
-from .runtime import PIECE, SLICE, blocks, contiguous, get_threads
-from .updates import scatter_add
+from .runtime import PIECE, SLICE, blocks, contiguous, get_threads, require
+from .updates import is_below, scatter_add
 
 # The plan cuts each expert's assignments into pieces, here of at most 4 rows and for 2 threads:
 #
@@ -186,6 +187,16 @@ def _segment_rows(n):
     return max(SEGMENT, blocks(n, 32))
 
 
+def _require_fit(x, token, offsets, gate, weights, name):
+    """Refuse weights of other shapes, and assignments beyond x."""
+    w1, b1, w2, b2 = weights
+    (E, D, wide), narrow = w1.shape, w2.shape[1]
+    require(x.shape[1:] == (D,) and w2.shape == (E, narrow, D) and (b1.shape, b2.shape) == ((E, wide), (E, D))
+            and wide == narrow * (2 if name in GATED else 1), x, gate, *weights)
+    require(token.shape == gate.shape == offsets[-1:] and len(offsets) == E + 1 and is_below(token, len(x))
+            and offsets[0] == 0 and (np.diff(offsets) >= 0).all(), token, offsets)
+
+
 def _routed(ones):
     """Two rows, both at the first of two experts: the arguments of experts_forward."""
     weights = ones(2, 2, 2), ones(2, 2), ones(2, 2, 2), ones(2, 2)
@@ -195,7 +206,8 @@ def _routed(ones):
 @example(lambda ones: experts_forward(*_routed(ones)))
 def experts_forward(x, token, offsets, gate, weights, name):
     x, gate, *weights = map(contiguous, (x, gate, *weights))
-    token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
+    token, offsets = np.array(token, np.int64), np.array(offsets, np.int64)
+    _require_fit(x, token, offsets, gate, weights, name)
     (D, F), A = weights[0].shape[1:], len(token)
     saved = *_, out = tuple(np.empty(shape, x.dtype) for shape in ((A, D), A * F, (A, D)))
     pieces, _, first_piece = _plan(offsets, _segment_rows(A), get_threads())
@@ -208,7 +220,8 @@ def experts_forward(x, token, offsets, gate, weights, name):
 @example(lambda ones: experts_backward(ones(2, 2), *_routed(ones), (ones(2, 2), ones(4), ones(2, 2))))
 def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
     dy, gate, *weights = map(contiguous, (dy, gate, *weights))
-    token, offsets = np.array(token, np.int64), np.asarray(offsets, np.int64)
+    token, offsets = np.array(token, np.int64), np.array(offsets, np.int64)
+    _require_fit(dy, token, offsets, gate, weights, name)
     E, empty = len(offsets) - 1, np.diff(offsets) == 0
     pieces, first_slot, first_piece = _plan(offsets, _segment_rows(len(token)), get_threads())
     dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in weights) for n in (E, first_slot[-1]))

@@ -34,7 +34,7 @@ if not blas.KEEP_THREADS:
     with contextlib.suppress(AttributeError, OSError, TypeError):           # another C library
         _keep_memory()
 
-# set_threads(n): ValueError for n below 1, or above the number that numba was started with.
+# set_threads(n), for the calling thread: ValueError for n below 1, or above the number that numba was started with.
 set_threads, get_threads = numba.set_num_threads, numba.get_num_threads
 get_threads()           # starts the threads, so that settings that numba refuses are an error at once
 
@@ -46,9 +46,20 @@ def thread_info() -> dict:
 
 
 def contiguous(x):
-    """x as a C-contiguous, writeable array. A read-only one has another type in numba, which would compile again."""
+    """x as a C-contiguous, writeable array. A read-only one has another type in numba, which would compile again.
+
+    An axis of length 1 may have any stride; reshaped, it has the one that BLAS is told.
+    """
     x = np.asarray(x, order="C")
-    return x if x.flags.writeable else x.copy()
+    x = x if x.flags.writeable else x.copy()
+    return x.reshape(-1).reshape(x.shape) if 1 in x.shape else x
+
+
+def require(fits, *arrays):
+    """Raise ValueError unless `fits`, and all arrays have one dtype: compiled code would go beyond them."""
+    if not fits or any([x.dtype != arrays[0].dtype for x in arrays]):
+        said = ", ".join(f"{x.shape} {x.dtype}" for x in arrays)
+        raise ValueError(f"these arrays do not fit together in one kernel: {said}")
 
 
 @loop

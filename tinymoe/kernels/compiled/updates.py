@@ -3,7 +3,7 @@ import numpy as np
 from numba import prange
 
 from .compile import example, loop, pool
-from .runtime import SLICE, blocks, contiguous
+from .runtime import SLICE, blocks, contiguous, require
 
 COLUMNS = 32            # columns of one thread in a scatter-add: two cache lines of float32
 ONE_THREAD = 4 * SLICE  # up to so many elements, waking other threads costs more than it saves
@@ -24,9 +24,15 @@ def scatter_add(out, index, scale, rows):
             _add_scaled(rows[i, part], scale[i], out[index[i], part])
 
 
+def is_below(index, n):
+    """Whether all of an index are from 0 to n - 1."""
+    return not index.size or index.min() >= 0 and index.max() < n
+
+
 @example(lambda ones: add_rows(2, [0, 0], ones(2, 2)))
 def add_rows(n, index, rows):
     index, rows = np.array(index, np.int64), contiguous(rows)
+    require(index.shape == rows.shape[:1] and is_below(index, n), rows)
     y = np.zeros((n, rows.shape[1]), rows.dtype)
     scatter_add(y, index, np.ones(len(index), rows.dtype), rows)
     return y
@@ -53,7 +59,9 @@ def _adamw(parameter, gradient, m, v, decay, beta1, beta2, rate, root, eps):
 @example(lambda ones: [adamw(*(ones(size) for _ in range(4)), lr=1, betas=(0.9, 0.9), eps=1, weight_decay=0, step=1)
                        for size in (ONE_THREAD, ONE_THREAD + 1)])
 def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
-    flat = [z.reshape(-1) for z in (p, contiguous(g), m, v)]              # views: p, m and v must be contiguous
+    views = p.flags.c_contiguous and m.flags.c_contiguous and v.flags.c_contiguous
+    require(views and p.shape == g.shape == m.shape == v.shape, p, g, m, v)
+    flat = [z.reshape(-1) for z in (p, contiguous(g), m, v)]
     b1, b2 = betas
     rate, root = lr / (1 - b1**step), (1 - b2**step)**-0.5                # m and v start at zero: corrected here
     scalars = map(p.dtype.type, (1 - lr * weight_decay, b1, b2, rate, root, eps))

@@ -68,7 +68,7 @@ class Router(Module):
     learned = True
     cost = "2 N D E"  # floating-point operations and what else takes time
     shapes = {}  # parameter -> its axes: D width, E experts, V vocabulary, R the option router_width, "" a number
-    losses = {}  # coefficients of losses.LOSSES that this router needs
+    losses = {}  # coefficients of losses.LOSSES that this router needs; they hold for all layers of its model
     mean_k = False  # top_k is only the mean over tokens and may be a fraction
     top_1_only = False
     sampled = False  # while training it draws from its probs, as the policy loss needs
