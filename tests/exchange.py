@@ -11,7 +11,6 @@ import multiprocessing
 import numpy as np
 
 from tinymoe import ExpertBank, Tensor, no_grad
-from tinymoe.moe.devices import homes
 from tinymoe.moe.routing import from_mask
 
 
@@ -20,7 +19,7 @@ def exchange(bank, x, routing, n_devices):
 
     Returns y (N, D), and the rows (P, P) that were really sent, to be compared with `traffic`. x: (N, D) array.
     """
-    token_at, expert_at = homes(len(x), n_devices, "tokens"), homes(bank.n_experts, n_devices, "experts")
+    token_at, expert_at = (np.arange(n) * n_devices // n for n in (len(x), bank.n_experts))
     gates, chosen = routing.to_dense().data, routing.mask()
     context = multiprocessing.get_context("spawn")
     links = {(p, q): context.Pipe() for p in range(n_devices) for q in range(p + 1, n_devices)}

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from tinymoe import ModelConfig, Tensor, Transformer, gradcheck
+import naive
+from tinymoe import ModelConfig, RouteContext, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.layers.attention import CausalSelfAttention
 from tinymoe.layers.latent_attention import LatentAttention
@@ -280,3 +281,13 @@ def test_attention_over_nothing_is_empty(layer, shape, both_kernels):
 def test_attention_without_a_width_is_refused():
     with pytest.raises(ValueError, match="d > 0"):
         CausalSelfAttention(0, 2, np.random.default_rng(0))(Tensor(np.zeros((1, 4, 0), np.float32)))
+
+
+def test_the_second_head_by_hand():
+    """From each state but the last and the embedding of its target: the loss of the target after it."""
+    m = model(mtp_coef=1.0)
+    head, states, targets = m.next_but_one, m.forward(IDS).states, (IDS + 1) % 7
+    both = [head.state_norm(states[:, :-1]).data, head.next_norm(m.token_embedding(targets[:, :-1])).data]
+    joined = Tensor(np.concatenate(both, axis=-1) @ head.join.weight.data)
+    logits = m.read_out(head.block(joined, RouteContext())[0]).data.reshape(-1, 7)
+    assert head.loss(m, states, targets).item() == pytest.approx(naive.cross_entropy(logits, targets[:, 1:].ravel()))

@@ -76,3 +76,11 @@ def test_the_real_exchange_gives_the_same_output_and_sends_what_was_simulated(n_
     y, rows = exchange(bank, x, r, n_devices)
     np.testing.assert_allclose(y, bank(Tensor(x), r).data, atol=1e-12)
     np.testing.assert_array_equal(rows, comm.traffic(r, n_devices, d).rows)
+
+
+def test_the_busiest_device_decides_and_not_the_busiest_link():
+    """Device 0 sends a row to each of two others: 8 bytes at 1 a second, out and in again."""
+    rows = np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0]])
+    for each in (rows, rows.T):
+        t = comm.Traffic(each, np.array([0, 1, 1]), np.array([2]), row_bytes=4)
+        assert t.seconds(bandwidth=1, flops=1, flops_per_assignment=0) == 16 and t.largest_link == 4

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+import naive_routing
 from tinymoe import ModelConfig, Tensor, Transformer
 from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS
@@ -20,6 +21,7 @@ from tinymoe.moe import metrics
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask
 from tinymoe.study import figures, gathered, measures, report
+from tinymoe.study.probes import rerouted
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.rows import RunRecord
 from tinymoe.study.statistics import Contrast
@@ -482,3 +484,59 @@ def test_measures_take_any_model(corpora, changes):
     trainer = Trainer(Transformer(run.model, run.seed), run, corpora[None])
     for measure in (measures.influence, measures.gradient_noise, *[measures.traffic] * bool(run.model.moe_layers)):
         assert all(number is None or np.isfinite(number) for number in measure(trainer).values())
+
+
+def test_the_traffic_of_a_run_by_loops(corpora, monkeypatch):
+    """Two devices of two experts; two batches of a layer. Rows have 4 bytes a number; a device does 1e11 a second."""
+    run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    rng, mean = np.random.default_rng(0), lambda numbers: pytest.approx(sum(numbers) / len(numbers))
+    masks = [rng.random((8, 4)) < chance for chance in (.3, .7)]
+    routings = [from_mask(mask, *[Tensor(np.ones((8, 4)))] * 3) for mask in masks]
+    monkeypatch.setattr(measures, "losses_and_routings", lambda *a, **k: (None, [routings]))
+    trainer = Trainer(Transformer(run.model, run.seed), run, corpora[None])
+    found, d, f = measures.traffic(trainer), run.model.d_model, run.model.expert_width
+    assert {int(name.split("_")[1]) for name in found} == {1, 2, 4}
+    parts = [naive_routing.traffic(mask, 2) for mask in masks]
+    away = [rows[0, 1] + rows[1, 0] for rows, _ in parts]
+    assert found["sent_2"] == mean([2 * 4 * d * n / 8 for n in away])
+    assert found["link_2"] == mean([4 * d * max(rows[0, 1], rows[1, 0]) / 8 for rows, _ in parts])
+    assert found["reach_2"] == mean([rows.sum() / 8 for rows, _ in parts])
+    assert found["slowest_2"] == mean([work.max() / work.mean() for _, work in parts])
+    seconds = [2 * 4 * d * max(rows[0, 1], rows[1, 0]) / 1e9 + work.max() * 4 * d * f / 1e11 for rows, work in parts]
+    assert found["path_2"] == mean([1e6 * each for each in seconds])
+
+
+def test_the_costs_of_changed_routes_by_loops(corpora):
+    """Each change of each expert in each layer, one after the other, by the losses of the domains."""
+    run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    trainer = Trainer(Transformer(run.model, run.seed), run, corpora[None])
+    valid, model = trainer.validation(2), trainer.model
+    nats = losses_and_routings(model, valid, causal=False)[0]
+    found = measures.counterfactuals(model, valid, nats)
+    for name, change in (("drop", measures.drop), ("swap", measures.swap), ("force", measures.force)):
+        costs = []
+        for layer in model.moe_parts():
+            for e in range(run.model.n_experts):
+                with rerouted(change(e), layer):
+                    changed = losses_and_routings(model, valid, causal=False)[0]
+                costs.append([(changed - nats)[valid.domain == d].mean() for d in range(len(valid.names))])
+        assert found[f"{name}_cost"] == pytest.approx(np.mean(costs), abs=1e-6)
+        assert found[f"{name}_spread"] == pytest.approx(np.mean([np.std(each) for each in costs]), abs=1e-6)
+    assert found["force_cost"] != found["drop_cost"]
+
+
+def test_quantities_of_a_row_by_hand():
+    """Loads 6, 2, 0, 0 of 8 bytes with K = 1; ln 4 = 1.3863."""
+    layer = {"load": [6, 2, 0, 0], "token_coverage": 0.75, "router_entropy": 0.5, "marginal_entropy": 1.0,
+             "mutual_information": 0.3, "mutual_information_null": 0.1, "byte_information": 0.9,
+             "byte_information_null": 0.2, "byte_known": 0.6, "domain_known": 0.2}
+    worse = layer | {"load_cv": 2.0, "dead_experts": 3}
+    log = [{"step": 0, "layers": [layer | {"load_cv": 9.0, "dead_experts": 4}]}, {"step": 5, "layers": [worse]},
+           {"step": 9, "layers": [layer | {"load_cv": 1.0, "dead_experts": 2}]}]
+    final = {"layers": [layer], "causal_cross_entropy": 0.5, "val_cross_entropy": 0.4}
+    measured = {"loss_by_prefix": 2.5, "loss_by_threshold": 2.25}
+    run = RunRecord("a", {"model": {}}, log, {"final": final, "measured": measured})
+    wanted = {"prefix_cost": 0.25, "token_perplexity": np.exp(2.0), "lost_all": 0.25, "leak": 0.1,
+              "router_entropy_share": 0.5 / np.log(4), "marginal_entropy_share": 1 / np.log(4), "mi_excess": 0.2,
+              "byte_excess": 0.7, "byte_over_domain": 0.5, "known_gap": 0.4, "worst_cv": 2.0, "worst_dead": 3}
+    assert {name: value(run, name) for name in wanted} == {name: pytest.approx(x) for name, x in wanted.items()}

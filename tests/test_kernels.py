@@ -345,8 +345,12 @@ def test_threads_are_reported(threads):
     assert {"threading_layer", "blas", "numba"} <= info.keys()
 
 
+ONLY_NUMBA = pytest.mark.parametrize("both_kernels", [pytest.param("numba", marks=pytest.mark.slow)], indirect=True)
+
+
+@ONLY_NUMBA
 def test_compile_all_reports_seconds(both_kernels):
-    assert kernels.compile_all(np.float64) > 0 or both_kernels == "numpy"
+    assert kernels.compile_all(np.float64) > 0
 
 
 # ---- every kernel twice --------------------------------------------------------------------------
@@ -360,22 +364,23 @@ def test_every_kernel_has_a_twin_with_the_same_arguments_and_an_example(both_ker
         assert sorted(kernel.__name__ for kernel in compile.EXAMPLES) == kernels.KERNELS
 
 
+@pytest.mark.skipif(not COMPILED, reason="with the compiler off the sizes are small")
+@ONLY_NUMBA
 def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
-    if both_kernels == "numba" and COMPILED:
-        from tinymoe.kernels.compiled import attention, dense, experts, product, runtime, updates
-        assert MANY > dense.LINEAR_ROWS > product.ROWS and product.DEPTH < 70
-        assert TILE_COLUMNS > dense.LINEAR_COLUMNS > product.COLUMNS
-        assert MANY > 2 * experts.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
-        assert ENTRIES > ONE_THREAD > runtime.SLICE and ONE_THREAD == updates.ONE_THREAD
+    from tinymoe.kernels.compiled import attention, dense, experts, product, runtime, updates
+    assert MANY > dense.LINEAR_ROWS > product.ROWS and product.DEPTH < 70
+    assert TILE_COLUMNS > dense.LINEAR_COLUMNS > product.COLUMNS
+    assert MANY > 2 * experts.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
+    assert ENTRIES > ONE_THREAD > runtime.SLICE and ONE_THREAD == updates.ONE_THREAD
 
 
+@ONLY_NUMBA
 def test_the_plan_of_the_experts_is_the_one_that_is_drawn_beside_it(both_kernels):
-    if both_kernels == "numba":
-        from tinymoe.kernels.compiled import experts
-        pieces, first_slot, first_piece = experts._plan(np.array([0, 10, 12, 12, 17]), 4, 2)
-        assert pieces.tolist() == [[0, 0, 3, -1], [0, 3, 6, 0], [0, 6, 10, 1],
-                                   [1, 10, 12, -1], [3, 12, 14, -1], [3, 14, 17, 2]]
-        assert first_slot.tolist() == [0, 2, 2, 2, 3] and first_piece.tolist() == [0, 3, 6]
+    from tinymoe.kernels.compiled import experts
+    pieces, first_slot, first_piece = experts._plan(np.array([0, 10, 12, 12, 17]), 4, 2)
+    assert pieces.tolist() == [[0, 0, 3, -1], [0, 3, 6, 0], [0, 6, 10, 1],
+                               [1, 10, 12, -1], [3, 12, 14, -1], [3, 14, 17, 2]]
+    assert first_slot.tolist() == [0, 2, 2, 2, 3] and first_piece.tolist() == [0, 3, 6]
 
 
 # ---- arrays that do not fit ----------------------------------------------------------------------
@@ -413,11 +418,11 @@ def misfits():
     yield "adamw view", lambda: kernels.adamw(of(4, 4), of(4, 4), of(4, 4).T, of(4, 4), step=1, **ADAMW)
 
 
+@ONLY_NUMBA
 @pytest.mark.parametrize("name, call", list(misfits()), ids=[name for name, _ in misfits()])
-def test_arrays_that_do_not_fit_are_refused_before_compiled_code_goes_beyond_them(name, call):
-    if kernels.active() == "numba":
-        with pytest.raises(ValueError, match="do not fit together in one kernel"):
-            call()
+def test_arrays_that_do_not_fit_are_refused_before_compiled_code_goes_beyond_them(both_kernels, name, call):
+    with pytest.raises(ValueError, match="do not fit together in one kernel"):
+        call()
 
 
 def test_heads_of_width_1_may_have_any_stride():

@@ -4,9 +4,11 @@ import math
 import numpy as np
 import pytest
 
+import naive_routing
 from tinymoe import ExpertBank, Tensor
 from tinymoe.moe import metrics
 from tinymoe.moe.routing import from_mask, limit_capacity
+from tinymoe.training.evaluation import Validation, layer_numbers
 
 
 def routing(gates, probs=None):
@@ -241,3 +243,22 @@ def test_labels_may_have_any_integer_dtype():
     null = [metrics.shuffled_information(chosen.astype(int), labels.astype(dtype), 256, np.random.default_rng(1))
             for dtype in (np.uint8, int)]
     assert null[0] == null[1]
+
+
+def test_the_numbers_of_a_layer_by_loops():
+    """Two batches of two windows of three bytes: the mean of both MaxVios is not that of the whole."""
+    rng = np.random.default_rng(0)
+    masks = [rng.random((6, 4)) < chance for chance in ([.9, .2, .2, .1], [.1, .2, .2, .9])]
+    ids, domain = rng.integers(0, 5, (4, 3)), np.array([0, 1, 0, 1])
+    routings = [from_mask(mask, *[Tensor(np.full((6, 4), .25))] * 3) for mask in masks]
+    found = layer_numbers(routings, Validation(ids, ids, domain, ("x", "y"), 2))
+    whole = np.concatenate(masks)
+    each = [naive_routing.violation(mask.sum(axis=0)) for mask in masks]
+    assert found["max_violation_batch"] == pytest.approx(sum(each) / 2)
+    assert found["max_violation"] == pytest.approx(naive_routing.violation(whole.sum(axis=0))) != sum(each) / 2
+    tables = [naive_routing.label_load(whole, labels, n) for labels, n in (
+        (ids.ravel(), 5), (np.repeat(domain, 3), 2))]
+    assert found["byte_information"] == pytest.approx(naive_routing.mutual_information(tables[0]))
+    assert found["mutual_information"] == pytest.approx(naive_routing.mutual_information(tables[1]))
+    assert found["domain_load"] == tables[1].tolist()
+    assert found["repetition"] == pytest.approx(naive_routing.repetition(whole, 3))

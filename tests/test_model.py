@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
+import naive
+import naive_routing
 from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck
 from tinymoe.autograd import functional as F
 from tinymoe.files import CheckpointError, save_arrays
@@ -15,7 +17,7 @@ from tinymoe.model.counting import count
 from tinymoe.model.upcycling import upcycle
 from tinymoe.moe import losses, routers
 from tinymoe.moe.routers import ROUTERS
-from tinymoe.moe.routing import from_mask, largest
+from tinymoe.moe.routing import from_mask, largest, limit_capacity
 from tinymoe.training.evaluation import first_nonfinite
 
 SMALL = dict(vocab_size=7, n_layers=2, d_model=4, n_heads=2, d_ff=6, seq_len=5, moe_layers=(1,), n_experts=3, top_k=2)
@@ -580,3 +582,46 @@ def test_layers_that_do_not_rise_have_one_router():
     assert ModelConfig(**SMALL | dict(moe_layers=(1, 0), router="hash")).moe_layers == (0, 1)
     with pytest.raises(ValueError, match=r"moe_layers \[1, 0\] must rise where router is a list"):
         ModelConfig(**SMALL | dict(moe_layers=(1, 0), router=["hash", "top_k"]))
+
+
+def test_losses_over_devices_have_the_devices_of_the_config():
+    m = model(n_experts=4, n_devices=2, max_devices=2, losses={"device": 1.0, "communication": 1.0})
+    output = m.forward(IDS)
+    r, terms = output.routings[0], m.loss_terms(output, TARGETS)
+    assert terms.device.item() == pytest.approx(naive_routing.device_balance(r.mask(), r.probs.data, 2))
+    assert terms.communication.item() == pytest.approx(naive_routing.communication(r.mask(), r.probs.data, 2, 2))
+
+
+@pytest.mark.parametrize("loss", ["device", "global_batch", "balance"])
+def test_losses_count_what_was_wanted(loss):
+    """Loads (6, 2, 1, 0) become (3, 2, 1, 0)."""
+    scores = Tensor(np.eye(4)[[0] * 6 + [1] * 2 + [2]] + 0.1)
+    routing = from_mask(scores.data > 1, scores, scores, scores)
+    context = losses.LossContext(None, 9, n_devices=2, recent_share=np.zeros(4), balance_batches=4)
+    of = losses.LOSSES[loss].of
+    assert of(limit_capacity(routing, 4 / 3, 1), context).item() == of(routing, context).item()
+
+
+def test_a_block_with_norms_behind_its_parts():
+    """Grok-1: x + norm(attention(norm(x))), then the same around the dense layer."""
+    m = model(post_norm=True, moe_layers=())
+    block, x = m.blocks[0], np.random.default_rng(0).standard_normal((2, 5, 4))
+    for i, norm in enumerate((block.norm1, block.norm2, block.post1, block.post2)):
+        norm.weight.data = norm.weight.data * (i + 2)
+
+    def norm(layer, z):
+        rows = naive.layer_norm(z.reshape(-1, 4), layer.weight.data, layer.bias.data, 1e-5)
+        return rows.reshape(z.shape)
+
+    y = x + norm(block.post1, block.attention(Tensor(norm(block.norm1, x))).data)
+    want = y + norm(block.post2, block.feed_forward(Tensor(norm(block.norm2, y))).data)
+    np.testing.assert_allclose(block(Tensor(x), RouteContext())[0].data, want)
+
+
+def test_the_last_weights_of_a_branch_start_smaller():
+    """0.02 / sqrt(2 L), because 2 L branches add up (GPT-2)."""
+    m = Transformer(ModelConfig(n_layers=8, d_model=64, d_ff=128, moe_layers=(1,), n_heads=2), seed=0)
+    for weight in (m.blocks[0].attention.out.weight, m.blocks[0].feed_forward.down.weight,
+                   m.blocks[1].feed_forward.experts.w2):
+        assert weight.data.std() == pytest.approx(0.02 / 4, rel=0.05)
+    assert m.blocks[1].feed_forward.experts.w1.data.std() == pytest.approx(0.02, rel=0.05)

@@ -124,6 +124,10 @@ def test_work_by_hand():
     assert params.count(a)[-1].flops == 76 and params.count(a, context=7)[-1].flops == 76 + 56
     two = dataclasses.replace(a, n_layers=2, windows=[3, 0])  # 3 and 7 positions, or 2 and 2 of a context of 2
     assert [params.count(two, context=n)[-1].flops - params.count(two)[-1].flops for n in (7, 2)] == [80, 32]
+    latent = dataclasses.replace(a, attention="latent", kv_rank=1, rope_dim=2, head_dim=2, v_dim=4, q_rank=0)
+    assert params.count(latent, context=7)[-1].flops - params.count(latent)[-1].flops == 2 * 7 * (2 + 2 + 4)
+    mixture = dataclasses.replace(a, moe_layers=(0,), n_experts=3, top_k=2, n_shared=1)  # three of four, and D x E
+    assert params.count(mixture)[-1].flops == 76 + 2 * (2 * 12 + 2 * 3)
     in_text = params.count(two, length=6)[-1].flops - params.count(two)[-1].flops  # 3 - 9/12 and 6 - 36/12 positions
     assert in_text == 8 * (2.25 + 3)
     tied = params.count(dataclasses.replace(a, tied=True))[-1]

@@ -750,3 +750,35 @@ def test_a_loss_is_the_mean_over_domains_and_is_kept_by_stretches_of_text():
     many = evaluation.Validation(np.zeros((50, 1)), None, np.zeros(50, int), ("a",), 2)
     parts = evaluation.losses_by_part(np.arange(50.0)[:, None], many)["a"]
     assert len(parts) == evaluation.N_STRETCHES and parts[:3] == [1, 4, 6.5]  # windows 0 to 2, 3 to 5, 6 and 7
+
+
+# -- what a step does with the plan --
+
+def trainer_of(corpus, config_id="F", **training):
+    run = tiny(config_id, **training)
+    return t.Trainer(tm.Transformer(run.model, run.seed), run, corpus)
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_plan(corpus):
+    trainer = trainer_of(corpus, max_norm=1e-3)
+    trainer.advance()
+    norm = sum(float((p.grad.astype(float) ** 2).sum()) for p in trainer.parameters.values() if p.grad is not None)
+    assert norm ** 0.5 == pytest.approx(1e-3, rel=1e-4) and trainer.since_row[-1]["gradient_norm"] > 1e-2
+
+
+def test_the_optimizer_has_the_weight_decay_of_the_plan(corpus):
+    """Decay holds for matrices of linear layers, router and experts, and for nothing else."""
+    trainer = trainer_of(corpus, weight_decay=0.25)
+    assert trainer.optimizer.weight_decay == 0.25
+    decayed = {"blocks.1.feed_forward.router.weight", "blocks.1.feed_forward.router.noise",
+               "blocks.1.feed_forward.experts.w1", "blocks.1.feed_forward.experts.w2",
+               "blocks.0.feed_forward.up.weight", "blocks.0.feed_forward.down.weight", "head.weight",
+               *(f"blocks.{i}.attention.{name}.weight" for i in (0, 1) for name in ("query", "key", "value", "out"))}
+    assert set(trainer.parameters) - trainer.optimizer.no_decay == decayed
+
+
+def test_a_row_holds_means_over_the_steps_since_the_row_before(corpus, tmp_path):
+    losses = []
+    t.train(tiny(), corpus, tmp_path, lambda event: losses.append(event.loss) if event.kind == "step" else None)
+    rows = files.read_rows(tmp_path / "log.jsonl")
+    assert [row["cross_entropy"] for row in rows[1:]] == pytest.approx([sum(losses[i:i + 2]) / 2 for i in (0, 2, 4)])
