@@ -342,12 +342,10 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     from tinymoe.study.runner import run_study
     from tinymoe.tools.progress import Progress
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
-    if extend:
-        from tinymoe.training.run_folder import RunFolder
-        for run in runs:
-            RunFolder(out / "runs" / run.run_id).lengthen(run)
     with _refusing(ValueError, OSError):
         todo = remaining(runs, out, text, fresh)
+        if extend and todo:
+            _lengthen(todo, out, text)
     if len(todo) < len(runs):
         click.echo(f"{len(runs) - len(todo)} of {len(runs)} runs are finished in {out}")
     if not todo:
@@ -367,6 +365,16 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         failures = run_study(todo, out, text, jobs, fresh, progress.note, scheduler)
     _say_failures(failures)
     return failures
+
+
+def _lengthen(runs, out, text):
+    """Let those that are there go on to more steps: all of them, or none where one cannot."""
+    from tinymoe.training.data import load_corpus
+    from tinymoe.training.run_folder import RunFolder
+    corpus = load_corpus(text, runs[0].model.seq_len)
+    for change in (RunFolder.longer, RunFolder.lengthen):
+        for run in runs:
+            change(RunFolder(out / "runs" / run.run_id), run, corpus)
 
 
 def _say_failures(failures):

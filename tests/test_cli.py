@@ -242,6 +242,34 @@ def test_only_the_steps_may_differ_in_what_is_extended(text, tmp_path):
     assert (tmp_path / "runs/F-seed0/summary.json").exists()
 
 
+def test_nothing_is_extended_unless_all_can_be(text, tmp_path):
+    """Not for a text that is missing or another, and not for one of two runs."""
+    assert study(text, tmp_path, "--config", "F", "--seeds", 2)[0] == 0
+    (tmp_path / "other.txt").write_text(" ".join(map(str, range(3000))))
+    config = tmp_path / "runs/F-seed1/config.json"
+    good, before = config.read_text(), snapshot(tmp_path / "runs")
+    for where in (tmp_path / "nowhere", tmp_path / "other.txt"):
+        code, output = study(where, tmp_path, "--config", "F", "--seeds", 2, "--extend", steps=12)
+        assert code == 1 and output.count("\n") == 1 and snapshot(tmp_path / "runs") == before
+    for damaged in ("{", good.replace('"steps": 6', '"steps": "6"'), good[:-2] + ', "extended": 5}'):
+        config.write_text(damaged)
+        code, output = study(text, tmp_path, "--config", "F", "--seeds", 2, "--extend", steps=12)
+        assert code == 1 and "is not the JSON object that a run writes" in output
+        assert snapshot(tmp_path / "runs/F-seed0") == {
+            name[len("F-seed0/"):]: content for name, content in before.items() if name.startswith("F-seed0/")}
+
+
+def test_fresh_drops_no_row_before_its_text_is_read(text, tmp_path):
+    assert study(text, tmp_path, "--config", "F")[0] == 0
+    assert CliRunner().invoke(cli.main, ["compact", str(tmp_path)]).exit_code == 0
+    shutil.rmtree(tmp_path / "runs")
+    before = (tmp_path / "runs.jsonl").read_text()
+    assert study(tmp_path / "nowhere", tmp_path, "--config", "F", "--fresh")[0] == 1
+    (tmp_path / "runs").write_text("a file")
+    assert study(text, tmp_path, "--config", "F", "--fresh")[0] == 1
+    assert (tmp_path / "runs.jsonl").read_text() == before
+
+
 def in_compiled_code(*args):
     """What Python makes of a Ctrl-C that comes in compiled code."""
     raise SystemError("returned a result with an exception set") from KeyboardInterrupt()

@@ -83,6 +83,11 @@ def test_nothing_is_planned_twice_and_every_claim_has_a_place():
 @pytest.mark.parametrize("changed, message", [
     ({"exploratory": (Contrast("load_cv", "learned", minus="topp-2"),)}, "no setting is called topp-2"),
     ({"settings": EXPERIMENTS["frozen"].settings * 2}, "two settings have one id"),
+    ({"name": "../x"}, "'../x' names a folder"), ({"name": ""}, "'' names a folder"),
+    ({"settings": (lab.Setting("a/b", ""),), "exploratory": (), "primary": (), "claims": (), "crossings": ()},
+     "'a/b' names a folder"),
+    ({"settings": (), "exploratory": (), "primary": (), "claims": (), "crossings": ()}, "needs a setting and a seed"),
+    ({"seeds": 0}, "needs a setting and a seed"),
     ({"metrics": ("mega_flops",)}, r"no quantity mega_flops: did you mean megaflops\?"),
     ({"exploratory": (Contrast("causal_loss:poetry", "learned"),)}, "no quantity causal_loss:poetry"),
     ({"crossings": (("xyz", "learned", "frozen"),)}, "no quantity xyz: no row holds it"),
@@ -540,3 +545,18 @@ def test_quantities_of_a_row_by_hand():
               "router_entropy_share": 0.5 / np.log(4), "marginal_entropy_share": 1 / np.log(4), "mi_excess": 0.2,
               "byte_excess": 0.7, "byte_over_domain": 0.5, "known_gap": 0.4, "worst_cv": 2.0, "worst_dead": 3}
     assert {name: value(run, name) for name in wanted} == {name: pytest.approx(x) for name, x in wanted.items()}
+
+
+@pytest.mark.parametrize("rows", ["", None])
+def test_an_experiment_without_a_finished_run_is_absent_from_the_gathered_document(corpora, tmp_path, rows):
+    """An empty runs.jsonl, or a sweep run alone."""
+    finish(EXPERIMENTS["fine-grained"], corpora, tmp_path / "experiments/fine-grained", 1)
+    place = tmp_path / "experiments/frozen"
+    if rows is None:
+        run = dataclasses.replace(next(toy_runs(EXPERIMENTS["frozen"])), config_id="learned@0.001", seed=100)
+        train(run, corpora[None], place / "runs" / run.run_id)
+    else:
+        place.mkdir()
+        (place / "runs.jsonl").write_text(rows)
+    found, absent = gathered.published_results(tmp_path, lab.STUDY, EXPERIMENTS.values())
+    assert [one.experiment.name for one in found] == ["fine-grained"] and EXPERIMENTS["frozen"] in absent

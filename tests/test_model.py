@@ -625,3 +625,28 @@ def test_the_last_weights_of_a_branch_start_smaller():
                    m.blocks[1].feed_forward.experts.w2):
         assert weight.data.std() == pytest.approx(0.02 / 4, rel=0.05)
     assert m.blocks[1].feed_forward.experts.w1.data.std() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("text, match", [
+    ("import sys; sys.exit(0)", "SystemExit: 0"), ("raise GeneratorExit('no')", "GeneratorExit: no"),
+    ("from tinymoe.moe.losses import LOSSES, Loss\nLOSSES['z'] = Loss('mine', None)", "named 'z' already"),
+    ("from tinymoe.moe.routers import ROUTERS, TopK\nROUTERS['top_k'] = type('A', (TopK,), {})",
+     "named 'top_k' already"),
+    ("from tinymoe.moe.routers import ROUTERS\nROUTERS['foo'] = 5", "ROUTERS..foo.. must be a Router")])
+def test_a_file_that_ends_the_program_or_takes_our_names_is_refused(tmp_path, monkeypatch, text, match):
+    monkeypatch.setitem(routers.ROUTERS, "foo", None)
+    del routers.ROUTERS["foo"]  # and again after the test
+    before = dict(routers.ROUTERS), dict(losses.LOSSES)
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        routers.load_file(tmp_path / "mine.py")
+    routers.ROUTERS.pop("foo", None)
+    assert before == (routers.ROUTERS, losses.LOSSES)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    m = model()
+    m.head.weight.data[0, 0] = np.nan
+    m.save(tmp_path / "m.npz")
+    with pytest.raises(CheckpointError, match="head.weight is not finite"):
+        Transformer.load(tmp_path / "m.npz")

@@ -168,3 +168,19 @@ def test_in_a_browser_the_page_shows_rows_as_they_appear(done, tmp_path, monkeyp
     assert first["curve"] == 2 and second["curve"] == 4 and first["maps"] == second["maps"] == 1
     assert first["rects"] == 2 * 4 and second["rects"] == 4 * 4
     assert first["bytes"] == second["bytes"] == 16 and "step 6" in second["routes"]
+
+
+def test_a_name_that_is_too_long_and_a_page_that_is_closed_are_no_errors(done, tmp_path, capsys):
+    begin(done, tmp_path / "out")
+    with serving(tmp_path / "out") as address, pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{address}/routes/{'a' * 300}")
+    server = watch.serve(tmp_path / "out")
+    try:
+        for error in (BrokenPipeError(), ConnectionResetError()):
+            try:
+                raise error
+            except OSError:
+                server.handle_error(None, None)
+    finally:
+        server.server_close()
+    assert capsys.readouterr().err == ""

@@ -63,7 +63,8 @@ def write_atomically(path, content, follow=False):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that is read-only refuses this too
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a full disk names no file
             advice = "make room, or choose another folder" if path.parent.exists() else "its folder vanished"
             raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from None

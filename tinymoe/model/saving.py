@@ -27,7 +27,12 @@ def load(cls, path: str | Path):
 
 
 def from_arrays(cls, config: dict, arrays: dict[str, np.ndarray]):
-    """The Transformer of a config, given as a dict, with these weights. Raises ValueError where they do not fit."""
+    """The Transformer of a config, given as a dict, with these weights.
+
+    Raises ValueError where they do not fit, or are not finite.
+    """
+    if bad := [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
+        raise ValueError(f"{bad[0]} is not finite")
     config = ModelConfig.from_dict(config)
     require_size(config, sum(array.size for array in arrays.values()))
     model = cls(config, dtype=next(iter(arrays.values())).dtype)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 
@@ -165,6 +166,11 @@ class Experiment:
             require_known([*self.metrics, *(one.metric for one in contrasts), *(name for name, *_ in self.crossings),
                            *drawn])
         known = {s.id for s in self.settings}
+        if bad := [name for name in (self.name, *known) if not re.fullmatch(r"[\w+][\w.+-]*", str(name))]:
+            raise ValueError(f"experiment {self.name!r}: {bad[0]!r} names a folder, so it must be of letters, digits "
+                             "and the signs . _ + -")
+        if not known or self.seeds < 1:
+            raise ValueError(f"experiment {self.name}: it needs a setting and a seed")
         if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
         if len(known) < len(self.settings):

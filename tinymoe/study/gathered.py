@@ -28,8 +28,7 @@ from .report import (
     warnings,
     write_paragraphs,
 )
-from .results import Results
-from .rows import COMPACT
+from .results import NothingFinished, Results
 from .statistics import MARGIN
 from .wording import GLOSSARY, METHODS
 
@@ -64,9 +63,9 @@ def published_results(published, study: Experiment, experiments) -> tuple[list[R
     found, absent = [], []
     for experiment in (study, *experiments):
         folder = Path(published, place_of(experiment))
-        if Path(folder, COMPACT).exists() or any(folder.glob("runs/*/summary.json")):
+        try:
             found.append(Results(experiment, folder))
-        else:
+        except NothingFinished:
             absent.append(experiment)
     if not found:
         raise ValueError(f"{published}: no finished run in full/ and experiments/: train some first")
@@ -76,7 +75,7 @@ def published_results(published, study: Experiment, experiments) -> tuple[list[R
 def require_ours(published):
     """Raise ValueError if there is a FINDINGS.md that `gather` did not write."""
     path = Path(published, "FINDINGS.md")
-    if path.exists() and not path.read_text(encoding="utf-8").startswith(f"{HEADING}\n"):
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(f"{HEADING}\n"):
         raise ValueError(f"{path} was not made by this program: move it away, or give another folder")
 
 

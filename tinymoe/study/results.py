@@ -53,13 +53,18 @@ def lowest(losses: dict[float, float]) -> float:
     return min(losses, key=lambda rate: (losses[rate], rate))
 
 
+class NothingFinished(ValueError):
+    """A folder without a finished run of an experiment."""
+
+
 class Results:
     """The finished runs of an experiment under `folder`, by setting, and its comparisons.
 
     primary: a Comparison for each Primary of the experiment, in their order. exploratory: Comparisons of those that
     have runs. sweep: see `sweep_losses`; its runs are in `sweep_runs`.
 
-    Raises ValueError where no run is finished, and where runs that would be averaged differ in more than the seed.
+    Raises ValueError where runs that would be averaged differ in more than the seed; NothingFinished, one, where no run
+    is finished.
     """
 
     def __init__(self, experiment: Experiment, folder):
@@ -71,7 +76,7 @@ class Results:
         self.runs = [run for runs in self.groups.values() for run in runs]
         if not self.runs:
             others = ", ".join(sorted({run.config_id for run in self.all_runs if run.state == "finished"}))
-            raise ValueError(f"{folder}: no finished run of the experiment {experiment.name}: " + (
+            raise NothingFinished(f"{folder}: no finished run of the experiment {experiment.name}: " + (
                 f"its runs are of {others}, so name their experiment (report --experiment)" if others else
                 "train some first"))
         for runs in self.groups.values():

@@ -153,11 +153,13 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
 
     A sweep run that failed counts as finished: at its rate training does not stay finite. fresh: all, and their rows
     are taken out of the file. Raises ValueError where a row is of other settings, and for a run that starts from one
-    whose folder is gone.
+    whose folder is gone; CorpusError for a text that cannot be read.
     """
     rows, ids, runs = list(_compact_runs(Path(out, COMPACT))), {plan.run_id for plan in plans}, Path(out, "runs")
     if fresh:
         if any(run.run_id in ids for run in rows):
+            load_corpus(text, plans[0].model.seq_len)  # what training needs: rows that are gone do not come back
+            runs.mkdir(parents=True, exist_ok=True)
             _write_compact(out, [run for run in rows if run.run_id not in ids])
         return list(plans)
     failed = [_folder_run(runs / plan.run_id) for plan in plans

@@ -1,6 +1,7 @@
 """A page on 127.0.0.1 that follows the runs of a folder while they train: losses, loads and routes. It only reads."""
 
 import json
+import sys
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -77,7 +78,14 @@ def page() -> str:
 
 def serve(folder, port: int = 0) -> ThreadingHTTPServer:
     """A server of this folder on 127.0.0.1; port 0 takes a free one. Call its serve_forever(). Raises OSError."""
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, Path(folder)))
+    return _Server(("127.0.0.1", port), partial(_Handler, Path(folder)))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, address):
+        """Nothing: a page that is closed or loaded again ends its connection."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -101,8 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def _send_routes(self, name):
-        run = self.folder / "runs" / name
-        if run.parent != self.folder / "runs" or not run.is_dir() or name.startswith("."):
+        runs = self.folder / "runs"  # compared by name: a name may be too long for the file system
+        run = next((place for place in runs.glob("*") if place.name == name and place.is_dir()), None)
+        if run is None or name.startswith("."):
             return self.send_error(404)
         try:
             self._send(view.page(run), "text/html")

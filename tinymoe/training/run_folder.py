@@ -6,7 +6,6 @@ checkpoint alone, so a resumed run ends with the same bits as one that was never
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -21,7 +20,7 @@ except ImportError:  # not a POSIX system: runs are not locked
 from .. import files
 from ..files import CheckpointError
 from . import checkpoint
-from .identity import RunError, differing, processors, with_defaults
+from .identity import RunError, describe, differing, processors, with_defaults
 from .lease import Lease
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
@@ -141,29 +140,40 @@ class RunFolder:
             with contextlib.suppress(OSError):  # it does not exist, or holds files of the user
                 routings.rmdir()
 
-    def lengthen(self, plan):
-        """Let the run that is there, if there is one, go on to the steps of `plan`, which must be alike in all else.
+    def longer(self, plan, corpus) -> dict | None:
+        """config.json of the run that is there, going on to the steps of `plan`; None without a run, or a shorter one.
 
-        config.json notes it under `extended`: at which step, from and to how many steps. From there on the learning
-        rate follows the schedule of the longer run. Raises RunError for another run, CheckpointError without a
-        checkpoint.
+        It notes under `extended` at which step, from and to how many steps. Raises RunError where the run differs in
+        more than its steps, CheckpointError without a checkpoint.
         """
         path, steps = self.path / "config.json", plan.training.steps
         if not path.exists():
-            return
-        with self.locked():
+            return None
+        try:
             found = files.read_json(path)
-            before = found.get("training", {}).get("steps", steps)
+            before = found["training"]["steps"]
             if before >= steps:
-                return
-            longer = found | {"training": found["training"] | {"steps": steps}}
-            wanted = longer | {"model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training)}
-            if different := differing(longer, wanted):
-                raise RunError(f"{self.path} differs in more than its steps ({'; '.join(different)}): not extended")
+                return None
+            config = found | {"training": found["training"] | {"steps": steps}}
+            different = differing(config, describe(plan, corpus))
             at = files.load_arrays(self.path / "checkpoint.npz", "checkpoint")[1]["step"]
-            (self.path / "summary.json").unlink(missing_ok=True)  # first: after a crash the old command ends it again
-            files.write_json(path, longer | {"extended": [*found.get("extended", []),
-                                                          {"step": at, "from": before, "to": steps}]})
+            config["extended"] = [*found.get("extended", []), {"step": at, "from": before, "to": steps}]
+        except (ValueError, TypeError, AttributeError, KeyError):
+            raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
+        if different:
+            raise RunError(f"{self.path} differs in more than its steps ({'; '.join(different)}): not extended")
+        return config
+
+    def lengthen(self, plan, corpus):
+        """Let the run that is there go on to the steps of `plan`, as `longer` says.
+
+        From there on the learning rate follows the schedule of the longer run.
+        """
+        if self.longer(plan, corpus):
+            with self.locked():
+                if config := self.longer(plan, corpus):
+                    (self.path / "summary.json").unlink(missing_ok=True)  # first: after a crash the old command ends it
+                    files.write_json(self.path / "config.json", config)
 
     def resume(self, trainer) -> bool:
         """Restore the trainer's state from the checkpoint; False if there is none.
@@ -215,10 +225,10 @@ class RunFolder:
         try:
             found = files.read_json(path)
             different = differing(found, config)
+            shorter = bool(different) and found["training"]["steps"] < config["training"]["steps"]
         except (ValueError, TypeError, AttributeError, KeyError):
             raise RunError(f"{path} is not the JSON object that a run writes: {AGAIN}") from None
         if different:
-            only_steps = [text.split()[1] for text in different] == ["steps"]
-            longer = only_steps and found["training"]["steps"] < config["training"]["steps"]
+            longer = shorter and [text.split()[1] for text in different] == ["steps"]
             raise RunError(f"{self.path} holds a run with other settings ({'; '.join(different)}): choose another "
                            f"--out, or start again with --fresh{', or lengthen it with --extend' if longer else ''}")

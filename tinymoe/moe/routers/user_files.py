@@ -7,6 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 from ..losses import LOSSES, Loss
+from .base import ROUTERS, Router
+
+OWN_LOSSES = dict(LOSSES)
 
 
 def load_file(path: str | Path) -> str:
@@ -27,11 +30,30 @@ def run_file(path: str | Path) -> tuple[ModuleType, str]:
         spec = importlib.util.spec_from_file_location(f"imported_{path.stem}", path)
         if spec is None:
             raise ImportError("its name must end in .py")
-        module = importlib.util.module_from_spec(spec)
+        module, before = importlib.util.module_from_spec(spec), dict(ROUTERS)
         spec.loader.exec_module(module)
-        for name, entry in LOSSES.items():
-            if not isinstance(entry, Loss):
-                raise TypeError(f'LOSSES["{name}"] must be a Loss, such as Loss("what it means", lambda r, c: mine(r))')
-    except Exception as error:
+        _require_tables(before)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a file that ends the program has not said what it defines
         raise ValueError(f"cannot import {path} ({type(error).__name__}: {error}): correct it") from None
     return module, digest
+
+
+def _require_tables(before):
+    """Raise TypeError or ValueError where a file put another thing into a table, or in the place of one of ours.
+
+    before: the routers before the file was run.
+    """
+    for name, entry in LOSSES.items():
+        if not isinstance(entry, Loss):
+            raise TypeError(f'LOSSES["{name}"] must be a Loss, such as Loss("what it means", lambda r, c: mine(r))')
+    for name in [name for name, entry in ROUTERS.items() if entry is not before.get(name)]:
+        if not (isinstance(ROUTERS[name], type) and issubclass(ROUTERS[name], Router)):
+            raise TypeError(f'ROUTERS["{name}"] must be a Router: derive a class with name="{name}" instead')
+    ours = {name: entry for name, entry in before.items() if getattr(entry, "__module__", "").startswith("tinymoe.")}
+    for table, own in ((ROUTERS, ours), (LOSSES, OWN_LOSSES)):
+        for name, entry in own.items():
+            if table.get(name) is not entry:
+                table[name] = entry
+                raise ValueError(f"tinymoe has a router or loss named {name!r} already: give yours another name")
