@@ -564,15 +564,15 @@ def test_an_imported_router_or_loss_that_is_not_one_is_one_line(command, table, 
 
 
 @pytest.mark.parametrize("code, message", [
-    ('ROUTERS["mine_odd"] = 5', 'Error: ROUTERS["mine_odd"] must be a class derived from Router, not 5: correct '),
+    ('ROUTERS["mine_odd"] = 5', 'ROUTERS["mine_odd"] must be a Router: '),
     ('class Odd(TopK, name="mine_odd"):\n    x: "Nope" = 3',
-     "Error: router Odd: an annotation cannot be evaluated (NameError: name 'Nope' is not defined)")])
+     "router Odd: an annotation cannot be evaluated (NameError: name 'Nope' is not defined)")])
 @pytest.mark.parametrize("command", ["options", "routers"])
 def test_a_file_with_a_router_that_cannot_be_described_is_one_line(command, code, message, tmp_path, monkeypatch):
     monkeypatch.setitem(ROUTERS, "mine_odd", None)
     (tmp_path / "mine.py").write_text(f"from tinymoe.moe.routers import ROUTERS, TopK\n{code}\n")
     exit_code, output = invoke(command, "--import", tmp_path / "mine.py")
-    assert exit_code == 1 and output.startswith(message) and output.count("\n") == 1, output
+    assert exit_code == 1 and output.startswith("Error: ") and message in output and output.count("\n") == 1, output
 
 
 def test_options_shows_any_default(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ def generate(model: Transformer, prompt: bytes, length: int, temperature: float 
 
     Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
     Temperature 0 takes the most probable byte, the lowest of equals. rng: default_rng(0) by default.
-    Raises ValueError for an empty prompt, a temperature that is negative or not finite, and a top below 1; a CheckpointError, while it
-    yields, where the model gives numbers that are not finite.
+    Raises ValueError for an empty prompt, a temperature that is negative or not finite, and a top below 1.
+    While it yields, it raises CheckpointError where the model computes numbers that are not finite.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one byte to continue")
