@@ -53,6 +53,8 @@ class Commands(click.Group):
             with _ending_if_interrupted("\nInterrupted."):
                 return super().invoke(context)
         except Exception as error:
+            if isinstance(error, MemoryError):
+                error = click.ClickException(f"not enough memory: {error or 'no more'}: choose smaller sizes")
             ours = type(error).__module__.startswith("tinymoe.")  # the errors of the package say what to do
             if not ours and not isinstance(error, click.ClickException):
                 raise
@@ -131,10 +133,22 @@ def _folder(context, option, value):
 
 
 def _file(context, option, value):
-    """A file to write, as a Path."""
+    """A file to write, as a Path. It may replace a file, but none that a run or its results consist of."""
     path = _named(value)
     if path and os.path.isdir(path):
         raise click.BadParameter(f"{path} is a folder: give a file")
+    if path:
+        from tinymoe.tools.view import belongs_to_a_run
+        if belongs_to_a_run(path):
+            raise click.BadParameter(f"{path} is a file of a run: choose another name")
+    return path
+
+
+def _picture(context, option, value):
+    """A file for a figure, as a Path."""
+    path = _file(context, option, value)
+    if path and path.suffix.lower() != ".png":
+        raise click.BadParameter(f"{path}: a figure is a PNG: choose a name that ends in .png")
     return path
 
 
@@ -174,6 +188,8 @@ def _load_files(context, option, paths):
         with _refusing(ValueError):
             for path in paths:
                 routers.load_file(path)
+            for router in routers.ROUTERS.values():
+                router.options()  # ValueError where they cannot be read
     return tuple(map(os.path.abspath, paths))
 
 
@@ -230,7 +246,7 @@ def _settings(overrides):
     for text in overrides:
         name, equals, value = text.partition("=")
         with contextlib.suppress(ValueError, RecursionError):  # else it stays text
-            value = json.loads(value)
+            value = json.loads(value) if len(re.findall(r"[\[{]", value)) < 100 else value  # none has so many
         group, _, key = name.partition(".")
         if equals and key and group in ("router", "losses"):
             options = model.setdefault("router_options" if group == "router" else group, {})
@@ -504,7 +520,7 @@ def compact(folder):
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=FOLDER, metavar="RUN_OR_FOLDER...")
-@_out_option("The figure.", _file, default=RESULTS / "compare.png")
+@_out_option("The figure.", _picture, default=RESULTS / "compare.png")
 @_import_option
 @_refusing(ValueError, OSError)
 def compare(paths, out, imports):
@@ -603,20 +619,25 @@ def options(imports):
     from tinymoe.moe.losses import LOSSES
     from tinymoe.moe.routers import ROUTERS
     from tinymoe.training.plan import TrainConfig
+
+    def shown(default):
+        with contextlib.suppress(TypeError, ValueError):  # a user's router may have any default
+            return json.dumps(default)
+        return str(default)
+
     takers = {}  # one line for each option, with the routers that take it
     for name, router in ROUTERS.items():
         for option, parameter in router.options().items():
             meaning = router.meaning(option).split(". ")[0].rstrip(".")
-            takers.setdefault((f"router.{option}", parameter.default, meaning), []).append(name)
-    tables = {what: [(field.name, field.default, field.metadata["meaning"]) for field in dataclasses.fields(config)]
+            takers.setdefault((f"router.{option}", shown(parameter.default), meaning), []).append(name)
+    tables = {what: [(one.name, shown(one.default), one.metadata["meaning"]) for one in dataclasses.fields(config)]
               for what, config in (("the model", ModelConfig), ("training", TrainConfig))}
     tables["options of the router"] = [(*option, f"{meaning} ({', '.join(names)})") for (*option, meaning), names
                                        in sorted(takers.items(), key=str) if option[0] != "router.vocab_size"]
-    tables["coefficients of losses"] = [(f"losses.{name}", 0.0, loss.meaning)
+    tables["coefficients of losses"] = [(f"losses.{name}", shown(0.0), loss.meaning)
                                         for name, loss in LOSSES.items() if name != "balance"]
     for what, rows in tables.items():
-        _table({what: "<26", "default": "<12", "meaning": "<"},
-               ((name, json.dumps(default), meaning) for name, default, meaning in rows))
+        _table({what: "<26", "default": "<12", "meaning": "<"}, rows)
         click.echo()
 
 
@@ -782,10 +803,7 @@ def view(run, text, out, imports):
     """
     from tinymoe.files import write_atomically
     from tinymoe.tools import view as v
-    out = out or run / "view.html"
-    if v.belongs_to_a_run(out):
-        raise click.UsageError(f"--out {out} is a file of a run: choose a name that ends in .html")
-    page = v.page(run, text)
+    out, page = out or run / "view.html", v.page(run, text)
     write_atomically(out, page, follow=True)
     click.echo(f"{out} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser")
 
@@ -837,10 +855,12 @@ def generate(run, prompt, length, temperature, top, seed, imports):
     with _refusing(ValueError, usage=True):
         drawn = sample(model, data, length, temperature, np.random.default_rng(seed), top)
     show(data)
-    for byte in drawn:
-        show(bytes([byte]))
-    show(b"", final=True)
-    click.echo()
+    try:
+        for byte in drawn:
+            show(bytes([byte]))
+    finally:  # an error starts a line of its own
+        show(b"", final=True)
+        click.echo()
     _say(f"checkpoint of step {step:,}")  # not into the text where that goes to a file
 
 
@@ -849,7 +869,7 @@ def generate(run, prompt, length, temperature, top, seed, imports):
               shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
 @click.option("--step", is_flag=True, help="Wait for a key after each part.")
-@click.option("--figure", type=click.Path(), callback=_file,
+@click.option("--figure", type=click.Path(), callback=_picture,
               help="Draw one token through router, experts and sum into this file.")
 @_import_option
 @_set_option
@@ -901,10 +921,10 @@ def gradcheck(only, imports):
 
 def _sizes(context, option, values):
     """Each N,D,E,K as keyword arguments of ExpertBank.benchmark."""
-    found = [re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)", value) for value in values]
+    found = [re.fullmatch(",".join([r"(\d{1,9})"] * 4), value) for value in values]
     for value, match in zip(values, found):
         if not match or 0 in (numbers := list(map(int, match.groups()))) or numbers[3] > numbers[2]:
-            raise click.BadParameter(f"{value!r} is not N,D,E,K (four whole numbers above 0, K at most E)")
+            raise click.BadParameter(f"{value!r} is not N,D,E,K (four whole numbers from 1 to 999999999, K at most E)")
     return [dict(zip(("n_tokens", "d_model", "n_experts", "top_k"), map(int, match.groups()))) for match in found]
 
 
@@ -918,7 +938,7 @@ def _sizes(context, option, values):
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line, instead of tables.")
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 @_set_option
-@_refusing(OSError)
+@_refusing(OSError, ValueError)
 def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     """Time experts and training steps, and PyTorch if it is there.
 
@@ -984,11 +1004,12 @@ def _measured(out, as_json, name, rows, columns, draw=None):
 def _timed_step(overrides):
     """(ModelConfig, batch size) of the step that `bench` times. Raises click.UsageError for other settings."""
     from tinymoe.model.config import ModelConfig
+    from tinymoe.training.plan import TrainConfig
     model, training = _settings(overrides)
     if training.keys() - {"batch_size"}:
         raise click.UsageError(f"--set {min(training)}: a timed step has the settings of the model and batch_size")
     with _refusing(ValueError, TypeError, usage=True):
-        return ModelConfig(**model), training.get("batch_size", 8)
+        return ModelConfig(**model), TrainConfig(**training).batch_size
 
 
 def run():

@@ -120,7 +120,16 @@ def test_the_axis_of_milliseconds_has_numbers(tmp_path, monkeypatch):
     assert "10" in labels and not any("$" in label for label in labels)
 
 
-@pytest.mark.parametrize("size", ["16,4,2", "16,4,2,3", "0,4,2,1", "a,b,c,d"])
+@pytest.mark.parametrize("setting, code, message", [
+    ("batch_size=abc", 2, "batch_size 'abc' must be"), ("batch_size=0", 2, "batch_size 0 must be"),
+    ("batch_size=1.5", 2, "batch_size 1.5 must be"), ('freeze=[""]', 1, "leaves nothing to train"),
+    ('freeze=["nothing"]', 1, "no parameter has 'nothing'"), ("d_model=2147483644", 1, "not enough memory")])
+def test_a_setting_of_the_step_that_cannot_be_is_one_line(setting, code, message, tmp_path):
+    shown = run("--set", setting, "--out", tmp_path)
+    assert shown.exit_code == code and message in shown.output.splitlines()[-1] and "Error: " in shown.output
+
+
+@pytest.mark.parametrize("size", ["16,4,2", "16,4,2,3", "0,4,2,1", "a,b,c,d", f"{10**22},1,1,1"])
 def test_an_impossible_size_is_wrong_usage(tmp_path, size):
     shown = run("--sizes", size, "--out", tmp_path)
     assert shown.exit_code == 2 and f"'{size}' is not N,D,E,K" in shown.output

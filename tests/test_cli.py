@@ -460,6 +460,7 @@ MISTAKES = {  # what is typed: (exit code, what the line must name)
     "--set batch_size=100000000000000000000": (2, "batch_size 100000000000000000000 "),
     "--set router.jitter=1.5": (2, "jitter 1.5 "),
     "--set router.n_groups=3 --set router.group_limit=1": (2, "n_groups 3 "),
+    "--set router_options=" + 490 * '{{"a":' + "1" + 490 * "}}": (2, "router_options .* must be an object"),
     "--set seq_len=100000": (1, "seq_len 100000"),
     "--set learning_rate=0.5": (1, "B-seed0 failed.*training learning_rate is.*--fresh"),
     "--set d_ff=8": (1, "B-seed0 failed.*model d_ff is.*--fresh"),
@@ -560,6 +561,33 @@ def test_an_imported_router_or_loss_that_is_not_one_is_one_line(command, table, 
     (tmp_path / "mine.py").write_text(code)
     exit_code, output = invoke(*command, "--import", tmp_path / "mine.py", "--set", "d_model=8")
     assert exit_code in (1, 2) and message in output and "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("code, message", [
+    ('ROUTERS["mine_odd"] = 5', 'ROUTERS["mine_odd"] must be a Router: '),
+    ('class Odd(TopK, name="mine_odd"):\n    x: "Nope" = 3',
+     "router Odd: an annotation cannot be evaluated (NameError: name 'Nope' is not defined)")])
+@pytest.mark.parametrize("command", ["options", "routers"])
+def test_a_file_with_a_router_that_cannot_be_described_is_one_line(command, code, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine_odd", None)
+    (tmp_path / "mine.py").write_text(f"from tinymoe.moe.routers import ROUTERS, TopK\n{code}\n")
+    exit_code, output = invoke(command, "--import", tmp_path / "mine.py")
+    assert exit_code == 1 and output.startswith("Error: ") and message in output and output.count("\n") == 1, output
+
+
+def test_options_shows_any_default(tmp_path, monkeypatch):
+    monkeypatch.setitem(ROUTERS, "mine_odd", None)
+    (tmp_path / "mine.py").write_text("""
+import numpy as np
+from tinymoe.moe.routers import TopK
+class Odd(TopK, name="mine_odd"):
+    f: np.float32 = np.float32(0.5)
+    s: set = {1}
+    d: dict = {(1, 2): [3]}
+""")
+    code, output = invoke("options", "--import", tmp_path / "mine.py")
+    assert code == 0 and re.findall(r"^router.([fsd]) +(.*?)  ", output, re.M) == [
+        ("d", "{(1, 2): [3]}"), ("f", "0.5"), ("s", "{1}")]
 
 
 def test_a_loss_in_a_file_is_trained_with_and_probed(tmp_path, monkeypatch):
@@ -798,6 +826,14 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     ("view {run} --out {run}/log.jsonl", 2, "is a file of a run"),
     ("view {run} --out {run}/routings/000006.npz", 2, "is a file of a run"),
     ("view {run} --out {dir}/link.html", 2, "is a file of a run"),
+    ("rows {run}/../.. -o {run}/config.json", 2, "is a file of a run"),
+    ("compare {run} -o {dir}/runs.jsonl", 2, "is a file of a run"),
+    ("explain --figure {run}/checkpoint.npz", 2, "is a file of a run"),
+    ("compare {run} -o {dir}/x.pdf", 2, "x.pdf: a figure is a PNG"),
+    ("explain --figure {dir}/x.pdf", 2, "x.pdf: a figure is a PNG"),
+    ("view {dir}/large --text {dir}/words.txt", 1, "numbers that are not finite"),
+    ("route {dir}/large ab --gate --entropy --load", 1, "numbers that are not finite"),
+    ("generate {dir}/large --prompt ab", 1, "numbers that are not finite"),
     ("generate {run} --prompt a --temperature -1", 2, "temperature -1.0"),
     ("generate {run} --prompt a --temperature nan", 2, "temperature nan"),
     ("generate {run} --prompt a --temperature hot", 2, "hot"),
@@ -809,6 +845,12 @@ def test_a_run_that_cannot_be_shown_ends_in_one_clear_line(typed, code, named, r
     (tmp_path / "torn").mkdir()
     (tmp_path / "link.html").symlink_to(run / "checkpoint.npz")
     (tmp_path / "torn" / "checkpoint.npz").write_bytes((run / "checkpoint.npz").read_bytes()[:-2000])
+    (tmp_path / "words.txt").write_text("one two")
+    arrays, header = files.load_arrays(run / "checkpoint.npz", "checkpoint")
+    files.save_arrays(tmp_path / "large" / "checkpoint.npz", {name: array * array.dtype.type(
+        1e37 if name.startswith("p/") else 1) for name, array in arrays.items()}, header)
+    before = snapshot(run)
     got, output = invoke(*(part.format(dir=tmp_path, run=run) for part in typed.split(" ")))
     error = [line for line in output.splitlines() if line.startswith("Error:")]
     assert got == code and len(error) == 1 and re.search(named, error[0]), output
+    assert snapshot(run) == before

@@ -91,6 +91,32 @@ def test_other_sizes_other_numbers_and_what_is_refused():
     assert invoke("explain", "--router", "nope")[0] == 2
 
 
+def test_equal_probabilities_of_unequal_logits_are_chosen_alike_by_hand():
+    """Would have caught: two logits 0.06 that differ in their last bit, whose probabilities are both 0.5."""
+    example = Example({"n_experts": 2, "top_k": 1}, seed=3)
+    logits, probs = example.routing.logits.data[3], example.routing.probs.data[3]
+    assert logits[0] < logits[1] and probs[0] == probs[1]
+    assert "Largest difference from G: below 1e-12." in example.choice()
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "expert_threshold", "mixture_of_depths"])
+def test_a_mean_of_experts_may_be_a_fraction(router):
+    parts = Example({"router": router, "top_k": 1.5}).parts()
+    assert "Experts of each token: 2, 2, 2, 2. Here K is a whole number, 2." in " ".join(parts[-1].split())
+
+
+def test_a_layer_that_chooses_nothing_is_drawn_without_outputs():
+    example = Example({"router": "remoe"}, seed=2)
+    assert not example.routing.coverage.any()
+    titles = [axes.get_title() for axes in draw(example).axes]
+    assert titles[-2:] == ["gates\nof the chosen", "y, their\nsum"]
+
+
+def test_sizes_beyond_the_memory_are_one_line():
+    code, output = invoke("explain", "--set", "d_ff=2147483647")
+    assert code == 1 and output.startswith("Error: not enough memory: ") and output.count("\n") == 1
+
+
 def test_step_waits_only_at_a_terminal():
     assert invoke("explain", "--step")[1].split() == invoke("explain")[1].split()
 

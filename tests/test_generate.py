@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import tinymoe as tm
+from tinymoe.files import CheckpointError
 from tinymoe.model.generate import generate, next_probabilities
 
 SMALL = dict(vocab_size=9, n_layers=2, d_model=8, n_heads=2, d_ff=8, seq_len=6, moe_layers=(0, 1), n_experts=4)
@@ -59,6 +60,21 @@ def test_temperature_and_top_shape_the_distribution():
     for top in (0, -1):
         with pytest.raises(ValueError, match=f"top {top} must be at least 1"):
             generate(made, b"a", 1, top=top)
+
+
+def test_a_tiny_temperature_takes_the_likeliest_byte_without_a_warning(recwarn):
+    made = model()
+    np.testing.assert_array_equal(next_probabilities(made, [1, 2], 1e-320), next_probabilities(made, [1, 2], 0))
+    assert not recwarn.list
+
+
+def test_a_model_that_overflows_is_an_error_and_not_a_text(recwarn):
+    made = model()
+    for p in made.parameters().values():
+        p.data[...] = 3e38
+    with pytest.raises(CheckpointError, match="numbers that are not finite"):
+        next(generate(made, b"\1", 1))
+    assert not recwarn.list
 
 
 def test_bytes_are_drawn_in_these_proportions():

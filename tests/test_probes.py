@@ -147,7 +147,10 @@ def test_weights_are_probed_with_bytes_or_ids(tmp_path):
         with pytest.raises(ValueError, match="--ids .*wrong.txt must hold"):
             probes.loaded(tmp_path / "small.npz", ids=tmp_path / "wrong.txt")
     np.save(tmp_path / "wrong.npy", np.ones(9))
-    for path, options, message in (("small.npz", dict(ids=tmp_path / "wrong.npy"), "must hold whole numbers"),
+    (tmp_path / "small.npz").with_name("zip.npy").write_bytes((tmp_path / "small.npz").read_bytes())
+    (tmp_path / "torn.npy").write_bytes(b"PK and no more")
+    for path, options, message in (*(("small.npz", dict(ids=tmp_path / f"{name}.npy"), "must hold whole numbers")
+                                     for name in ("wrong", "zip", "torn")),
                                    ("small.npz", dict(text=tmp_path / "words.txt"), "11 tokens are not bytes"),
                                    ("dense.npz", {}, "no layer with experts")):
         with pytest.raises(ValueError, match=message):

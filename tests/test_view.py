@@ -106,7 +106,7 @@ def test_a_long_text_is_routed_by_windows_on_the_prefix_alone():
 
 @pytest.mark.parametrize("name, there", [
     ("checkpoint.npz", True), ("log.jsonl", True), (".lock", True), ("routings/000006.npz", True),
-    ("routings/new.html", True), ("view.html", False), ("notes.txt", False)])
+    ("routings/new.html", True), ("runs.jsonl", True), (".lease1", True), ("view.html", False), ("notes.txt", False)])
 def test_a_page_never_replaces_a_file_of_a_run(name, there, tmp_path):
     assert view.belongs_to_a_run(tmp_path / name) == there
     (tmp_path / "link").symlink_to(tmp_path / name)

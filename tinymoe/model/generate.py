@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..autograd.tensor import no_grad
+from ..files import CheckpointError
 from ..moe.routing import largest
 from .transformer import Transformer
 
@@ -16,6 +17,7 @@ def generate(model: Transformer, prompt: bytes, length: int, temperature: float 
     Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
     Temperature 0 takes the most probable byte, the lowest of equals. rng: default_rng(0) by default.
     Raises ValueError for an empty prompt, a temperature that is negative or not finite, and a top below 1.
+    While it yields, it raises CheckpointError where the model computes numbers that are not finite.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one byte to continue")
@@ -33,12 +35,21 @@ def _generate(model, ids, length, temperature, rng, top):
         yield ids[-1]
 
 
+def require_finite(values: np.ndarray) -> None:
+    """Raise CheckpointError where numbers that a model computed are not finite."""
+    if not np.isfinite(values).all():
+        raise CheckpointError("the model computes numbers that are not finite, because its weights are too large: "
+                              "train it again, with a lower learning_rate")
+
+
+@np.errstate(all="ignore")  # a small temperature makes odds that are 0; other overflow is found below
 def next_probabilities(model: Transformer, ids: list[int], temperature: float = 1.0,
                        top: int | None = None) -> np.ndarray:
     """(V,) float64: the distribution of the byte after ids; entries from 256 on are left out."""
     with no_grad():
         output = model.forward(np.array([ids]), rng=np.random.default_rng(0), causal=True)
     logits = output.logits.data[0, -1, :256].astype(float)
+    require_finite(logits)
     if temperature == 0:
         return np.eye(len(logits))[logits.argmax()]
     kept = largest(logits, min(top or len(logits), len(logits)))

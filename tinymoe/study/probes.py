@@ -309,7 +309,7 @@ def read_ids(path, vocab_size):
     if not Path(path).is_file():
         raise ValueError(f"--ids {path} is not a file: check the path")
     try:
-        ids = np.load(path, allow_pickle=False) if str(path).endswith(".npy") else np.array(
+        ids = np.lib.format.open_memmap(path, mode="r") if str(path).endswith(".npy") else np.array(
             Path(path).read_text(encoding="utf-8").replace(",", " ").split(), dtype=np.int64)
         ids = ids.astype(np.int64, casting="safe").reshape(-1)
     except (ValueError, TypeError, EOFError, OverflowError):

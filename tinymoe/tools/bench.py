@@ -85,6 +85,8 @@ def training_step(config, batch_size=8):
     """A function that takes one training step of a fresh model on random bytes."""
     model, rng = Transformer(config), np.random.default_rng(0)
     parameters = model.parameters()
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(f"freeze {list(config.freeze)} leaves nothing to train: freeze less")
     optimizer = AdamW(parameters)
 
     def step():

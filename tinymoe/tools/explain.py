@@ -1,6 +1,7 @@
 """One mixture-of-experts layer worked out on four tokens, with numbers small enough to check with a pencil."""
 
 import inspect
+import math
 import textwrap
 
 import numpy as np
@@ -25,7 +26,7 @@ def choose_by_hand(logits, k):
     gates = np.zeros_like(logits)
     for n, row in enumerate(logits):
         probs = np.exp(row) / np.exp(row).sum()
-        best = np.argsort(-probs, kind="stable")[:k]
+        best = np.argsort(-row, kind="stable")[:k]  # the largest logits have the largest probabilities
         gates[n, best] = probs[best] / (probs[best].sum() if k > 1 else 1)
     return gates
 
@@ -214,13 +215,15 @@ class Example:
 
     def the_other_way(self):
         name = "top_k" if self.router.chooses == "expert" else "expert_choice"
-        sizes = {key: getattr(self.config, key) for key in ("n_experts", "top_k", "d_model", "d_ff")}
-        other = Example(sizes | {"router": name}, self.seed)
+        sizes = {key: getattr(self.config, key) for key in ("n_experts", "d_model", "d_ff")}
+        k = math.ceil(self.config.top_k)  # a mean may be a fraction
+        other = Example(sizes | {"router": name, "top_k": k}, self.seed)
         r = other.routing
         uncovered = "" if r.coverage.all() else "A token with 0 has no expert."
+        whole = f"Here K is a whole number, {k}." if k != self.config.top_k else ""
         return _part(f"9. The same tokens under {name.replace('_', ' ')}", f"""
             {_first_line(other.router)} Load: {_list(r.load)}. Experts of each token: {_list(r.coverage)}.
-            {uncovered} Where two tokens tie, the earlier one is taken.""", other.gates(r),
+            {uncovered} {whole} Where two tokens tie, the earlier one is taken.""", other.gates(r),
                      _matrix(other.output(r), self.labels, self.dims, "y", 4),
                      f"Largest difference from the same by hand: {_difference(other.output(r), other.by_hand(r))}.")
 
@@ -233,7 +236,8 @@ def draw(example: Example):
     from ..study.palette import DIVERGING
     n, e = int(example.routing.coverage.argmax()), example
     chosen, gates = np.flatnonzero(e.routing.mask()[n]), e.routing.to_dense().data[n]
-    outputs = np.stack([np.maximum(e.x.data[n] @ e.bank.w1.data[i], 0) @ e.bank.w2.data[i] for i in chosen])
+    hidden = np.maximum(e.x.data[n] @ e.bank.w1.data[chosen], 0)  # (chosen, F)
+    outputs = (hidden[:, None] @ e.bank.w2.data[chosen])[:, 0]
     names = [e.experts[i] for i in chosen]
     parts = [("x, the\nhidden state", e.x.data[n:n + 1], e.dims, [""]),
              *[("logits\nof the router", e.routing.logits.data[n:n + 1], e.experts, [""])] * e.has_logits,
@@ -243,6 +247,7 @@ def draw(example: Example):
              ("outputs of\nthe experts", outputs, e.dims, names),
              ("outputs times\ntheir gates", gates[chosen, None] * outputs, e.dims, names),
              ("y, their\nsum", gates[chosen] @ outputs[None], e.dims, [""])]
+    parts = [part for part in parts if part[1].size]  # no outputs where the router chose nothing
     colours = LinearSegmentedColormap.from_list("signs", DIVERGING)
     with default_style():
         widths = [0.6 + 0.4 * len(columns) for *_, columns in parts]

@@ -12,11 +12,13 @@ import numpy as np
 from ..autograd.tensor import no_grad
 from ..files import CheckpointError, load_arrays
 from ..model.config import ModelConfig
+from ..model.generate import require_finite
 from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
 from ..study.palette import EXPERTS, is_light, rgb, symbol
 from ..study.probes import rerouted
+from ..study.rows import COMPACT
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, first_choices, snapshot
 from ..training.loading import corpus_of, load_model, load_recorded_imports
@@ -41,6 +43,7 @@ def note(config):
     return " ".join(said)
 
 
+@np.errstate(all="ignore")  # numbers that are not finite are found below
 def prefix_routings(model, text):
     """One Routing of the N bytes of text (bytes) for each MoE layer, routed on the prefix alone.
 
@@ -51,7 +54,15 @@ def prefix_routings(model, text):
         for start in range(0, len(text), model.config.seq_len):
             window = ids[:, start:start + model.config.seq_len]
             by_window.append(model.forward(window, rng=np.random.default_rng([0, start]), causal=True).routings)
-    return [merge(routings) for routings in zip(*by_window)]
+    return _finite([merge(routings) for routings in zip(*by_window)])
+
+
+def _finite(routings):
+    """The same Routings. Raises CheckpointError where a number of theirs is not finite."""
+    for routing in routings:
+        require_finite(routing.probs.data)
+        require_finite(routing.gate.data)
+    return routings
 
 
 def lines(text, routing, colour, width, gate=False, entropy=False):
@@ -119,11 +130,12 @@ def page(folder, text=None):
 
 
 def belongs_to_a_run(path):
-    """Whether a page at this path would replace a file that a run consists of. Links are followed."""
+    """Whether a file at this path would replace one that a run, or a folder of runs, consists of. Follows links."""
     place = Path(path).resolve()
-    return place.name in (*FILES, ".lock") or place.parent.name == ROUTINGS
+    return place.name in (*FILES, ".lock", COMPACT) or place.name.startswith(".lease") or place.parent.name == ROUTINGS
 
 
+@np.errstate(all="ignore")
 def _now(folder, text):
     """(arrays, header) of what the last checkpoint does, in the form of a file of saved routings."""
     model = load_model(folder)
@@ -136,7 +148,7 @@ def _now(folder, text):
         names, (ids, _, domain) = corpus.names, corpus.validation(RECORDED, length)
     with no_grad():
         known = domain if text is None else None
-        routings = model.forward(ids, rng=np.random.default_rng([0, 0]), domain=known).routings
+        routings = _finite(model.forward(ids, rng=np.random.default_rng([0, 0]), domain=known).routings)
     if not routings:
         raise CorpusError(f"{folder} is a model without a mixture-of-experts layer: it routes nothing")
     header = {"run_id": Path(folder).resolve().name, "model": model.config.to_dict(), "step": None, "names": names}

@@ -5,7 +5,18 @@ import re
 
 
 def options_of(cls: type, base: type) -> dict[str, inspect.Parameter]:
-    """The options that a class declares, and those of its parents below `base`, as parameters; see Router."""
+    """The options that a class declares, and those of its parents below `base`, as parameters; see Router.
+
+    Raises ValueError for an annotation that is text and cannot be evaluated.
+    """
+    try:
+        return _declared(cls, base)
+    except Exception as error:  # evaluating an annotation may raise anything
+        raise ValueError(f"router {cls.__name__}: an annotation cannot be evaluated ({type(error).__name__}: {error}): "
+                         "correct it in its file") from None
+
+
+def _declared(cls, base):
     found = {}
     for each in reversed(cls.__mro__[:cls.__mro__.index(base)]):
         own, arguments = vars(each), {}
