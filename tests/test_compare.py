@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import json
 import shutil
 
 import numpy as np
@@ -139,3 +140,21 @@ def test_what_has_no_finished_run_is_refused_in_one_line(folders, tmp_path):
         code, output = invoke(command, tmp_path)
         assert code == 1 and output.count("\n") == 1 and "no " in output
     assert invoke("compare", tmp_path / "nowhere")[0] == 2
+
+
+def test_a_run_is_read_wherever_its_folder_lies(folders, tmp_path):
+    shutil.copytree(folders / "two/runs/A-seed0", tmp_path / "A-seed0")
+    found = c.groups([tmp_path / "A-seed0", folders / "one"])
+    assert list(found) == [f"{tmp_path.name}/A", "one/B", "one/D"]
+    assert found[f"{tmp_path.name}/A"] == c.groups([folders / "two"])["A"]
+
+
+@pytest.mark.parametrize("odd", [{"layers": 5}, {"layers": [5]},
+                                 {"new": json.loads('{"a":' * 600 + "1" + "}" * 600)}])
+def test_odd_rows_of_an_unfinished_run_are_refused_in_one_line(folders, tmp_path, odd):
+    run = shutil.copytree(folders / "two", tmp_path / "out") / "runs/A-seed0"
+    (run / "summary.json").unlink()
+    log = files.read_rows(run / "log.jsonl")
+    files.write_rows(run / "log.jsonl", [*log[:-1], log[-1] | odd])
+    code, output = invoke("rows", tmp_path / "out", "-o", tmp_path / "rows.csv")
+    assert code == 1 and output.count("\n") == 1 and "A-seed0 has rows that no run writes" in output

@@ -12,6 +12,7 @@ import pytest
 
 from test_train import corpus, reference, results, stopped, tiny  # noqa: F401  (fixtures)
 from tinymoe import files
+from tinymoe.study.rows import overview
 from tinymoe.training import identity, lease, run_folder
 from tinymoe.training import trainer as t
 
@@ -55,6 +56,30 @@ def test_a_lease_is_taken_over_when_it_is_stale(tmp_path, case, free):
     left(tmp_path, **case)
     assert take(tmp_path) is free
     assert bool(list(tmp_path.iterdir())) is not free
+
+
+@pytest.mark.parametrize("content", ['{"tag": "x", "pid": 5}', '{"host": "a", "tag": "x", "pid": 1e999}', "[" * 1000,
+                                     '{"host": "a", "tag": "x", "pid": ' + "9" * 900 + "}"])
+def test_a_damaged_lease_is_of_an_unknown_process(tmp_path, content):
+    left(tmp_path, content=content)
+    assert lease.holder(tmp_path) == {"host": "?", "pid": 0}
+
+
+def test_seconds_of_a_row_say_nothing_where_they_are_not_finite(tmp_path):
+    folder = tmp_path / "runs" / "A-seed0"
+    folder.mkdir(parents=True)
+    left(folder)
+    (folder / "config.json").write_text('{"training": {"steps": 9}}')
+    (folder / "log.jsonl").write_text('{"step": 3, "causal_cross_entropy": 2.0, "seconds": 1e999}')
+    assert (overview(tmp_path)[0]["state"], overview(tmp_path)[0]["left"]) == ("running", None)
+
+
+@pytest.mark.parametrize("text", ["abc", "nan", "-1", "0", "inf"])
+def test_the_time_of_a_lease_is_a_number_above_0(tmp_path, text):
+    done = subprocess.run([sys.executable, "cli.py", "runs", tmp_path], cwd=ROOT, env=os.environ | {
+        "TINYMOE_LEASE": text}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"Error: TINYMOE_LEASE is '{text}': set it to a number of seconds above 0")
 
 
 def test_the_lock_shows_that_a_holder_on_this_host_is_gone(tmp_path):

@@ -22,7 +22,7 @@ from tinymoe.files import save_arrays
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.moe.routers import ROUTERS
-from tinymoe.study import compare, figures, maps, palette, quantities, report
+from tinymoe.study import compare, figures, maps, palette, quantities, report, rows
 from tinymoe.study.results import Results
 from tinymoe.study.rows import RunRecord, compact, load_runs, made_of
 from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
@@ -255,7 +255,15 @@ def test_flipped_bits_of_rows_change_nothing_or_are_refused_in_one_line(tmp_path
     ("summary", ["final", "layers"], None), ("summary", ["final", "layers"], [1]), ("summary", ["final", "layers"], []),
     ("summary", ["final", "layers", 0, "load"], "25"), ("summary", ["final", "layers", 0, "load"], [25, 25]),
     ("summary", ["final", "layers", 0, "load_cv"], "0"), ("summary", ["final", "layers", 0, "domain_load"], [25]),
-    ("summary", ["final", "causal_perplexity"], [1]), ("summary", ["final", "validation_tokens"], None)])
+    ("summary", ["final", "causal_perplexity"], [1]), ("summary", ["final", "validation_tokens"], None),
+    ("config", ["extended"], 5), ("config", ["extended"], [{"step": 1}]), ("config", ["imports"], 5),
+    ("config", ["imports"], [{}]), ("config", ["rules"], 5), ("config", ["training", "steps"], None),
+    ("config", ["corpus"], {}), ("config", ["corpus", "prose", "train_bytes"], 0), ("config", ["threads"], 0),
+    ("config", ["corpus", "prose", "sha256"], 5), ("config", ["model", "capacity_factor"], 0),
+    ("summary", ["final", "causal_cross_entropy"], math.nan), ("summary", ["measured"], {"table": [math.inf]}),
+    ("summary", ["final", "layers", 0, "load"], [-1, 1, 1, 1]), ("summary", ["final", "step"], 10**40),
+    ("summary", ["final", "layers", 0, "load"], [10**40] * 4), ("summary", ["final", "layers", 0, "domain_load"], []),
+    ("summary", ["final", "layers", 0, "load_cv"], 1e308), ("summary", ["final", "validation_tokens"], 0)])
 def test_a_value_of_another_type_is_refused_by_the_name_of_the_run(tmp_path, name, place, value):
     path = write_run(tmp_path, "A", 0, 2.0) / f"{name}.json"
     whole = part = json.loads(path.read_text())
@@ -266,6 +274,24 @@ def test_a_value_of_another_type_is_refused_by_the_name_of_the_run(tmp_path, nam
     refused = CliRunner().invoke(cli.main, ["study", "--plot-only", "--out", str(tmp_path)])
     assert refused.exit_code == 1 and "A-seed0 is a finished run with damaged files" in refused.output
     assert refused.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_no_result(tmp_path, number):
+    """Would have caught: `report` and `compare` of a finished run whose loss is NaN, and `finished nan` in `runs`."""
+    folder = write_run(tmp_path, "A", 0, 2.0)
+    compact(tmp_path)
+    for path in (tmp_path / "runs.jsonl", folder / "log.jsonl", folder / "summary.json"):
+        path.write_text(re.sub('"causal_cross_entropy": [^,]+', f'"causal_cross_entropy": {json.dumps(number)}',
+                               path.read_text()))
+    assert rows.overview(tmp_path)[0]["loss"] is None
+    for damaged in ("runs.jsonl: line 1 is damaged", "A-seed0 is a finished run with damaged files"):
+        for command in ("study --plot-only --out", "compact", "compare", "report", "rows"):
+            refused = CliRunner().invoke(cli.main, [*command.split(), str(tmp_path)])
+            assert refused.exit_code == 1 and damaged in refused.output and refused.output.count("\n") == 1
+        (tmp_path / "runs.jsonl").unlink(missing_ok=True)
+    (folder / "summary.json").unlink()
+    assert load_runs(tmp_path)[0].log == []  # it is not finished: such rows are left out
 
 
 def test_runs_that_measured_other_numbers_are_refused(tmp_path):
@@ -281,6 +307,13 @@ def test_nothing_measured_may_be_written_as_null(tmp_path):
     before = findings(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"measured": None}))
     assert findings(tmp_path) == before
+
+
+def test_places_are_counted_in_the_loads(tmp_path):
+    """Would have caught: a model whose n_copy is null. 100 assignments of 50 bytes: K = 2, in 2.5 places a byte."""
+    change(write_run(tmp_path, "E", 0, 2.0), "model", capacity_factor=1.25, n_copy=None)
+    assert quantities.value(load_runs(tmp_path)[0], "padding") == pytest.approx(1 - 2 / 2.5) and findings(tmp_path)
+    assert report.enumerated([0, 1, 10**15]) == "0, 1, 1,000,000,000,000,000"
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -323,6 +356,16 @@ def test_a_run_that_went_on_after_it_was_made_compact_is_refused(tmp_path):
     (folder / "config.json").write_text((folder / "config.json").read_text().replace('"threads": 1', '"threads": 2'))
     with pytest.raises(ValueError, match="A-seed0 is in runs.jsonl and in runs/, and they differ"):
         load_runs(tmp_path)
+
+
+def test_rules_that_can_no_longer_be_said_make_no_other_run(tmp_path):
+    """runs.jsonl keeps the rules as they were; the folder says them by the file of its router as it is now."""
+    folder = write_run(tmp_path, "E", 0, 2.0)
+    path, _ = compact(tmp_path)
+    text = path.read_text()
+    path.write_text(re.sub('"rules": "[^"]+"', '"rules": ""', text))
+    assert path.read_text() != text
+    assert [run.run_id for run in load_runs(tmp_path)] == [folder.name]
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text + "[]\n", lambda text: text + "{}\n",

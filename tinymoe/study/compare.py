@@ -10,7 +10,7 @@ import numpy as np
 from ..files import printable
 from .palette import MARKERS
 from .quantities import LOSS, in_row, title, value
-from .rows import RunRecord, load_runs, made_of, router_names, unknown
+from .rows import RunRecord, load_run, load_runs, made_of, router_names, unknown
 from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
@@ -28,8 +28,9 @@ def groups(paths) -> dict[str, list[RunRecord]]:
     found = {}
     for path in map(Path, dict.fromkeys(paths)):
         single = (path / "config.json").exists()
-        folder = path.resolve().parent.parent if single else path
-        runs = [run for run in load_runs(folder) if run.state == "finished" and (not single or run.run_id == path.name)]
+        parent = path.resolve().parent
+        folder = path if not single else parent.parent if parent.name == "runs" else parent
+        runs = [run for run in ([load_run(path)] if single else load_runs(path)) if run.state == "finished"]
         if not runs:
             raise ValueError(f"{path}: no finished run: train it first, or give a run's folder or a results folder")
         for run in runs:
@@ -140,8 +141,11 @@ def flat_rows(folder) -> list[dict]:
         ends = [run.final] if run.summary else []
         for row, at_end in [*((row, False) for row in run.log), *((row, True) for row in ends)]:
             shared = {name: of for name, of in row.items() if name not in ("layers", "warnings")}
-            for layer in row.get("layers") or [{}]:
-                rows.append(head | {"at_end": at_end} | _flat(shared) | _flat(layer))
+            try:
+                rows += [head | {"at_end": at_end} | _flat(shared) | _flat({**layer})
+                         for layer in row.get("layers") or [{}]]
+            except (RecursionError, TypeError):
+                raise ValueError(f"{folder}: {run.run_id} has rows that no run writes: move it away") from None
     if not rows:
         raise ValueError(f"{folder}: no run with rows: train some first")
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -73,7 +73,7 @@ def padding(run):
     if model.get("capacity_factor") is None or not final["layers"]:
         return math.nan
     n = run.config["training"]["batch_size"] * model["seq_len"]
-    columns = sum(model.get(name, 0) for name in ("n_experts", "n_copy", "n_zero"))
+    columns = len(final["layers"][0]["load"])  # experts, and those that copy their input or return 0
     places = columns * capacity(n, columns, model["top_k"], model["capacity_factor"]) / n
     return 1 - experts_per_token(final) / places
 

@@ -69,7 +69,7 @@ def run_ids(runs):
 
 def enumerated(numbers):
     """`0 to 11` for whole numbers that follow each other, else `0, 2, 5`."""
-    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(f"{n:,}" for n in numbers)
 

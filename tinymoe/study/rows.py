@@ -18,20 +18,31 @@ from ..training.run_folder import RunFolder
 from .quantities import LOSS, QUANTITIES, experts_per_token
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
-# What tables and figures read of a run, see `_fits`. None stands for a field that is not there.
-NUMBER, OPTIONAL = (int, float), (int, float, type(None))
-PARTS = {"config": dict, "log": [dict], "summary": (dict, type(None)), "failure": (dict, type(None))}
-CONFIG = {"run_id": str, "config_id": str, "seed": int, "threads": int, "versions": dict, "domains": [str],
-          "model": {"router": (str, list), "router_options": (dict, type(None)), "losses": (dict, type(None)),
-                    "top_k": NUMBER, "capacity_factor": OPTIONAL, "aux_coef": NUMBER, "seq_len": int},
-          "training": {"batch_size": int, "learning_rate": NUMBER}, "parameters": {"total": int, "active": int},
-          "corpus": {...: {"train_bytes": int, "entropy_rate": OPTIONAL}}}
-LAYER = {"layer": int, "load": [int], "domain_load": [[int]], "dead_experts": int} | dict.fromkeys((
+
+
+def between(low, high):
+    """A shape for `_fits`: the numbers of a range, so neither NaN nor infinity."""
+    return lambda found: type(found) in (int, float) and low <= found <= high
+
+
+# What tables and figures read of a run, see `_fits`. None stands for null, or a field that is not there; ... for this
+COUNT, SIZE, NUMBER, POSITIVE = range(10**12), range(1, 10**12), between(-1e12, 1e12), between(1e-12, 1e12)
+PARTS = {"config": dict, "log": [dict], "summary": (dict, None), "failure": (dict, None)}
+CONFIG = {"run_id": str, "config_id": str, "seed": range(2**64), "threads": SIZE, "versions": dict, "domains": [str],
+          "model": {"router": (str, list), "router_options": (dict, None), "losses": (dict, None), "top_k": POSITIVE,
+                    "capacity_factor": (POSITIVE, None), "aux_coef": NUMBER, "seq_len": SIZE},
+          "training": {"steps": SIZE, "batch_size": SIZE, "learning_rate": NUMBER},
+          "parameters": {"total": SIZE, "active": SIZE},
+          "corpus": {...: {"train_bytes": SIZE, "entropy_rate": (NUMBER, None), "sha256": (str, ...)}},
+          "rules": (str, ...), "imports": ([{"path": str, "sha256": str}], ...),
+          "extended": ([{"step": COUNT, "from": COUNT, "to": COUNT}], ...)}
+LAYER = {"layer": COUNT, "load": [COUNT], "domain_load": [[COUNT]], "dead_experts": COUNT} | dict.fromkeys((
     "token_coverage", "load_entropy", "router_entropy", "marginal_entropy", "mutual_information",
     "mutual_information_null", "byte_information", "byte_information_null"), NUMBER)
-ROW = {"step": int, "validation_tokens": int, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
-SUMMARY = {"run_id": str, "steps": int, "seconds": NUMBER, "wall_seconds": OPTIONAL, "final": ROW,
-           "measured": (dict, type(None))}
+ROW = {"step": COUNT, "validation_tokens": SIZE, LOSS: NUMBER, "val_cross_entropy": NUMBER, "layers": [LAYER]}
+LOGGED = ROW | {"seconds": NUMBER}
+SUMMARY = {"run_id": str, "steps": SIZE, "seconds": NUMBER, "wall_seconds": (NUMBER, None), "final": ROW,
+           "measured": (dict, None)}
 # of each domain, where newer rows have them
 BY_DOMAIN = {"val_by_domain": NUMBER, "causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}
 
@@ -97,9 +108,19 @@ def load_runs(study_dir) -> list[RunRecord]:
     for run in (*_compact_runs(Path(study_dir, COMPACT)), *map(_folder_run, folders)):
         if run.run_id in runs and runs[run.run_id].state == "failed":  # its folder tries again
             del runs[run.run_id]
-        if runs.setdefault(run.run_id, run) != run:
+        if _apart_from_rules(runs.setdefault(run.run_id, run)) != _apart_from_rules(run):
             raise ValueError(f"{study_dir}: {run.run_id} is in {COMPACT} and in runs/, and they differ: move one away")
     return sorted(runs.values(), key=lambda run: (run.config_id, run.seed))
+
+
+def load_run(folder) -> RunRecord:
+    """The run of one folder, wherever it lies. Raises ValueError for a finished run that is damaged."""
+    return _folder_run(Path(folder).resolve())
+
+
+def _apart_from_rules(run):
+    """A run without the rules, which a file that has changed since can no longer say."""
+    return replace(run, config={name: part for name, part in run.config.items() if name != "rules"})
 
 
 def compact(study_dir) -> tuple[Path, int]:
@@ -131,14 +152,15 @@ def overview(study_dir) -> list[dict]:
 
 def _progress(place):
     config, failure = (_json(place / f"{name}.json") for name in ("config", "failure"))
-    rows = [row for row in read_rows(place / "log.jsonl") if _fits(row, {"step": int, LOSS: NUMBER, "seconds": NUMBER})]
+    read = {"step": COUNT, LOSS: NUMBER, "seconds": NUMBER}
+    rows = [row for row in read_rows(place / "log.jsonl") if _fits(row, read)]
     row, process = (rows or [{"step": 0, LOSS: None, "seconds": 0.0}])[-1], holder(place)
-    steps = config["training"]["steps"] if _fits(config, {"training": {"steps": int}}) else None
+    steps = config["training"]["steps"] if _fits(config, {"training": {"steps": SIZE}}) else None
     summary = RunFolder(place).summary()
     state = "finished" if summary else "running" if process else "failed" if failure is not None else "waiting"
     left, where, loss = None, "", row[LOSS]
-    if _fits(summary, {"final": {LOSS: NUMBER}}):
-        loss = summary["final"][LOSS]
+    if summary:
+        loss = summary["final"][LOSS] if _fits(summary, {"final": {LOSS: NUMBER}}) else None
     if state == "running":
         left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
         where = f"{process['host']}, process {process['pid']}"
@@ -210,16 +232,25 @@ def _folder_run(place):
 def _json(path):
     """The JSON object in a file: None where there is no file, {} where it is damaged."""
     try:
-        return read_json(path) if path.exists() else None
+        found = read_json(path) if path.exists() else None
+        return found if _is_finite(found) else {}
     except ValueError:
         return {}
+
+
+def _is_finite(found):
+    """Whether a JSON value could be written again: no number in it is NaN or infinite, which no run writes."""
+    try:
+        return bool(json.dumps(found, allow_nan=False))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _compact_runs(path):
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             parts = json.loads(line)
-            if not _fits(parts, PARTS):
+            if not (_fits(parts, PARTS) and _is_finite(parts)):
                 raise ValueError
             _load_imports(parts["config"], path.parent)
             yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
@@ -229,10 +260,10 @@ def _compact_runs(path):
 
 def _record(place, config, log, summary, failure):
     """The RunRecord of what was read. The name of `place`, its folder, is the run id."""
-    rows = {row["step"]: row for row in log if isinstance(row.get("step"), int)}  # a step written twice: the later row
-    log = [rows[step] for step in sorted(rows)]
     if summary is not None and not _is_whole(place.name, config, log, summary):
         raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, or fetch it again")
+    rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT}) and _is_finite(row)}
+    log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):
         config = {"config_id": place.name, "seed": -1, "model": {}}
     config = {"rules": _rules(config["model"])} | config | {"model": with_defaults(config["model"])}
@@ -249,7 +280,8 @@ def _rules(model):
 
 def _is_whole(name, config, log, summary):
     """Whether the parts of a finished run are all there, are of one run, and have the names and types that are read."""
-    if not (_fits(config, CONFIG) and _fits(log, [ROW]) and _fits(summary, SUMMARY)) or not log:
+    if not (_fits(config, CONFIG) and _fits(log, [LOGGED]) and _fits(summary, SUMMARY) and _is_finite(log)
+            and log and config["domains"]):
         return False
 
     def layers(row):
@@ -259,21 +291,30 @@ def _is_whole(name, config, log, summary):
     rows = final, *log
     those = [layer for row in rows for layer in row["layers"]]
     alike = all(row.keys() >= final.keys() and layers(row) == layers(final) for row in log)
-    numbers = all(isinstance(part.get(metric), OPTIONAL)
-                  for part in (*rows, *those, summary.get("measured") or {}) for metric in QUANTITIES)
+    loads = all(layer["load"] and [len(one) for one in layer["domain_load"]] == [len(layer["load"])] * len(
+        config["domains"]) for layer in those)
+    numbers = all(_fits(part[metric], (float if metric.endswith("perplexity") else NUMBER, None))  # exp(700) is 1e304
+                  for part in (*rows, *those, summary.get("measured") or {}) for metric in QUANTITIES.keys() & part)
     possible = all(0 <= layer["load_entropy"] < 1.001 for layer in those)
     by_domain = all(_fits(part[name], {...: of}) and part[name].keys() == set(config["domains"])
                     for part in (summary, *rows) for name, of in BY_DOMAIN.items() if name in part)
-    of_one_run = config["run_id"] == summary["run_id"] == name and log[-1]["step"] == summary["steps"]
-    return of_one_run and alike and numbers and possible and by_domain
+    of_one_run = config["run_id"] == summary["run_id"] == name and max(row["step"] for row in log) == summary["steps"]
+    return of_one_run and alike and loads and numbers and possible and by_domain
 
 
 def _fits(found, shape) -> bool:
-    """Whether a JSON value has a shape: a type or several, [shape of each item], or {name: shape}, ... for any name."""
+    """Whether a JSON value has a shape: a type, a range of whole numbers, a test such as `between`, several of these in
+    a tuple, [shape of each item], or {name: shape}, ... for any name, of which there is one at least."""
     if isinstance(shape, list):
         return isinstance(found, list) and all(_fits(each, shape[0]) for each in found)
     if isinstance(shape, dict):
-        return isinstance(found, dict) and all(
+        return isinstance(found, dict) and (... not in shape or found != {}) and all(
             _fits(each, of) for name, of in shape.items()
-            for each in (found.values() if name is ... else [found.get(name)]))
-    return isinstance(found, shape) and not isinstance(found, bool)
+            for each in (found.values() if name is ... else [found.get(name, ...)]))
+    if isinstance(shape, range):
+        return type(found) is int and found in shape
+    if isinstance(shape, tuple):
+        return any(_fits(found, each) for each in shape)
+    if shape in (None, ...):
+        return found is ... or found is shape
+    return isinstance(found, shape) if isinstance(shape, type) else shape(found)

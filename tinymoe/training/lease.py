@@ -24,8 +24,17 @@ import time
 from pathlib import Path
 
 from ..files import host_tag, is_gone, temporary_name
+from .identity import RunError
 
-SECONDS = float(os.environ.get("TINYMOE_LEASE") or 90)  # a lease that was not renewed for so long is stale
+
+def _seconds(text):
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1e9:
+            return float(text)
+    raise RunError(f"TINYMOE_LEASE is {text!r}: set it to a number of seconds above 0, at most 1e9, or unset it")
+
+
+SECONDS = _seconds(os.environ.get("TINYMOE_LEASE") or "90")  # a lease that was not renewed for so long is stale
 
 
 class Lease:
@@ -88,7 +97,7 @@ class Lease:
             now = os.fstat(file.fileno()).st_mtime
         clock.unlink(missing_ok=True)
         for content, changed in leases.values():
-            tag, pid = _holder(content)
+            tag, pid, _ = _holder(content)
             gone = tag == host_tag() and (locked or is_gone(pid))
             if not gone and now - changed <= (SECONDS if tag else 2):
                 return False
@@ -96,21 +105,22 @@ class Lease:
 
 
 def holder(folder) -> dict | None:
-    """{"host", "pid", ...} of the process that writes a folder; None if there is none. Clocks of hosts may differ."""
+    """{"host", "pid"} of the process that writes a folder; None if there is none. Clocks of hosts may differ."""
     leases = _leases(folder)
     content, changed = leases[max(leases)] if leases else (b"", 0.0)
-    tag, pid = _holder(content)
+    tag, pid, host = _holder(content)
     if time.time() - changed > 2 * SECONDS or tag == host_tag() and is_gone(pid):
         return None
-    return json.loads(content) if tag else {"host": "?", "pid": pid}
+    return {"host": host, "pid": pid}
 
 
 def _holder(content):
-    """(tag, pid) in the content of a lease; (None, 0) if it is damaged, or not yet written."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    """(tag, pid, host) in the content of a lease; (None, 0, "?") if it is damaged, or not yet written."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         value = json.loads(content)
-        return str(value["tag"]), int(value["pid"])
-    return None, 0
+        if 0 <= int(value["pid"]) < 2**32:
+            return str(value["tag"]), int(value["pid"]), str(value["host"])
+    return None, 0, "?"
 
 
 def _path(folder, number):
