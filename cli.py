@@ -472,9 +472,10 @@ def findings(folder, imports):
     for each experiment. FOLDER is results/published; for your own runs give results.
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
-    from tinymoe.study import gathered
+    from tinymoe.files import require_ours
+    from tinymoe.study import gathered, report
     from tinymoe.study.figures import draw_forest
-    gathered.require_ours(folder)
+    require_ours(folder / "FINDINGS.md", report.WORDS)  # before a figure is drawn
     found, absent = gathered.published_results(folder, STUDY, EXPERIMENTS.values())
     draw_forest(found, folder)
     click.echo(gathered.gather(folder, found, absent))

@@ -687,3 +687,13 @@ def test_a_router_that_does_not_fix_k_is_reported_with_its_measured_experts(tmp_
                      run.log, run.summary)
     counted = {k: count(architecture(full.model), experts_per_token=k)[-1].active for k in (1, 4)}
     assert quantities.value(full, "active_parameters") == counted[4] / 1e6 > counted[1] / 1e6
+
+
+@pytest.mark.parametrize("name", ["FINDINGS.md", "summary.csv", "report.html"])
+def test_a_file_of_the_user_is_not_replaced(tmp_path, name):
+    write_study(tmp_path)
+    (tmp_path / name).write_text("my own notes")
+    command = ["report", str(tmp_path)] if name == "report.html" else ["study", "--plot-only", "--out", str(tmp_path)]
+    code = CliRunner().invoke(cli.main, command)
+    assert code.exit_code == 1 and f"{name} was not made by this program: move it away" in code.output
+    assert (tmp_path / name).read_text() == "my own notes"

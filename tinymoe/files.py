@@ -71,6 +71,12 @@ def write_atomically(path, content, follow=False):
         raise
 
 
+def require_ours(path, mark: str):
+    """Raise FileExistsError where a file lacks what ours has in it: somebody else wrote it."""
+    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(f"{path} was not made by this program: move it away, or give another folder")
+
+
 @functools.cache
 def host_tag() -> str:
     """Eight hex digits that tell this host, since it was started, from others. A container counts as a host."""

@@ -8,6 +8,7 @@ from .quantities import LOSS, quantity
 from .report import (
     CLAIM_COLUMNS,
     COMPUTE,
+    WORDS,
     about,
     answers,
     bold,
@@ -41,7 +42,6 @@ experiments, so one of many verdicts may be wrong by chance. The same runs (top-
 the reference of several experiments, so these are not independent evidence."""
 ORDER = ("different", "same", "not known", "not tested")  # of verdicts
 YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
-HEADING = "# Findings"
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
 three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
 SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
@@ -72,13 +72,6 @@ def published_results(published, study: Experiment, experiments) -> tuple[list[R
     return found, absent
 
 
-def require_ours(published):
-    """Raise ValueError if there is a FINDINGS.md that `gather` did not write."""
-    path = Path(published, "FINDINGS.md")
-    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(f"{HEADING}\n"):
-        raise ValueError(f"{path} was not made by this program: move it away, or give another folder")
-
-
 def gather(published, found: list[Results], absent: list[Experiment]) -> Path:
     """Write published/FINDINGS.md, and return its path; found, absent: as `published_results` gives."""
     return write_paragraphs(Path(published, "FINDINGS.md"), document(found, absent, published))
@@ -95,7 +88,7 @@ def document(found, absent, published, section=None) -> list[str]:
     waiting = sorted({claim.number for each in absent for claim in each.claims if claim.number})
     forest = Path(published, "figures", "primary.png").exists()
     return [
-        HEADING, OPENING, counted(found), yardstick(found), "## The three questions",
+        "# Findings", OPENING, counted(found), yardstick(found), "## The three questions",
         *(questions(study) if study else [bullets(f"{one.question} No runs are finished yet." for each in absent
                                                   if each.adjustable for one in each.primary)]), SURE,
         *(chapter("Claims of the literature",
@@ -107,7 +100,7 @@ def document(found, absent, published, section=None) -> list[str]:
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
                      if absent else []),
         *map(section or summary, found), "## What this scale cannot show", CANNOT,
-        "## Words used here", GLOSSARY, verdicts(found), "## Methods", METHODS,
+        WORDS, GLOSSARY, verdicts(found), "## Methods", METHODS,
         "## Compute", table(COMPUTE, map(compute_row, found))]
 
 

@@ -10,7 +10,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from ..files import write_atomically
+from ..files import require_ours, write_atomically
 from . import figures, gathered, report
 from .quantities import LOSS
 from .results import Results
@@ -33,6 +33,7 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
         folder, title = Path(published), "Findings"
         body = blocks(gathered.document(found, absent, published, section=lambda results: ""), None, found, folder)
         body += "<h2>The experiments</h2>" + "".join(map(whole_experiment, found))
+    require_ours(folder / "report.html", "<title>tinymoe: ")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     write_atomically(folder / "report.html", template.replace("__TITLE__", escape(title)).replace("__BODY__", body))
     return folder / "report.html"
@@ -40,7 +41,7 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
 
 def whole_experiment(results):
     """An experiment's document that opens when it is asked for; the words and methods stand once in the page."""
-    shared = (GLOSSARY, METHODS, "## Words used here", "## Methods")
+    shared = (GLOSSARY, METHODS, report.WORDS, "## Methods")
     heading, *rest = (part for part in report.document(results) if part not in shared)
     question = inline(heading.removeprefix("# "), results)
     return (f'<details class="experiment" id="{anchor(results)}"><summary>{question}</summary>'

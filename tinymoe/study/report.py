@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import as_csv, printable, write_atomically
+from ..files import as_csv, printable, require_ours, write_atomically
 from ..training.identity import processors
 from .experiment import SCALES, Experiment
 from .quantities import LOSS, QUANTITIES, quantity, title, value
@@ -33,6 +33,7 @@ from .wording import (
     VERDICTS,
 )
 
+WORDS = "## Words used here"  # a heading of all documents
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 
 
@@ -54,6 +55,8 @@ def bold(sentences):
 
 
 def write_paragraphs(path, paragraphs):
+    """Write a document. Raises FileExistsError in place of one that this program did not make."""
+    require_ours(path, WORDS)
     write_atomically(path, "\n\n".join(filter(None, paragraphs)) + "\n")
     return path
 
@@ -483,7 +486,7 @@ def document(results: Results) -> list[str]:
         *chapter("Claims", verdicts([results]), table(CLAIM_COLUMNS, claims) if claims else ""),
         *chapter("More figures", "\n\n".join(others)),
         "## What these runs cannot show", experiment.caution, bullets(limits(results)),
-        "## Words used here", GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),
+        WORDS, GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),
         f"Tables: {run.final['validation_tokens']:,} validation bytes; curves over steps: "
         f"{run.log[-1]['validation_tokens']:,}. Runs: {ids}. Plan: `{experiment.plan_hash[:12]}`. "
         f"Versions: {escaped(versions)}.{imports(results.runs)}"]
@@ -507,6 +510,7 @@ def write_summary_csv(study_dir) -> Path:
                     | {f"parameters_{part}": sizes.get(part) for part in ("total", "active")}
                     | {name: f"{number:.6g}" for name, number in numbers.items()})
     path = Path(study_dir, "summary.csv")
+    require_ours(path, "run_id,config_id")
     write_atomically(path, as_csv(rows))
     return path
 
