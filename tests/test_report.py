@@ -182,7 +182,7 @@ def test_a_dense_control_has_no_experts_to_report(tmp_path):
     assert [path.name for path in draw_all(tmp_path)] == ["at_the_end.png", "over_steps.png"]
     write_run(tmp_path, "E", 0, 1.5)
     assert "routed as in training (nats), `E`: 0.250; needs > 0" in findings(tmp_path) and len(draw_all(tmp_path)) == 6
-    assert "D,0,complete" in report.write_summary_csv(tmp_path).read_text()
+    assert "D,0,finished" in report.write_summary_csv(tmp_path).read_text()
 
 
 def test_where_the_entropy_of_the_text_is_known_the_loss_above_it_is_told(tmp_path):
