@@ -228,7 +228,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0 and "
                          f"G dividing H, not {q.shape}, {k.shape}, {v.shape}")
     _check_dtypes("causal_attention", q, k, v)
-    backward, heads = kernels.causal_attention_backward, (q.data, k.data, v.data)  # now: another `use` may follow
+    backward, heads = kernels.causal_attention_backward, (q.data, k.data, v.data)  # as chosen now
     value, saved = kernels.causal_attention(*heads)
     return record(value, (q, k, v), lambda g: backward(g, *heads, saved))
 

@@ -141,7 +141,7 @@ class RunFolder:
                 routings.rmdir()
 
     def longer(self, plan, corpus) -> dict | None:
-        """config.json of the run that is there, going on to the steps of `plan`; None without a run, or a shorter one.
+        """config.json of the run that is there, going on to the steps of `plan`; None where no run has fewer.
 
         It notes under `extended` at which step, from and to how many steps. Raises RunError where the run differs in
         more than its steps, CheckpointError without a checkpoint.
@@ -169,11 +169,12 @@ class RunFolder:
 
         From there on the learning rate follows the schedule of the longer run.
         """
-        if self.longer(plan, corpus):
-            with self.locked():
-                if config := self.longer(plan, corpus):
-                    (self.path / "summary.json").unlink(missing_ok=True)  # first: after a crash the old command ends it
-                    files.write_json(self.path / "config.json", config)
+        if not (self.path / "config.json").exists():
+            return
+        with self.locked():
+            if config := self.longer(plan, corpus):
+                (self.path / "summary.json").unlink(missing_ok=True)  # first: after a crash the old command ends it
+                files.write_json(self.path / "config.json", config)
 
     def resume(self, trainer) -> bool:
         """Restore the trainer's state from the checkpoint; False if there is none.
