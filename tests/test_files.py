@@ -340,6 +340,16 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": 1.5}
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_numbers_that_are_not_finite_are_no_json(tmp_path, number):
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"loss": [0.5]}}\n{{"loss": [{number}]}}\n')
+    assert files.read_rows(path) == [{"loss": [0.5]}]
+    path.write_text(f'{{"loss": [{number}]}}')
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        files.read_json(path)
+
+
 def test_rows_are_read_up_to_a_torn_line(tmp_path):
     path, rows = tmp_path / "log.jsonl", [{"step": 1, "loss": 0.5}, {"step": 2, "name": "\u2028 \u00fc"}]
     assert files.read_rows(path) == []

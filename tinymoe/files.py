@@ -116,7 +116,8 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """The JSON object in a file, a dict. Raises OSError if it cannot be read, ValueError if it is something else."""
+    """The JSON object in a file, a dict, as `from_json` reads it. Raises OSError if it cannot be read, else ValueError.
+    """
     try:
         return _json_object(Path(path).read_bytes())
     except (ValueError, RecursionError):
@@ -146,8 +147,19 @@ def read_rows(path):
     return rows
 
 
+def from_json(text):
+    """The value of a JSON text. Raises ValueError for another text, and for NaN and infinity, also for 1e999."""
+    return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(number):
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is not finite")
+    return value
+
+
 def _json_object(text):
-    value = json.loads(text)
+    value = from_json(text)
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
@@ -172,7 +184,7 @@ def load_arrays(path, kind):
             if sum(one.file_size for one in members if one.compress_type != zipfile.ZIP_STORED) > MAX_INFLATED:
                 raise CheckpointError(f"{path} would need more than {MAX_INFLATED >> 20} MiB: it is no tinymoe {kind}")
             arrays = {one.filename.removesuffix(".npy"): _array(stored.read(one)) for one in members}
-        header = json.loads(str(arrays.pop("__header__")))
+        header = from_json(str(arrays.pop("__header__")))
         found = header["kind"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: check the path") from None

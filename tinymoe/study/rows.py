@@ -1,13 +1,12 @@
 """Result rows: the runs that a study left on disk, read back and checked, and how far runs are that still train."""
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..files import printable, read_json, read_rows, write_rows
+from ..files import from_json, printable, read_json, read_rows, write_rows
 from ..moe.losses import LOSSES
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
@@ -232,25 +231,16 @@ def _folder_run(place):
 def _json(path):
     """The JSON object in a file: None where there is no file, {} where it is damaged."""
     try:
-        found = read_json(path) if path.exists() else None
-        return found if _is_finite(found) else {}
+        return read_json(path) if path.exists() else None
     except ValueError:
         return {}
-
-
-def _is_finite(found):
-    """Whether a JSON value could be written again: no number in it is NaN or infinite, which no run writes."""
-    try:
-        return bool(json.dumps(found, allow_nan=False))
-    except (ValueError, RecursionError):
-        return False
 
 
 def _compact_runs(path):
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            parts = json.loads(line)
-            if not (_fits(parts, PARTS) and _is_finite(parts)):
+            parts = from_json(line)
+            if not _fits(parts, PARTS):
                 raise ValueError
             _load_imports(parts["config"], path.parent)
             yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
@@ -262,7 +252,7 @@ def _record(place, config, log, summary, failure):
     """The RunRecord of what was read. The name of `place`, its folder, is the run id."""
     if summary is not None and not _is_whole(place.name, config, log, summary):
         raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, or fetch it again")
-    rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT}) and _is_finite(row)}
+    rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT})}
     log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):
         config = {"config_id": place.name, "seed": -1, "model": {}}
@@ -280,8 +270,8 @@ def _rules(model):
 
 def _is_whole(name, config, log, summary):
     """Whether the parts of a finished run are all there, are of one run, and have the names and types that are read."""
-    if not (_fits(config, CONFIG) and _fits(log, [LOGGED]) and _fits(summary, SUMMARY) and _is_finite(log)
-            and log and config["domains"]):
+    if not (_fits(config, CONFIG) and _fits(log, [LOGGED]) and _fits(summary, SUMMARY) and log
+            and config["domains"]):
         return False
 
     def layers(row):

@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..files import host_tag, is_gone, temporary_name
+from ..files import from_json, host_tag, is_gone, temporary_name
 from .identity import RunError
 
 
@@ -117,7 +117,7 @@ def holder(folder) -> dict | None:
 def _holder(content):
     """(tag, pid, host) in the content of a lease; (None, 0, "?") if it is damaged, or not yet written."""
     with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        value = json.loads(content)
+        value = from_json(content)
         if 0 <= int(value["pid"]) < 2**32:
             return str(value["tag"]), int(value["pid"]), str(value["host"])
     return None, 0, "?"

@@ -6,7 +6,6 @@ checkpoint alone, so a resumed run ends with the same bits as one that was never
 """
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -191,7 +190,6 @@ class RunFolder:
             rows = rows[:state["n_rows"]]
             if not rows or rows[-1]["step"] != state["step"]:
                 raise ValueError("its log.jsonl is incomplete")
-            json.dumps([rows, state], allow_nan=False)  # ValueError for what could not be written again
             checkpoint.restore(trainer, arrays, state, rows)
         except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise CheckpointError(f"{path} cannot be resumed, {error}: {AGAIN}") from None
