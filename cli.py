@@ -455,9 +455,10 @@ def _experiment(name):
 def _print_finding(results):
     """The question, what weakens the answer, and the answer."""
     from tinymoe.files import printable
-    from tinymoe.study import report
+    from tinymoe.study.caveats import warnings
+    from tinymoe.study.report import finding
     click.echo(f"\n{results.experiment.question}")
-    for line in (*report.warnings(results), *report.finding(results)):
+    for line in (*warnings(results), *finding(results)):
         click.echo(click.wrap_text(f"- {printable(line.replace('**', ''))}", 100, subsequent_indent="  "))
 
 
@@ -473,9 +474,10 @@ def findings(folder, imports):
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.files import require_ours
-    from tinymoe.study import gathered, report
+    from tinymoe.study import gathered
     from tinymoe.study.figures import draw_forest
-    require_ours(folder / "FINDINGS.md", report.WORDS)  # before a figure is drawn
+    from tinymoe.study.markdown import WORDS
+    require_ours(folder / "FINDINGS.md", WORDS)  # before a figure is drawn
     found, absent = gathered.published_results(folder, STUDY, EXPERIMENTS.values())
     draw_forest(found, folder)
     click.echo(gathered.gather(folder, found, absent))

@@ -23,8 +23,8 @@ from tinymoe import ModelConfig, files
 from tinymoe.model.counting import PRESETS
 from tinymoe.moe.losses import LOSSES
 from tinymoe.moe.routers import ROUTERS
+from tinymoe.study import caveats, report
 from tinymoe.study import figures as plots
-from tinymoe.study import report
 from tinymoe.study.runner import Event
 from tinymoe.tools.progress import Progress
 from tinymoe.training import trainer as train
@@ -384,7 +384,7 @@ def test_text_of_a_file_reaches_the_terminal_escaped(run, tmp_path):
 
 
 def test_text_of_rows_reaches_the_terminal_escaped(monkeypatch, capsys):
-    monkeypatch.setattr(report, "warnings", lambda results: ["`\x1b[2Jrun` failed."])
+    monkeypatch.setattr(caveats, "warnings", lambda results: ["`\x1b[2Jrun` failed."])
     monkeypatch.setattr(report, "finding", lambda results: ["**a\nb**"])
     cli._print_finding(SimpleNamespace(experiment=SimpleNamespace(question="Why?")))
     assert capsys.readouterr().out == "\nWhy?\n- `\\x1b[2Jrun` failed.\n- a b\n"

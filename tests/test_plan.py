@@ -13,7 +13,7 @@ import cli
 from test_experiments import TOY
 from test_report import LOSSES, STUDY, change, layer_row, row, write_run, write_study
 from tinymoe.experiments import EXPERIMENTS
-from tinymoe.study import figures, gathered, quantities, report
+from tinymoe.study import figures, gathered, quantities, report, tables
 from tinymoe.study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, sweep_id
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.results import Results, best_rates, sweep_losses
@@ -187,8 +187,8 @@ def test_the_text_has_a_share_and_every_domain_a_difference(copy):
     by_domain = results.by_domain(results.primary[0].contrast)
     assert len(by_domain) == 4
     assert sum(one.mean for one in by_domain.values()) / 4 == pytest.approx(results.primary[0].mean)
-    assert re.search(r"share of the variance \| \d+% \|", report.primary_table(results))
-    assert report.domain_table(results).count("\n") == 9
+    assert re.search(r"share of the variance \| \d+% \|", tables.primary_table(results))
+    assert tables.domain_table(results).count("\n") == 9
 
 
 def test_rows_of_other_settings_are_refused_and_fresh_is_the_remedy(copy, monkeypatch):
@@ -224,9 +224,9 @@ def test_a_run_that_starts_from_a_row_alone_is_refused(copy, monkeypatch):
 
 def test_a_table_has_no_row_that_holds_nothing(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=1))
-    rows = [line.split(" | ")[0] for line in report.primary_table(results).splitlines()[2:]]
+    rows = [line.split(" | ")[0] for line in tables.primary_table(results).splitlines()[2:]]
     assert rows == ["| difference", "| mean", "| margin", "| seeds"]
-    assert report.answers(results)[0].startswith("Does balancing cost loss? **Not tested")
+    assert tables.answers(results)[0].startswith("Does balancing cost loss? **Not tested")
 
 
 def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
@@ -249,7 +249,7 @@ def test_the_seeds_that_are_lacking_have_a_price(tmp_path):
 
     def said(**changed):
         one = types.SimpleNamespace(**vars(found) | changed)
-        return report.lacking_hours(results, one), report.to_decide(results, one)
+        return tables.lacking_hours(results, one), tables.to_decide(results, one)
 
     assert said() == (pytest.approx(100 * 40 / 3600), "102 seeds (50 to over 1,000), 1.1 core-hours more")
     assert said(needed=None, needed_range=(None, None)) == (
@@ -262,7 +262,7 @@ def test_the_price_of_a_seed_has_the_run_that_it_starts_from(tmp_path):
     settings = tuple(dataclasses.replace(s, start="A") if s.id == "C" else s for s in STUDY.settings)
     results = Results(dataclasses.replace(STUDY, settings=settings, rates=()), write_study(tmp_path))
     found = types.SimpleNamespace(verdict="not known", needed=102, n=2, contrast=Contrast(LOSS, "C", minus="B"))
-    assert report.lacking_hours(results, found) == pytest.approx(100 * 60 / 3600)
+    assert tables.lacking_hours(results, found) == pytest.approx(100 * 60 / 3600)
 
 
 def test_failed_runs_and_wall_clock_are_in_the_compute(tmp_path):
@@ -272,7 +272,7 @@ def test_failed_runs_and_wall_clock_are_in_the_compute(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"wall_seconds": 3600.0}))
     (tmp_path / "runs/D-seed1/summary.json").rename(tmp_path / "runs/D-seed1/failure.json")
     hours = 1 + 20 * 20 / 3600
-    assert report.compute_row(Results(STUDY, tmp_path)) == ["study", "20", "0", "1", f"{hours:.2f}"]
+    assert tables.compute_row(Results(STUDY, tmp_path)) == ["study", "20", "0", "1", f"{hours:.2f}"]
 
 
 # -- quantities of curves --

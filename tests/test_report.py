@@ -22,7 +22,7 @@ from tinymoe.files import save_arrays
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.moe.routers import ROUTERS
-from tinymoe.study import compare, figures, maps, palette, quantities, report, rows
+from tinymoe.study import caveats, compare, figures, maps, markdown, palette, quantities, report, rows, tables
 from tinymoe.study.results import Results
 from tinymoe.study.rows import RunRecord, compact, load_runs, made_of
 from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
@@ -313,7 +313,7 @@ def test_places_are_counted_in_the_loads(tmp_path):
     """Would have caught: a model whose n_copy is null. 100 assignments of 50 bytes: K = 2, in 2.5 places a byte."""
     change(write_run(tmp_path, "E", 0, 2.0), "model", capacity_factor=1.25, n_copy=None)
     assert quantities.value(load_runs(tmp_path)[0], "padding") == pytest.approx(1 - 2 / 2.5) and findings(tmp_path)
-    assert report.enumerated([0, 1, 10**15]) == "0, 1, 1,000,000,000,000,000"
+    assert markdown.enumerated([0, 1, 10**15]) == "0, 1, 1,000,000,000,000,000"
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -486,7 +486,7 @@ def test_runs_beside_the_plan_are_told_with_the_command_that_works(tmp_path):
 
     def said(**changed):
         results = Results(dataclasses.replace(STUDY, **{"steps": 20, "seeds": 3, "rates": ()} | changed), tmp_path)
-        return [one for one in report.beside_the_plan(results) if not one.startswith("No plan")]
+        return [one for one in caveats.beside_the_plan(results) if not one.startswith("No plan")]
 
     assert said() == []
     assert said(rates=(1e-3, 2e-3)) == ["The plan has 3 seeds of 20 steps, with a learning rate chosen for each "
@@ -500,7 +500,7 @@ def test_runs_beside_the_plan_are_told_with_the_command_that_works(tmp_path):
 def test_not_known_says_what_would_be_seen():
     def said(*values):
         (one,) = corrected([Comparison(Contrast("loss", "a", minus="b"), values, 0.01)], holm)
-        return one, report.how_sure(one)
+        return one, tables.how_sure(one)
 
     one, text = said(0.01, 0.03, -0.02)
     assert text == f" (an effect of {one.smallest:.3f} would be seen; 3 seeds)"

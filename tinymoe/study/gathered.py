@@ -3,34 +3,26 @@
 import math
 from pathlib import Path
 
+from .caveats import warnings
 from .experiment import Experiment
+from .markdown import WORDS, bold, bullets, chapter, enumerated, table, write_paragraphs
 from .quantities import LOSS, quantity
-from .report import (
-    CLAIM_COLUMNS,
-    COMPUTE,
-    WORDS,
-    about,
-    answers,
-    bold,
-    bullets,
-    cells,
-    chapter,
-    claim_rows,
-    compute_row,
-    enumerated,
-    how_sure,
-    images,
-    lacking_hours,
-    settings_table,
-    table,
-    to_decide,
-    total_hours,
-    verdicts,
-    warnings,
-    write_paragraphs,
-)
+from .report import about, images, verdicts
 from .results import NothingFinished, Results
 from .statistics import MARGIN
+from .tables import (
+    CLAIM_COLUMNS,
+    COMPUTE,
+    answers,
+    cells,
+    claim_rows,
+    compute_row,
+    how_sure,
+    lacking_hours,
+    settings_table,
+    to_decide,
+    total_hours,
+)
 from .wording import GLOSSARY, METHODS
 
 ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \

@@ -1,8 +1,7 @@
 """FINDINGS.md as one HTML file: the same paragraphs, figures inline, tables that sort, numbers that lead to their runs.
 
-It reads the Markdown that report.py and gathered.py write: headings, tables, lists, images; in a line bold, italic,
-code and links.
-The template is report.html.
+It reads the Markdown of these documents: headings, tables, lists, images; in a line bold, italic, code and links. The
+template is report.html.
 """
 
 import base64
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ..files import require_ours, write_atomically
 from . import figures, gathered, report
+from .markdown import WORDS, escaped, run_ids
 from .quantities import LOSS
 from .results import Results
 from .wording import GLOSSARY, METHODS
@@ -41,7 +41,7 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
 
 def whole_experiment(results):
     """An experiment's document that opens when it is asked for; the words and methods stand once in the page."""
-    shared = (GLOSSARY, METHODS, report.WORDS, "## Methods")
+    shared = (GLOSSARY, METHODS, WORDS, "## Methods")
     heading, *rest = (part for part in report.document(results) if part not in shared)
     question = inline(heading.removeprefix("# "), results)
     return (f'<details class="experiment" id="{anchor(results)}"><summary>{question}</summary>'
@@ -60,7 +60,7 @@ def run_list(results):
         steps, rates = ({run.config["training"][field] for run in runs} for field in ("steps", "learning_rate"))
         losses = ", ".join(f"seed {run.seed}: {run.final[LOSS]:.4f}" for run in runs)
         rows.append(f'<tr id="{anchor(results, name)}"><td><code>{escape(name)}</code></td>'
-                    f"<td>{escape(', '.join(report.run_ids(runs)))}</td><td>{', '.join(map(str, sorted(steps)))}</td>"
+                    f"<td>{escape(', '.join(run_ids(runs)))}</td><td>{', '.join(map(str, sorted(steps)))}</td>"
                     f"<td>{', '.join(f'{rate:g}' for rate in sorted(rates))}</td><td>{losses}</td></tr>")
     where = "runs.jsonl, or the folders in runs/"
     return (f'<details class="runs"><summary>Runs of {escape(results.experiment.name)} ({where})</summary>'
@@ -101,10 +101,10 @@ def table_row(cells, results, found):
     results = results or next((each for each in found if gathered.link(each) in cells), None)
     named = [] if results is None else [
         name for name in results.groups if f"`{name}`" in " ".join(cells)
-        or cells[0] in (name, report.escaped(results.label(name)))]
-    ids = [each for name in named for each in report.run_ids(results.groups[name])]
+        or cells[0] in (name, escaped(results.label(name)))]
+    ids = [each for name in named for each in run_ids(results.groups[name])]
     hint = f' title="runs of {escape(results.experiment.name)}: {escape(", ".join(ids))}"' if ids else ""
-    if named and cells[0] in (named[0], report.escaped(results.label(named[0]))):
+    if named and cells[0] in (named[0], escaped(results.label(named[0]))):
         first, *rest = cells
         cells = [f"[{first}](#{anchor(results, named[0])})", *rest]
     return f"<tr{hint}>" + "".join(f"<td>{inline(cell, results)}</td>" for cell in cells) + "</tr>"
@@ -114,7 +114,7 @@ def inline(text, results):
     """HTML of a line of Markdown. The name of a setting is a link to its runs, and pointing at it tells their ids."""
     def name_or_code(found):
         runs = results.groups.get(found[1]) if results is not None else None
-        hint = escape(", ".join(report.run_ids(runs))) if runs else ""
+        hint = escape(", ".join(run_ids(runs))) if runs else ""
         code = f"<code>{found[1]}</code>"
         return f'<a href="#{anchor(results, found[1])}" title="{hint}">{code}</a>' if runs else code
 
