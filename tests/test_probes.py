@@ -157,6 +157,16 @@ def test_weights_are_probed_with_bytes_or_ids(tmp_path):
             probes.loaded(tmp_path / path, **options)
 
 
+def test_a_model_that_overflows_is_not_probed(tmp_path):
+    """Would have caught: losses and gradients printed as nan."""
+    large = model(vocab_size=256)
+    for p in large.parameters().values():
+        p.data[...] *= 1e38
+    large.save(tmp_path / "large.npz")
+    with pytest.raises(ValueError, match="large.npz: the numbers of this model are not finite"):
+        probes.loaded(tmp_path / "large.npz")
+
+
 def test_published_weights_are_probed(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     config = published.CONFIGS["olmoe"]

@@ -19,7 +19,7 @@ from ..moe import metrics
 from ..moe.routers import RouteContext, find, greedy_assignment, shortfall, sinkhorn_plan
 from ..moe.routing import largest
 from ..training.data import load_corpus
-from ..training.evaluation import Validation, losses_and_routings
+from ..training.evaluation import Validation, first_nonfinite, losses_and_routings
 from ..training.loading import corpus_of, load_checkpoint
 from ..training.plan import RunPlan
 from ..training.trainer import Trainer
@@ -266,7 +266,8 @@ def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | N
 
     ids: a file of token ids. Otherwise the tokens are bytes: of `text`, or of the text that a run was trained on, or of
     the installed texts. A model whose vocabulary is not of bytes gets random ids.
-    Raises CheckpointError, CorpusError, OSError or ValueError for what cannot be read, or has no layer with experts.
+    Raises CheckpointError, CorpusError, OSError or ValueError for what cannot be read, has no layer with experts, or
+    overflows.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -286,6 +287,10 @@ def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | N
         raise ValueError(f"{path} has no layer with experts, or sequences below 2 tokens: there is nothing to probe")
     windows, words = _tokens(c, has_bytes, ids, text, trained_on=folder if is_run else None)
     n, length = windows[0].shape
+    with np.errstate(all="ignore"):
+        place = first_nonfinite(model, windows[0], windows[2])
+    if place:
+        raise ValueError(f"{path}: the numbers of this model are not finite from {place} on: there is nothing to probe")
     return Subject(model, *windows, f"{path}, {what}: {', '.join(c.routers)}; {n} sequences of {length} {words}")
 
 
