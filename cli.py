@@ -412,7 +412,8 @@ def _say_failures(failures):
               "chosen first; takes hours.")
 @click.option("--seeds", type=click.IntRange(1, 1000),
               help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick; with --full as planned]")
-@_out_option("Folder of the results.  [default: results/experiments/NAME; with --quick results/experiments-quick/NAME]")
+@_out_option("Folder of the results.  [default: results/experiments/NAME; with --quick or --full "
+             "results/experiments-quick/NAME or -full/NAME]")
 @_training_options
 def experiment(name, quick, full, seeds, out, plot_only, text, **how):
     """Run an experiment and report the result, or list them all.
@@ -470,7 +471,8 @@ def findings(folder, imports):
     """Gather the study and the experiments into one document.
 
     It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the answers, the claims, and a section
-    for each experiment. FOLDER is results/published; for your own runs give results.
+    for each experiment. FOLDER is results/published. For your own runs give results; runs of --full must have been put
+    there by --out FOLDER/full and --out FOLDER/experiments/NAME.
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.files import require_ours
@@ -486,7 +488,7 @@ def findings(folder, imports):
 @main.command("report")
 @click.argument("folder", type=FOLDER)
 @click.option("--experiment", "name", metavar="NAME|FILE.py", shell_complete=_names("experiments", "EXPERIMENTS"),
-              help="Whose results they are.  [default: that of the folder's name, else the study]")
+              help="The experiment in FOLDER.  [default: that of the folder's name, else the study]")
 @_import_option
 @_refusing(ValueError, OSError)
 def report_page(folder, name, imports):
@@ -548,7 +550,8 @@ def compare(paths, out, imports):
 
 @main.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--csv", "form", flag_value="csv", default="csv", help="A table that every program reads (the default).")
+@click.option("--csv", "form", flag_value="csv", default="csv", show_default=False,
+              help="A table that every program reads (the default).")
 @click.option("--parquet", "form", flag_value="parquet", help="A smaller file with types; needs the package pyarrow.")
 @_out_option("The file to write.  [default: FOLDER/rows.csv or FOLDER/rows.parquet]", _file)
 @_refusing(ValueError, OSError)
@@ -631,7 +634,7 @@ def options(imports):
     takers = {}  # one line for each option, with the routers that take it
     for name, router in ROUTERS.items():
         for option, parameter in router.options().items():
-            meaning = router.meaning(option).split(". ")[0].rstrip(".")
+            meaning = re.split(r"(?<!al)\. ", router.meaning(option))[0].rstrip(".")
             takers.setdefault((f"router.{option}", shown(parameter.default), meaning), []).append(name)
     tables = {what: [(one.name, shown(one.default), one.metadata["meaning"]) for one in dataclasses.fields(config)]
               for what, config in (("the model", ModelConfig), ("training", TrainConfig))}
@@ -679,7 +682,7 @@ def params(model, context, width):
 @main.command()
 @click.argument("subject", metavar="ROUTER|RUN|FILE", shell_complete=_names("moe.routers", "ROUTERS"))
 @click.option("--steps", "-n", type=click.IntRange(min=0), show_default="50",
-              help="Of a router: training steps before.")
+              help="Training steps before the test; for a router only.")
 @click.option("--ids", type=click.Path(), help="A file of token ids, as text or .npy; for a file or run.")
 @click.option("--text", type=click.Path(), help="A file, a folder whose entries are domains, or: synthetic.")
 @_import_option
@@ -813,7 +816,7 @@ def view(run, text, out, imports):
 
 @main.command()
 @click.argument("out", type=FOLDER)
-@click.option("--port", type=click.IntRange(0, 65535), default=8321, help="Of the page; 0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8321, help="The port of the page; 0: any free one.")
 @_refusing(OSError)
 def watch(out, port):
     """Serve a page that follows the runs in folder OUT as they train.
@@ -870,7 +873,7 @@ def generate(run, prompt, length, temperature, top, seed, imports):
 @main.command()
 @click.option("--router", default="top_k", help="The router of the example.",
               shell_complete=_names("moe.routers", "ROUTERS"))
-@click.option("--seed", type=click.IntRange(min=0), help="Other numbers.  [default: those of docs/explain.md]")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of other numbers.  [default: those of docs/explain.md]")
 @click.option("--step", is_flag=True, help="Wait for a key after each part.")
 @click.option("--figure", type=click.Path(), callback=_picture,
               help="Draw one token through router, experts and sum into this file.")
@@ -937,7 +940,7 @@ def _sizes(context, option, values):
 @click.option("--sizes", multiple=True, callback=_sizes, metavar="N,D,E,K",
               help="Only the expert backends, at N tokens, width D, E experts, K a token. Repeatable.")
 @click.option("--threads", type=COUNT, help="Threads of the kernels.  [default: one for each core]")
-@click.option("--repeats", type=COUNT, default=7, help="Timings of each number; the median counts.")
+@click.option("--repeats", type=COUNT, default=7, help="Timings of each number; their median is shown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line, instead of tables.")
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 @_set_option
@@ -946,7 +949,7 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     """Time experts and training steps, and PyTorch if it is there.
 
     With --set it times only the step, of a model with these settings: --set n_layers=4 --set d_model=64 --set d_ff=256
-    --set moe_layers=[1,3] is the laboratory's.
+    --set moe_layers=[1,3] is that of most experiments.
     """
     from tinymoe import kernels
     from tinymoe.tools import bench as b

@@ -1,7 +1,7 @@
 """A question of one's own, in one file. Run it by: python cli.py experiment docs/my_question.py --quick
 
-Without --quick it trains 500 steps with three seeds. With --full it trains the `steps` and `seeds` that an Experiment
-names, which are its plan. A router or a loss of your own may stand in this file too.
+Without --quick it trains 500 steps with three seeds. With --full it trains the plan, `steps` and `seeds`, at the best
+of `rates`. A router or a loss of your own may stand in this file too.
 """
 
 from tinymoe.experiments import LOSS, Contrast, Experiment, Primary, Setting, over_steps
@@ -11,5 +11,7 @@ my_question = Experiment(
     settings=(Setting("top-1", "one expert a byte", model={"top_k": 1}), Setting("top-2", "two experts a byte")),
     primary=(Primary(question="Does a second expert lower the loss?", contrast=Contrast(LOSS, "top-2", minus="top-1"),
                      lower="The second expert lowers the loss.", higher="The second expert raises the loss.",
-                     same="The second expert changes nothing.", not_known="Whether it helps is not known."),),
-    metrics=(LOSS, "megaflops", "load_cv"), figures={"over_steps": over_steps("top-1", LOSS)})
+                     same="The second expert changes the loss by less than 0.01 nats.",
+                     not_known="Whether it helps is not known."),),
+    metrics=(LOSS, "megaflops", "load_cv"), figures={"over_steps": over_steps("top-1", LOSS)},
+    seeds=8, steps=1000, rates=(1e-3, 2e-3, 4e-3))

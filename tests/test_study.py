@@ -57,6 +57,15 @@ def test_runs_go_seed_by_seed_and_overrides_win_over_the_table():
     assert all_runs[0].model.router == "expert_choice"
 
 
+def test_another_router_does_not_get_the_options_of_the_one_it_replaces():
+    def options(**model):
+        return STUDY.runs(STUDY.scales["default"], 1, "G", model)[0].model.router_options
+
+    assert options() == options(router="top_k") == {"renormalise": False}
+    assert options(router="random") == {}
+    assert options(router="sinkhorn", router_options={"router_std": 0.1}) == {"router_std": 0.1}
+
+
 # -- one by one --
 
 

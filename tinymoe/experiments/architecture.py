@@ -5,7 +5,7 @@ from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
 from ..study.statistics import Contrast
 
-SECONDS = "Seconds were measured on one thread while another run used the machine."
+SECONDS = "Seconds depend on what else ran on the machine."
 BOUNDS = "The bounds of load CV and information depend on the number of experts."
 WHOLE = {"n_evaluations": 10, "eval_windows": 16, "final_windows": 1000}  # all validation windows are scored at the end
 shared = Experiment(
@@ -51,13 +51,13 @@ HASH = {"router": "hash", "aux_coef": 0.0}
 dense = Experiment(
     name="dense", question="Is a mixture worth it?",
     settings=(Setting("mixture", "top-2 of 8 experts"),
-              Setting("hash", "2 of 8 experts by a random table of the byte", model=HASH),
+              Setting("hash", "2 of 8 experts by a hash of the byte", model=HASH),
               Setting("dense-active", "one layer as large as the two active experts", model=ONE_EXPERT, width=2),
               Setting("dense-total", "one layer as large as all eight", model=ONE_EXPERT, width=8),
-              Setting("dense-active-seconds", "as dense-active, for the seconds of the mixture", model=ONE_EXPERT,
-                      width=2, length=1.07, rate_of="dense-active"),
-              Setting("dense-total-seconds", "as dense-total, for the seconds of the mixture", model=ONE_EXPERT,
-                      width=8, length=0.57, rate_of="dense-total")),
+              Setting("dense-active-seconds", "as dense-active, trained for as long as the mixture takes",
+                      model=ONE_EXPERT, width=2, length=1.07, rate_of="dense-active"),
+              Setting("dense-total-seconds", "as dense-total, trained for as long as the mixture takes",
+                      model=ONE_EXPERT, width=8, length=0.57, rate_of="dense-total")),
     metrics=(LOSS, "cross_entropy", "parameters", "active_parameters", "megaflops", "seconds"),
     primary=(
         Primary(question="Does a mixture beat a dense model with as many active parameters?",
@@ -99,7 +99,7 @@ surface = Experiment(
         question="Do more experts lower the loss at equal active size?", contrast=Contrast(
             LOSS, "E32-K2", minus="E4-K2"),
         lower="Eight times as many experts lower the loss.", higher="Eight times as many experts raise the loss.",
-        same="Eight times as many experts change nothing.", published="yes: Clark 2022"),),
+        same="Eight times as many experts change the loss by less than 0.01 nats.", published="yes: Clark 2022"),),
     exploratory=contrasts((LOSS,), (("E32-K1", "E4-K1"), ("E32-K4", "E4-K4"),
                                     *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
@@ -117,8 +117,9 @@ upcycle = Experiment(
                       rate_of="dense"),
               Setting("upcycled", "a mixture of copies of its layers, trained further", start="dense",
                       rate_of="scratch"),
-              Setting("scratch", "a mixture from scratch, as many steps as the further ones"),
-              Setting("scratch-long", "a mixture from scratch, the steps of both", length=2, rate_of="scratch")),
+              Setting("scratch", "a mixture from scratch, for as many steps as `upcycled` adds"),
+              Setting("scratch-long", "a mixture from scratch, for the steps of `dense` and `upcycled` together",
+                      length=2, rate_of="scratch")),
     metrics=(LOSS, "causal_perplexity", "megaflops", "load_cv", "weight_divergence"),
     primary=(Primary(
         question="Is upcycling as good as training a mixture from scratch for as many steps in all?",

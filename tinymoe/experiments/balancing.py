@@ -108,10 +108,10 @@ capacity = Experiment(
                 for policy in ("order", "gate") for f in FACTORS)),
     metrics=("val_cross_entropy", LOSS, "drop_rate", "lost_all", "padding", "load_cv"),
     primary=(Primary(
-        question="Does a capacity limit of 1.25 cost loss?",
+        question="Does a capacity factor of 1.25 cost loss?",
         contrast=Contrast("val_cross_entropy", "1.25-order", minus="none"),
-        lower="A capacity limit of 1.25 lowers the loss.", higher="A capacity limit of 1.25 raises the loss.",
-        same="A capacity limit of 1.25 costs less than 0.01 nats."),),
+        lower="A capacity factor of 1.25 lowers the loss.", higher="A capacity factor of 1.25 raises the loss.",
+        same="A capacity factor of 1.25 costs less than 0.01 nats."),),
     exploratory=(*contrasts(("val_cross_entropy",), against("none", [name for name in BY_ORDER if name[:4] != "1.25"])),
                  *contrasts((LOSS,), (*against("none", BY_ORDER), ("0.5-gate", "0.5-order"), ("1-gate", "1-order")))),
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
@@ -121,8 +121,8 @@ capacity = Experiment(
     caution="The loss routed as in training has the limit; the causal loss is of the same weights without it. With K = "
             "1 a dropped byte has no expert. The limit holds within a batch of 8 windows; larger batches are more "
             "even. Where the smallest gates are dropped, a later byte can take the place of an earlier one: that loss "
-            "is leaky, so only the causal loss compares the two policies. Drops of at least 25% at the factor 0.75 "
-            "are arithmetic.",
+            "is leaky, so only the causal loss compares the two policies. A factor below 1 must drop choices: at least "
+            "25% at 0.75, 50% at 0.5.",
     claims=(Claim(5, "The loss at a capacity factor of 0.75 is above that at 1.25", "GShard, Switch",
                   (Effect("val_cross_entropy", "0.75-order", ">", 0, minus="1.25-order"),)),))
 
@@ -162,12 +162,12 @@ def say_scope(r):
     """What the numbers are to be compared with."""
     blind = blind_rate() - entropy_rate(sources()[0].transitions())
     return [f"A model that ignores the source cannot get closer than {blind:.3f} nats to the entropy.",
-            f"The source has {np.log(N_SOURCES):.3f} nats."]
+            f"The entropy of the source is {np.log(N_SOURCES):.3f} nats."]
 
 
 SCOPES = ["sequence", "batch", "global", "bias"]
 scope = Experiment(
-    name="scope", question="Over which scope should balance be asked?", text=SYNTHETIC,
+    name="scope", question="Over which tokens should the load be balanced?", text=SYNTHETIC,
     model={"top_k": 1, "n_experts": 4, "aux_coef": 0.0},
     settings=(Setting("sequence", "balance loss within each sequence, 0.01", model={"losses": {"sequence": 0.01}},
                       rate_of="batch"),
@@ -175,7 +175,7 @@ scope = Experiment(
               Setting("global", "balance loss over a running mean of batches, 0.01",
                       model={"losses": {"global_batch": 0.01}}, rate_of="batch"),
               Setting("bias", "loss-free bias, rate 0.001", model={"router": "sigmoid_bias"}, rate_of="batch"),
-              Setting("hash", "a random table of the letter", model={"router": "hash"}),
+              Setting("hash", "by a hash of the letter", model={"router": "hash"}),
               Setting("oracle", "each source has its expert", model={"router": "oracle"})),
     metrics=(LOSS, "excess", "mi_excess", "domain_given_byte", "byte_excess", "load_cv"),
     primary=(
@@ -183,7 +183,7 @@ scope = Experiment(
                 contrast=Contrast("domain_given_byte", "global", minus="sequence"),
                 lower="Experts learn less of the source where balance is asked over many batches.",
                 higher="Experts learn more of the source where balance is asked over many batches.",
-                same="Experts learn as much of the source whatever the scope.",
+                same="Experts learn as much of the source over many batches as within each sequence.",
                 published="more: Qiu 2025; arXiv 2604.07030"),
         Primary(question="Does balance over many batches reach the oracle?",
                 contrast=Contrast(LOSS, "global", minus="oracle"),

@@ -21,7 +21,7 @@ frozen = Experiment(
               Setting("random", "drawn afresh for each byte and step", model={"router": "random"}, rate_of="learned"),
               Setting("shuffled", "top-2, the choices given to other bytes: the same counts",
                       model={"router": "shuffled"}, rate_of="learned"),
-              Setting("hash", "by a random table of the byte", model={"router": "hash"}),
+              Setting("hash", "by a hash of the byte: a fixed random table", model={"router": "hash"}),
               Setting("dense", "one layer as large as the two active experts", model=ONE_EXPERT, width=2)),
     metrics=(LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
     primary=(Primary(
@@ -35,7 +35,7 @@ frozen = Experiment(
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
             "mixtures have the balance loss; under a frozen router it moves the hidden states. At validation a random "
             "route is drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. "
-            "Its choices are those of its own router, whose load need not be as even as that of `learned`. The claims "
+            "`shuffled` trains a router of its own, so its load need not be as even as that of `learned`. The claims "
             "are judged against what a mixture gains over a dense model.",
     claims=(Claim(3, "A frozen router keeps what a mixture gains over a dense model (it is within 0.01 nats of a "
                      "learned one, and better than dense); routing drawn afresh gains less than 0.01 nats",
@@ -45,7 +45,7 @@ frozen = Experiment(
             Claim(4, "Balance alone is not enough: with the same counts, shuffled, a mixture gains less than 0.01 nats "
                      "over a dense model", "Fan 2024", (Effect(LOSS, "shuffled", ">", -MARGIN, minus="dense"),))))
 
-HASHED = {"hash": "a random table of the byte", "learned": "a learned router", "gated": "a table with learned gates"}
+HASHED = {"hash": "a hash of the byte", "learned": "a learned router", "gated": "a hash with learned gates"}
 ROUTER = {"hash": "hash", "learned": "top_k", "gated": "hash_gated"}
 
 
@@ -124,7 +124,7 @@ rate = Experiment(
                    for c in routers_a_to_f.settings for rate in RATES),
     metrics=(LOSS, "causal_perplexity", "load_cv"),
     primary=(Primary(
-        question="Does a larger learning rate change what noise on the scores costs?",
+        question="Does noise on the scores cost loss at a learning rate of 0.004?",
         contrast=Contrast(LOSS, "F-0.004", minus="D-0.004"),
         lower="At 0.004 noise on the scores lowers the loss.", higher="At 0.004 noise on the scores raises the loss.",
         same="At 0.004 noise on the scores costs less than 0.01 nats."),),
@@ -152,7 +152,7 @@ reinforce = Experiment(
         question="Does REINFORCE teach a router anything?", contrast=Contrast(LOSS, "reinforce", minus="frozen-draw"),
         lower="REINFORCE teaches the router: the loss is below that of a frozen router that draws.",
         higher="REINFORCE harms: the loss is above that of a frozen router that draws.",
-        same="REINFORCE teaches nothing: the loss is that of a frozen router that draws.",
+        same="REINFORCE changes the loss of a frozen router that draws by less than 0.01 nats.",
         published="yes: Clark 2022"),),
     exploratory=contrasts((LOSS,), (("reinforce-0.1", "frozen-draw"), ("reinforce", "top-k"), ("frozen", "top-k"),
                                     ("frozen-draw", "frozen"))),
@@ -161,10 +161,11 @@ reinforce = Experiment(
              "at_the_end": at_the_end(LOSS, "noise_share", reference="frozen-draw")},
     caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "
             "that byte's loss alone; the baseline is the mean loss of the other bytes of the batch. Reinforce draws "
-            "while training and takes the best at validation. The balance loss teaches all routers but the frozen "
-            "ones. The share of noise is the variance over batches of the gradient (of the policy loss for reinforce, "
-            "else of the cross-entropy) over that variance plus the squared mean, at each router's own last weights. "
-            "It is 1 too for a router that has nothing more to learn. Router entropy is at most ln 8 = 2.079.")
+            "while training and takes the most probable expert at validation. The balance loss trains all routers but "
+            "the frozen ones. The share of noise is the variance over batches of the gradient (of the policy loss for "
+            "reinforce, else of the cross-entropy) over that variance plus the squared mean, at each router's own "
+            "last weights. It is 1 too for a router that has nothing more to learn. Router entropy is at most ln 8 = "
+            "2.079.")
 
 MODERN = {  # router, options, other fields, in words
     "biased": ("biased_top_k", {}, {}, "a learned bias in the logits (GPT-OSS)"),

@@ -17,8 +17,8 @@ CHANGES = {"drop": "not used", "swap": "swapped", "force": "used alone"}
 
 def say_specialise(r):
     """What a table without any network knows of the domain."""
-    return ["**Without any network.** A table of byte pairs, counted in the "
-            f"training text, predicts the domain with {r.mean('bigram_information_excess', 'top-2'):.3f} nats."]
+    return ["**Without any network.** A table of byte pairs, counted in the training text, carries "
+            f"{r.mean('bigram_information_excess', 'top-2'):.3f} nats of information on the domain."]
 
 
 @captioned("By how much the loss of each domain (down) rises if the routes of the last MoE layer change for one expert "
@@ -64,7 +64,7 @@ specialise = Experiment(
     settings=(Setting("top-1", "top-1, balance loss 0.01", model={"top_k": 1}),
               Setting("top-2", "top-2, balance loss 0.01"),
               Setting("expert-choice", "expert choice, 2 a byte", model=EXPERT_CHOICE, rate_of="top-2"),
-              Setting("hash", "top-2 by a random table of the byte", model={"router": "hash"}),
+              Setting("hash", "top-2 by a hash of the byte", model={"router": "hash"}),
               Setting("random", "2 at random", model={"router": "random"}, rate_of="hash")),
     metrics=(LOSS, *KNOWN, "domain_given_byte", "weight_divergence", "function_divergence",
              *(f"{change}_cost" for change in CHANGES), "drop_spread"),
@@ -80,7 +80,7 @@ specialise = Experiment(
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "class_by_expert": class_by_expert, "counterfactuals": counterfactual_tables},
     caution="Random routing carries no information: its numbers show the error of one draw, the same in every seed. "
-            "Hash routing shows the information of a random table of the byte. Position means eighths of the window. "
+            "Hash routing shows the information of a random table of bytes. Position means eighths of the window. "
             "Function divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte "
             "predicts its domain in part, so domain information above 0 does not prove topics; what is beyond the "
             "byte may come from the bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the "
@@ -147,7 +147,7 @@ traffic = Experiment(
     primary=(Primary(
         question="Does a limit of 2 of 4 groups cost loss?", contrast=Contrast(LOSS, "groups-balanced", minus="aux"),
         lower="A limit on groups lowers the loss.", higher="A limit on groups raises the loss.",
-        same="A limit on groups costs no loss.", published="nothing: DeepSeek-V2"),),
+        same="A limit on groups costs less than 0.01 nats.", published="nothing: DeepSeek-V2"),),
     exploratory=contrasts(("sent_4", "slowest_4", "val_cross_entropy"),
                           against("aux", ("none", "capacity", "groups", "groups-balanced"))),
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,

@@ -222,7 +222,10 @@ class Experiment:
                 for seed in range(seeds) for name in only or settings]
 
     def _run(self, setting, seed, scale, model, training):
-        fields = _merged(scale.model, self.model, setting.model, model)
+        own = dict(setting.model)
+        if model.get("router", own.get("router")) != own.get("router"):
+            own.pop("router_options", None)  # another router has others
+        fields = _merged(scale.model, self.model, own, model)
         if setting.width != 1:
             fields = {"d_expert": round(setting.width * ModelConfig(**fields).d_ff)} | fields
         config = ModelConfig(**fields)

@@ -23,7 +23,7 @@ from .tables import (
     to_decide,
     total_hours,
 )
-from .wording import GLOSSARY, METHODS
+from .wording import GLOSSARY, METHODS, TO_DECIDE
 
 ORIGIN = """This document is made from the rows of the study (`full/`) and of the experiments (`experiments/`). Each \
 has a document of its own with all its tables, figures and run ids."""
@@ -42,9 +42,6 @@ intervals over seeds, without that allowance."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
 is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
-WHY = """*To decide it*: so many seeds would tell a difference of 0 from one of the margin, with 80% power; in \
-brackets the range that the scatter of so few seeds leaves open. They were not run, because the plan fixes how many \
-run: more of them now would make that number depend on what was seen."""
 
 
 def published_results(published, study: Experiment, experiments) -> tuple[list[Results], list[Experiment]]:
@@ -141,8 +138,8 @@ def cost(found):
     """What would decide all that is not known, why it was not run, and its core-hours; empty if all is decided."""
     lacking = sum(lacking_hours(results, one) for results in found for one in results.primary)
     spent = sum(map(total_hours, found))
-    return (f"{WHY} To decide all of it would take about {lacking:,.0f} core-hours; all runs here took {spent:,.1f}."
-            if lacking else "")
+    return (f"{TO_DECIDE} To decide all of it would take about {lacking:,.0f} core-hours; all runs here took "
+            f"{spent:,.1f}." if lacking else "")
 
 
 def unit(found):

@@ -38,7 +38,7 @@ seed and not the choice of text, except those over seeds and text. Their varianc
 that of the text, from a bootstrap of stretches within each domain. Their half width is the root of the summed \
 squares of the half widths of the two t intervals. Intervals take the chosen learning rates as fixed. They assume \
 that seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
-coverage of 1. Training times are of runs beside others on one machine, which slowed each other."""
+coverage of 1. Training times depend on what else ran on the machine."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \
@@ -46,15 +46,18 @@ the number of claims. *Held* needs all conditions, so it is wrong in at most 5% 
 them, so with several conditions it may be wrong in more than 5%."""
 EVERY_RUN = """Two kinds of numbers are judged in every run instead: those that cannot pass their bound (dead experts, \
 coverage), and changes that are either rounding or not."""
+TO_DECIDE = """*To decide it*: the number of seeds that would separate a difference of 0 from one of the margin, with \
+80% power; in brackets the range that the scatter of so few seeds leaves open. They were not run, because the plan \
+fixes how many run: more of them now would make that number depend on what was seen."""
 PRIMARY = """Corrected p: p value of the t-test against 0. Same: p value of the two one-sided tests against the \
 margin. Both have Holm's correction over the primary comparisons of the experiment. The intervals have none, nor have \
 sign flips: the permutation test that changes the signs of the seeds' differences. Its p is at least 2 / 2^n with n \
-seeds, so with fewer than six it never falls below 5%. Smallest effect: what so many seeds of this SD show with 80% \
-power. To decide it: so many seeds tell with 80% power whether the difference is 0 or as large as the margin; in \
-brackets the range that the SD of so few seeds leaves open (its 95% interval). Both are computed at 5% over the number \
-of primary comparisons, a bound for Holm's correction. These seeds were not run. The plan fixes how many run, and more \
-of them now would make that number depend on what was seen. A new experiment of that size would cost the core-hours \
-named, at the median of the runs here."""
+seeds, so with fewer than six it never falls below 5%. Smallest effect: the true difference that this number of seeds \
+shows with 80% power, given the SD. Both this and the seeds that would decide are computed at 5% over the number of \
+primary comparisons, a bound for Holm's correction. A new experiment of that size would cost the core-hours named, at \
+the median of the runs here.
+
+""" + TO_DECIDE
 EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
 and Hochberg: of those that are *different*, at most 5% are expected to be so by chance, and likewise of those that \
 are the *same*. Beside *same* stands the p value of the two one-sided tests against the margin, else that of the test \

@@ -8,9 +8,11 @@ HEAD = """# Routers
 
 Made from the classes by `python cli.py routers --long > docs/routers.md`.
 
-N tokens, D width, E experts, K experts per token; x (N, D) states, W (D, E) weights. Causal: a token's route depends on
-its own prefix alone. `python cli.py probe NAME` tests a router, `--set router=NAME` trains one, and
-`--set router.OPTION=VALUE` sets an option; `python cli.py options` says what each option means.
+N tokens of sequences of length T, D width, E experts, K experts per token; x (N, D) states, W and V (D, E) weights, w
+(D,) a vector of weights, P (D, R) a projection, c_e (R,) a vector of each expert, b (E,) biases, s scores, tau a
+temperature, theta_e thresholds, f_e the share of the load, g_e gates, d the domain of a token. Causal: a token's route
+depends on its own prefix alone. `python cli.py probe NAME` tests a router, `--set router=NAME` sets it, and `--set
+router.OPTION=VALUE` an option; `python cli.py options` says what each option means.
 """
 
 

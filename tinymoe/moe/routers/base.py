@@ -114,8 +114,9 @@ class Router(Module):
         """
         is_whole = cls.mean_k or top_k == int(top_k)
         if not (0 < top_k <= n_experts and is_whole and (top_k == 1 or not cls.top_1_only)):
-            kind = "1" if cls.top_1_only else "a number" if cls.mean_k else "a whole number"
-            raise ValueError(f"top_k {top_k} must be {kind} above 0 and at most n_experts {n_experts} for {cls.name}")
+            kind = "a number" if cls.mean_k else "a whole number"
+            must = "1" if cls.top_1_only else f"{kind} above 0 and at most n_experts {n_experts}"
+            raise ValueError(f"top_k {top_k} must be {must} for {cls.name}")
         known = cls.options()
         for name, value in options.items():
             if name not in known:

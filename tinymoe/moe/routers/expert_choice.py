@@ -27,8 +27,9 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
 
     The second and third rule are causal.
 
-    rule: how tokens are chosen while training, and at evaluation unless context.causal asks for another rule.
-    causal_rule: the rule where context.causal is set and `rule` is "batch". A causal `rule` is used there too.
+    rule: among which tokens an expert chooses: "batch", those of the whole batch; "prefix", those of the same
+        sequence up to now; "threshold", by a running threshold. Only the last two are causal.
+    causal_rule: the rule of causal evaluation where `rule` is "batch".
     threshold_decay: weight of the earlier batches in the thresholds; 0.97 is a mean over about 33 batches. It is a
         choice for short runs: the paper's code has 0.99.
     renormalise: whether the gates of a token are divided by their sum. The paper does not.

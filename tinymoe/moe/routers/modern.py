@@ -292,7 +292,7 @@ class RealBias(SigmoidBias, name="real_bias"):
     For ModelConfig.n_copy or n_zero: the first n_real experts are real. After each training step b_e += bias_rate *
     (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
 
-    n_real: n_experts of the model.
+    n_real: number of real experts; set it to n_experts.
     real_k: real experts that a token is to have on average; at most top_k and n_real.
     renormalise: whether a token's gates are divided by their sum. LongCat-Flash does not, and its gate_scale is 6.
     """
