@@ -83,8 +83,10 @@ def about(results):
     """What was trained, and how, in two sentences."""
     run, seeds = results.runs[0], sorted({run.seed for run in results.runs})
     steps = sorted({run.summary["steps"] for run in results.runs})
-    sizes = ", ".join(f"{name} {run.model[name]}" for name in ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff")
-                      if name in run.model)
+    models = [runs[0].model for runs in results.groups.values()]
+    sizes = ", ".join(f"{name} {max(values, key=values.count)}"  # of most settings
+                      for name in ("n_layers", "moe_layers", "n_experts", "d_model", "d_ff")
+                      if (values := [model[name] for model in models if name in model]))
     settings = "1 setting" if len(results.groups) == 1 else f"{len(results.groups)} settings"
     return (f"{settings}, {'seed' if len(seeds) == 1 else 'seeds'} {enumerated(seeds)}, trained for "
             f"{' or '.join(f'{n:,}' for n in steps)} steps of {run.config['training']['batch_size']} windows of "
