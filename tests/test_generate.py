@@ -59,7 +59,7 @@ def test_temperature_and_top_shape_the_distribution():
     np.testing.assert_array_equal(next_probabilities(made, ids, top=99), p)
     for top in (0, -1):
         with pytest.raises(ValueError, match=f"top {top} must be at least 1"):
-            generate(made, b"a", 1, top=top)
+            generate(made, b"\1", 1, top=top)
 
 
 def test_a_tiny_temperature_takes_the_likeliest_byte_without_a_warning(recwarn):
@@ -92,7 +92,8 @@ def test_a_seed_fixes_the_text():
 
 
 @pytest.mark.parametrize("prompt, temperature, message", [
-    (b"", 1, "prompt is empty"), (b"\1", -1, "temperature -1 "), (b"\1", float("nan"), "temperature nan"),
+    (b"", 1, "prompt is empty"), (b"\xff", 1, "prompt has the byte 255"),
+    (b"\1", -1, "temperature -1 "), (b"\1", float("nan"), "temperature nan"),
     (b"\1", float("inf"), "temperature inf")])
 def test_what_cannot_be_continued(prompt, temperature, message):
     with pytest.raises(ValueError, match=message):

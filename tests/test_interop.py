@@ -243,7 +243,9 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
         ("gpt_oss", dict(rope_scaling=None), "rotary positions with .* for gpt_oss a rope_type of default or yarn"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "linear"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}), "mscale"),
-        ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn .* original_length"),
+        ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn.* lack original_max_position_emb"),
+        ("qwen3_moe", dict(is_causal=False), "is_causal False is not supported"),
+        ("olmoe", dict(clip_qkv=0.0), "not supported: clip_qkv 0.0"),
         ("gpt_oss", dict(quantization_config={"quant_method": "gptq"}), "only quant_method mxfp4"),
         ("gpt_oss", dict(layer_types=["full_attention"]), "layer_types must name each of the 3 layers, not 1"),
         ("gpt_oss", dict(layer_types=["chunked_attention"] * 3), "layer_types chunked_attention"),
@@ -347,19 +349,19 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     for broken in (content[:5], content[:-1], b""):
         (tmp_path / "model.safetensors").write_bytes(broken)
         refused("not a complete .safetensors file")
-    (tmp_path / "model.safetensors").write_bytes(content)
-    (tmp_path / "copy.safetensors").write_bytes(content)
-    refused("in another file")
     index = tmp_path / "model.safetensors.index.json"
-    for names in (
-        {"w": f"../{tmp_path.name}/model.safetensors"},
-        {"w": "gone.safetensors"},
-        {"w": "pytorch_model.bin"},
-        {},
-    ):
+    (tmp_path / "model.safetensors").unlink()
+    for names, message in (({"w": f"../{tmp_path.name}/copy.safetensors"}, "must name .safetensors files of its own"),
+                           ({"w": "pytorch_model.bin"}, "must name"), ({}, "must name"),
+                           ({"v": "copy.safetensors", "w": "gone.safetensors"}, "names gone.safetensors: fetch it")):
+        (tmp_path / "copy.safetensors").write_bytes(content)
         index.write_text(json.dumps({"weight_map": names}))
-        refused("must name .safetensors files of its own folder")
+        refused(message)
     index.unlink()
+    (tmp_path / "again.safetensors").write_bytes(content)
+    refused("in again.safetensors and in another file|in copy.safetensors and in another file")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    interop.load(tmp_path)  # it comes first, as for transformers: what is beside it may be of before
     (tmp_path / "config.json").write_text("[1]")
     refused("config.json is no JSON object")
     (tmp_path / "config.json").unlink()

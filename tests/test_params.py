@@ -128,8 +128,8 @@ def test_work_by_hand():
     assert params.count(latent, context=7)[-1].flops - params.count(latent)[-1].flops == 2 * 7 * (2 + 2 + 4)
     mixture = dataclasses.replace(a, moe_layers=(0,), n_experts=3, top_k=2, n_shared=1)  # three of four, and D x E
     assert params.count(mixture)[-1].flops == 76 + 2 * (2 * 12 + 2 * 3)
-    in_text = params.count(two, length=6)[-1].flops - params.count(two)[-1].flops  # 3 - 9/12 and 6 - 36/12 positions
-    assert in_text == 8 * (2.25 + 3)
+    in_text = params.count(two, length=6)[-1].flops - params.count(two)[-1].flops  # (1+2+3+3+3+3)/6, (1+2+3+4+5+6)/6
+    assert in_text == 8 * (2.5 + 3.5)
     tied = params.count(dataclasses.replace(a, tied=True))[-1]
     assert tied.flops == 76 and tied.total == params.count(a)[-1].total - 10
 
@@ -201,11 +201,10 @@ TINY_MIXTRAL = {
         ({"intermediate_size": 0}, "d_ff 0 must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads 3 must be a divisor of n_heads 4"),
         ({"model_type": "llama4"}, "model_type 'llama4' is not understood"),
-        ({"model_type": "qwen2_moe"}, "lacks shared_expert_intermediate_size"),
+        ({"model_type": "qwen2_moe"}, "lacks .*shared_expert_intermediate_size"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step 0 must be"),
         ({"moe_layer_freq": None}, "moe_layer_freq None must be"),
         ({"mlp_only_layers": [-1]}, "mlp_only_layers .* must be a list"),
-        ({"first_k_dense_replace": 3}, "first_k_dense_replace 3 must be at most num_hidden_layers 2"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
     ],
 )
@@ -215,10 +214,18 @@ def test_a_published_config_that_makes_no_sense_is_refused(changes, match):
         params.architecture(TINY_MIXTRAL | changes)
 
 
+@pytest.mark.parametrize("lost", ["num_local_experts", "num_key_value_heads", "num_experts_per_tok",
+                                  "intermediate_size"])
+def test_a_published_config_that_lacks_a_size_is_not_counted_as_another_model(lost):
+    """Would have caught: Mixtral without its number of experts, counted as a dense model."""
+    with pytest.raises(ValueError, match=f"lacks {lost}"):
+        params.architecture({name: value for name, value in TINY_MIXTRAL.items() if name != lost})
+
+
 @pytest.mark.parametrize("changes, layers", [
     ({}, (0, 1, 2, 3, 4, 5)), (dict(decoder_sparse_step=2), (1, 3, 5)), (dict(mlp_only_layers=[0, 4, 9]), (1, 2, 3, 5)),
     (dict(decoder_sparse_step=3, mlp_only_layers=[2]), (5,)), (dict(moe_layer_freq=2, first_k_dense_replace=1), (2, 4)),
-    (dict(num_local_experts=0), ())])
+    (dict(num_local_experts=0), ()), (dict(first_k_dense_replace=7), ())])
 def test_the_layers_with_experts(changes, layers):
     """Qwen counts its steps from the end of the first: layer i has experts if step divides i + 1."""
     assert params.architecture(TINY_MIXTRAL | dict(num_hidden_layers=6) | changes).moe_layers == layers

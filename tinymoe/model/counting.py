@@ -72,8 +72,8 @@ def _positions(window, context, length):
     """Positions that a token attends to in one layer; window: 0 for all."""
     if length is None:
         return min(context, window or context)
-    window = min(window or length, length)  # the first tokens see fewer
-    return window - window**2 / (2 * length)
+    window = min(window or length, length)
+    return window - window * (window - 1) / (2 * length)  # token t sees min(t, window), itself included
 
 
 def _attention(c):
@@ -151,8 +151,16 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
         activation="swiglu", **MODERN),
 }
 KINDS = "mixtral olmoe qwen2_moe qwen3_moe gpt_oss grok-1 deepseek_v2 deepseek_v3 llama mistral".split()  # known
-KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-SHARED = ("shared_expert_intermediate_size",)  # and this one for qwen2_moe
+KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
+LATENT = """num_experts_per_tok n_routed_experts n_shared_experts moe_intermediate_size kv_lora_rank qk_nope_head_dim
+    qk_rope_head_dim v_head_dim first_k_dense_replace"""
+SIZES = {  # further whole numbers that a published config.json needs
+    "mixtral": "num_experts_per_tok num_key_value_heads num_local_experts", "olmoe": "num_experts_per_tok num_experts",
+    "qwen2_moe": """num_experts_per_tok num_key_value_heads num_experts moe_intermediate_size
+        shared_expert_intermediate_size""",
+    "qwen3_moe": "num_experts_per_tok num_key_value_heads num_experts moe_intermediate_size",
+    "gpt_oss": "num_experts_per_tok num_key_value_heads num_local_experts head_dim", "mistral": "num_key_value_heads",
+    "deepseek_v2": LATENT, "deepseek_v3": LATENT}
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 
 
@@ -160,8 +168,9 @@ def architecture(config: ModelConfig | dict) -> ModelConfig:
     """A ModelConfig as it is, or that of a dict: its fields, or a published config.json. ValueError for others."""
     if isinstance(config, ModelConfig) or "d_model" in config:
         return config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
+    config = renamed(config)
     get, kind = config.get, config.get("model_type")
-    if missing := [key for key in (*KEYS, *(SHARED if kind == "qwen2_moe" else ())) if key not in config]:
+    if missing := [key for key in (*KEYS, *SIZES.get(str(kind), "").split()) if key not in config]:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
     if kind not in KINDS:
         raise ValueError(f"model_type {kind!r} is not understood: it must be one of {', '.join(KINDS)}")
@@ -180,6 +189,13 @@ def architecture(config: ModelConfig | dict) -> ModelConfig:
         "n_layers": config["num_hidden_layers"], "moe_layers": moe_layers, "d_model": config["hidden_size"],
         "vocab_size": config["vocab_size"], "n_heads": config["num_attention_heads"], "d_ff": get("intermediate_size"),
         "activation": "swiglu", "tied": bool(get("tie_word_embeddings"))} | MODERN | sizes | _particulars(config, kind))
+
+
+def renamed(config: dict) -> dict:
+    """A published config.json with the name that most files give to a key that newer ones call otherwise."""
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        return {"num_experts": config["num_local_experts"]} | config
+    return config
 
 
 def _particulars(config, kind):
@@ -211,7 +227,5 @@ def _moe_layers(config, n_experts):
                                ("decoder_sparse_step", WHOLE, step), ("moe_layer_freq", WHOLE, rest),
                                ("mlp_only_layers", LAYERS, dense)):
         check.require(name, value)
-    if first > n_layers:
-        raise ValueError(f"first_k_dense_replace {first} must be at most num_hidden_layers {n_layers}")
     return tuple(i for i in range(first, n_layers)
                  if n_experts and (i + 1) % step == 0 and i % rest == 0 and i not in dense)

@@ -16,11 +16,15 @@ def generate(model: Transformer, prompt: bytes, length: int, temperature: float 
 
     Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
     Temperature 0 takes the most probable byte, the lowest of equals. rng: default_rng(0) by default.
-    Raises ValueError for an empty prompt, a temperature that is negative or not finite, and a top below 1.
+    Raises ValueError for an empty prompt, a byte that the model has no token for, a temperature that is negative or not
+    finite, and a top below 1.
     While it yields, it raises CheckpointError where the model computes numbers that are not finite.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one byte to continue")
+    if max(prompt) >= model.config.vocab_size:
+        raise ValueError(f"the prompt has the byte {max(prompt)}, but the tokens of this model are below "
+                         f"{model.config.vocab_size}")
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature {temperature} must be 0 or more, and finite")
     if top is not None and top < 1:

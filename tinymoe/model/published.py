@@ -21,35 +21,27 @@ from ..files import CheckpointError, printable, read_json
 from ..moe.settings import COUNT, DEPTH, WHOLE
 from .block import Block
 from .config import ModelConfig
-from .counting import KEYS, architecture, require_size
+from .counting import KEYS, SIZES, architecture, renamed, require_size
 from .transformer import Transformer
 
-COMMON = (*KEYS, "max_position_embeddings", "num_experts_per_tok", "intermediate_size")  # whole numbers, for all
-SIZES = {  # further whole numbers that a config.json needs
-    "mixtral": "num_key_value_heads num_local_experts", "olmoe": "num_experts",
-    "qwen2_moe": "num_key_value_heads num_experts moe_intermediate_size shared_expert_intermediate_size",
-    "qwen3_moe": "num_key_value_heads num_experts moe_intermediate_size",
-    "gpt_oss": "num_key_value_heads num_local_experts head_dim",
-    "deepseek_v3": """n_routed_experts n_shared_experts moe_intermediate_size kv_lora_rank qk_nope_head_dim
-        qk_rope_head_dim v_head_dim first_k_dense_replace"""}
-OTHERS = {"mixtral": "", "gpt_oss": "sliding_window",  # other keys that it needs
-          **dict.fromkeys(("olmoe", "qwen2_moe", "qwen3_moe"), "norm_topk_prob"),
+OTHERS = {"mixtral": "", "olmoe": "norm_topk_prob", "qwen2_moe": "norm_topk_prob", "qwen3_moe": "norm_topk_prob",
+          "gpt_oss": "sliding_window",  # keys that a config.json needs beside its sizes
           "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
 YARN = {"original_length": "original_max_position_embeddings"} | {
     name: name for name in ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor")}
-QWEN = "decoder_sparse_step mlp_only_layers use_sliding_window max_window_layers layer_types"
+QWEN = "decoder_sparse_step mlp_only_layers use_sliding_window max_window_layers"
 OPTIONAL = {"qwen2_moe": f"{QWEN} qkv_bias", "qwen3_moe": f"{QWEN} attention_bias num_local_experts",
-            "gpt_oss": "layer_types attention_bias initial_context_length experts_per_token quantization_config"}
+            "gpt_oss": "attention_bias initial_context_length experts_per_token quantization_config"}
 DEFAULTS = {"mixtral": (1e-5, 1e6), "olmoe": (1e-5, 1e4), "qwen2_moe": (1e-6, 1e4), "qwen3_moe": (1e-6, 1e4),
             "gpt_oss": (1e-5, 1.5e5), "deepseek_v3": (1e-6, 1e4)}  # rms_norm_eps, rope_theta
 ONLY = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
         "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}}  # key -> the only value that can be computed
 READ = """tie_word_embeddings num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters
-    rope_interleave sliding_window num_nextn_predict_layers""".split()
+    rope_interleave sliding_window layer_types num_nextn_predict_layers""".split()
 IGNORED = """model_type architectures auto_map dtype torch_dtype transformers_version use_cache bos_token_id
     eos_token_id pad_token_id initializer_range attention_dropout output_router_logits router_aux_loss_coef
     router_jitter_noise aux_loss_alpha seq_aux pretraining_tp ep_size qk_head_dim _name_or_path return_dict id2label
-    label2id chunk_size_feed_forward""".split()
+    label2id chunk_size_feed_forward max_length _attn_implementation_autoset""".split()
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # the numbers of four bits
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -67,10 +59,9 @@ def model_config(config: dict) -> ModelConfig:
     positions (YaRN), sliding windows below the longest sequence and quantised weights are read for gpt_oss alone.
     """
     kind = config.get("model_type")
-    if kind not in SIZES:
-        raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(SIZES)}")
-    if kind == "qwen3_moe" and "num_local_experts" in config:  # newer files call it so
-        config = {"num_experts": config["num_local_experts"]} | config
+    if kind not in OTHERS:
+        raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(OTHERS)}")
+    config = renamed(config)
     _refuse(config, kind)
     eps, theta = DEFAULTS[kind]
     options = {"renormalise": kind in ("mixtral", "gpt_oss") or bool(config["norm_topk_prob"])}
@@ -87,18 +78,19 @@ def model_config(config: dict) -> ModelConfig:
 
 def _refuse(config, kind):
     """Raise ValueError for a missing setting, and for an unsupported one that would change the logits."""
-    sizes, others = (*COMMON, *SIZES[kind].split()), OTHERS[kind].split()
+    sizes, others = (*KEYS, "max_position_embeddings", *SIZES[kind].split()), OTHERS[kind].split()
     if missing := [key for key in (*sizes, *others) if key not in config]:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
     for key in sizes:
         {"num_attention_heads": WHOLE, "num_hidden_layers": DEPTH}.get(key, COUNT).require(key, config[key])
     COUNT.or_none().require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
-    only = {"hidden_act": "silu"} | ONLY.get(kind, {})
+    only = {"hidden_act": "silu", "is_causal": True} | ONLY.get(kind, {})
     for key, value in only.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} {config[key]!r} is not supported: only {value!r} is")
     known = {*sizes, *others, *only, *READ, *IGNORED, *OPTIONAL.get(kind, "").split()}
-    if other := [f"{key} {value!r}" for key, value in sorted(config.items()) if value and key not in known]:
+    if other := [f"{key} {value!r}" for key, value in sorted(config.items()) if key not in known and not (
+            value is None or value is False or value in ("", [], {}))]:  # a 0 may change the logits
         raise ValueError(f"not supported: {printable(', '.join(other))}; remove it from the config if it changes "
                          f"nothing for this {kind}")
     quantised = config.get("quantization_config") or {"quant_method": "mxfp4"}
@@ -134,13 +126,16 @@ def _rope(config, kind, default):
 
     GPT-OSS must say which positions it has. Raises ValueError for other stretched positions than its YaRN.
     """
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # not both, as transformers does
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
-    rest = {name: value for name, value in rope.items() if name not in ("rope_type", "type")}
+    rest = {name: value for name, value in rope.items() if name not in ("rope_type", "type") and value is not None
+            and (name, value) != ("partial_rotary_factor", 1)}
     kinds = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"] * (kind != "gpt_oss")
     if kind == "gpt_oss" and "yarn" in kinds and rest.keys() <= set(YARN.values()):
-        return theta, {name: rest[key] for name, key in YARN.items() if rest.get(key) is not None}
-    if set(map(str, kinds)) != {"default"} or any(item != ("partial_rotary_factor", 1) for item in rest.items()):
+        if lacking := [key for key in ("factor", YARN["original_length"]) if key not in rest]:
+            raise ValueError(f"its rotary positions {rope} lack {' and '.join(lacking)}")
+        return theta, {name: rest[key] for name, key in YARN.items() if key in rest}
+    if set(map(str, kinds)) != {"default"} or rest:
         raise ValueError(f"rotary positions with {rope} are not supported: only plain ones are, without rope_scaling, "
                          "and for gpt_oss a rope_type of default or yarn")
     return theta, None
@@ -175,19 +170,25 @@ def _read(path):
 
 
 def _files(path):
-    """The .safetensors files of a path: the path itself, those that a folder's index names, or all in the folder."""
+    """The .safetensors files of a path: the path itself, or of a folder model.safetensors, else those that its index
+    names, else all."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: check the path")
     if not path.is_dir():
         if path.suffix in PICKLED:
             raise CheckpointError(f"{path} is a pickle, which can run code when it is read: convert it to .safetensors")
         return [path]
+    if (path / "model.safetensors").is_file():  # an index beside it is of before, for transformers too
+        return [path / "model.safetensors"]
     index = sorted(path.glob("*.safetensors.index.json"))
     if index:
         there = _json(index[0]).get("weight_map")
         names = sorted(set(map(str, there.values()))) if isinstance(there, dict) else []
-        if not names or not all(name.endswith(".safetensors") and path / name in path.iterdir() for name in names):
-            raise CheckpointError(f"{index[0]} names {names}: it must name .safetensors files of its own folder")
+        if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
+            raise CheckpointError(f"{index[0]} names {printable(names)[:200]}: it must name .safetensors files of its "
+                                  "own folder")
+        if absent := [name for name in names if not (path / name).is_file()]:
+            raise CheckpointError(f"{index[0]} names {printable(', '.join(absent))[:200]}: fetch it, it is not there")
         return [path / name for name in names]
     files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if not files:
@@ -259,7 +260,8 @@ class _Weights:
 
     def finish(self):
         """Raise a CheckpointError that lists every problem, if there is one."""
-        problems = self.problems + [f"{name} is not part of this model" for name in sorted(self.tensors)]
+        left = [f"{name} is not part of this model" for name in sorted(self.tensors)]
+        problems = [*self.problems[:6], *left[:2], *self.problems[6:], *left[2:]]  # what is left may explain the others
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointError(f"{self.path} does not fit its config.json: {'; '.join(problems[:8])}{more}")
