@@ -30,6 +30,26 @@ def test_the_profile_counts_the_floating_point_work_of_a_step():
     assert work["whole step"] == pytest.approx(3 * (linear + experts + attention))
     shares = [row["share"] for name, row in rows.items() if name != "whole step"]
     assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert rows["adamw"]["calls"] > 0  # the optimizer's step is part of it
+
+
+def test_a_median_leaves_out_the_first_round(monkeypatch):
+    """Rounds of 100, 1, 3 and 2 seconds."""
+    times = iter((0, 100, 0, 1, 0, 3, 0, 2))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    assert bench._medians({"": lambda: None}, repeats=3) == {"": 2000}
+
+
+def test_a_product_of_matrices_counts_a_multiplication_and_an_addition(monkeypatch):
+    monkeypatch.setattr(bench, "_medians", lambda *_, **__: {"": 1000.0})
+    assert bench.sgemm_gflops() == pytest.approx(2 * 1024**3 / 1e9)
+
+
+def test_the_time_of_a_backend_is_relative_to_the_naive_one(monkeypatch):
+    rows = [{"backend": name, "pass": "forward", "ms": ms} for name, ms in (("naive", 8.0), ("numpy", 2.0))]
+    monkeypatch.setattr(bench.ExpertBank, "benchmark", lambda **_: rows)
+    monkeypatch.setattr(bench, "pytorch", lambda *_, **__: [])
+    assert [row["relative"] for row in bench.ladder([{}])] == [1, 0.25]
 
 
 def test_timing_leaves_the_kernels_as_they_were():

@@ -26,7 +26,7 @@ from tinymoe.moe.routers import ROUTERS
 from tinymoe.study import caveats, report
 from tinymoe.study import figures as plots
 from tinymoe.study.runner import Event
-from tinymoe.tools.progress import Progress
+from tinymoe.tools.progress import Progress, duration
 from tinymoe.training import trainer as train
 from tinymoe.training.plan import TrainConfig
 from tinymoe.training.run_folder import RunFolder
@@ -318,6 +318,11 @@ def test_without_a_terminal_progress_is_a_line_every_half_minute(capsys):
     assert [line for line in lines if "left" in line] == [  # 30 steps in 30 s after the first, 109 to go
         "46%, 2 min left: A-seed0 step 16, loss 2.840; B-seed0 step 75, loss 2.500"]
     assert "B-seed0: resumed from step 60" in lines and "B-seed0: done" in lines
+
+
+@pytest.mark.parametrize("seconds, said", [(40, "40 s"), (700, "12 min"), (12_240, "3.4 h")])
+def test_a_duration_has_the_unit_that_suits_it(seconds, said):
+    assert duration(seconds) == said
 
 
 def test_runs_shows_what_is_finished_running_failed_and_waiting(text, tmp_path):

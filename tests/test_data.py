@@ -95,12 +95,14 @@ def test_split_covers_the_text_with_spans_that_hold_windows(seq_len, factor):
         assert 0.06 < np.diff(valid).sum() / n_bytes < 0.14
 
 
-def test_split_by_hand():
+def test_split_by_hand(tmp_path):
     # 40 bytes, windows of 1 + 1: blocks of max(2 * 2, 40 // 100) = 4 bytes, 40 / (10 * 4) = 1 of them,
     # its middle at byte 20.
     train, valid = split_spans(40, seq_len=1)
     assert valid.tolist() == [[18, 22]]
     assert train.tolist() == [[0, 18], [22, 40]]
+    described = load_corpus(texts(tmp_path, a_txt=bytes(40)), seq_len=1).describe()["a"]
+    assert (described["train_bytes"], described["valid_bytes"]) == (36, 4)
 
 
 @pytest.mark.parametrize("n_bytes", [516, 4000, 30_001])
@@ -151,6 +153,12 @@ def test_domains_are_drawn_equally_often_whatever_their_size(tmp_path):
     assert sum(counts) == 9000
     assert np.abs(np.array(counts) - 3000).max() < 200  # 4.5 standard deviations of 45
     assert np.all(ids == ids[:, :1])  # one domain a window
+
+
+def test_the_label_of_a_window_is_its_domain(tmp_path):
+    corpus = load_corpus(texts(tmp_path, a_txt=b"a" * 600, b_txt=b"b" * 600), seq_len=16)
+    ids, _, domain = corpus.labelled_batch(np.random.default_rng(0), 50, 16)
+    assert (ids[:, 0] == ord("a") + domain).all()
 
 
 # Validation

@@ -37,6 +37,15 @@ def explain_page():
     return "\n".join([INTRO, *Example({}).parts()])
 
 
+def test_every_work_that_is_cited_is_in_the_references():
+    """A surname and a year, in the sources and pages: `Shazeer et al. 2017`, `Loshchilov & Hutter 2019`."""
+    work = re.compile(r"\b([A-Z][A-Za-z]+(?:-[A-Z]+)?)(?: et al\.?,?| & [A-Z][a-z]+)? \(?((?:19|20)\d\d)\b")
+    works = lambda text: set(work.findall(text))  # noqa: E731
+    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md", *(DOCS.parent / "tinymoe").rglob("*.py")]
+    cited = {work for path in pages if path.name != "references.md" for work in works(path.read_text(encoding="utf-8"))}
+    assert len(cited) > 40 and cited <= works((DOCS / "references.md").read_text(encoding="utf-8"))
+
+
 AGAIN = "run: python tests/test_docs.py --tour"
 MADE = {"explain.md": explain_page}
 

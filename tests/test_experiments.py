@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 import cli
 import naive_routing
+from test_metrics import routing
 from tinymoe import ModelConfig, Tensor, Transformer
 from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS
@@ -21,11 +22,11 @@ from tinymoe.moe import metrics
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask
 from tinymoe.study import figures, gathered, measures, report
-from tinymoe.study.probes import rerouted
+from tinymoe.study.probes import Influence, rerouted
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.rows import RunRecord
 from tinymoe.study.statistics import Contrast
-from tinymoe.training.data import load_corpus
+from tinymoe.training.data import load_corpus, split_spans
 from tinymoe.training.evaluation import Validation, losses_and_routings
 from tinymoe.training.trainer import Trainer, train
 
@@ -248,17 +249,24 @@ def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trai
 
 
 def test_one_model_of_expert_choice_under_each_rule(trainer):
-    """By batch it is the val loss of the row, by the causal rule its causal loss; the router keeps its rule."""
+    """By batch it is the val loss of the final windows, by the causal rule their causal loss; the load CV is that of
+    all windows together, as in a row. The router keeps its rule."""
     assert set(measures.by_rule(trainer).values()) == {None}  # another router
-    plan = dataclasses.replace(trainer.plan, model=ModelConfig(**trainer.plan.model.to_dict() | {
-        "router": "expert_choice", "top_k": 1, "router_options": {}}))
+    plan = dataclasses.replace(
+        trainer.plan, training=dataclasses.replace(trainer.plan.training, final_windows=3),
+        model=ModelConfig(**trainer.plan.model.to_dict() | {
+            "router": "expert_choice", "top_k": 1, "router_options": {}}))
     other = type(trainer)(Transformer(plan.model, seed=1), plan, trainer.corpus)
     for _ in range(3):
         other.advance()
-    found, row = measures.by_rule(other), other.evaluate(other.validation(plan.training.final_windows))[0]
+    found, row = measures.by_rule(other), other.evaluate(other.validation(3))[0]
     assert found["loss_by_batch"] == row["val_cross_entropy"] and found["load_cv_by_batch"] < .01
     assert found["loss_by_threshold"] == row["causal_cross_entropy"] != found["loss_by_prefix"]
     assert {layer.router.rule for layer in other.model.moe_parts()} == {"batch"}
+    for layer in other.model.moe_parts():
+        layer.router.rule = "threshold"
+    layers = other.evaluate(other.validation(3))[0]["layers"]
+    assert found["load_cv_by_threshold"] == pytest.approx(np.mean([layer["load_cv"] for layer in layers]))
 
 
 def test_function_divergence_of_opposite_experts():
@@ -285,13 +293,30 @@ def test_byte_classes():
         "lower case", "upper case", "digit", "space", "space", "punctuation", "other", "other"]
 
 
+def bigrams(folder, one, two):
+    """What the bigram classifier finds in a text of two domains, in windows of 16 pairs."""
+    (folder / "one").write_bytes(one)
+    (folder / "two").write_bytes(two)
+    corpus = load_corpus(folder, seq_len=17)
+    return measures.bigram_classifier(corpus, Validation(*corpus.validation(8, 17), corpus.names, 4))
+
+
 def test_the_bigram_classifier_knows_texts_that_share_no_pair(tmp_path):
-    for name, letters in (("one", "ab"), ("two", "cd")):
-        (tmp_path / name).write_text(letters * 2000)
-    corpus = load_corpus(tmp_path, seq_len=16)
-    valid = Validation(*corpus.validation(8, 16), corpus.names, 4)
-    found = measures.bigram_classifier(corpus, valid)
+    found = bigrams(tmp_path, b"ab" * 2000, b"cd" * 2000)
     assert found["bigram_accuracy"] == 1 and found["bigram_information_excess"] > 0.6  # ln 2 less what chance gives
+
+
+def test_the_bigram_classifier_compares_shares_of_texts_and_not_counts(tmp_path):
+    """ab and ba are half of the pairs of the long text and all of the short one, which therefore gets them."""
+    assert bigrams(tmp_path, b"abac" * 100_000, b"ab" * 50_000)["bigram_accuracy"] == 0.75
+
+
+def test_the_bigram_classifier_counts_no_validation_text(tmp_path):
+    """Only the validation text of two has x: no window of it is known."""
+    text = bytearray(b"cd" * 2000)
+    for first, end in split_spans(len(text), 17)[1]:
+        text[first:end] = b"x" * (end - first)
+    assert bigrams(tmp_path, b"ab" * 2000, text)["bigram_accuracy"] == 0.5
 
 
 def test_the_classes_of_bytes_make_up_the_load_of_the_last_layer(trainer, monkeypatch):
@@ -299,6 +324,16 @@ def test_the_classes_of_bytes_make_up_the_load_of_the_last_layer(trainer, monkey
     table = np.array(measures.specialisation(trainer)["class_table"])
     last = losses_and_routings(trainer.model, trainer.validation(2), causal=False)[1][-1]
     assert len(table) == len(measures.CLASSES) and (table.sum(axis=0) == sum(r.load for r in last)).all()
+
+
+def test_information_and_divergence_are_means_over_the_layers(trainer, monkeypatch):
+    monkeypatch.setattr(measures, "WINDOWS", 2)
+    of_layer = itertools.cycle((1.0, 3.0))
+    monkeypatch.setattr(measures, "information", lambda *_: {"class_information_excess": next(of_layer)})
+    monkeypatch.setattr(measures, "function_divergence", lambda *_: next(of_layer))
+    monkeypatch.setattr(measures, "counterfactuals", lambda *_: {})
+    found = measures.specialisation(trainer)
+    assert found["class_information_excess"] == found["function_divergence"] == 2
 
 
 def test_what_the_expert_adds_to_the_byte():
@@ -314,26 +349,36 @@ def test_what_the_expert_adds_to_the_byte():
         assert found["domain_given_byte"] == pytest.approx(expected, abs=0.02)
 
 
-def test_information_of_an_expert_a_byte():
-    """Experts 0 and 1 by the byte, which is its class here: ln 2; the position says nothing."""
-    rng = np.random.default_rng(0)
-    ids = np.where(rng.random((64, 16)) < .5, ord("a"), ord("B"))
-    mask = np.stack([ids.ravel() == ord("a"), ids.ravel() == ord("B")], axis=1)
-    gates = mask.astype(float)
+@pytest.mark.parametrize("known, other", [("class", "position"), ("position", "class")])
+def test_information_of_an_expert_a_byte(known, other):
+    """Experts 0 and 1 by the class of the byte, or by the half of the window: ln 2; the other label says nothing."""
+    is_large = np.random.default_rng(0).random((64, 16)) < .5
+    ids = np.where(is_large, ord("B"), ord("a"))
+    expert = is_large if known == "class" else np.tile(np.arange(16) >= 8, (64, 1))
     valid = Validation(ids, ids, np.arange(64) % 2, ("x", "y"), 8)
-    found = measures.information(from_mask(mask, Tensor(gates), Tensor(gates), Tensor(gates)), valid)
-    assert found["class_information_excess"] == pytest.approx(np.log(2), abs=.01)
-    assert abs(found["position_information_excess"]) < .01
+    found = measures.information(routing(np.eye(2)[expert.ravel().astype(int)]), valid)
+    assert found[f"{known}_information_excess"] == pytest.approx(np.log(2), abs=.01)
+    assert abs(found[f"{other}_information_excess"]) < .01
 
 
-def test_noise_share_by_hand():
-    """Gradients (1, 1) and (1, -1) in turn, 16 batches: variance 16/15, squared mean 1 - 1/15."""
+def test_the_information_of_labels_by_chance_is_none():
+    """4 experts, 8 labels, 200 bytes: the null that is subtracted is 3 * 7 / 400 = 0.05."""
+    rng = np.random.default_rng(0)
+    experts, labels = rng.integers(4, size=200), rng.integers(8, size=200)
+    assert abs(measures._excess(np.eye(4, dtype=int)[experts], labels, rng)) < .03
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_noise_share_by_hand(draws):
+    """Gradients (1, 1) and (1, -1) in turn, 16 batches: variance 16/15, squared mean 1 - 1/15. They are those of the
+    policy loss for a router that draws, else of the cross-entropy."""
     w, signs, of = Tensor(np.zeros(2), True), itertools.cycle((1, -1)), types.SimpleNamespace
 
     def backward():
         w.grad = np.array([1., next(signs)])
 
-    terms = of(policy=None, cross_entropy=of(backward=backward))
+    loss = of(backward=backward)
+    terms = of(policy=loss, cross_entropy=None) if draws else of(policy=None, cross_entropy=loss)
     model = of(moe_parts=lambda: [of(router=of(weight=w))], loss=lambda *a, **k: terms, config=of(seq_len=4))
     fake = of(model=model, corpus=of(labelled_batch=lambda *a: (0, 0, 0)), optimizer=of(zero_grad=lambda: None),
               plan=of(seed=0, training=of(batch_size=1)))
@@ -345,6 +390,26 @@ def test_influence_is_nothing_without_drops_and_something_with_them(corpora, mon
         run = next(run for run in toy_runs(EXPERIMENTS["batch"], 1) if run.config_id == name)
         found = measures.influence(Trainer(Transformer(run.model, run.seed), run, corpora[None]))
         assert (found["mates_rerouted"] > 0, found["later_logits"] > 1e-6) == (changed, changed)
+
+
+def test_influence_is_a_mean_over_windows_by_hand(corpora, monkeypatch):
+    """Two windows. Mates change the logits by 0 and 2, later bytes by 10 and 30; each reroutes a tenth of that."""
+    run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    logits = iter((0.0, 10.0, 2.0, 30.0))
+    monkeypatch.setattr(measures, "compared", lambda *_: (lambda x: Influence(tokens=x / 10, logits=x))(next(logits)))
+    found = measures.influence(Trainer(Transformer(run.model), run, corpora[None]))
+    assert found == {"mates_logits": 1, "mates_rerouted": 0.1, "later_logits": 20, "later_rerouted": 2}
+
+
+def test_later_bytes_change_a_window_whose_router_sees_all_of_it_and_other_windows_do_not(corpora):
+    run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    model = dataclasses.replace(run.model, router="sequence", router_options={"sequence_pool": "mean"})
+    trainer = Trainer(Transformer(model, seed=2), dataclasses.replace(run, model=model), corpora[None])
+    for p in trainer.parameters.values():
+        p.data = p.data * np.float32(30 if p.ndim > 1 else 1)  # so that routes change
+    found = measures.influence(trainer)
+    assert found["mates_rerouted"] == 0 < found["later_rerouted"]
+    assert found["mates_logits"] < 1e-3 < found["later_logits"]
 
 
 def test_padding_and_excess_are_what_they_say():
@@ -492,9 +557,11 @@ def test_measures_take_any_model(corpora, changes):
         assert all(number is None or np.isfinite(number) for number in measure(trainer).values())
 
 
-def test_the_traffic_of_a_run_by_loops(corpora, monkeypatch):
+@pytest.mark.parametrize("activation, n_matrices", [("gelu", 2), ("swiglu", 3)])
+def test_the_traffic_of_a_run_by_loops(corpora, monkeypatch, activation, n_matrices):
     """Two devices of two experts; two batches of a layer. Rows have 4 bytes a number; a device does 1e11 a second."""
     run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, activation=activation))
     rng, mean = np.random.default_rng(0), lambda numbers: pytest.approx(sum(numbers) / len(numbers))
     masks = [rng.random((8, 4)) < chance for chance in (.3, .7)]
     routings = [from_mask(mask, *[Tensor(np.ones((8, 4)))] * 3) for mask in masks]
@@ -508,7 +575,8 @@ def test_the_traffic_of_a_run_by_loops(corpora, monkeypatch):
     assert found["link_2"] == mean([4 * d * max(rows[0, 1], rows[1, 0]) / 8 for rows, _ in parts])
     assert found["reach_2"] == mean([rows.sum() / 8 for rows, _ in parts])
     assert found["slowest_2"] == mean([work.max() / work.mean() for _, work in parts])
-    seconds = [2 * 4 * d * max(rows[0, 1], rows[1, 0]) / 1e9 + work.max() * 4 * d * f / 1e11 for rows, work in parts]
+    flops = 2 * n_matrices * d * f
+    seconds = [2 * 4 * d * max(rows[0, 1], rows[1, 0]) / 1e9 + work.max() * flops / 1e11 for rows, work in parts]
     assert found["path_2"] == mean([1e6 * each for each in seconds])
 
 
@@ -528,23 +596,26 @@ def test_the_costs_of_changed_routes_by_loops(corpora):
                 costs.append([(changed - nats)[valid.domain == d].mean() for d in range(len(valid.names))])
         assert found[f"{name}_cost"] == pytest.approx(np.mean(costs), abs=1e-6)
         assert found[f"{name}_spread"] == pytest.approx(np.mean([np.std(each) for each in costs]), abs=1e-6)
+        np.testing.assert_allclose(found[f"{name}_table"], costs[-run.model.n_experts:], atol=1e-6)  # the last layer
     assert found["force_cost"] != found["drop_cost"]
 
 
 def test_quantities_of_a_row_by_hand():
-    """Loads 6, 2, 0, 0 of 8 bytes with K = 1; ln 4 = 1.3863."""
+    """Loads 6, 2, 0, 0 of 8 bytes with K = 1; ln 4 = 1.3863. The training loss is that of the last row."""
     layer = {"load": [6, 2, 0, 0], "token_coverage": 0.75, "router_entropy": 0.5, "marginal_entropy": 1.0,
              "mutual_information": 0.3, "mutual_information_null": 0.1, "byte_information": 0.9,
              "byte_information_null": 0.2, "byte_known": 0.6, "domain_known": 0.2}
     worse = layer | {"load_cv": 2.0, "dead_experts": 3}
-    log = [{"step": 0, "layers": [layer | {"load_cv": 9.0, "dead_experts": 4}]}, {"step": 5, "layers": [worse]},
-           {"step": 9, "layers": [layer | {"load_cv": 1.0, "dead_experts": 2}]}]
+    log = [{"step": 0, "cross_entropy": None, "layers": [layer | {"load_cv": 9.0, "dead_experts": 4}]},
+           {"step": 5, "cross_entropy": 3.0, "layers": [worse]},
+           {"step": 9, "cross_entropy": 2.0, "layers": [layer | {"load_cv": 1.0, "dead_experts": 2}]}]
     final = {"layers": [layer], "causal_cross_entropy": 0.5, "val_cross_entropy": 0.4}
     measured = {"loss_by_prefix": 2.5, "loss_by_threshold": 2.25}
     run = RunRecord("a", {"model": {}}, log, {"final": final, "measured": measured})
     wanted = {"prefix_cost": 0.25, "token_perplexity": np.exp(2.0), "lost_all": 0.25, "leak": 0.1,
               "router_entropy_share": 0.5 / np.log(4), "marginal_entropy_share": 1 / np.log(4), "mi_excess": 0.2,
-              "byte_excess": 0.7, "byte_over_domain": 0.5, "known_gap": 0.4, "worst_cv": 2.0, "worst_dead": 3}
+              "byte_excess": 0.7, "byte_over_domain": 0.5, "known_gap": 0.4, "worst_cv": 2.0, "worst_dead": 3,
+              "cross_entropy": 2.0}
     assert {name: value(run, name) for name in wanted} == {name: pytest.approx(x) for name, x in wanted.items()}
 
 

@@ -233,12 +233,28 @@ WRONG = {  # these reach compiled loops, where a wrong size reads foreign memory
 
 
 @pytest.mark.parametrize("function", [F.gelu, F.relu, lambda x: F.embedding(x, [0]), lambda x: F.linear(x, x),
-                                      lambda x: F.layer_norm(x, x[0], x[0]),
+                                      lambda x: F.layer_norm(x, x[0], x[0]), lambda x: F.rms_norm(x, x[0]),
+                                      lambda x: F.rotary(x[None, None]),
                                       lambda x: F.causal_attention(x[None, None], x[None, None], x[None, None])])
 @pytest.mark.parametrize("dtype", [np.float16, np.int64])
 def test_compiled_functions_say_which_dtypes_they_take(function, dtype):
     with pytest.raises(TypeError, match="float32"):
         function(Tensor(np.ones((2, 2), dtype)))
+
+
+@pytest.mark.parametrize("values, axis", [([1, 2, 3], -1), ([[1, 2], [3, 0]], 0), (2, -1), (2.0, None), (True, -1)])
+def test_functions_of_integers_and_of_single_numbers(values, axis):
+    """Would have caught: softplus in whole numbers, and logsumexp that could not write into a scalar."""
+    x, exact = Tensor(values), np.array(values, float)
+    np.testing.assert_allclose(F.softplus(x).data, np.log1p(np.exp(exact)), rtol=1e-3 if x.dtype == bool else 1e-12)
+    np.testing.assert_allclose(F.sigmoid(x).data, 1 / (1 + np.exp(-exact)), rtol=1e-3 if x.dtype == bool else 1e-12)
+    total = np.log(np.exp(exact).sum(axis=None if not exact.ndim else axis))
+    np.testing.assert_allclose(F.logsumexp(x, axis).data, total, rtol=1e-3)
+    np.testing.assert_allclose(F.log_softmax(x, axis).data, exact - total, atol=1e-3)
+
+
+def test_sigmoid_keeps_the_dtype():
+    assert [F.sigmoid(Tensor(np.ones(2, t))).dtype for t in ("f2", "f4", "f8")] == ["f2", "f4", "f8"]
 
 
 def test_compiled_functions_refuse_to_mix_dtypes():
@@ -307,6 +323,8 @@ def test_concatenate(axis):
     shapes[1][axis], shapes[2][axis] = 1, 0
     check(lambda *x: F.concatenate(x, axis), lambda *x: np.concatenate(x, axis), *(normal(*s) for s in shapes))
     check(lambda x: F.concatenate([x, x], axis), lambda x: np.concatenate([x, x], axis), normal(2, 3, 4))
+    check(lambda x: F.concatenate((y for y in (np.ones((2, 3, 4)), x)), axis),  # an array, and a generator
+          lambda x: np.concatenate([np.ones((2, 3, 4)), x], axis), normal(2, 3, 4))
 
 
 @pytest.mark.parametrize("a, b", [((2, 3), (2, 3)), ((3,), (2, 1)), ((), (2, 3)), ((2, 3), ())])

@@ -194,6 +194,13 @@ def test_the_table_finds_a_wrong_gradient_and_a_choice_that_flips(monkeypatch):
     assert not row.ok and "choice" in row.note
 
 
+def test_the_table_finds_a_gradient_that_is_a_thousandth_too_large(monkeypatch):
+    monkeypatch.setitem(checks.OPERATIONS, "negate",
+                        (lambda a: primitive(-a.data, (a, lambda g: -1.001 * g)), checks.A))
+    (row,) = checks.run_all("operation: negate")
+    assert not row.ok
+
+
 def test_a_wrong_gradient_of_a_module_names_the_parameter():
     wrong = checks._module(lambda: nn.Linear(4, 5, RNG, dtype=float), SMALL,
                            call=lambda module, x: x @ module.weight.detach() + module.bias)

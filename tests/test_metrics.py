@@ -184,6 +184,15 @@ def test_shuffling_windows_leaves_more_than_shuffling_tokens():
     assert null[0] > .03 and null[1] < .004            # 3 / 40 and 3 / 2000
 
 
+def test_the_null_of_domains_shuffles_windows_and_that_of_bytes_tokens():
+    """20 windows of 50 bytes, all of one expert; the bytes are random, of 5 values: 12 / 2000."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, size=(20, 50))
+    found = layer_numbers([top_1(np.repeat(rng.integers(4, size=20), 50), 4)],
+                          Validation(ids, ids, np.arange(20) % 2, ("x", "y"), 20))
+    assert found["mutual_information_null"] > .03 > found["byte_information_null"]
+
+
 # -- noise floors (CLAIMS) ----------------------------------------------------------------------
 
 def test_noise_floor_of_uniform_random_top_1():

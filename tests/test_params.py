@@ -128,6 +128,8 @@ def test_work_by_hand():
     assert params.count(latent, context=7)[-1].flops - params.count(latent)[-1].flops == 2 * 7 * (2 + 2 + 4)
     mixture = dataclasses.replace(a, moe_layers=(0,), n_experts=3, top_k=2, n_shared=1)  # three of four, and D x E
     assert params.count(mixture)[-1].flops == 76 + 2 * (2 * 12 + 2 * 3)
+    cosine = dataclasses.replace(mixture, router="cosine_top_k", router_options={"router_width": 5})  # D x R and R x E
+    assert params.count(cosine)[-1].flops == 76 + 2 * (2 * 12 + 2 * 5 + 5 * 3)
     in_text = params.count(two, length=6)[-1].flops - params.count(two)[-1].flops  # (1+2+3+3+3+3)/6, (1+2+3+4+5+6)/6
     assert in_text == 8 * (2.5 + 3.5)
     tied = params.count(dataclasses.replace(a, tied=True))[-1]

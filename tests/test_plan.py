@@ -6,6 +6,7 @@ import re
 import shutil
 import types
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -62,6 +63,13 @@ def test_chosen_rates_reach_the_runs_and_a_given_rate_wins():
     assert {run.config_id: run.training.learning_rate for run in runs} == rates
     (run,) = TOY_DENSE.runs(TOY, 1, ["mixture"], training={"learning_rate": 0.5}, rates=rates)
     assert run.training.learning_rate == 0.5 and run.plan_hash == TOY_DENSE.plan_hash
+
+
+def test_the_length_of_a_setting_is_in_the_steps_of_the_plan():
+    settings = (MIXTURE, dataclasses.replace(ACTIVE, length=2),
+                dataclasses.replace(TOTAL, rate_of="dense-active", length=1.2))
+    runs = dataclasses.replace(TOY_DENSE, settings=settings).runs(TOY_DENSE.scale("full"), 1)
+    assert [run.training.steps for run in runs] == [4, 8, 5]  # 4.8 is rounded
 
 
 @pytest.mark.parametrize("changed", [{"rate_of": "mixture"}, {"start": "dense-active"}])
@@ -265,13 +273,22 @@ def test_the_price_of_a_seed_has_the_run_that_it_starts_from(tmp_path):
     assert tables.lacking_hours(results, found) == pytest.approx(100 * 60 / 3600)
 
 
-def test_failed_runs_and_wall_clock_are_in_the_compute(tmp_path):
-    """20 seconds a run; A-seed0 took an hour on one thread, D-seed1 failed after the 20 seconds of its log."""
+def test_a_ratio_is_said_with_its_geometric_mean_and_interval():
+    """Ratios 0.2 and 0.4: sqrt(0.08) = 0.283. Their logarithms differ by ln 2, so the standard error is 0.347, and half
+    the 90% interval is 6.314 times that, 2.188: 0.283 / 8.92 and 0.283 * 8.92."""
+    effect = Effect("max_violation", "a", "<", 0.5, over="b")
+    assert tables.measured(effect, np.log([0.2, 0.4])).endswith("`a` / `b`: 0.283 [0.032, 2.523]; needs < 0.5")
+
+
+def test_failed_runs_threads_and_wall_clock_are_in_the_compute(tmp_path):
+    """20 seconds a run; A-seed0 took an hour on one thread, B-seed0 had four threads, and D-seed1 failed after the 20
+    seconds of its log."""
     write_study(tmp_path)
     path = tmp_path / "runs/A-seed0/summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"wall_seconds": 3600.0}))
     (tmp_path / "runs/D-seed1/summary.json").rename(tmp_path / "runs/D-seed1/failure.json")
-    hours = 1 + 20 * 20 / 3600
+    change(tmp_path / "runs/B-seed0", None, threads=4)
+    hours = 1 + (19 + 4) * 20 / 3600
     assert tables.compute_row(Results(STUDY, tmp_path)) == ["study", "20", "0", "1", f"{hours:.2f}"]
 
 
@@ -295,8 +312,13 @@ def test_quantities_of_curves_by_hand(tmp_path):
     results = Results(STUDY, tmp_path)
     assert results.crossing(LOSS, "A", "B") == {0: pytest.approx(10 + 10 / 3)}
     assert str(results.crossing(LOSS, "A", "A")) == "{0: nan}"
-    assert quantities.crossing(*[[{"step": i, "layers": [], "x": x} for i, x in enumerate(xs)]
-                                 for xs in ((0, 3, 2, 1, 1), (0, 2, 2, 2, 2))], "x") == 2  # they meet at 2
+
+    def crossing(*curves):
+        return quantities.crossing(*[[{"step": i, "layers": [], "x": x} for i, x in enumerate(xs)] for xs in curves],
+                                   "x")
+
+    assert crossing((0, 3, 2, 1, 1), (0, 2, 2, 2, 2)) == 2  # they meet at 2
+    assert str(crossing((0, 3, 3), (1, 2, 2))) == "nan"  # step 0, before any training, does not count
     a, b = (runs[0] for runs in results.groups.values())
     assert value(a, "seconds_to:1.5") == 15 and value(a, "tokens_to:1.5") == pytest.approx(15 * 64 / 1e6)
     assert str(value(b, "seconds_to:1.2")) == "nan"
@@ -316,8 +338,7 @@ def test_a_loss_has_a_margin_and_another_quantity_has_none(tmp_path):
 # -- the gathered document --
 
 def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_path):
-    """Only differences of the causal loss count, between settings trained for as many steps: A - B, and not 3 times B,
-    the load, or C - D, whose seeds scatter."""
+    """Only differences of the causal loss count: A - B, and not the load, or C - D, whose seeds scatter."""
     losses = LOSSES | {"C": (1.0, 2.0, 3.0), "D": (2.0, 1.0, 1.5)}
     experiment = dataclasses.replace(STUDY, exploratory=(
         Contrast(LOSS, "A", minus="B"), Contrast(LOSS, "C", minus="D"), Contrast("load_cv", "A", minus="B")))
@@ -329,6 +350,25 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
     assert gathered.surprise([Results(asked, tmp_path)]).startswith("No exploratory difference")
     none = dataclasses.replace(STUDY, exploratory=())
     assert gathered.surprise([Results(none, tmp_path)]).startswith("No exploratory difference")
+
+
+def test_a_difference_of_settings_that_were_trained_otherwise_is_no_surprise(tmp_path):
+    """B for twice the steps, or from another model; or the text is one of the experiment's own."""
+    write_study(tmp_path, losses={name: LOSSES[name] for name in "AB"})
+
+    def said(text=None, **changed):
+        settings = tuple(dataclasses.replace(s, **changed) if s.id == "B" else s for s in STUDY.settings)
+        return gathered.surprise([Results(dataclasses.replace(
+            STUDY, settings=settings, text=text, rates=(), exploratory=(Contrast(LOSS, "A", minus="B"),)), tmp_path)])
+
+    assert said().startswith("**A (no load balancing) is 0.367 nats worse than B")
+    for other in (said(length=2), said(start="D"), said(text="synthetic")):
+        assert other.startswith("No exploratory difference")
+
+
+def test_the_yardstick_is_the_first_comparison_of_mixture_and_dense_model(tmp_path):
+    results = Results(dataclasses.replace(STUDY, name="dense"), write_study(tmp_path))
+    assert gathered.yardstick([results]).endswith(" is -0.367 [-0.510, -0.223]: different.")
 
 
 @pytest.mark.slow

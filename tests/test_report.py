@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import matplotlib
@@ -18,14 +19,14 @@ from click.testing import CliRunner
 
 import cli
 from tinymoe.experiments import STUDY
-from tinymoe.files import save_arrays
+from tinymoe.files import read_rows, save_arrays, write_rows
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.study import caveats, compare, figures, maps, markdown, palette, quantities, report, rows, tables
 from tinymoe.study.results import Results
 from tinymoe.study.rows import RunRecord, compact, load_runs, made_of
-from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
+from tinymoe.study.statistics import Comparison, Contrast, Interval, corrected, holm
 from tinymoe.training import identity
 
 CONFIGS = {"A": ("top_k", 1, 0.0), "B": ("top_k", 1, 0.01), "C": ("top_k", 1, 0.1), "D": ("top_k", 2, 0.01),
@@ -166,6 +167,14 @@ def test_a_finished_run_with_a_damaged_file_is_in_no_mean(tmp_path, name, conten
     path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="A-seed0 is a finished run with damaged files"):
         load_runs(tmp_path)
+
+
+def test_of_two_rows_of_a_step_the_later_one_counts(tmp_path):
+    path = write_run(tmp_path, "A", 0, 2.0) / "log.jsonl"
+    logged = read_rows(path)
+    write_rows(path, [*logged, logged[-1] | {"causal_cross_entropy": 7.0}])
+    (run,) = load_runs(tmp_path)
+    assert len(run.log) == len(logged) and run.log[-1]["causal_cross_entropy"] == 7
 
 
 def test_a_copy_of_a_run_is_not_counted_twice(tmp_path):
@@ -407,6 +416,15 @@ def test_runs_of_one_letter_with_other_models_are_refused(tmp_path):
     assert refused.exit_code == 1 and "differ in their model" in refused.output
 
 
+@pytest.mark.parametrize("name, other", [
+    ("corpus", dict.fromkeys(("prose", "verse"), {"bytes": 1000, "train_bytes": 800, "sha256": "0"})), ("start", "A")])
+def test_runs_of_another_text_or_start_are_refused(tmp_path, name, other):
+    write_study(tmp_path, losses={"B": LOSSES["B"]})
+    change(tmp_path / "runs/B-seed1", None, **{name: other})
+    with pytest.raises(ValueError, match=f"differ in their {name}"):
+        Results(STUDY, tmp_path)
+
+
 def test_settings_that_differ_between_letters_are_said(tmp_path):
     write_study(tmp_path, losses={name: LOSSES[name] for name in "BCD"})
     assert "compare with care" not in findings(tmp_path)
@@ -415,6 +433,7 @@ def test_settings_that_differ_between_letters_are_said(tmp_path):
         change(tmp_path / f"runs/C-seed{seed}", "training", learning_rate=2e-3)
         change(tmp_path / f"runs/D-seed{seed}", "model", router="hash")
     change(tmp_path / "runs/B-seed1", "versions", numpy="1.0")
+    change(tmp_path / "runs/B-seed1", None, kernels="numpy", threads=2)
     for run, kinds in (("B-seed0", {"processor": "one"}), ("B-seed1", {"processors": ["one", "two"]})):
         path = tmp_path / "runs" / run / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | kinds))
@@ -422,7 +441,8 @@ def test_settings_that_differ_between_letters_are_said(tmp_path):
     assert "The runs used 2 kinds of processor, so last bits can differ (one; two)." in text
     assert "seq_len differs between settings (B 16, C 32, D 16): compare with care." in text
     assert "learning_rate differs between settings (B 0.001, C 0.002, D 0.001): compare with care." in text
-    assert "D was changed: router is hash, not top_k" in text and "do not share the same versions" in text
+    assert "D was changed: router is hash, not top_k" in text
+    assert all(f"do not share the same {name}" in text for name in ("versions", "kernels", "threads"))
 
 
 def test_what_set_and_import_added_is_said(tmp_path):
@@ -495,6 +515,9 @@ def test_runs_beside_the_plan_are_told_with_the_command_that_works(tmp_path):
     assert said(seeds=5) == ["The plan has 5 seeds of 20 steps: `--full` runs it.",
                              "3 seeds ran, the plan has 5: the p values do not allow for a look in between."]
     assert said(seeds=2) == ["3 seeds ran, the plan has 2: the p values do not allow for a look in between."]
+    longer = [dataclasses.replace(s, length=2) if s.id == "C" else s for s in STUDY.settings]
+    assert said(settings=tuple(longer)) == [
+        "The plan has 3 seeds of 20 steps: `--full` runs it in a folder of its own."]  # C has 20 steps instead of 40
 
 
 def test_not_known_says_what_would_be_seen():
@@ -504,6 +527,17 @@ def test_not_known_says_what_would_be_seen():
 
     one, text = said(0.01, 0.03, -0.02)
     assert text == f" (an effect of {one.smallest:.3f} would be seen; 3 seeds)"
+
+
+def test_a_difference_smaller_than_the_margin_is_said_to_be_so():
+    one = STUDY.primary[0]
+    (found,) = corrected([Comparison(one.contrast, (0.004, 0.005, 0.006), 0.01)], holm)
+    assert one.sentence(found) == "Heavy balancing raises the loss. But the difference is smaller than the margin."
+
+
+def test_settings_are_ranked_from_the_smallest_mean(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, losses={name: LOSSES[name] for name in "ABD"}))
+    assert results.ranked("causal_cross_entropy") == ["D", "B", "A"]
 
 
 def test_runs_of_no_setting_are_named_and_in_no_number(tmp_path):
@@ -532,6 +566,27 @@ def test_the_users_matplotlibrc_does_not_reach_the_figures(tmp_path):
 def test_ratios_by_hand():
     """Shares (1/2, 1/2) and (1, 0), a row without counts: their mean is (1/2, 1/6), the ratios (1, 3) and (2, 0)."""
     np.testing.assert_allclose(maps.over_column_means([[5, 5], [3, 0], [0, 0]]), [[1, 3], [2, 0], [0, 0]])
+
+
+def test_the_load_is_drawn_as_log2_of_its_ratio_to_the_fair_share_with_expert_0_on_top(tmp_path):
+    """A sends all to expert 0 of 4, at each of three steps: log2 4."""
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1, losses={"A": (2.0,)}))
+    with figures.default_style():
+        axes = maps.expert_load(results).axes[0]
+    assert np.reshape(axes.collections[0].get_array(), (4, 3))[0].tolist() == [2, 2, 2]
+    bottom, top = axes.get_ylim()
+    assert bottom > top
+
+
+def test_a_phase_diagram_has_shares_of_the_experts_and_marks_intervals_that_hold_the_half():
+    """Settings a, b, c, d of 4 experts: x is 10, 20, 10, 20 and y is 1, 1, 2, 2."""
+    effective = {"a": (1.0, 0.1), "b": (2.5, 1.0), "c": (3.0, 0.1), "d": (3.5, 2.0)}  # mean, half of the interval
+    results = types.SimpleNamespace(interval=lambda metric, name: Interval(*effective[name], 4))
+    draw = maps.diagram({"a": (4, 10, 1), "b": (4, 20, 1), "c": (4, 10, 2), "d": (4, 20, 2)}, "x", "y")
+    with figures.default_style():
+        axes = draw(results).axes[0]
+    assert np.reshape(axes.collections[0].get_array(), (2, 2)).tolist() == [[0.25, 0.625], [0.75, 0.875]]
+    assert [text.get_text() for text in axes.texts] == ["1.0", "2.5?", "3.0", "3.5?"]
 
 
 def test_names_beside_points_do_not_overlap_and_keep_their_order(tmp_path):
@@ -687,6 +742,14 @@ def test_a_router_that_does_not_fix_k_is_reported_with_its_measured_experts(tmp_
                      run.log, run.summary)
     counted = {k: count(architecture(full.model), experts_per_token=k)[-1].active for k in (1, 4)}
     assert quantities.value(full, "active_parameters") == counted[4] / 1e6 > counted[1] / 1e6
+
+
+def test_choices_of_a_copy_expert_are_no_active_parameters():
+    """2 of 8 columns a byte, half of which copy: one expert is active."""
+    model = ModelConfig(n_experts=4, top_k=2, n_copy=4)
+    final = {"layers": [{"load": [10] * 8}] * len(model.moe_layers), "validation_tokens": 40}
+    run = RunRecord("a", {"model": model.to_dict()}, [], {"final": final})
+    assert quantities.value(run, "active_parameters") == count(model, experts_per_token=1)[-1].active / 1e6
 
 
 @pytest.mark.parametrize("name", ["FINDINGS.md", "summary.csv", "report.html"])

@@ -343,7 +343,7 @@ def test_matchings_are_causal_where_they_are_asked_to_be(name):
 def test_matchings_survive_scores_that_are_not_finite_or_far_apart():
     assert routers.balanced_assignment(np.array([[np.nan, 1], [np.inf, 0]])).sum() == 2
     plan = routers.sinkhorn_plan(np.array([[-800., 0, 0, 0]] * 64))
-    assert np.isfinite(plan).all()
+    np.testing.assert_allclose(plan, 0.25)  # an expert that is far behind gets its share all the same
 
 
 def test_a_frozen_bias_stays():

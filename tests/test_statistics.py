@@ -151,6 +151,13 @@ def test_the_uncertainty_of_seeds_and_text_by_hand():
     assert (high + low) / 2 == pytest.approx(x.mean())
 
 
+def test_the_domain_with_the_fewest_stretches_decides_the_quantile_of_the_text():
+    """Seeds agree. 24 stretches are alike, two are 0 and 1: their standard error is 0.5, that of the mean of both
+    domains 0.25; t(0.975, 1) is 12.706."""
+    low, high, _ = text_uncertainty([np.zeros((3, 24)), np.tile([0.0, 1.0], (3, 1))], n_resamples=4000)
+    assert (high - low) / 2 == pytest.approx(12.706 * 0.25, rel=0.05)
+
+
 @pytest.mark.parametrize("n", [3, 6])
 def test_the_interval_over_seeds_and_text_covers_the_truth_and_is_no_narrower_than_that_of_seeds(n):
     """400 studies of 3 domains whose true mean is 0: SD 0.2 of seeds, 1 of stretches, 0.3 of both together."""
@@ -197,3 +204,9 @@ def test_the_seeds_needed_have_the_range_of_their_sd():
     one = compared(*(values / values.std(ddof=1)), margin=1.0)
     assert one.needed_range == (seeds_needed(math.sqrt(7 / 16.013)), seeds_needed(math.sqrt(7 / 1.690)))
     assert one.needed_range[0] < one.needed < one.needed_range[1]
+
+
+def test_a_factor_of_the_second_setting_by_hand():
+    """Seeds 0 and 1 are common: 3 - 2 * 1 and 4 - 2 * 5."""
+    one, numbers = Contrast("loss", "a", minus="b", times=2), {"a": {0: 3.0, 1: 4.0, 2: 9.0}, "b": {0: 1.0, 1: 5.0}}
+    assert one.of(lambda metric, name: numbers[name]).tolist() == [1, -6] and str(one) == "`a` - 2 · `b`"

@@ -66,6 +66,11 @@ def test_another_router_does_not_get_the_options_of_the_one_it_replaces():
     assert options(router="sinkhorn", router_options={"router_std": 0.1}) == {"router_std": 0.1}
 
 
+def test_options_that_are_given_are_added_to_those_of_the_setting():
+    (run,) = STUDY.runs(STUDY.scales["default"], 1, "G", {"router_options": {"router_std": 0.1}})
+    assert run.model.router_options == {"renormalise": False, "router_std": 0.1}
+
+
 # -- one by one --
 
 

@@ -176,6 +176,15 @@ def test_the_bits_depend_on_the_seed_and_on_the_noise(corpus, reference, tmp_pat
     assert results(tmp_path / "noise")[0] != reference[0]
 
 
+def test_seeds_have_weights_and_batches_of_their_own(corpus, tmp_path):
+    runs = [replace(tiny(), seed=seed) for seed in (0, 1)]
+    first, second = (t.Trainer(loading.first_model(run, tmp_path), run, corpus) for run in runs)
+    weights = "blocks.1.feed_forward.experts.w1"
+    assert (first.parameters[weights].data != second.parameters[weights].data).any()
+    assert first.generators.keys() == {"data", "noise"}
+    assert all(rng.random() != second.generators[name].random() for name, rng in first.generators.items())
+
+
 def test_a_kill_between_log_and_checkpoint_is_made_good(corpus, reference, stopped, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_arrays", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -637,6 +646,18 @@ def test_more_than_256_domains_keep_their_numbers(tmp_path):
     assert shown["domain"].tolist() == list(range(260)) and header["names"][259] == "259"
 
 
+def test_the_divergence_of_the_weights_is_relative_to_that_of_fresh_experts(corpus, tmp_path):
+    t.train(tiny("D"), corpus, tmp_path)
+    (layer,) = files.read_rows(tmp_path / "log.jsonl")[0]["layers"]
+    assert layer["weight_divergence"] == pytest.approx(1, abs=1e-9)
+
+
+def test_the_final_evaluation_has_its_own_number_of_windows(corpus, tmp_path):
+    summary = t.train(tiny("D", eval_windows=1, final_windows=2), corpus, tmp_path)
+    rows = [files.read_rows(tmp_path / "log.jsonl")[-1], summary["final"]]
+    assert [row["validation_tokens"] for row in rows] == [16, 32]
+
+
 # -- losses that are not finite --
 
 
@@ -713,6 +734,15 @@ def test_a_continued_run_draws_new_batches(corpus, tmp_path):
     assert batches[0] != batches[1]
 
 
+def test_seeds_have_upcycled_routers_of_their_own(corpus, tmp_path):
+    weights = []
+    for seed in (0, 1):
+        dense, up = (replace(run, seed=seed) for run in dense_and_after())
+        t.train(dense, corpus, tmp_path / dense.run_id)
+        weights.append(loading.first_model(up, tmp_path).moe_parts()[0].router.weight.data)
+    assert (weights[0] != weights[1]).any()
+
+
 def test_what_is_measured_at_the_end_is_kept(corpus, tmp_path):
     run = replace(tiny(), measure=lambda trainer: {"steps_seen": trainer.step})
     assert t.train(run, corpus, tmp_path)["measured"] == {"steps_seen": 6}
@@ -750,6 +780,20 @@ def test_a_loss_is_the_mean_over_domains_and_is_kept_by_stretches_of_text():
     many = evaluation.Validation(np.zeros((50, 1)), None, np.zeros(50, int), ("a",), 2)
     parts = evaluation.losses_by_part(np.arange(50.0)[:, None], many)["a"]
     assert len(parts) == evaluation.N_STRETCHES and parts[:3] == [1, 4, 6.5]  # windows 0 to 2, 3 to 5, 6 and 7
+
+
+def test_a_loss_of_ln_8_is_a_perplexity_of_8_and_3_bits():
+    ids = np.zeros((1, 5), int)
+    valid = evaluation.Validation(ids, ids, np.zeros(1, int), ("a",), 1)
+    found = evaluation._loss_numbers("val", np.full((1, 5), np.log(8)), valid)
+    assert [found[f"val_{name}"] for name in ("perplexity", "bits_per_byte")] == pytest.approx([8, 3])
+
+
+def test_the_stretches_of_text_have_the_causal_loss(corpus, tmp_path):
+    summary = t.train(tiny("E"), corpus, tmp_path)
+    mean = np.mean([np.mean(losses) for losses in summary["causal_by_part"].values()])
+    assert mean == pytest.approx(summary["final"]["causal_cross_entropy"], abs=1e-5)
+    assert abs(mean - summary["final"]["val_cross_entropy"]) > 1e-4  # E is not causal
 
 
 # -- what a step does with the plan --

@@ -144,6 +144,16 @@ def test_the_page_holds_what_the_run_saved(run):
         np.testing.assert_allclose(shown, saved["gates"], atol=.003 * data["gateScale"])
 
 
+def test_saturation_is_the_share_of_the_final_assignments_that_were_there_before(corpus, tmp_path):
+    """A byte may have more experts at the end than before, so it is not the share of those before."""
+    train.train(tiny("D", model={"moe_layers": [0, 1], "router": "top_p"}, learning_rate=0.05), corpus, tmp_path)
+    first, final = (load_arrays(tmp_path / f"routings/{step}.npz", "routings")[0]["chosen"]
+                    for step in ("000000", "000006"))
+    assert first.sum() != final.sum()
+    assert data_of(view.page(tmp_path))["saturation"][0] == [
+        (before & after).sum() / after.sum() for before, after in zip(first, final)]
+
+
 def test_nothing_in_a_text_can_leave_the_script(corpus, tmp_path):
     odd = tmp_path / "odd.txt"
     odd.write_bytes(b"</script><script>alert(1)</script>&\xff")

@@ -32,6 +32,7 @@ def _check_dtypes(name, *tensors):
 
 
 def _check_widths(name, x, *vectors):
+    _check_dtypes(name, x, *vectors)
     if x.shape[-1:] in ((), (0,)):
         raise ValueError(f"{name}: x has shape {x.shape}, so there is nothing to normalise along its last axis")
     for v in vectors:
@@ -77,13 +78,13 @@ def relu(x: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)), without overflow and exact in both tails."""
-    value = expit(x.data)
+    value = expit(x.data).astype(np.result_type(x.dtype, np.float16))  # SciPy widens float16
     return primitive(value, (x, lambda g: g * value * (1 - value)))
 
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), without overflow."""
-    return primitive(np.logaddexp(x.data, 0).astype(x.dtype), (x, lambda g: g * expit(x.data)))
+    return primitive(np.logaddexp(x.data, np.zeros_like(x.data)), (x, lambda g: g * expit(x.data)))
 
 
 def normal_cdf(x: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def _exponentials(x, axis):
     """(top, exp(x - top)), where top is the largest entry."""
     top = _largest(x, axis)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
-    e = x - top
+    e = np.asarray(x - top, np.result_type(x.dtype, np.float16))
     return top, np.exp(e, out=e)
 
 
@@ -190,7 +191,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     x (..., D), weight (D,), bias (D,); the variance is the mean square of x - mean. ValueError for other shapes.
     """
     _check_widths("layer_norm", x, weight, bias)
-    _check_dtypes("layer_norm", x, weight, bias)
     rows = _rows(x.data)
     value, mean, rstd = kernels.layer_norm(rows, weight.data, bias.data, eps)
 
@@ -214,7 +214,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         h = g * weight.data
         return rstd * (h - normed * (h * normed).mean(axis=-1, keepdims=True))
 
-    return primitive((normed * weight.data).astype(x.dtype), (x, vjp_x), (weight, lambda g: g * normed))
+    return primitive(normed * weight.data, (x, vjp_x), (weight, lambda g: g * normed))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -242,6 +242,7 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
+    _check_dtypes("rotary", x)
     T, d = x.shape[1], x.shape[-1]
     angles = base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d)
     angle = np.arange(T)[:, None] * angles  # (T, d/2)
@@ -310,9 +311,9 @@ def scatter_add(rows: Tensor, index: ArrayLike, n: int) -> Tensor:
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Join tensors along an existing axis; index with [None] to make a new one, as `np.stack` does."""
+    tensors = tuple(t if isinstance(t, Tensor) else Tensor(t) for t in tensors)
     ends = np.cumsum([t.shape[axis] for t in tensors])
-    value = np.concatenate([t.data for t in tensors], axis)
-    return record(value, tuple(tensors), lambda g: np.split(g, ends[:-1], axis))
+    return record(np.concatenate([t.data for t in tensors], axis), tensors, lambda g: np.split(g, ends[:-1], axis))
 
 
 def where(condition: ArrayLike, a: Tensor | ArrayLike, b: Tensor | ArrayLike) -> Tensor:

@@ -233,8 +233,9 @@ class Tensor:
         return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim), self.shape)))
 
     def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        """Mean over one axis, several (a tuple) or all (None)."""
-        value = self.data.mean(axis=axis, keepdims=keepdims)
+        """Mean over one axis, several or all, summed in float64: NumPy adds float32 rows one by one and loses bits."""
+        dtype = self.dtype if self.dtype.kind == "f" else np.float64
+        value = self.data.mean(axis=axis, keepdims=keepdims, dtype=np.promote_types(dtype, np.float64)).astype(dtype)
         n = self.size // max(value.size, 1)
         return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim) / n, self.shape)))
 
@@ -280,12 +281,11 @@ class Tensor:
                         "or write to tensor.data before the tensor is used")
 
     def _operand(self, other):
-        """`other` as a Tensor. A plain number takes the dtype of self, so float32 stays float32."""
-        if isinstance(other, Tensor):
-            return other
-        if isinstance(other, (int, float, np.number)) and self.dtype.kind == "f":
-            return Tensor(np.asarray(other, dtype=self.dtype))
-        return Tensor(other)
+        """`other` as a Tensor. Numbers and whole numbers take the dtype of self, so float32 stays float32."""
+        value = np.asarray(_raw(other))
+        if self.dtype.kind == "f" and (value.dtype.kind in "iu" or value.dtype.kind == "f" and value.ndim == 0):
+            return other if getattr(other, "requires_grad", False) else Tensor(value.astype(self.dtype))
+        return other if isinstance(other, Tensor) else Tensor(value)
 
 
 class _Gradients(dict):

@@ -30,7 +30,7 @@ def max_violation(routing: Load) -> float:
 
 
 def load_entropy(routing: Load) -> float:
-    """Entropy of the load divided by ln E: 1 at balance, 0 where one expert has all. For E = 1 it is 1."""
+    """Entropy of the load divided by ln E: 1 at balance, 0 where one expert has all; 1 too for E = 1 or no load."""
     load = _load(routing)
     return float(entropy(load / load.sum()) / np.log(len(load))) if len(load) > 1 and load.any() else 1.0
 
@@ -203,4 +203,4 @@ def information_given(routing: Routing, ids: np.ndarray, domain: np.ndarray, rng
 
 def entropy(p: np.ndarray) -> np.ndarray:
     """-sum p ln p over the last axis of p, in nats, with 0 ln 0 = 0."""
-    return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+    return (p * -np.log(np.where(p > 0, p, 1))).sum(axis=-1)

@@ -40,7 +40,8 @@ def warnings(results: Results) -> list[str]:
 def beside_the_plan(results):
     """Sentences about steps, seeds, learning rates and hashes that are not those of the plan."""
     e, n = results.experiment, max(map(len, results.groups.values()))
-    other = (not {run.summary["steps"] for run in results.runs} <= {round(s.length * e.steps) for s in e.settings}
+    planned = {s.id: round(s.length * e.steps) for s in e.settings}
+    other = (any(run.summary["steps"] != planned[run.config_id] for run in results.runs)
              or bool(e.rates and e.choosers and not results.sweep))
     if other or n < e.seeds:  # in a folder whose runs have other settings `--full` would be refused
         yield (f"The plan has {e.seeds} seeds of {e.steps:,} steps"

@@ -147,17 +147,12 @@ class Results:
         return any(len(runs) > 1 for runs in self.groups.values())
 
     def has(self, contrast: Contrast) -> bool:
-        """Whether there are runs of all settings of a Contrast, with experts if it asks for the smallest of several."""
-        if isinstance(contrast.setting, tuple):
-            return any(name in self.with_experts for name in contrast.setting)
+        """Whether there are runs of all settings of a Contrast."""
         return all(name in self.groups for name in contrast.settings)
 
-    def numbers(self, metric: str, setting: str | tuple) -> dict[int, float]:
-        """{seed: number} of a setting, or the smallest of several settings with experts."""
-        if not isinstance(setting, tuple):
-            return {run.seed: value(run, metric) for run in self.groups[setting]}
-        parts = [self.numbers(metric, name) for name in setting if name in self.with_experts]
-        return {seed: min(part[seed] for part in parts if seed in part) for seed in sorted(set().union(*parts))}
+    def numbers(self, metric: str, setting: str) -> dict[int, float]:
+        """{seed: number} of a setting."""
+        return {run.seed: value(run, metric) for run in self.groups[setting]}
 
     def interval(self, metric: str, setting: str) -> Interval:
         """The mean of a setting over its seeds, with its 95% interval."""

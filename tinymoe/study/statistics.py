@@ -52,12 +52,11 @@ def t_interval(values, confidence: float = 0.95) -> Interval:
 class Contrast:
     """A quantity of one setting, or its difference from (`minus`) or ratio to (`over`) another's, paired by seed.
 
-    setting: an id, or a tuple of ids for the smallest of them, seed by seed. times: a factor of `minus`. A ratio is
-    computed as its logarithm; `shown` undoes that.
+    times: a factor of `minus`. A ratio is computed as its logarithm; `shown` undoes that.
     """
 
     metric: str
-    setting: str | tuple
+    setting: str
     _: KW_ONLY
     minus: str | None = None
     times: float = 1
@@ -66,8 +65,7 @@ class Contrast:
     @property
     def settings(self) -> tuple[str, ...]:
         """The ids of all settings that it needs."""
-        first = self.setting if isinstance(self.setting, tuple) else (self.setting,)
-        return (*first, *filter(None, (self.minus, self.over)))
+        return (self.setting, *filter(None, (self.minus, self.over)))
 
     @np.errstate(divide="ignore", invalid="ignore")
     def of(self, numbers: Callable) -> np.ndarray:
@@ -84,10 +82,9 @@ class Contrast:
         return float(np.exp(number)) if self.over else float(number)
 
     def __str__(self) -> str:
-        first = f"smallest of {', '.join(self.setting)}" if isinstance(self.setting, tuple) else f"`{self.setting}`"
         if self.minus:
-            return f"{first} - {'' if self.times == 1 else f'{self.times:g} · '}`{self.minus}`"
-        return f"{first} / `{self.over}`" if self.over else first
+            return f"`{self.setting}` - {'' if self.times == 1 else f'{self.times:g} · '}`{self.minus}`"
+        return f"`{self.setting}`" + (f" / `{self.over}`" if self.over else "")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Tokens and experts are matched so that every expert gets its share, exactly or by Sinkhorn's iteration."""
 
 import numpy as np
+from scipy.special import logsumexp
 
 from ...autograd import functional as F
 from ..routing import capacity, from_mask, largest
@@ -31,7 +32,7 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
         balanced = context.training and not context.causal
         scores, probs = logits.data, F.softmax(logits)
         if balanced:  # the logarithm of the plan but for the factor of the row, which changes no order
-            scores = scores + np.log(np.maximum(sinkhorn_factors(scores, self.sinkhorn_iterations)[1], 1e-300))
+            scores = scores + sinkhorn_factors(scores, self.sinkhorn_iterations)[1]
         gates = F.sigmoid(logits) if self.top_k == 1 else probs
         return from_mask(largest(scores, self.top_k), gates, logits, probs)
 
@@ -65,27 +66,24 @@ def sinkhorn_plan(scores: np.ndarray, iterations: int = 20) -> np.ndarray:
     From Sinkhorn 1967. An entry that is too small for a float is 0.
     """
     rows, columns = sinkhorn_factors(scores, iterations)
-    return rows[:, None] * _from_largest(scores) * columns
+    return np.exp(rows[:, None] + scores + columns)
 
 
 def sinkhorn_factors(scores: np.ndarray, iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) and (E,) float64: factors of the rows and columns of exp(scores - the row's largest) in `sinkhorn_plan`.
-
-    The factor of a column without any entry is 0.
-    """
-    start = _from_largest(scores)
-    n, n_experts = start.shape
-    rows, columns = np.ones(n), np.ones(n_experts)
+    """(N,) and (E,) float64: logarithms of the factors of rows and columns in `sinkhorn_plan`."""
+    (n, n_experts), top = scores.shape, scores.max(axis=1).astype(float)
+    z, iterations = scores - top[:, None], iterations if n else 0
+    if z.min(initial=0) > -300:  # no factor leaves the range of float64; products are ten times faster than logarithms
+        start, rows, columns = np.exp(z), np.ones(n), np.ones(n_experts)
+        for _ in range(iterations):
+            rows = 1 / np.einsum("ne,e->n", start, columns)
+            columns = n / n_experts / np.einsum("ne,n->e", start, rows)
+        return np.log(rows) - top, np.log(columns)
+    rows, columns = np.zeros(n), np.zeros(n_experts)
     for _ in range(iterations):
-        rows = 1 / np.einsum("ne,e->n", start, columns)
-        total = np.einsum("ne,n->e", start, rows)
-        columns = np.divide(n / n_experts, total, out=np.zeros_like(total), where=total > 1e-300)
-    return rows, columns
-
-
-def _from_largest(scores):
-    scores = scores.astype(float)
-    return np.exp(scores - scores.max(axis=1, keepdims=True))
+        rows = -logsumexp(z + columns, axis=1)
+        columns = np.log(n / n_experts) - logsumexp(z + rows[:, None], axis=0)
+    return rows - top, columns
 
 
 def balanced_assignment(scores: np.ndarray) -> np.ndarray:
