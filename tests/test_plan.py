@@ -57,6 +57,12 @@ def test_the_runs_of_a_sweep_are_named_by_their_rate():
     assert [sweep_id("a", rate) for rate in CANDIDATES] == ["a@0.001", "a@0.002", "a@0.004", "a@0.008"]
 
 
+def test_only_the_plan_scores_all_validation_windows():
+    frozen = EXPERIMENTS["frozen"]
+    windows = [frozen.runs(frozen.scale(name), 1)[0].training.final_windows for name in ("quick", "default", "full")]
+    assert windows == [64, 64, 1000]
+
+
 def test_chosen_rates_reach_the_runs_and_a_given_rate_wins():
     rates = {"mixture": 4e-3, "dense-active": 1e-3, "dense-total": 1e-3}
     runs = TOY_DENSE.runs(TOY, 1, rates=rates)
