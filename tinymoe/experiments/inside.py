@@ -1,5 +1,7 @@
 """Experiments that look into trained models: what experts know, what changes a route, and what a network would pay."""
 
+from textwrap import fill
+
 import numpy as np
 
 from ..study import measures
@@ -118,15 +120,16 @@ batch = Experiment(
             "place. Dropping in order favours the first window.")
 
 
-@captioned("The traffic of one layer by the number of devices: means and 95% intervals.")
+@captioned("The simulated traffic of one layer by the number of devices: means and 95% intervals. Points are moved "
+           "apart sideways.")
 def by_devices(r):
     """Each number of the traffic against the number of devices."""
     fig, (axes_of,) = panel_grid(1, 4, 2.6)
     devices = [n for n in measures.DEVICES if f"sent_{n}" in r.runs[0].measured]
     for axes, number in zip(axes_of, ("sent", "reach", "slowest", "path")):
-        lines = [([n * 1.04 ** (place - 2) for n in devices], [r.interval(f"{number}_{n}", name) for n in devices],
-                  style_of(r.experiment, name)) for place, name in enumerate(r.groups)]
-        log_lines(axes, lines, devices, "devices", title(f"{number}_4").removesuffix(", 4 devices"))
+        lines = [(devices, [r.interval(f"{number}_{n}", name) for n in devices], style_of(r.experiment, name))
+                 for name in r.groups]
+        log_lines(axes, lines, devices, "devices", fill(title(f"{number}_4").removesuffix(", 4 devices"), 24))
     add_legend(fig, r, r.groups)
     return fig
 
@@ -151,7 +154,7 @@ traffic = Experiment(
     exploratory=contrasts(("sent_4", "slowest_4", "val_cross_entropy"),
                           against("aux", ("none", "capacity", "groups", "groups-balanced"))),
     seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
-    figures={"by_devices": by_devices},
+    figures={"by_devices": by_devices, "at_the_end": at_the_end(LOSS, "val_cross_entropy", reference="aux")},
     caution="The traffic is simulated from the routing of validation batches in one layer, with devices of "
             f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Bytes are sent to other devices "
             "and back. A phase lasts until its busiest device is done, and nothing overlaps. Groups are laid on 4 "

@@ -38,6 +38,7 @@ DOUBLE = 7.0  # width of two columns, in inches
 GREY, SHADE = "#777777", "#DDDDDD"
 HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 LEAKY_KEY = Line2D([], [], color=GREY, marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
+APART = 1.04  # by which points at one place of a logarithmic axis are moved apart
 SEED_KEYS = [Line2D([], [], color=GREY, marker="o", markersize=5, label="mean and 95% interval"),
              Line2D([], [], color=GREY, marker="|", linestyle="none", label="one seed")]
 MARGIN_KEY = Patch(color=SHADE, label="within the margin")
@@ -145,7 +146,7 @@ def name_points(axes, results, points):
 def less_reference(reference, metric, results=None):
     """(reference or None, title of the axis): only losses, which lie close together, are drawn less the reference's.
 
-    results: where the reference must have runs.
+    results: where the reference must have runs; None where it names one of each setting's own.
     """
     base = reference if metric.endswith("cross_entropy") and (not results or reference in results.groups) else None
     return base, title(metric) + (f"\nless that of {base}" if base else "")
@@ -255,14 +256,14 @@ def by_layer(*metrics):
     return draw
 
 
-def at_the_end(*metrics, reference=None, experts_only=False):
+def at_the_end(*metrics, reference=None, reference_of=None, experts_only=False):
     """A panel for each metric: the settings from top to bottom, a leaky number with a hollow mark below the causal one.
 
-    Losses are less those of the reference setting, if there is one. experts_only: only settings with experts, and no
-    figure without any.
+    Losses are less those of the reference setting, if there is one. reference_of: {setting id: id of its reference},
+    where `reference` says in words which that is. experts_only: only settings with experts, no figure without any.
     """
-    @captioned(lambda results: f"{listed(metrics, reference, results)}, at the end of training, for each setting.",
-               metrics)
+    @captioned(lambda results: f"{listed(metrics, reference, None if reference_of else results)}, at the end of "
+                               "training, for each setting.", metrics)
     def draw(results):
         chosen = results.with_experts if experts_only else list(results.groups)
         if not chosen:
@@ -271,12 +272,13 @@ def at_the_end(*metrics, reference=None, experts_only=False):
         fig, (axes_of,) = panel_grid(1, len(shown), 1.0 + 0.3 * len(chosen), sharey=True)
         keys = dict.fromkeys(SEED_KEYS if results.several else ())
         for axes, metric in zip(axes_of, shown):
-            base, label = less_reference(reference, metric, results)
+            base, label = less_reference(reference, metric, None if reference_of else results)
             if base and results.several:
                 margin = margin_of(results, metric)
                 axes.axvspan(-margin, margin, color=SHADE)
                 keys[MARGIN_KEY] = None
             for y, name in enumerate(chosen):
+                base = reference_of[name] if base and reference_of else base
                 end_mark(axes, results, name, metric, y, base)
                 if metric.startswith("causal_") and results.groups[name][0].leaky:
                     end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, base,
@@ -303,6 +305,8 @@ def end_mark(axes, results, name, metric, y, reference=None, **options):
     if results.several:
         axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
     axes.plot(interval.mean, y, linestyle="none", **style | {"markersize": 5} | options)
+    if math.isnan(interval.mean):
+        axes.annotate("no number", (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color=GREY)
 
 
 def forest(found: list[Results]) -> Figure | None:
@@ -321,12 +325,13 @@ def forest(found: list[Results]) -> Figure | None:
         axes.plot(interval.mean / one.margin, y, "o", color=colour)
         axes.annotate(one.verdict, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axes.set_xscale("symlog", linthresh=2)
-    most = max(2.0, *(abs(end) / one.margin for _, one in rows for end in (one.interval.low, one.interval.high)))
-    ticks = [x for x in (1, 2, 5, 10, 20, 50, 100, 1000) if x <= most]
-    axes.set_xticks([*(-x for x in reversed(ticks)), 0, *ticks], [*(f"{-x}" for x in reversed(ticks)), "0",
-                                                                  *map(str, ticks)])
+    drawn = [x / one.margin for _, one in rows for x in (*one.values, one.interval.low, one.interval.high)]
+    scale = (0, 1, 2, 5, 10, 20, 50, 100, 1000, 10_000)
+    ticks = [sign * x for sign, end in ((-1, -min(drawn)), (1, max(drawn)))
+             for before, x in zip((0, *scale), scale) if before < max(end, 1) or not x]  # up to the first beyond
+    axes.set_xticks(sorted(set(ticks)), list(map(str, sorted(set(ticks)))))
     axes.minorticks_off()
-    axes.set(xlabel="difference / margin", ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlabel="difference / margin", ylim=(len(rows) - 0.4, -0.6), xlim=(min(ticks), max(ticks)))
     fig.legend(handles=[*SEED_KEYS, MARGIN_KEY], loc="outside lower center", ncols=3)
     axes.set_yticks(range(len(rows)), [fill(f"{name}: {one.contrast}{_what(one.contrast)}".replace("`", ""), 52)
                                        for name, one in rows])
@@ -365,8 +370,12 @@ def one_against_other(x, y):
 
 
 def log_lines(axes, lines, ticks, x_label, y_label):
-    """Lines through intervals over a logarithmic axis; lines: [(x values, Intervals, options of the line)]."""
-    for x, found, options in lines:
+    """Lines through intervals over a logarithmic axis, moved apart sideways so that none hides another.
+
+    lines: [(x values, Intervals, options of the line)].
+    """
+    for place, (x, found, options) in enumerate(lines):
+        x = np.array(x) * APART ** (place - (len(lines) - 1) / 2)
         axes.errorbar(x, [one.mean for one in found], yerr=half_widths(found), elinewidth=0.8, **options)
     axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -378,13 +387,15 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
 
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
-    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training: {INTERVALS}.",
-               metrics)
+    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training: {INTERVALS}. Points "
+                         "are moved apart sideways.", metrics)
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks = sorted({x_of(name) for names in names_of.values() for name in names})
         for axes, metric in zip(axes_of, metrics):
             base, label = less_reference(reference, metric)
+            if base and results.several:
+                axes.axhspan(-margin_of(results, metric), margin_of(results, metric), color=SHADE)
             lines = [(list(map(x_of, names)),
                       [t_interval(Contrast(metric, name, minus=base and reference_of(name) if reference_of else base)
                                   .of(results.numbers)) for name in names],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .caveats import warnings
 from .experiment import Experiment
-from .markdown import WORDS, bold, bullets, chapter, enumerated, table, write_paragraphs
+from .markdown import WORDS, bold, chapter, enumerated, table, write_paragraphs
 from .quantities import LOSS, quantity
 from .report import about, images, verdicts
 from .results import NothingFinished, Results
@@ -78,8 +78,8 @@ def document(found, absent, published, section=None) -> list[str]:
     forest = Path(published, "figures", "primary.png").exists()
     return [
         "# Findings", OPENING, counted(found), yardstick(found), "## The three questions",
-        *(questions(study) if study else [bullets(f"{one.question} No runs are finished yet." for each in absent
-                                                  if each.adjustable for one in each.primary)]), SURE,
+        *(questions(study) if study else [" ".join(("No runs are finished yet.", *(
+            one.question for each in absent if each.adjustable for one in each.primary)))]), SURE,
         *(chapter("Claims of the literature",
                   BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
                   table(CLAIM_COLUMNS, claims)) if claims else []),

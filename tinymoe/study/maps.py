@@ -5,7 +5,7 @@ Ratios are drawn as log2, on a scale that is white at 1 and whose low end is the
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -38,7 +38,7 @@ def diagram(names_of, x_label, y_label):
             for (row, column), share in np.ndenumerate(shares):
                 one = found[ys[row], xs[column]]
                 axes.text(column + 0.5, row + 0.5, f"{one.mean:.1f}{'?' if one.low < size / 2 < one.high else ''}",
-                          ha="center", va="center", color="black" if 0.3 < share < 0.9 else "white")
+                          ha="center", va="center", color="black" if is_light(to_hex(RATIOS(share))) else "white")
             axes.set_xticks(np.arange(len(xs)) + 0.5, [f"{x:g}" for x in xs])
             axes.set_yticks(np.arange(len(ys)) + 0.5, [f"{y:g}" for y in ys])
             axes.set(xlabel=x_label, ylabel=y_label, title=f"{size} experts")

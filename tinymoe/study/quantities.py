@@ -273,10 +273,11 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     if one.per == "row":
         return float(one.of(row))
     layers = row.get("layers", []) if layer is None else row["layers"][layer:layer + 1]
-    numbers = [row[name]] if name in row else [_in_layer(one, each) for each in layers]
+    choosing = [each for each in layers if len(each.get("load", "..")) > 1]  # one expert: nothing is chosen
+    numbers = [row[name]] if name in row else [_in_layer(one, each) for each in choosing]
     if numbers and None not in numbers:
         return float(np.mean(numbers))
-    if name in QUANTITIES or name in row:
+    if name in QUANTITIES or name in row or layers != choosing:
         return math.nan
     raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
 
