@@ -385,3 +385,12 @@ def test_the_forest_shows_what_was_tested(tmp_path):
         (axes,) = figures.forest([results]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["study: C - A", "study: E - G"]  # two of three
     assert figures.draw_forest([], tmp_path) is None
+
+
+def test_the_axis_of_the_forest_ends_at_the_first_tick_beyond_the_data(tmp_path):
+    """C - A of -0.37 to -0.5 and A - A: 37 to 60 margins below 0, and none above."""
+    losses = {"A": (2.0, 2.2, 2.4), "C": (1.5, 1.7, 1.8), "E": (1.6, 1.9, 2.0), "G": (1.6, 1.9, 2.0)}
+    with figures.default_style():
+        (axes,) = figures.forest([Results(STUDY, write_study(tmp_path, losses=losses))]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "-100", "-50", "-20", "-10", "-5", "-2", "-1", "0", "1"] and axes.get_xlim() == (-100, 1)

@@ -578,6 +578,30 @@ def test_the_load_is_drawn_as_log2_of_its_ratio_to_the_fair_share_with_expert_0_
     assert bottom > top
 
 
+def test_a_setting_may_be_drawn_less_a_reference_of_its_own(tmp_path):
+    """B less A is -0.367 and D less C its own difference; A and C are their own references."""
+    results = Results(STUDY, write_study(tmp_path))
+    partner = {"A": "A", "B": "A", "C": "C", "D": "C"} | {name: name for name in results.groups if name > "D"}
+    draw = figures.at_the_end(quantities.LOSS, reference="its partner", reference_of=partner)
+    with figures.default_style():
+        axes = draw(results).axes[0]
+    def loss(name):
+        return results.mean(quantities.LOSS, name)
+
+    means = [np.ravel(line.get_xdata())[0] for line in axes.lines if line.get_markersize() == 5]
+    assert means[:4] == pytest.approx([loss(name) - loss(partner[name]) for name in "ABCD"])
+    assert axes.get_xlabel().replace("\n", " ") == "causal loss (nats) less that of its partner"
+    assert draw.caption(results).startswith("Causal loss (nats) less that of its partner, at the end")
+
+
+def test_a_layer_of_one_expert_has_no_numbers():
+    """A dense layer: its load would look perfectly balanced."""
+    one, two = ({"load": load, "load_cv": 0.0, "load_entropy": 1.0} for load in ([8], [4, 4]))
+    names = ("load_cv", "effective_experts", "load_entropy")
+    assert all(math.isnan(quantities.in_row({"layers": [one]}, name)) for name in names)
+    assert [quantities.in_row({"layers": [two]}, name) for name in names] == pytest.approx([0, 2, 1])
+
+
 def test_a_phase_diagram_has_shares_of_the_experts_and_marks_intervals_that_hold_the_half():
     """Settings a, b, c, d of 4 experts: x is 10, 20, 10, 20 and y is 1, 1, 2, 2."""
     effective = {"a": (1.0, 0.1), "b": (2.5, 1.0), "c": (3.0, 0.1), "d": (3.5, 2.0)}  # mean, half of the interval
