@@ -154,6 +154,18 @@ def test_saturation_is_the_share_of_the_final_assignments_that_were_there_before
         (before & after).sum() / after.sum() for before, after in zip(first, final)]
 
 
+@pytest.mark.parametrize("router, factor, marked", [
+    ("top_k", 0.5, True), ("top_k", None, False), ("expert_choice", 0.5, False), ("top_p", 0.5, False),
+    ("remoe", 0.5, False)])
+def test_a_byte_has_lost_a_choice_only_where_its_router_always_chooses_k(router, factor, marked):
+    config = tiny("D", model={"router": router, "capacity_factor": factor}).model
+    full = np.ones((len(config.moe_layers), 4, config.n_experts), np.float16)
+    arrays = {"ids": np.zeros((1, 4), np.uint8), "domain": np.zeros(1, int), "probs": full, "gates": full,
+              "chosen": full > 0}
+    header = {"run_id": "x", "model": config.to_dict(), "step": 0, "names": ["text"]}
+    assert view._data([(arrays, header)])["limited"] == marked
+
+
 def test_nothing_in_a_text_can_leave_the_script(corpus, tmp_path):
     odd = tmp_path / "odd.txt"
     odd.write_bytes(b"</script><script>alert(1)</script>&\xff")
@@ -248,6 +260,8 @@ try {
   key("Home"); say("home", document.activeElement.n); key("ArrowDown"); say("down", document.activeElement.n);
   say("tab stops", count('.cell[tabindex="0"]')); say("blocks", count(".grid"));
   cells[0][5].dispatchEvent(new MouseEvent("mouseover", {bubbles: true})); say("hovered", panel());
+  document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true})); say("escaped", [$("detail").hidden, count(".same"), here]);
+  show(cells[0][5]); const shown = $("detail").hidden; $("detail").querySelector(".close").click(); say("shut", [shown, $("detail").hidden]);
   say("experts", data.steps.map((_, i) => { slide(i); return cells[0].map(c => c.dataset.expert).join(" "); }));
   slide(0); say("first step", $("at").textContent); say("saturation", [...document.querySelectorAll(".saturation")].map(c => c.textContent));
   slide(data.steps.length - 1); say("last", $("at").textContent);
@@ -312,6 +326,7 @@ def test_the_page_in_a_browser(shown, run):
     # arrow keys
     assert [got[name] for name in ("right", "left", "end", "stays", "home", "down")] == [4, 2, 15, 15, 0, 0]
     assert got["tab stops"] == got["blocks"] == 2 * len(data["domain"])
+    assert got["escaped"] == [True, 0, None] and got["shut"] == [False, True]
     # the slider
     gates = np.stack([arrays["gates"][0] for arrays in saved])
     has = np.stack([arrays["chosen"][0].any(axis=1) for arrays in saved])

@@ -73,6 +73,7 @@ def test_the_state_follows_the_rows(done, tmp_path):
         run, = json.loads(get(address + "state")[1])["runs"]
         log, names = files.read_rows(done / "runs/D-seed0/log.jsonl"), "step cross_entropy causal_cross_entropy seconds"
         assert (run["id"], run["state"], run["steps"], run["routes"]["step"]) == ("D-seed0", "waiting", 6, 2)
+        assert run["warnings"] == log[1]["warnings"]
         assert run["rows"] == [[row[name] for name in names.split()] for row in log[:2]]
         load = np.array(log[1]["layers"][0]["load"])
         layer = str(log[1]["layers"][0]["layer"])
@@ -136,9 +137,14 @@ DRIVE = """<script>
 const seenStates = [], real = draw;
 const facts = () => ({rows: [...document.querySelectorAll("#runs tr")].map(r => r.textContent), curve: document.querySelector("#curves polyline").getAttribute("points").split(" ").filter(Boolean).length,
   rects: document.querySelectorAll("#loads rect").length, maps: document.querySelectorAll("#loads svg").length, bytes: document.querySelectorAll(".bytes i").length, routes: $("routetitle").textContent});
-draw = () => { real(); seenStates.push(facts()); if (seenStates.length === 2) {
+const said = [], fail = async answer => { fetch = answer; await follow().catch(() => {}); said.push($("about").textContent); };
+draw = async () => { real(); seenStates.push(facts()); if (seenStates.length === 1) $("run D-seed0").focus(); if (seenStates.length === 2) {
+  const focused = document.activeElement.id, names = [...document.querySelectorAll("#curves text")].map(t => t.getBBox());
+  const inside = names.every(box => box.x >= 0 && box.x + box.width <= 900 && box.y >= 0 && box.y + box.height <= 300);
+  await fail(async () => { throw Error(); }); await fail(async () => ({ok: false, status: 500}));
+  $("about").textContent = "as before"; await fail(async () => ({ok: true, text: async () => "{"}));
   const wide = [...document.querySelectorAll("body *")].filter(c => c.getBoundingClientRect().right > innerWidth + 0.5 && !c.closest("svg, table")).length;
-  document.body.append(make("pre", "", JSON.stringify({errors, seenStates, wide, resources: performance.getEntriesByType("resource").map(r => new URL(r.name).host)}), {id: "result"})); } };
+  document.body.append(make("pre", "", JSON.stringify({errors, seenStates, focused, inside, said, wide, resources: performance.getEntriesByType("resource").map(r => new URL(r.name).host)}), {id: "result"})); } };
 </script>"""  # noqa: E501
 
 
@@ -146,6 +152,8 @@ draw = () => { real(); seenStates.push(facts()); if (seenStates.length === 2) {
 @pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 def test_in_a_browser_the_page_shows_rows_as_they_appear(done, tmp_path, monkeypatch):
     begin(done, tmp_path / "out")
+    log = tmp_path / "out/runs/D-seed0/log.jsonl"
+    files.write_rows(log, [row | {"warnings": ["layer 1 has collapsed", "again"]} for row in files.read_rows(log)])
     page, state = watch.page(), watch.state
 
     def grow(folder):
@@ -164,7 +172,10 @@ def test_in_a_browser_the_page_shows_rows_as_they_appear(done, tmp_path, monkeyp
     got = json.loads(html.unescape(re.search(r'<pre [^>]*id="result">(.*?)</pre>', dom.stdout.decode(), re.S)[1]))
     first, second = got["seenStates"]
     assert got["errors"] == [] and got["wide"] == 0 and set(got["resources"]) == {address[7:-1]}
-    assert "waiting2 of 6" in first["rows"][0] and "finished6 of 6" in second["rows"][0]
+    assert got["focused"] == "run D-seed0" and got["inside"]
+    ended, failed, other = got["said"]
+    assert "does not answer" in ended and "an error (500)" in failed and other == "as before"
+    assert "waiting; layer 1 has collapsed; again2 of 6" in first["rows"][0] and "finished6 of 6" in second["rows"][0]
     assert first["curve"] == 2 and second["curve"] == 4 and first["maps"] == second["maps"] == 1
     assert first["rects"] == 2 * 4 and second["rects"] == 4 * 4
     assert first["bytes"] == second["bytes"] == 16 and "step 6" in second["routes"]

@@ -6,7 +6,7 @@ template is report.html.
 
 import base64
 import re
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 from ..files import require_ours, write_atomically
@@ -14,16 +14,18 @@ from . import figures, gathered, report
 from .markdown import WORDS, escaped, run_ids
 from .quantities import LOSS
 from .results import Results
-from .wording import GLOSSARY, METHODS
+from .wording import EXPLORATORY, GLOSSARY, METHODS, PRIMARY
 
 
 def write_page(found: list[Results], published=None, absent=()) -> Path:
     """Write report.html of one experiment into its folder, or of all that is published into `published`: its path.
 
-    found, absent: as gathered.published_results gives. Figures that are missing are drawn first.
+    found, absent: as gathered.published_results gives. Where a figure is missing, or shows other runs, those of
+    its experiment are drawn first.
     """
     for results in found:
-        if not report.images(results):
+        fresh = report.drawn(results)
+        if not all(fresh.get(name) for name in results.experiment.figures):
             figures.draw_all(results)
     if published is None:
         folder, title = found[0].folder, found[0].experiment.question
@@ -31,8 +33,11 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
     else:
         figures.draw_forest(found, published)
         folder, title = Path(published), "Findings"
-        body = blocks(gathered.document(found, absent, published, section=lambda results: ""), None, found, folder)
-        body += "<h2>The experiments</h2>" + "".join(map(whole_experiment, found))
+        first, opening, *rest = gathered.document(found, absent, published, section=lambda results: "")
+        links = ", ".join(f"[{results.experiment.name}](#{anchor(results)})" for results in found)
+        said = [first, opening, f"The experiments: {links}.", *rest, "## The experiments",
+                f"**Primary comparisons.** {PRIMARY}", f"**Exploratory comparisons.** {EXPLORATORY}"]
+        body = blocks(said, None, found, folder) + "".join(map(whole_experiment, found))
     require_ours(folder / "report.html", "<title>tinymoe: ")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     write_atomically(folder / "report.html", template.replace("__TITLE__", escape(title)).replace("__BODY__", body))
@@ -40,12 +45,13 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
 
 
 def whole_experiment(results):
-    """An experiment's document that opens when it is asked for; the words and methods stand once in the page."""
-    shared = (GLOSSARY, METHODS, WORDS, "## Methods")
-    heading, *rest = (part for part in report.document(results) if part not in shared)
-    question = inline(heading.removeprefix("# "), results)
-    return (f'<details class="experiment" id="{anchor(results)}"><summary>{question}</summary>'
-            f"{blocks(rest, results)}{run_list(results)}</details>")
+    """An experiment's document that opens when it is asked for; the words and methods stand once in the page, above."""
+    shared = (GLOSSARY, METHODS, WORDS, "## Methods", PRIMARY, EXPLORATORY, report.verdicts([results]))
+    heading, *rest = (part.replace("[below](", "[here](") for part in report.document(results) if part not in shared)
+    question, body = inline(heading.removeprefix("# "), results), blocks(rest, results)
+    body = body.replace('<h2 id="', f'<h4 id="{anchor(results)}-').replace("</h2>", "</h4>")
+    return (f'<details class="experiment" id="{anchor(results)}"><summary><h3>{question}</h3></summary>'
+            f"{body}{run_list(results)}</details>")
 
 
 def anchor(results, name=""):
@@ -53,31 +59,43 @@ def anchor(results, name=""):
     return re.sub(r"[^\w.-]", "-", f"{results.experiment.name}{'-runs-' if name else ''}{name}")
 
 
+def swept(results):
+    """{setting@rate: runs} of the sweep that have ended."""
+    found = {}
+    for run in results.sweep_runs:
+        if run.state != "unfinished":
+            found.setdefault(run.config_id, []).append(run)
+    return found
+
+
 def run_list(results):
     """The runs behind the numbers: a line for each setting with its run ids, steps, rate and losses."""
-    rows = []
-    for name, runs in results.groups.items():
+    rows, sweep = [], swept(results)
+    for name, runs in (results.groups | sweep).items():
         steps, rates = ({run.config["training"][field] for run in runs} for field in ("steps", "learning_rate"))
-        losses = ", ".join(f"seed {run.seed}: {run.final[LOSS]:.4f}" for run in runs)
+        losses = ", ".join(f"seed {run.seed}: {f'{run.final[LOSS]:.4f}' if run.summary else 'not finite'}"
+                           for run in runs)
         rows.append(f'<tr id="{anchor(results, name)}"><td><code>{escape(name)}</code></td>'
                     f"<td>{escape(', '.join(run_ids(runs)))}</td><td>{', '.join(map(str, sorted(steps)))}</td>"
                     f"<td>{', '.join(f'{rate:g}' for rate in sorted(rates))}</td><td>{losses}</td></tr>")
     where = "runs.jsonl, or the folders in runs/"
-    return (f'<details class="runs"><summary>Runs of {escape(results.experiment.name)} ({where})</summary>'
+    more = "; setting@rate: runs that chose the learning rate" if sweep else ""
+    return (f'<details class="runs"><summary>Runs of {escape(results.experiment.name)} ({where}{more})</summary>'
             + html_table(("setting", "run ids", "steps", "learning rate", "causal loss (nats)"), rows) + "</details>")
 
 
 def html_table(head, rows):
-    """A table that sorts, of cells of its head and whole rows."""
-    heads = "".join(f"<th>{cell}</th>" for cell in head)
-    return (f'<div class="table"><table class="sorts"><thead><tr>{heads}</tr></thead>'
-            f'<tbody>{"".join(rows)}</tbody></table></div>')
+    """A table of cells of its head and whole rows; it sorts unless its rows are quantities, under an empty head."""
+    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    start = '<div class="table"><table class="sorts">' if head[0] else '<div class="table" tabindex="0"><table>'
+    return f"{start}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
 def blocks(paragraphs, results, found=(), folder=None):
     """HTML of paragraphs of Markdown. results: whose settings are named; found: of several experiments, each by its
     link; folder: of the images, if not that of the results."""
-    parts = [part for paragraph in paragraphs for part in paragraph.split("\n\n") if part]
+    whole = [re.sub(r"!\[.*?\](\(.*?\))\n\n\*(.*)\*", r"![\2]\1", each) for each in paragraphs]  # image and caption
+    parts = [part for paragraph in whole for part in paragraph.split("\n\n") if part]
     return "\n".join(block(part, results, found, folder or results.folder) for part in parts)
 
 
@@ -87,26 +105,34 @@ def block(text, results, found, folder):
         return f'<h{level} id="{re.sub(r"[^a-z0-9]+", "-", words.lower())}">{inline(words, results)}</h{level}>'
     if image := re.match(r"!\[(.*)\]\((.*)\)", text):
         data = base64.b64encode((folder / image[2]).read_bytes()).decode()
-        return f'<p class="figure"><img src="data:image/png;base64,{data}" alt="{escape(image[1])}"></p>'
+        caption = inline(image[1], results)
+        alt = escape(unescape(re.sub("<[^>]*>", "", caption)))
+        return (f'<figure><img src="data:image/png;base64,{data}" alt="{alt}"><figcaption>{caption}</figcaption>'
+                "</figure>")
     if text.startswith("| "):
         head, _, *rows = (line[2:-2].split(" | ") for line in text.splitlines())
-        return html_table([inline(cell, results) for cell in head], [table_row(row, results, found) for row in rows])
+        return html_table([inline(cell, results) for cell in head],
+                          [table_row(row, head, results, found) for row in rows])
     if text.startswith("- "):
         return "<ul>" + "".join(f"<li>{inline(line[2:], results)}</li>" for line in text.splitlines()) + "</ul>"
     return f"<p>{inline(text, results)}</p>"
 
 
-def table_row(cells, results, found):
-    """A row; pointing at it tells the run ids of all settings that it names."""
+def table_row(cells, head, results, found):
+    """A row; pointing at it tells the run ids of all settings that it names. A setting in front is a link to its runs,
+    in a table of learning rates to those of the sweep."""
     results = results or next((each for each in found if gathered.link(each) in cells), None)
-    named = [] if results is None else [
-        name for name in results.groups if f"`{name}`" in " ".join(cells)
-        or cells[0] in (name, escaped(results.label(name)))]
-    ids = [each for name in named for each in run_ids(results.groups[name])]
+    first, groups = cells[0], results.groups if results else {}
+    if "taken" in head and results:  # learning rates
+        groups = swept(results)
+        own = named = [name for name in groups if name.startswith(f"{first}@")]
+    else:
+        own = [name for name in groups if head[0] == "setting" and first in (name, escaped(results.label(name)))]
+        named = [name for name in groups if name in own or f"`{name}`" in " ".join(cells)]
+    ids = [each for name in named for each in run_ids(groups[name])]
     hint = f' title="runs of {escape(results.experiment.name)}: {escape(", ".join(ids))}"' if ids else ""
-    if named and cells[0] in (named[0], escaped(results.label(named[0]))):
-        first, *rest = cells
-        cells = [f"[{first}](#{anchor(results, named[0])})", *rest]
+    if own:
+        cells = [f"[{first}](#{anchor(results, own[0])})", *cells[1:]]
     return f"<tr{hint}>" + "".join(f"<td>{inline(cell, results)}</td>" for cell in cells) + "</tr>"
 
 
@@ -119,7 +145,8 @@ def inline(text, results):
         return f'<a href="#{anchor(results, found[1])}" title="{hint}">{code}</a>' if runs else code
 
     text = re.sub(r"&(?!#\d+;)", "&amp;", text)
-    text = re.sub(r"<(?!br>)", "&lt;", text).replace(" ± ", "&#160;±&#160;")
+    text = re.sub(r"<(?!br>)", "&lt;", text)
+    text = re.sub(r"([+-]?[\d.,]*\d) ± ([\d.,]*\d)", r'<span class="whole">\1 ± \2</span>', text)
     text = re.sub(r"\[([^\]]+)\]\(([^)]+)\)", link_in_page, text)
     text = re.sub(r"`([^`]+)`", name_or_code, text)
     return re.sub(r"\*(.+?)\*", r"<em>\1</em>", re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text))

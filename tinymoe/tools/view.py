@@ -16,7 +16,7 @@ from ..model.generate import require_finite
 from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
-from ..study.palette import EXPERTS, is_light, rgb, symbol
+from ..study.palette import EXPERTS, INKS, is_light, rgb, symbol
 from ..study.probes import rerouted
 from ..study.rows import COMPACT
 from ..training.data import CorpusError
@@ -168,7 +168,8 @@ def _data(steps):
     """What the page's script reads, ready for JSON. Arrays (L, N, E) of each step are bytes in base64.
 
     A gate is 0 where the expert is not chosen; otherwise 1 to 255 stands for 0 to the largest gate of the page.
-    perByte: experts of a byte, as counted over the last step.
+    perByte: experts of a byte, as counted over the last step. limited: whether a byte with fewer than topK experts has
+    lost one to the capacity limit, since its router always chooses topK.
     """
     final, header = steps[-1]
     every = math.ceil(len(steps) * final["probs"].size / MAX_VALUES)
@@ -183,9 +184,10 @@ def _data(steps):
         "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_columns,
         "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": config.moe_layers,
         "names": header["names"], "domain": final["domain"].tolist(), "length": final["ids"].shape[1],
-        "text": _base64(final["ids"]), "colours": EXPERTS,
+        "text": _base64(final["ids"]), "colours": EXPERTS, "inks": INKS,
         "note": note(config), "steps": [header["step"] for _, header in steps],
-        "limited": config.capacity_factor is not None and all(ROUTERS[r].chooses == "token" for r in config.routers),
+        "limited": config.capacity_factor is not None and all(ROUTERS[r].chooses == "token" and not ROUTERS[r].mean_k
+                                                              for r in config.routers),
         "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
                        for arrays, _ in steps],
         "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,

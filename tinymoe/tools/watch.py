@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from ..files import CheckpointError, load_arrays, printable
-from ..study.palette import EXPERTS, symbol
+from ..study.palette import EXPERTS, INKS, symbol
 from ..study.quantities import LOSS
 from ..study.rows import load_runs, overview
 from ..training.data import CorpusError
@@ -39,7 +39,7 @@ def _run(folder, run, progress):
                     "loss": run.final[LOSS] if run.summary else None}
     layers = [layer["layer"] for layer in run.log[-1]["layers"]] if run.log else []
     return {"id": run.run_id, "state": progress["state"], "steps": progress["steps"],
-            "loss": progress["loss"], "made": run.model.get("router"),
+            "loss": progress["loss"],
             "rows": [[row["step"], row.get("cross_entropy"), row[LOSS], row["seconds"]] for row in run.log],
             "loads": {layer: [_shares(row["layers"][place]["load"]) for row in run.log]
                       for place, layer in enumerate(layers)},
@@ -61,10 +61,10 @@ def _routes(run):
         arrays, header = load_arrays(paths[-1], "routings")
     except CheckpointError:  # a file that is no routing
         return None
-    shape, n_experts = arrays["ids"].shape, arrays["probs"].shape[2]
+    shape = arrays["ids"].shape
     first = first_choices(arrays["chosen"], arrays["gates"])
     windows = [int(np.argmax(arrays["domain"] == d)) for d in range(len(header["names"]))]
-    return {"step": header["step"], "experts": n_experts, "names": header["names"],
+    return {"step": header["step"], "names": header["names"],
             "text": ["".join(map(symbol, arrays["ids"][w].tolist())) for w in windows],
             "first": {layer: first[place].reshape(shape)[windows].tolist()
                       for place, layer in enumerate(header["model"]["moe_layers"])}}
@@ -73,7 +73,7 @@ def _routes(run):
 def page() -> str:
     """The page; its script asks for the state every few seconds."""
     template = Path(__file__).with_name("watch.html").read_text(encoding="utf-8")
-    return template.replace("__COLOURS__", json.dumps(EXPERTS))
+    return template.replace("__COLOURS__", json.dumps(EXPERTS)).replace("__INKS__", json.dumps(INKS))
 
 
 def serve(folder, port: int = 0) -> ThreadingHTTPServer:
