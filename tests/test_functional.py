@@ -258,7 +258,7 @@ def test_sigmoid_keeps_the_dtype():
 
 
 def test_compiled_functions_refuse_to_mix_dtypes():
-    with pytest.raises(TypeError, match="float32 and float64"):
+    with pytest.raises(TypeError, match=r"^linear got float32 and float64, .* x\.astype.*, or make the layer"):
         F.linear(leaf(np.ones((2, 2))), leaf(np.ones((2, 2)), np.float32))
 
 
@@ -327,6 +327,13 @@ def test_concatenate(axis):
           lambda x: np.concatenate([np.ones((2, 3, 4)), x], axis), normal(2, 3, 4))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+def test_stack(axis):
+    check(lambda *x: F.stack(x, axis), lambda *x: np.stack(x, axis), normal(2, 3), normal(2, 3, seed=1))
+    check(lambda x: F.stack((y for y in (np.ones((2, 3)), x, x)), axis),  # an array, a repeat, and a generator
+          lambda x: np.stack([np.ones((2, 3)), x, x], axis), normal(2, 3))
+
+
 @pytest.mark.parametrize("a, b", [((2, 3), (2, 3)), ((3,), (2, 1)), ((), (2, 3)), ((2, 3), ())])
 def test_where(a, b):
     mask = np.array([[True, False, True], [False, False, True]])
@@ -338,6 +345,22 @@ def test_where_with_numbers_keeps_the_dtype_and_no_gradient_leaks_from_the_other
     y = F.where(x.data > 0, 1, x) + F.where(x.data > 0, x, -np.inf)[1]
     y.sum().backward()
     assert y.dtype == np.float32 and y.data.tolist() == [4, 5] and x.grad.tolist() == [1, 2]
+
+
+def test_arrays_in_place_of_tensors():
+    x, w, b = np.asarray(normal(2, 3)), np.asarray(normal(3, 2)), leaf([1.0, 2])
+    assert F.softmax(np.array([0.0, 0.0])).data.tolist() == [0.5, 0.5] and F.relu(x=[-1.0, 2.0]).data.tolist() == [0, 2]
+    assert F.cross_entropy(np.zeros((2, 4)), [0, 3]).item() == pytest.approx(math.log(4))
+    for y in (F.linear(x, w, b), F.linear(Tensor(x), w, bias=b), F.linear(x, weight=leaf(w), bias=b)):
+        b.grad = None
+        y.sum().backward()
+        np.testing.assert_allclose(y.data, x @ w + [1, 2])
+        assert b.grad.tolist() == [2, 2]
+    angles = np.array([0.5, 0.25])  # an argument that is meant to be an array stays one
+    assert F.rotary(normal(1, 2, 1, 4), angles).shape == (1, 2, 1, 4)
+    assert F.linear.__name__ == "linear" and F.linear.__doc__.startswith("x @ weight")
+    with pytest.raises(TypeError, match="real numbers"):
+        F.softmax("abc")
 
 
 # ---- what the forward pass accepts, the backward pass can differentiate --------------------------
@@ -354,6 +377,7 @@ AT = {"getitem": lambda x, i: x[i], "embedding": F.embedding, "gather 0": lambda
        "scatter_add 3": lambda x, i: F.scatter_add(x, i, 3), "where": lambda x, i: F.where(i, x, 2.0 * x)}
 ALONG = {"sum": Tensor.sum, "mean": Tensor.mean, "max": Tensor.max, "softmax": F.softmax, "log_softmax": F.log_softmax,
          "logsumexp": F.logsumexp, "concatenate": lambda x, axis: F.concatenate([x, x * x], axis),
+         "stack": lambda x, axis: F.stack([x, x * x], axis),
          "rotary": lambda x, _: F.rotary(x)}
 CASES = [(name, f, argument) for table, arguments in ((AT, INDICES), (ALONG, AXES)) for name, f in table.items()
          for argument in arguments]

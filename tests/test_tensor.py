@@ -1,7 +1,10 @@
 """Tensor: values against NumPy, gradients against central differences, errors by what they tell the user to do."""
 import contextvars
+import copy
 import gc
+import itertools
 import operator
+import pickle
 import threading
 import weakref
 
@@ -11,6 +14,7 @@ import pytest
 import naive
 import tinymoe as tm
 from tinymoe import Tensor
+from tinymoe.autograd import tensor
 from tinymoe.autograd.tensor import record
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -380,6 +384,96 @@ def test_the_values_of_a_tensor_are_an_array_where_no_graph_is_lost():
         assert np.concatenate([x, x * 2]).tolist() == [1, 2, 2, 4]
 
 
+def test_leaves_of_one_array_do_not_share_it():
+    """Would have caught: AdamW on a, which changed b and the user's array too."""
+    start = np.array([1.0, 2])
+    a, b = Tensor(start, requires_grad=True), Tensor(start, requires_grad=True)
+    a.sum().backward()
+    tm.optim.AdamW({"a": a}, lr=0.5).step()
+    assert a.data[0] < 1 and b.data.tolist() == start.tolist() == [1, 2]
+
+
+def test_a_whole_number_leaf_is_refused_before_any_gradient_is_given():
+    """Would have caught: the gradient [0.5, 0.5] in whole numbers, [0, 0]."""
+    x, other = Tensor([1, 2]), leaf([3.0, 4])
+    x.requires_grad = True
+    for y in ((x * 0.5 + other).sum(), x.sum()):
+        with pytest.raises(TypeError, match="int64 has no gradient: convert with .astype"):
+            y.backward()
+    assert x.grad is None and other.grad is None
+
+
+def test_a_copy_is_a_leaf_of_its_own_with_values_and_gradient():
+    x = leaf([1.0, 2], np.float32)
+    (x * x).sum().backward()
+    for y in (copy.copy(x), copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        y.data[0], y.grad[1] = 5, 6
+        y.sum().backward()
+        assert (y.dtype, y.requires_grad, y.data.tolist(), y.grad.tolist()) == (np.float32, True, [5, 2], [3, 7])
+    assert x.data.tolist() == [1, 2] and copy.deepcopy(x).grad.tolist() == [2, 4]
+    assert not copy.copy(x.detach()).requires_grad
+
+
+def test_a_pickled_leaf_works_in_a_new_process(monkeypatch):
+    """Would have caught: "a leaf changed after the forward pass", because the clock starts at 0 there."""
+    x = leaf([1.0, 2])
+    x.mark_changed()
+    content = pickle.dumps(x)
+    monkeypatch.setattr(tensor, "_clock", itertools.count())
+    y = pickle.loads(content)
+    (y * y).sum().backward()
+    assert y.grad.tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_comparisons_are_those_of_the_values(requires_grad):
+    x, a = Tensor([1.0, 2, 3], requires_grad), np.array([3.0, 2, 1])
+    for compare in (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne):
+        for other in (2, a, a.tolist(), Tensor(a), Tensor(a, True), np.float64(2)):
+            plain = np.asarray(getattr(other, "data", other) if isinstance(other, Tensor) else other)
+            for found, expected in ((compare(x, other), compare(x.data, plain)),
+                                    (compare(other, x), compare(plain, x.data))):
+                assert type(found) is np.ndarray and found.tolist() == expected.tolist()
+    assert x[x == 2.0].data.tolist() == [2] and x[x > 1].data.tolist() == [2, 3]
+    assert (x == None) is False and (x != "a") is True  # noqa: E711
+    assert {x: 1}[x] == 1 and x in {x} and x.detach() not in {x}
+    assert np.isfinite(x).all() and np.argmax(x) == 2 and (np.shape(x), np.ndim(x), np.size(x)) == ((3,), 1, 3)
+
+
+def test_a_tensor_of_one_element_is_a_number():
+    loss = leaf([2.25])
+    assert loss > 2 and f"{loss:.3f} {loss:5.1f}" == "2.250   2.2" and f"{loss}" == str(loss) == repr(loss)
+    assert (int(loss), float(loss), round(loss), round(loss, 1), bool(loss)) == (2, 2.25, 2, 2.2, True)
+
+
+def test_functions_of_numpy_compute_where_no_graph_is_lost():
+    x = Tensor([4.0, 9])
+    for function in (np.exp, np.log, np.sum, np.mean, np.max, np.sin, np.std, np.sort, lambda x: np.clip(x, 5, 6),
+                     lambda x: np.maximum(x, x[0]), lambda x: np.add.reduce(x), lambda x: np.stack([x, x], axis=1),
+                     lambda x: np.where(x > 5, x, 0), lambda x: np.sum(x[None], axis=(0, 1))):
+        found = function(x)
+        assert isinstance(found, (np.ndarray, np.floating)) and np.array_equal(found, function(x.data))
+    total, y = np.zeros(2), leaf([1.0, 2])
+    total += x
+    assert total.tolist() == [4, 9] and (np.ones(2) + x).data.tolist() == [5, 10]
+    with tm.no_grad():
+        assert np.sum(y) == 3 and np.square(y).tolist() == [1, 4]
+
+
+def test_astype_and_its_gradient():
+    x = leaf([1.5, -2], np.float32)
+    y = x.astype(np.float64)
+    (y * y).sum().backward()
+    assert (y.dtype, x.grad.dtype, x.grad.tolist()) == (np.float64, np.float32, [3, -4])
+    assert x.astype(int).data.tolist() == [1, -2] and not x.astype(int).requires_grad
+
+
+def test_the_absolute_value_has_the_slope_of_the_sign():
+    x = leaf([-2.0, 0, 3])
+    (abs(x) + x.abs()).sum().backward()
+    assert x.abs().data.tolist() == [2, 0, 3] and x.grad.tolist() == [-2, 0, 2]
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 def in_place(x):
@@ -416,9 +510,17 @@ def under_no_grad(x):
     (lambda x: np.exp(x), TypeError, r"np.exp .*use x\.exp\(\), or np.exp of x\.data outside the graph"),
     (lambda x: np.sin(x), TypeError, r"np.sin .*use np.sin of x\.data"),
     (lambda x: np.add(np.ones(3), x, out=np.ones(3)), TypeError, r"np.add .*x\.data"),
-    (lambda x: np.ones(3) < x, TypeError, r"np.less .*x\.data"),
-    (lambda x: np.concatenate([x, x]), TypeError, "functional.concatenate.*numpy"),
-    (lambda x: np.stack([x, x]), TypeError, "functional.concatenate"),
+    (lambda x: np.concatenate([x, x]), TypeError, r"functional.concatenate, or np.concatenate of x\.data"),
+    (lambda x: np.stack([x, x]), TypeError, r"functional.stack, or np.stack of x\.data"),
+    (lambda x: np.mean(x), TypeError, r"np.mean .*use x\.mean\(\), or np.mean of x\.data"),
+    (lambda x: np.clip(x, 0, 1), TypeError, r"np.clip .*use np.clip of x\.data"),
+    (lambda x: np.add(np.ones(3), 1, out=x.detach()), TypeError, r"np.add cannot write .*x\.data as out"),
+    (lambda x: bool(x), ValueError, r"\(3,\) is neither true nor false: use x\.data\.any\(\)"),
+    (float, ValueError, r"\(3,\) is not a single number: .*\.sum\(\)"),
+    (lambda x: f"{x:.3f}", ValueError, r"\(3,\) is not a single number"),
+    (lambda x: x < None, TypeError, "'<' not supported"),
+    (lambda x: copy.copy(x * 2), TypeError, r"\(3,\) that was computed .*x\.detach\(\)"),
+    (lambda x: pickle.dumps(x * 2), TypeError, r"\(3,\) that was computed .*x\.detach\(\)"),
     (lambda x: np.array([x, x]), TypeError, "functional.concatenate"),
     (lambda x: np.array([x.sum(), x.sum()]), TypeError, "functional.concatenate"),
     (lambda x: Tensor([x, x]), TypeError, "functional.concatenate"),

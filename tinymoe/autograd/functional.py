@@ -1,6 +1,7 @@
 """Functions of Tensors: activations, the softmax family, losses, normalisation, lookups.
 
 Each makes one node of the graph, with its VJP beside it. Those that take most of a step call a kernel (reference.py).
+They take arrays in place of Tensors.
 """
 
 import math
@@ -11,33 +12,16 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, ndtr
 
 from .. import kernels
+from .inputs import check_dtypes, check_widths, taking_arrays
 from .tensor import Axis, Tensor, primitive, record
 
 CLAMPED = "clamped_swiglu"  # the activation without a kernel
 ACTIVATIONS, GATED = (*kernels.ACTIVATIONS, CLAMPED), (*kernels.GATED, CLAMPED)
-FLOAT32, FLOAT64 = {np.dtype(np.float32)}, {np.dtype(np.float64)}
 
 
 def _rows(x):
     """(..., D) as rows (N, D). NumPy cannot work out N from D = 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _check_dtypes(name, *tensors):
-    """TypeError unless all tensors are float32, or all are float64: the kernels take nothing else."""
-    found = {t.data.dtype for t in tensors}
-    if found != FLOAT32 and found != FLOAT64:
-        names = " and ".join(sorted(dtype.name for dtype in found))
-        raise TypeError(f"{name} takes float32 or float64 alone, not {names}: convert with .astype first")
-
-
-def _check_widths(name, x, *vectors):
-    _check_dtypes(name, x, *vectors)
-    if x.shape[-1:] in ((), (0,)):
-        raise ValueError(f"{name}: x has shape {x.shape}, so there is nothing to normalise along its last axis")
-    for v in vectors:
-        if v.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
 
 
 def activation(x: Tensor, name: str) -> Tensor:
@@ -52,7 +36,7 @@ def activation(x: Tensor, name: str) -> Tensor:
         raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
     if name in GATED and (x.ndim == 0 or x.shape[-1] % 2):
         raise ValueError(f"{name} takes the two halves of x (..., 2F), so its last axis must be even, not {x.shape}")
-    _check_dtypes(name, x)
+    check_dtypes(name, x)
     if name == CLAMPED:
         half = x.shape[-1] // 2
         a, b = x[..., :half], x[..., half:]
@@ -174,7 +158,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"linear: the bias has shape {bias.shape}, but the weight gives {weight.shape[1]} features")
     parents = (x, weight) if bias is None else (x, weight, bias)
-    _check_dtypes("linear", *parents)
+    check_dtypes("linear", *parents)
     rows = _rows(x.data)
     value = kernels.linear(rows, weight.data, None if bias is None else bias.data)
 
@@ -190,7 +174,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     x (..., D), weight (D,), bias (D,); the variance is the mean square of x - mean. ValueError for other shapes.
     """
-    _check_widths("layer_norm", x, weight, bias)
+    check_widths("layer_norm", x, weight, bias)
     rows = _rows(x.data)
     value, mean, rstd = kernels.layer_norm(rows, weight.data, bias.data, eps)
 
@@ -206,7 +190,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     x (..., D), weight (D,). ValueError for other shapes.
     """
-    _check_widths("rms_norm", x, weight)
+    check_widths("rms_norm", x, weight)
     rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
     normed = x.data * rstd
 
@@ -227,7 +211,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k.shape != (*v.shape[:3], q.shape[3]) or 0 in k.shape[2:] or not q.shape[2] or q.shape[2] % k.shape[2]):
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0 and "
                          f"G dividing H, not {q.shape}, {k.shape}, {v.shape}")
-    _check_dtypes("causal_attention", q, k, v)
+    check_dtypes("causal_attention", q, k, v)
     backward, heads = kernels.causal_attention_backward, (q.data, k.data, v.data)  # as chosen now
     value, saved = kernels.causal_attention(*heads)
     return record(value, (q, k, v), lambda g: backward(g, *heads, saved))
@@ -242,7 +226,7 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
     """
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
-    _check_dtypes("rotary", x)
+    check_dtypes("rotary", x)
     T, d = x.shape[1], x.shape[-1]
     angles = base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d)
     angle = np.arange(T)[:, None] * angles  # (T, d/2)
@@ -261,7 +245,7 @@ def embedding(table: Tensor, ids: ArrayLike) -> Tensor:
     Raises ValueError for a table of other axes, IndexError for ids that are not integers from 0 to V - 1.
     """
     ids = np.asarray(ids)
-    _check_dtypes("embedding", table)
+    check_dtypes("embedding", table)
     if table.ndim != 2:
         raise ValueError(f"embedding takes a table (V, D), not shape {table.shape}")
     if ids.dtype.kind not in "iu":
@@ -310,10 +294,16 @@ def scatter_add(rows: Tensor, index: ArrayLike, n: int) -> Tensor:
 
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Join tensors along an existing axis; index with [None] to make a new one, as `np.stack` does."""
+    """Join tensors along an existing axis. Arrays may be among them."""
     tensors = tuple(t if isinstance(t, Tensor) else Tensor(t) for t in tensors)
     ends = np.cumsum([t.shape[axis] for t in tensors])
     return record(np.concatenate([t.data for t in tensors], axis), tensors, lambda g: np.split(g, ends[:-1], axis))
+
+
+def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Join tensors of one shape along a new axis. ValueError for different shapes."""
+    tensors = tuple(t if isinstance(t, Tensor) else Tensor(t) for t in tensors)
+    return record(np.stack([t.data for t in tensors], axis), tensors, lambda g: tuple(np.moveaxis(g, axis, 0)))
 
 
 def where(condition: ArrayLike, a: Tensor | ArrayLike, b: Tensor | ArrayLike) -> Tensor:
@@ -324,3 +314,7 @@ def where(condition: ArrayLike, a: Tensor | ArrayLike, b: Tensor | ArrayLike) ->
     condition = np.asarray(condition)
     return primitive(np.where(condition, a.data, b.data),
                      (a, lambda g: np.where(condition, g, 0)), (b, lambda g: np.where(condition, 0, g)))
+
+
+# every function above takes arrays, too, where Tensors are due
+globals().update(taking_arrays(globals()))

@@ -16,7 +16,9 @@ import itertools
 import operator
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
+
+from .values import Values, broadcast, require_floating
 
 _no_grad_depth = contextvars.ContextVar("no_grad_depth", default=0)  # open no_grad blocks of this thread and context
 _clock = itertools.count()
@@ -34,21 +36,17 @@ def no_grad():
         _no_grad_depth.set(_no_grad_depth.get() - 1)
 
 
-_OPERATORS = {np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv,
-              np.power: operator.pow, np.matmul: operator.matmul}
-
-
 def _reflected(operation):
     """The method for an array or a number on the left, as in 2 * tensor."""
     return lambda self, other: operation(self._operand(other), self)
 
 
-class Tensor:
+class Tensor(Values):
     """An array of real numbers. If it is a leaf, `backward` leaves its gradient in `.grad`.
 
-    array: anything that `np.asarray` takes, not copied; the dtype is kept. TypeError unless it holds real numbers.
-    requires_grad: makes it a leaf of floating dtype, else TypeError. Its `.grad` (same shape and dtype) accumulates
-        over calls of `backward` until it is set to None.
+    array: anything that `np.asarray` takes; the dtype is kept. TypeError unless it holds real numbers.
+    requires_grad: makes it a leaf of floating dtype, else TypeError, with a copy of the array, because an optimiser
+        changes it. Its `.grad` (same shape and dtype) accumulates over calls of `backward` until it is set to None.
 
     Operators take Python numbers, which get the tensor's dtype, and NumPy arrays, on either side.
     Operations keep references to `.data` and to arrays of indices. Do not change these before the backward pass, or
@@ -57,11 +55,11 @@ class Tensor:
 
     __slots__ = ("data", "grad", "requires_grad", "_retains_grad", "_parents", "_vjp", "_time", "__weakref__")
     def __init__(self, array: ArrayLike | Tensor, requires_grad: bool = False):
-        self.data = np.asarray(array)
+        self.data = np.array(array) if requires_grad else np.asarray(array)
         if self.data.dtype.kind not in "fiub":
             raise TypeError(f"a Tensor holds real numbers, not dtype {self.data.dtype}")
-        if requires_grad and self.data.dtype.kind != "f":
-            raise TypeError(f"dtype {self.data.dtype} has no gradient: convert with .astype(np.float32) first")
+        if requires_grad:
+            require_floating(self.data.dtype)
         self.grad, self.requires_grad, self._retains_grad = None, requires_grad, False
         self._parents, self._vjp = (), None
         self._time = next(_clock)  # a result is newer than its parents
@@ -71,47 +69,7 @@ class Tensor:
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
     T = property(lambda self: self.transpose())
-
-    def __repr__(self):
-        return f"Tensor({self.data}{', requires_grad=True' if self.requires_grad else ''})"
-
-    def __len__(self):
-        return len(self.data)
-
-    def __iter__(self):
-        if self.ndim == 0:
-            raise TypeError("cannot iterate over a Tensor of shape (): use .item() for its value")
-        return (self[i] for i in range(len(self)))
-
-    def __bool__(self):
-        return bool(self.data)
-
-    def __float__(self):
-        return float(self.data)
-
-    def __array__(self, dtype=None, copy=None):
-        if self.requires_grad and not _no_grad_depth.get():
-            raise TypeError("NumPy would drop the graph of this Tensor: join Tensors with functional.concatenate, "
-                            "or take the values alone with .numpy()")
-        return np.array(self.data, dtype=dtype, copy=True) if copy else np.asarray(self.data, dtype=dtype)
-
-    def __array_ufunc__(self, ufunc, method, *inputs, **options):
-        """NumPy calls this for array + tensor, which is Tensor.__radd__. Other functions of NumPy make no graph."""
-        name = ufunc.__name__
-        if ufunc in (np.equal, np.not_equal):
-            return ufunc is np.not_equal  # an array is not a Tensor
-        if ufunc in _OPERATORS and method == "__call__" and not options and not isinstance(inputs[0], Tensor):
-            return _OPERATORS[ufunc](inputs[1]._operand(inputs[0]), inputs[1])
-        instead = f"x.{name}(), or " if name in ("exp", "log", "sqrt", "tanh") else ""
-        raise TypeError(f"np.{name} does not take a Tensor x: use {instead}np.{name} of x.data outside the graph")
-
-    def numpy(self) -> np.ndarray:
-        """The values as a NumPy array, not copied and outside any graph."""
-        return self.data
-
-    def item(self) -> float | int | bool:
-        """The value of a tensor of one element, as a Python number."""
-        return self.data.item()
+    _in_graph = property(lambda self: self.requires_grad and not _no_grad_depth.get())
 
     def detach(self) -> Tensor:
         """The same values without the graph."""
@@ -124,7 +82,7 @@ class Tensor:
         retain_graph: True keeps the graph, so a second call is exact and adds the same amount again. False frees
             what each operation saved as soon as it is used, so the next gradients can reuse the memory.
         Raises RuntimeError, before any leaf changes, if nothing was recorded, a part of the graph was freed, or an
-        optimiser changed a leaf since.
+        optimiser changed a leaf since; TypeError if a leaf has whole numbers.
         """
         if not self.requires_grad:
             raise RuntimeError("nothing to differentiate: no input has requires_grad=True, or no_grad() was on")
@@ -159,27 +117,27 @@ class Tensor:
 
     def __add__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        return primitive(_broadcast(np.add, self, other), (self, lambda g: g), (other, lambda g: g))
+        return primitive(broadcast(np.add, self, other), (self, lambda g: g), (other, lambda g: g))
 
     def __sub__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        return primitive(_broadcast(np.subtract, self, other), (self, lambda g: g), (other, lambda g: -g))
+        return primitive(broadcast(np.subtract, self, other), (self, lambda g: g), (other, lambda g: -g))
 
     def __mul__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        return primitive(_broadcast(np.multiply, self, other),
+        return primitive(broadcast(np.multiply, self, other),
                          (self, lambda g: g * other.data), (other, lambda g: g * self.data))
 
     def __truediv__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        value = _broadcast(np.divide, self, other)
+        value = broadcast(np.divide, self, other)
         return primitive(value, (self, lambda g: g / other.data), (other, lambda g: -g * value / other.data))
 
     def __pow__(self, other: ArrayLike | Tensor) -> Tensor:
         """x ** y. The gradient for y at x = 0 is 0; at x < 0 it is NaN, as log x is."""
         other = self._operand(other)
         x, y = self.data, other.data
-        value = _broadcast(np.power, self, other)
+        value = broadcast(np.power, self, other)
         quiet = np.errstate(divide="ignore", invalid="ignore")
         return primitive(value, (self, quiet(lambda g: g * np.where(y == 0, 0, y * np.power(x, y - 1)))),
                          (other, quiet(lambda g: g * np.where(x == 0, 0, value * np.log(x)))))
@@ -191,19 +149,34 @@ class Tensor:
         operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.matmul))
 
     def exp(self) -> Tensor:
+        """e^x of each entry."""
         value = np.exp(self.data)
         return primitive(value, (self, lambda g: g * value))
 
     def log(self) -> Tensor:
+        """The natural logarithm of each entry: -inf at 0, and NaN below, where NumPy warns."""
         return primitive(np.log(self.data), (self, lambda g: g / self.data))
 
     def sqrt(self) -> Tensor:
+        """The square root of each entry; its gradient at 0 is infinite."""
         value = np.sqrt(self.data)
         return primitive(value, (self, lambda g: g / (2 * value)))
 
     def tanh(self) -> Tensor:
+        """The hyperbolic tangent of each entry."""
         value = np.tanh(self.data)
         return primitive(value, (self, lambda g: g * (1 - value * value)))
+
+    def __abs__(self) -> Tensor:
+        """The absolute value of each entry; the gradient at 0 is 0."""
+        return primitive(np.abs(self.data), (self, lambda g: g * np.sign(self.data)))
+
+    abs = __abs__
+
+    def astype(self, dtype: DTypeLike) -> Tensor:
+        """The values in another dtype. The gradient has the dtype of self; whole numbers and booleans have none."""
+        value = self.data.astype(dtype)
+        return primitive(value, (self, lambda g: g)) if value.dtype.kind == "f" else Tensor(value)
 
     def __matmul__(self, other: ArrayLike | Tensor) -> Tensor:
         """Matrix product with NumPy's rules: batch dimensions broadcast, vectors are rows or columns."""
@@ -225,7 +198,7 @@ class Tensor:
         def vjp_b(g):
             return _unbroadcast(rows.swapaxes(-1, -2) @ restore(g), columns.shape).reshape(b.shape)
 
-        return primitive(_broadcast(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
+        return primitive(broadcast(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over one axis, several (a tuple) or all (None)."""
@@ -274,11 +247,6 @@ class Tensor:
             return out
 
         return primitive(self.data[index], (self, vjp))
-
-    def __setitem__(self, index, value):
-        raise TypeError("a Tensor cannot be assigned in place, because the graph may need its old values: "
-                        "build a new one with functional.where or functional.concatenate, "
-                        "or write to tensor.data before the tensor is used")
 
     def _operand(self, other):
         """`other` as a Tensor. Numbers and whole numbers take the dtype of self, so float32 stays float32."""
@@ -353,6 +321,8 @@ def _oldest_first(root):
         node = stack.pop()
         if node._vjp is _freed:
             _freed(None)
+        if node._vjp is None:
+            require_floating(node.dtype)  # requires_grad may have been set later
         for parent in node._parents:
             if not parent.requires_grad:
                 continue
@@ -379,16 +349,6 @@ def _seed(tensor, gradient):
 
 def _freed(g):
     raise RuntimeError("this graph was freed by backward(retain_graph=False): run the forward pass again")
-
-
-def _broadcast(ufunc, a, b):
-    try:
-        return ufunc(a.data, b.data)
-    except ValueError as error:
-        if "broadcast" not in str(error):  # integers to a negative power
-            raise
-        raise ValueError(f"cannot {ufunc.__name__} shapes {a.shape} and {b.shape}: counted from the right, sizes must "
-                         "be equal or 1; line them up with .reshape or by indexing with None") from None
 
 
 def _unbroadcast(gradient, shape):
