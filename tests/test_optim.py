@@ -72,7 +72,49 @@ def test_transposed_and_read_only_parameters_are_updated():
     np.testing.assert_allclose(q.data, frozen - 0.1 * np.sign(q.grad), rtol=1e-5)
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"lr": -1}, "^lr -1 must be a finite number of at least 0$"), ({"lr": np.nan}, "^lr nan must be"),
+    ({"lr": "0.1"}, "^lr '0.1' must be"), ({"eps": 0}, "^eps 0 must be a finite number above 0$"),
+    ({"weight_decay": -0.1}, "^weight_decay -0.1 must be"), ({"betas": (0.9,)}, r"^betas \(0.9,\) must be two numbers"),
+    ({"betas": 0.9}, "^betas 0.9 must be two numbers"), ({"betas": (0.9, 1.0)}, "^betas .* must be two numbers"),
+    ({"no_decay": ("bias",)}, "^no_decay 'bias' is not the name of a parameter: choose from w, q$"),
+    ({"no_decay": "wq"}, "^no_decay 'wq' is not the name")])
+def test_settings_that_adamw_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        optim.AdamW({"w": leaf([1.0]), "q": leaf([1.0])}, **options)
+
+
+def test_parameters_are_a_dict_of_tensors_each_once():
+    p = leaf([1.0])
+    for wrong in ([p], {"p": p}.values(), object()):
+        for call in (optim.AdamW, lambda wrong: optim.clip_gradients(wrong, 1.0)):
+            with pytest.raises(TypeError, match=r"a dict of name -> Tensor, not .*: give model\.parameters\(\)"):
+                call(wrong)
+    with pytest.raises(TypeError, match="parameter 'p' must be a Tensor, not list"):
+        optim.AdamW({"p": [1.0]})
+    with pytest.raises(ValueError, match="got no parameters"):
+        optim.AdamW({})
+    with pytest.raises(ValueError, match="'q' is the same Tensor as 'p'"):
+        optim.AdamW({"p": p, "q": p})
+
+
+def test_no_decay_may_be_one_name():
+    p = leaf([1.0])
+    p.grad = np.array([0.0])
+    optim.AdamW({"bias": p}, lr=1.0, no_decay="bias").step()
+    assert p.item() == 1
+
+
 # -- clipping --
+
+@pytest.mark.parametrize("max_norm", [-1, np.nan])
+def test_clipping_refuses_a_norm_below_zero(max_norm):
+    """Would have caught: gradients with the other sign."""
+    p = leaf([0.0])
+    p.grad = np.array([2.0])
+    with pytest.raises(ValueError, match=f"max_norm {max_norm} must be a number of at least 0"):
+        optim.clip_gradients({"p": p}, max_norm)
+    assert p.grad == 2 and optim.clip_gradients({"p": p}, np.inf) == 2 and p.grad == 2
 
 @pytest.mark.parametrize("max_norm, scale", [(13, 1), (13.1, 1), (6.5, 0.5), (1.0, 1 / 13)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -1,27 +1,35 @@
 """AdamW, gradient clipping and the learning-rate schedule."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
 from .. import kernels
+from ..autograd.tensor import Tensor
+from .optim_checks import check_adamw, require_norm, require_parameters
 
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019); equations in reference.adamw.
 
     parameters: dict name -> Tensor, updated in place; those whose grad is None are left alone.
-    no_decay: names to which weight_decay does not apply.
+    lr, eps, weight_decay, betas: numbers, betas below 1; `lr` may be set before each step. no_decay: names of
+        parameters to which weight_decay does not apply.
+    Raises TypeError unless parameters is a dict of Tensors. Raises ValueError where it is empty or has a Tensor twice,
+    for a number out of its range, and for a name in no_decay that no parameter has.
     """
 
-    def __init__(self, parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, no_decay=()):
+    def __init__(self, parameters: dict[str, Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
+                 eps: float = 1e-8, weight_decay: float = 0.1, no_decay: Collection[str] = ()):
+        self.no_decay = check_adamw(parameters, lr, betas, eps, weight_decay, no_decay)
         self.parameters, self.lr, self.betas, self.eps = parameters, lr, betas, eps
-        self.weight_decay, self.no_decay = weight_decay, frozenset(no_decay)
+        self.weight_decay = weight_decay
         self.m = {name: np.zeros(p.shape, p.dtype) for name, p in parameters.items()}
         self.v = {name: np.zeros(p.shape, p.dtype) for name, p in parameters.items()}
         self.steps = dict.fromkeys(parameters, 0)
 
-    def step(self):
+    def step(self) -> None:
         """Update every parameter that has a gradient."""
         for name, p in self.parameters.items():
             if p.grad is None:
@@ -33,14 +41,20 @@ class AdamW:
                           weight_decay=decay, step=self.steps[name])
             p.mark_changed()
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Forget all gradients."""
         for p in self.parameters.values():
             p.grad = None
 
 
-def clip_gradients(parameters, max_norm):
-    """Scale all gradients so that their common Euclidean norm is at most max_norm; returns the norm before."""
+def clip_gradients(parameters: dict[str, Tensor], max_norm: float) -> float:
+    """Scale all gradients so that their common Euclidean norm is at most max_norm; returns the norm before.
+
+    A norm that is not finite is returned, and infinite or NaN gradients stay so. Raises TypeError unless parameters is
+    a dict, ValueError for a max_norm below 0.
+    """
+    require_parameters(parameters)
+    require_norm(max_norm)
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = math.sqrt(sum(kernels.sum_of_squares(g) for g in gradients))
     if norm > max_norm:
@@ -49,14 +63,17 @@ def clip_gradients(parameters, max_norm):
     return norm
 
 
-def no_decay_names(parameters):
+def no_decay_names(parameters: dict[str, Tensor]) -> set[str]:
     """Names of biases, norms and embeddings: all but the weight matrices of linear layers, routers and experts."""
     return {name for name, p in parameters.items()
             if p.ndim < 2 or "embedding" in name or name.split(".")[-1] in ("b1", "b2")}  # of experts: (E, ...)
 
 
-def learning_rate(step, steps, peak, warmup=0.05, floor=0.1):
-    """The rate of step 1..steps: linear warm-up over a share of the steps, then a cosine from peak to floor * peak."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05, floor: float = 0.1) -> float:
+    """The rate of step 1..steps: linear warm-up over a share of the steps, then a cosine from peak to floor * peak.
+
+    After the last step it stays there. Nothing is checked, so no error is raised.
+    """
     rising = max(1, round(warmup * steps))
     if step <= rising:
         return peak * step / rising
