@@ -1,7 +1,10 @@
 """The transformer as a whole: gradients, causality, loss arithmetic, parameter counts, save and load, errors."""
+import copy
 import dataclasses
 import hashlib
+import itertools
 import json
+import pickle
 import tracemalloc
 from typing import Literal
 
@@ -10,9 +13,12 @@ import pytest
 
 import naive
 import naive_routing
-from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck
+from tinymoe import ExpertBank, ModelConfig, RouteContext, Tensor, Transformer, gradcheck, nn, optim
 from tinymoe.autograd import functional as F
+from tinymoe.autograd import tensor
 from tinymoe.files import CheckpointError, save_arrays
+from tinymoe.layers.attention import CausalSelfAttention
+from tinymoe.layers.latent_attention import LatentAttention
 from tinymoe.model.counting import count
 from tinymoe.model.upcycling import upcycle
 from tinymoe.moe import losses, routers
@@ -300,6 +306,105 @@ def test_same_seed_same_bits():
     for terms in losses_:
         terms.total.backward()
     assert losses_[0].total.item() == losses_[1].total.item() != losses_[2].total.item()
+
+
+# -- modules ------------------------------------------------------------------------------------
+
+def linear(n_in=2, n_out=3, seed=0):
+    return nn.Linear(n_in, n_out, np.random.default_rng(seed), dtype=float)
+
+
+class Held(nn.Module):
+    """A module with the attributes that it is given."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        return x
+
+
+def test_a_shared_module_is_listed_once_by_its_first_name():
+    """Would have caught: AdamW, which moved its weights twice, and a norm of sqrt(2) where it is 1."""
+    one = linear(1, 1)
+    m = Held(a=one, inner=Held(b=one, own=linear()), again=[one.weight])
+    assert list(m.parameters()) == ["a.weight", "a.bias", "inner.own.weight", "inner.own.bias"]
+    one.weight.grad = np.ones((1, 1))
+    assert optim.clip_gradients(m.parameters(), 5.0) == 1
+    before = one.weight.item()
+    optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.0).step()
+    assert one.weight.item() == pytest.approx(before - 0.1)
+
+
+def test_modules_in_tuples_dicts_and_nested_lists_have_parameters():
+    scale = nn.ones(2, float)
+    m = Held(flat=[linear(), None], pair=(linear(), scale), by_name={"up": linear(), 1: [[linear()]]}, n=3, empty=[])
+    assert list(m.parameters()) == [
+        "flat.0.weight", "flat.0.bias", "pair.0.weight", "pair.0.bias", "pair.1", "by_name.up.weight",
+        "by_name.up.bias", "by_name.1.0.0.weight", "by_name.1.0.0.bias"]
+    assert repr(m) == "Held(38 parameters)" and repr(m.flat[0]) == "Linear(9 parameters)"
+
+
+def test_a_result_that_is_kept_for_a_look_is_no_parameter(monkeypatch, tmp_path):
+    """Would have caught: a saved file that could not be loaded, because last_probs was in it."""
+    m = model(router="top_k")
+    router, names = m.moe_parts()[0].router, list(m.parameters())
+    forward = router.forward
+
+    def keeping(x, context):
+        routing = forward(x, context)
+        router.last_probs = routing.probs
+        return routing
+
+    monkeypatch.setattr(type(router), "forward", lambda self, x, context: keeping(x, context))
+    m.loss(IDS, TARGETS).total.backward(retain_graph=False)
+    assert list(m.parameters()) == names and router.last_probs.shape == (10, 3)
+    m.save(tmp_path / "model.npz")
+    assert list(Transformer.load(tmp_path / "model.npz").parameters()) == names
+
+
+def test_freeze_takes_one_name():
+    """Would have caught: the letters of "weight", one of which is in every name."""
+    m = Held(up=linear(), down=linear())
+    nn.freeze(m, "up.")
+    assert [name for name, p in m.parameters().items() if p.requires_grad] == ["down.weight", "down.bias"]
+    with pytest.raises(ValueError, match="no parameter has 'router' in its name: choose from up.weight, "):
+        nn.freeze(m, "router")
+
+
+def test_a_trained_model_is_copied_and_pickled_with_its_gradients(monkeypatch):
+    m = model(seed=1)
+    m.loss(IDS, TARGETS).total.backward()
+    optim.AdamW(m.parameters()).step()
+    content = pickle.dumps(m)
+    monkeypatch.setattr(tensor, "_clock", itertools.count())  # as in a new process
+    for other in (pickle.loads(content), copy.deepcopy(m)):
+        for name, p in other.parameters().items():
+            np.testing.assert_array_equal(p.data, m.parameters()[name].data)
+            np.testing.assert_array_equal(p.grad, m.parameters()[name].grad)
+            assert not np.shares_memory(p.data, m.parameters()[name].data)
+    terms = pickle.loads(content).loss(IDS, TARGETS)
+    terms.total.backward()
+    assert terms.total.item() == m.loss(IDS, TARGETS).total.item()
+
+
+@pytest.mark.parametrize("make", [
+    lambda rng: nn.Linear(2, 2, rng), lambda rng: nn.Embedding(2, 2, rng), lambda rng: nn.FeedForward(2, 2, rng),
+    lambda rng: CausalSelfAttention(2, 1, rng), lambda rng: LatentAttention(2, 1, rng, kv_rank=2, rope_dim=2)])
+def test_a_layer_takes_a_seed_and_draws_each_weight_anew(make):
+    from_seed, again = make(3).parameters(), make(np.random.default_rng(3)).parameters()
+    assert all((p.data == again[name].data).all() for name, p in from_seed.items())
+    drawn = [p.data.ravel()[0] for p in from_seed.values() if p.ndim == 2]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_layers_take_arrays():
+    x, layer, context = np.ones((10, 4)), model().moe_parts()[0], RouteContext(IDS)
+    routing = layer.router(x, context)
+    np.testing.assert_array_equal(routing.probs.data, layer.router(Tensor(x), context).probs.data)
+    np.testing.assert_array_equal(layer.experts(x, routing).data, layer.experts(Tensor(x), routing).data)
+    np.testing.assert_array_equal(layer(x, context)[0].data, layer(Tensor(x), context)[0].data)
+    assert nn.LayerNorm(4, float)(x).data.tolist() == np.zeros((10, 4)).tolist()
 
 
 @pytest.mark.parametrize("ids", [np.zeros((1, 6), int), np.zeros(5, int), np.zeros((1, 0), int), np.zeros((0, 4), int)])

@@ -20,7 +20,7 @@ class CausalSelfAttention(Module):
     Raises ValueError if n_kv_heads does not divide n_heads, or without head_dim n_heads does not divide d_model.
     """
 
-    def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator, *, out_std: float = INIT_STD,
+    def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, out_std: float = INIT_STD,
                  dtype: DTypeLike = np.float32, n_kv_heads: int | None = None, head_dim: int | None = None,
                  biases: str = "all", rotary: bool = False, qk_norm: bool | str = False,
                  rope_theta: float = 10_000.0, norm_eps: float = 1e-5):
@@ -30,6 +30,7 @@ class CausalSelfAttention(Module):
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}: change one of them")
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        rng = np.random.default_rng(rng)
         self.head_dim, self.rotary, self.rope_theta = head_dim or d_model // n_heads, rotary, rope_theta
         q_width, kv_width = n_heads * self.head_dim, n_kv_heads * self.head_dim
         self.query, self.key, self.value = (Linear(d_model, width, rng, biases != "none", dtype=dtype)

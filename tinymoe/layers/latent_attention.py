@@ -17,11 +17,13 @@ class LatentAttention(Module):
     position (None: d_model / n_heads). rope_dim: its entries with rotary position. v_dim: its values (None: head_dim).
     """
 
-    def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator, *, out_std: float = INIT_STD,
+    def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, out_std: float = INIT_STD,
                  dtype: DTypeLike = np.float32, head_dim: int | None = None, q_rank: int = 0, kv_rank: int = 64,
                  rope_dim: int = 16, v_dim: int | None = None, rope_theta: float = 10_000.0, norm_eps: float = 1e-5):
         self.n_heads, self.head_dim, self.rope_dim = n_heads, head_dim or d_model // n_heads, rope_dim
         self.kv_rank, self.rope_theta, self.v_dim = kv_rank, rope_theta, v_dim or self.head_dim
+
+        rng = np.random.default_rng(rng)
 
         def linear(n_in, n_out, std=INIT_STD):
             return Linear(n_in, n_out, rng, bias=False, std=std, dtype=dtype)

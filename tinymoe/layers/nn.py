@@ -4,14 +4,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from ..autograd import functional as F
+from ..autograd.inputs import as_tensor
 from ..autograd.tensor import Tensor
 
 INIT_STD = 0.02  # standard deviation of initial weights, as in GPT-2
 
 
-def normal(rng: np.random.Generator, shape: tuple, std: float, dtype: DTypeLike) -> Tensor:
-    """A parameter drawn from N(0, std^2)."""
-    return Tensor((std * rng.standard_normal(shape)).astype(dtype), requires_grad=True)
+def normal(rng: np.random.Generator | int, shape: tuple, std: float, dtype: DTypeLike) -> Tensor:
+    """A parameter drawn from N(0, std^2). rng: a Generator, or the seed of one."""
+    return Tensor((std * np.random.default_rng(rng).standard_normal(shape)).astype(dtype), requires_grad=True)
 
 
 def zeros(shape: int | tuple, dtype: DTypeLike) -> Tensor:
@@ -25,31 +26,47 @@ def ones(shape: int | tuple, dtype: DTypeLike) -> Tensor:
 
 
 class Module:
-    """Collects the parameters of its attributes. Calling a Module runs its `forward`."""
+    """Calling a Module runs its `forward`, with Tensors in place of NumPy arrays of floating dtype.
+
+    A Tensor attribute is a parameter, or state that is saved if it requires no gradient. Lists, tuples and dicts may
+    hold Tensors and Modules. Keep anything else as a NumPy array, which is not saved. The result of an operation is no
+    parameter.
+    """
 
     def __call__(self, *args, **kwargs):
-        return self.forward(*args, **kwargs)
+        return self.forward(*map(as_tensor, args), **kwargs)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({sum(p.size for p in self.parameters().values()):,} parameters)"
 
     def parameters(self) -> dict[str, Tensor]:
-        """dict of dotted name -> Tensor, in the order in which the attributes were set."""
+        """dict of dotted name -> Tensor, in the order in which the attributes were set.
+
+        A Tensor that is there twice has its first name alone.
+        """
         found = {}
-        for name, value in vars(self).items():
-            parts = {f"{name}.{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
-            for path, part in parts.items():
-                if isinstance(part, Tensor):
-                    found[path] = part
-                elif isinstance(part, Module):
-                    found |= {f"{path}.{inner}": p for inner, p in part.parameters().items()}
-        return found
+        for name, tensor in _leaves(vars(self)):
+            found.setdefault(id(tensor), (name, tensor))
+        return dict(found.values())
 
 
-def freeze(module: Module, names: tuple[str, ...] = ("",)) -> None:
+def _leaves(part, path=""):
+    """Yield (dotted name, Tensor) for each leaf in a Tensor, a Module, or in lists, tuples and dicts of them."""
+    if isinstance(part, Tensor) and part._vjp is None:
+        yield path, part
+    part = part.parameters() if isinstance(part, Module) else part
+    part = dict(enumerate(part)) if isinstance(part, (list, tuple)) else part
+    for name, inner in part.items() if isinstance(part, dict) else ():
+        yield from _leaves(inner, f"{path}.{name}" if path else f"{name}")
+
+
+def freeze(module: Module, names: str | tuple[str, ...] = ("",)) -> None:
     """Stop the training of the parameters whose dotted name contains one of `names`; of all by default.
 
     Raises ValueError for a name that no parameter contains.
     """
     parameters = module.parameters()
-    for name in names:
+    for name in (names,) if isinstance(names, str) else names:
         found = [p for path, p in parameters.items() if name in path]
         if not found:
             raise ValueError(f"freeze: no parameter has {name!r} in its name: choose from {', '.join(parameters)}")
@@ -60,7 +77,7 @@ def freeze(module: Module, names: tuple[str, ...] = ("",)) -> None:
 class Linear(Module):
     """x (..., n_in) -> x @ weight + bias (..., n_out)."""
 
-    def __init__(self, n_in: int, n_out: int, rng: np.random.Generator, bias: bool = True, std: float = INIT_STD,
+    def __init__(self, n_in: int, n_out: int, rng: np.random.Generator | int, bias: bool = True, std: float = INIT_STD,
                  dtype: DTypeLike = np.float32):
         self.weight = normal(rng, (n_in, n_out), std, dtype)
         self.bias = zeros(n_out, dtype) if bias else None
@@ -95,7 +112,7 @@ NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 class Embedding(Module):
     """A table of n vectors: integer ids of any shape -> (*ids.shape, D)."""
 
-    def __init__(self, n: int, d_model: int, rng: np.random.Generator, dtype: DTypeLike = np.float32):
+    def __init__(self, n: int, d_model: int, rng: np.random.Generator | int, dtype: DTypeLike = np.float32):
         self.weight = normal(rng, (n, d_model), INIT_STD, dtype)
 
     def forward(self, ids: ArrayLike) -> Tensor:
@@ -108,9 +125,9 @@ class FeedForward(Module):
     activation: a name in functional.ACTIVATIONS. A gated one takes two halves, so `up` is then 2 d_ff wide.
     """
 
-    def __init__(self, d_model: int, d_ff: int, rng: np.random.Generator, activation: str = "gelu",
+    def __init__(self, d_model: int, d_ff: int, rng: np.random.Generator | int, activation: str = "gelu",
                  out_std: float = INIT_STD, dtype: DTypeLike = np.float32, bias: bool = True):
-        self.activation = activation
+        self.activation, rng = activation, np.random.default_rng(rng)
         self.up = Linear(d_model, 2 * d_ff if activation in F.GATED else d_ff, rng, bias, dtype=dtype)
         self.down = Linear(d_ff, d_model, rng, bias, std=out_std, dtype=dtype)
 

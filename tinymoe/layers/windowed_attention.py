@@ -20,8 +20,8 @@ class WindowedAttention(CausalSelfAttention):
     yarn: None, or the keyword arguments of `stretched`. The others: as in CausalSelfAttention.
     """
 
-    def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator, *, window: int = 0, sinks: bool = False,
-                 yarn: dict | None = None, dtype: DTypeLike = np.float32, **options):
+    def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, window: int = 0,
+                 sinks: bool = False, yarn: dict | None = None, dtype: DTypeLike = np.float32, **options):
         super().__init__(d_model, n_heads, rng, dtype=dtype, **options)
         self.window, self.scale, self.sinks = window, self.head_dim**-0.5, zeros(n_heads, dtype) if sinks else None
         if yarn is not None:

@@ -57,6 +57,7 @@ class Router(Module):
     value is checked by the annotation, and a line `NAME: meaning` of the docstring says what the option means. A
     subclass that sets an option of its parent without annotation fixes it. The class attributes below describe the
     router: `cli.py routers` prints them, and the model reads them, so no code depends on the name of a router.
+    A Tensor attribute is a parameter or saved state; keep anything else as an array, which is not saved.
     """
 
     paper = "–"
@@ -81,7 +82,7 @@ class Router(Module):
 
     def __call__(self, x: Tensor, context: RouteContext) -> Routing:
         """Run `forward`. Raises RouteError where it returns something else than a Routing."""
-        routing = self.forward(x, context)
+        routing = super().__call__(x, context)
         if not isinstance(routing, Routing):
             raise RouteError(f"router {self.name} returned a {type(routing).__name__}, not a Routing: make one with "
                              "from_mask(chosen, gates, logits, probs) of tinymoe.moe.routing")
