@@ -332,6 +332,9 @@ def test_stack(axis):
     check(lambda *x: F.stack(x, axis), lambda *x: np.stack(x, axis), normal(2, 3), normal(2, 3, seed=1))
     check(lambda x: F.stack((y for y in (np.ones((2, 3)), x, x)), axis),  # an array, a repeat, and a generator
           lambda x: np.stack([np.ones((2, 3)), x, x], axis), normal(2, 3))
+    for wrong, shapes in (([], r"\[\]"), ([normal(2), normal(3)], r"\[\(2,\), \(3,\)\]")):
+        with pytest.raises(ValueError, match=f"all of one shape, not of the shapes {shapes}"):
+            F.stack(wrong, axis)
 
 
 @pytest.mark.parametrize("a, b", [((2, 3), (2, 3)), ((3,), (2, 1)), ((), (2, 3)), ((2, 3), ())])
@@ -351,6 +354,7 @@ def test_arrays_in_place_of_tensors():
     x, w, b = np.asarray(normal(2, 3)), np.asarray(normal(3, 2)), leaf([1.0, 2])
     assert F.softmax(np.array([0.0, 0.0])).data.tolist() == [0.5, 0.5] and F.relu(x=[-1.0, 2.0]).data.tolist() == [0, 2]
     assert F.cross_entropy(np.zeros((2, 4)), [0, 3]).item() == pytest.approx(math.log(4))
+    np.testing.assert_allclose(F.linear(x, w, None).data, x @ w)
     for y in (F.linear(x, w, b), F.linear(Tensor(x), w, bias=b), F.linear(x, weight=leaf(w), bias=b)):
         b.grad = None
         y.sum().backward()
@@ -359,8 +363,9 @@ def test_arrays_in_place_of_tensors():
     angles = np.array([0.5, 0.25])  # an argument that is meant to be an array stays one
     assert F.rotary(normal(1, 2, 1, 4), angles).shape == (1, 2, 1, 4)
     assert F.linear.__name__ == "linear" and F.linear.__doc__.startswith("x @ weight")
-    with pytest.raises(TypeError, match="real numbers"):
-        F.softmax("abc")
+    for wrong in ("abc", None):
+        with pytest.raises(TypeError, match="real numbers"):
+            F.softmax(wrong)
 
 
 # ---- what the forward pass accepts, the backward pass can differentiate --------------------------

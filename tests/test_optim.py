@@ -107,7 +107,7 @@ def test_no_decay_may_be_one_name():
 
 # -- clipping --
 
-@pytest.mark.parametrize("max_norm", [-1, np.nan])
+@pytest.mark.parametrize("max_norm", [-1, np.nan, None])
 def test_clipping_refuses_a_norm_below_zero(max_norm):
     """Would have caught: gradients with the other sign."""
     p = leaf([0.0])

@@ -437,7 +437,8 @@ def test_comparisons_are_those_of_the_values(requires_grad):
     assert x[x == 2.0].data.tolist() == [2] and x[x > 1].data.tolist() == [2, 3]
     assert (x == None) is False and (x != "a") is True  # noqa: E711
     assert {x: 1}[x] == 1 and x in {x} and x.detach() not in {x}
-    assert np.isfinite(x).all() and np.argmax(x) == 2 and (np.shape(x), np.ndim(x), np.size(x)) == ((3,), 1, 3)
+    assert np.isfinite(x).all() and np.argmax(x) == 2 and np.zeros_like(x).tolist() == [0, 0, 0]
+    assert (np.shape(x), np.ndim(x), np.size(x)) == ((3,), 1, 3)
 
 
 def test_a_tensor_of_one_element_is_a_number():
@@ -513,6 +514,7 @@ def under_no_grad(x):
     (lambda x: np.concatenate([x, x]), TypeError, r"functional.concatenate, or np.concatenate of x\.data"),
     (lambda x: np.stack([x, x]), TypeError, r"functional.stack, or np.stack of x\.data"),
     (lambda x: np.mean(x), TypeError, r"np.mean .*use x\.mean\(\), or np.mean of x\.data"),
+    (lambda x: np.abs(x), TypeError, r"np.abs .*use x\.abs\(\), or np.abs of x\.data"),
     (lambda x: np.clip(x, 0, 1), TypeError, r"np.clip .*use np.clip of x\.data"),
     (lambda x: np.add(np.ones(3), 1, out=x.detach()), TypeError, r"np.add cannot write .*x\.data as out"),
     (lambda x: bool(x), ValueError, r"\(3,\) is neither true nor false: use x\.data\.any\(\)"),

@@ -301,8 +301,10 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Join tensors of one shape along a new axis. ValueError for different shapes."""
+    """Join tensors of one shape along a new axis. ValueError for different shapes, or none."""
     tensors = tuple(t if isinstance(t, Tensor) else Tensor(t) for t in tensors)
+    if len(shapes := {t.shape for t in tensors}) != 1:
+        raise ValueError(f"stack takes at least one tensor, all of one shape, not of the shapes {sorted(shapes)}")
     return record(np.stack([t.data for t in tensors], axis), tensors, lambda g: tuple(np.moveaxis(g, axis, 0)))
 
 

@@ -23,15 +23,16 @@ def taking_arrays(namespace: dict[str, Any]) -> dict[str, Any]:
     """
     own = {name: f for name, f in namespace.items() if inspect.isfunction(f) and name[0] != "_" and
            f.__module__ == namespace["__name__"]}
-    return {name: _wrapping(f, names) for name, f in own.items() if (names := _tensors_of(f))}
+    return {name: _wrapping(f, taken) for name, f in own.items() if (taken := _tensors_of(f))}
 
 
 def _tensors_of(function):
-    return [name for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.annotation in (Tensor, Tensor | None)]
+    """{name: Tensor, or Tensor | None} of the parameters that are Tensors."""
+    return {name: parameter.annotation for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.annotation in (Tensor, Tensor | None)}
 
 
-def _wrapping(function, names):
+def _wrapping(function, taken):
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -39,10 +40,9 @@ def _wrapping(function, names):
         if args and type(args[0]) is Tensor and np.ndarray not in map(type, args):  # the usual case
             return function(*args, **options)
         given = signature.bind(*args, **options)
-        for name in names:
-            value = given.arguments.get(name)
-            if value is not None and not isinstance(value, Tensor):
-                given.arguments[name] = Tensor(value)
+        for name, expected in taken.items():
+            if name in given.arguments and not isinstance(given.arguments[name], expected):
+                given.arguments[name] = Tensor(given.arguments[name])
         return function(*given.args, **given.kwargs)
 
     return call

@@ -7,7 +7,8 @@ import numpy as np
 _OPERATORS = {np.add: operator.add, np.subtract: operator.sub, np.multiply: operator.mul, np.divide: operator.truediv,
               np.power: operator.pow, np.matmul: operator.matmul}
 _WITHOUT_GRADIENT = {np.shape, np.ndim, np.size, np.argmax, np.argmin, np.argsort, np.array_equal, np.allclose,
-                     np.isclose}
+                     np.isclose, np.zeros_like, np.ones_like}
+_NAMES = {"absolute": "abs", "amax": "max"}  # NumPy's names of methods of Tensor
 
 
 def require_floating(dtype: np.dtype) -> None:
@@ -138,7 +139,7 @@ def _arrays(x, function, allowed):
     if not isinstance(x, Values):
         return x
     if x._in_graph and not allowed:
-        name = function.__name__
+        name = _NAMES.get(function.__name__, function.__name__)
         instead = (f"functional.{name}, or " if name in ("concatenate", "stack", "where") else
                    f"x.{name}(), or " if hasattr(x, name) else "")
         raise TypeError(f"np.{name} would drop the graph of a Tensor x: use {instead}np.{name} of x.data outside the "

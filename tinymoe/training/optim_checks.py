@@ -42,5 +42,5 @@ def check_adamw(parameters: Any, lr: float, betas: tuple[float, float], eps: flo
 
 def require_norm(max_norm: float) -> None:
     """ValueError for a number below 0, or NaN; infinity limits nothing."""
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm {max_norm} must be a number of at least 0: give {math.inf} to clip nothing")
+    if not (NOT_NEGATIVE.fits(max_norm) or max_norm == math.inf):
+        raise ValueError(f"max_norm {max_norm!r} must be a number of at least 0: give {math.inf} to clip nothing")
