@@ -4,7 +4,7 @@ import pytest
 
 from tinymoe import Routing, Tensor, gradcheck
 from tinymoe.moe import routers
-from tinymoe.moe.routing import capacity, from_mask, largest, limit_capacity, merge, shares
+from tinymoe.moe.routing import capacity, from_dense, from_mask, largest, limit_capacity, merge, shares
 
 GATES = np.array([[.40, .60, 0],     # first choice expert 1, second expert 0
                   [.35, 0, .30],     # first choice expert 0, second expert 2
@@ -90,6 +90,48 @@ def test_a_token_that_does_not_exist_is_refused(token):
     scores = Tensor(np.zeros((2, 2)))
     with pytest.raises(ValueError, match="token"):
         Routing(np.array(token), np.array([0, 1, 2]), Tensor(np.ones(2)), scores, scores)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(logits=Tensor(np.zeros((3, 2)))), r"logits \(3, 2\) and probs \(2, 2\) must both be"),
+    (dict(probs=Tensor(np.zeros(4))), r"probs \(4,\) must both be"),
+    (dict(probs=np.zeros((2, 2))), r"probs is a ndarray, but must be a Tensor: write tm.Tensor\(probs\)"),
+    (dict(gate=np.ones(2)), "gate is a ndarray, but must be a Tensor"),
+    (dict(token=np.array([0., 1.])), "token must be a one-dimensional array of signed integers, not float64"),
+    (dict(token=[0, 1]), "token must be .* not a list"),
+    (dict(offsets=np.array([0, 1, 2], np.uint8)), "offsets must be a one-dimensional array of signed integers")])
+def test_fields_of_a_wrong_type_or_shape_are_refused(change, message):
+    scores = Tensor(np.zeros((2, 2)))
+    fields = dict(token=np.array([0, 1]), offsets=np.array([0, 1, 2]), gate=Tensor(np.ones(2)), logits=scores,
+                  probs=scores)
+    assert Routing(**fields).load.tolist() == [1, 1]
+    with pytest.raises(ValueError, match=message):
+        Routing(**fields | change)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_a_mask_and_its_tensors_have_one_shape(wrong):
+    """A transposed matrix of gates has the wrong gates, and probs of 3 tokens make a Routing of 3 tokens."""
+    parts = [np.eye(3, 2) > 0, *[Tensor(np.ones((3, 2)))] * 3]
+    parts[wrong] = parts[wrong].T
+    with pytest.raises(ValueError, match="chosen, gates, logits and probs must all be .*, not .*3, 2"):
+        from_mask(*parts)
+    parts[wrong] = [[1, 0], [0, 1], [0, 0]]
+    with pytest.raises(ValueError, match="chosen must be an array|is a list, but must be a Tensor"):
+        from_mask(*parts)
+
+
+def test_a_gate_matrix_and_back():
+    """(.5, 0; 0, .25): token 0 has expert 0, token 1 expert 1. The gradient comes back where a gate is not 0."""
+    dense = Tensor(np.array([[.5, 0], [0, .25], [0, 0]]), requires_grad=True)
+    r = from_dense(dense)
+    assert r.token.tolist() == [0, 1] and r.offsets.tolist() == [0, 1, 2] and r.gate.data.tolist() == [.5, .25]
+    assert r.to_dense().data.tolist() == dense.data.tolist() == from_dense(dense.data).to_dense().data.tolist()
+    (r.to_dense() * 3).sum().backward()
+    assert dense.grad.tolist() == [[3, 0], [0, 3], [0, 0]]
+    assert from_dense(dense, probs=dense * 2).probs.data[0, 0] == 1 and from_dense(dense).probs is dense
+    with pytest.raises(ValueError, match="must be an array|must all be"):
+        from_dense(np.ones(3))
 
 
 def test_merge_puts_tokens_one_after_the_other():
@@ -188,9 +230,11 @@ def test_largest_always_takes_k_and_a_nan_last(k):
     np.testing.assert_array_equal(largest(scores.T, k, axis=0), chosen.T)
 
 
-def test_more_than_there_are_cannot_be_the_largest():
-    with pytest.raises(ValueError, match="^k 5 is more than the 4 entries along this axis$"):
-        largest(np.zeros((2, 4)), 5)
+@pytest.mark.parametrize("k", [5, -1])
+def test_the_largest_k_are_from_0_to_all(k):
+    with pytest.raises(ValueError, match=f"^k {k} must be from 0 to 4, the number of entries along this axis$"):
+        largest(np.zeros((2, 4)), k)
+    assert largest(np.zeros((2, 4)), 0).sum() == 0 and largest(np.zeros((2, 4)), 4).all()
 
 
 def test_shares_of_what_is_chosen():
@@ -216,6 +260,14 @@ def test_a_capacity_factor_is_above_0(factor):
     with pytest.raises(ValueError, match="capacity factor .* must be above 0"):
         limit_capacity(routing(GATES), factor, 2)
     assert capacity(0, 4, 2) == 0  # at most N
+
+
+@pytest.mark.parametrize("n, e, k", [(8, 2, 0), (8, 2, -1), (8, 2, float("nan")), (-1, 8, 2), (8, 0, 2)])
+def test_a_capacity_needs_tokens_experts_and_a_k(n, e, k):
+    with pytest.raises(ValueError, match=f"above 0, not {n} tokens, {e} experts and {k} per token"):
+        capacity(n, e, k)
+    with pytest.raises(ValueError, match="not 4 tokens, 3 experts and 0 per token"):
+        limit_capacity(routing(np.ones((4, 3))), 1.0, 0)
 
 
 def test_shares_of_nothing_are_0():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..autograd.tensor import Tensor, primitive
+from .routing_checks import check_limit, check_mask, check_routing
 
 DROP_POLICIES = ("order", "gate")
 
@@ -28,7 +29,8 @@ class Routing:
     soft_load  (E,) Tensor  a router's smooth estimate of its load, or None
     demand     (E,) int     the load before any capacity limit, or None where there was none
 
-    Raises ValueError where the sizes do not fit together, and for assignments that are not sorted, or are there twice.
+    Raises ValueError for wrong types and sizes that do not fit together, and for assignments that are not sorted, or
+    are there twice (routing_checks.py).
     """
 
     token: np.ndarray
@@ -41,16 +43,7 @@ class Routing:
     demand: np.ndarray | None = None
 
     def __post_init__(self):
-        n_assignments, (n_tokens, n_experts) = len(self.token), self.probs.shape
-        if self.gate.shape != (n_assignments,) or self.offsets.shape != (n_experts + 1,):
-            raise ValueError(f"{n_assignments} assignments to {n_experts} experts need gates ({n_assignments},) and "
-                             f"offsets ({n_experts + 1},), not {self.gate.shape} and {self.offsets.shape}")
-        if self.offsets[0] != 0 or self.offsets[-1] != n_assignments or (np.diff(self.offsets) < 0).any():
-            raise ValueError(f"offsets must rise from 0 to the {n_assignments} assignments, not {self.offsets}")
-        if n_assignments and not (self.token.min() >= 0 and self.token.max() < n_tokens):
-            raise ValueError(f"token {self.token.min()} or {self.token.max()} is not one of 0 to {n_tokens - 1}")
-        if (np.diff(self.expert * n_tokens + self.token) <= 0).any():
-            raise ValueError("the tokens of each expert must rise, and a token can have an expert only once")
+        check_routing(self)
 
     @property
     def n_tokens(self) -> int:
@@ -100,10 +93,10 @@ def _scatter(values, place, shape):
 def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
     """Boolean mask of the k largest scores along an axis. Ties go to the lowest index; NaN counts as the smallest.
 
-    Raises ValueError if the axis has fewer than k entries.
+    Raises ValueError if k is below 0, or the axis has fewer than k entries.
     """
-    if k > scores.shape[axis]:
-        raise ValueError(f"k {k} is more than the {scores.shape[axis]} entries along this axis")
+    if not 0 <= k <= scores.shape[axis]:
+        raise ValueError(f"k {k} must be from 0 to {scores.shape[axis]}, the number of entries along this axis")
     if k == 0:
         return np.zeros(scores.shape, bool)
     scores = np.where(np.isnan(scores), -np.inf, scores)
@@ -126,12 +119,25 @@ def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
 
 
 def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, **fields) -> Routing:
-    """A Routing from assignments `chosen` (N, E) bool. gates (N, E) Tensor: read where chosen. fields: of Routing."""
+    """A Routing from assignments `chosen` (N, E) bool. gates (N, E) Tensor: read where chosen. fields: of Routing.
+
+    Raises ValueError unless gates, logits and probs are Tensors of the shape of chosen.
+    """
+    check_mask(chosen, gates, logits, probs)
     n_tokens, n_experts = chosen.shape
     expert, token = np.divmod(np.flatnonzero(np.ascontiguousarray(chosen.T)), n_tokens)  # nonzero, but faster
     offsets = np.concatenate([[0], np.cumsum(np.bincount(expert, minlength=n_experts))])
     gate = primitive(gates.data[token, expert], (gates, lambda g: _scatter(g, (token, expert), gates.shape)))
     return Routing(token, offsets, gate, logits, probs, **fields)
+
+
+def from_dense(gates: Tensor | np.ndarray, logits: Tensor | None = None, probs: Tensor | None = None) -> Routing:
+    """The Routing of a gate matrix (N, E), the inverse of `to_dense`: an assignment wherever a gate is not 0.
+
+    logits, probs: (N, E); by default the gates themselves. Losses and entropies read them, so these need real ones.
+    """
+    gates = gates if isinstance(gates, Tensor) else Tensor(np.asarray(gates))
+    return from_mask(gates.data != 0, gates, *(gates if scores is None else scores for scores in (logits, probs)))
 
 
 def merge(routings: list[Routing]) -> Routing:
@@ -151,9 +157,11 @@ def first_experts(routing: Routing, n: int) -> Routing:
 
 
 def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.0) -> int:
-    """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N; factor above 0."""
-    if not factor > 0:
-        raise ValueError(f"capacity factor {factor} must be above 0")
+    """Assignments that one expert may hold: ceil(factor * N * K / E), at least 1 and at most N. K = per_token.
+
+    Raises ValueError unless factor and K are above 0, E is at least 1 and N at least 0.
+    """
+    check_limit(n_tokens, n_experts, per_token, factor)
     exact = min(n_tokens, factor * n_tokens * per_token / n_experts)
     return min(n_tokens, max(1, math.ceil(round(exact, 9))))  # 1.1 * 10 is 11.000000000000002, but means 11
 
@@ -163,7 +171,7 @@ def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = 
 
     policy "order" keeps first choices before second choices, and earlier tokens before later ones
     (GShard, Lepikhin et al. 2020, algorithm 1); "gate" keeps the largest gates. Ties go to the earlier token.
-    Raises ValueError for another policy, and unless the factor is above 0.
+    Raises ValueError for another policy, and where `capacity` does.
     """
     if policy not in DROP_POLICIES:
         raise ValueError(f"unknown drop policy {policy!r}: choose one of {', '.join(DROP_POLICIES)}")
