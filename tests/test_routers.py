@@ -241,3 +241,54 @@ def test_causal_ties_go_to_the_earlier_token():
 def test_causal_expert_choice_needs_the_sequences():
     with pytest.raises(ValueError, match="ids"):
         route(P, "expert_choice", 1, RouteContext(causal=True))
+
+
+# -- what goes in and what comes out ------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["hash", "expert_choice", "top_k"])
+def test_ids_must_be_those_of_the_rows(name):
+    """A table of ids (1, 3) would give a Routing of 3 tokens for 6 rows; prefixes of 3 would mix sequences."""
+    router, x = routers.make(name, 8, 4), Tensor(states(6, 8, dtype=np.float32))
+    for ids in (np.zeros((1, 3), int), np.zeros(6, int), [[0, 1, 2, 3]]):
+        with pytest.raises(routers.RouteError, match=rf"^router {name} has x \(6, 8\), but RouteContext.ids .* = 6$"):
+            router(x, RouteContext(ids, causal=True))
+    assert router(x, RouteContext([[0, 1, 2], [3, 4, 5]], causal=True)).n_tokens == 6
+
+
+@pytest.mark.parametrize("shape, expected", [((2, 3, 8), 8), ((8,), 8)])
+def test_a_router_takes_rows(shape, expected):
+    with pytest.raises(routers.RouteError, match=rf"top_k takes x \(N, D\), .* reshape it to \(-1, {expected}\)$"):
+        routers.make("top_k", 8, 4)(Tensor(np.zeros(shape, np.float32)))
+
+
+def test_a_router_needs_no_context_where_it_reads_none():
+    router, x = routers.make("top_k", 8, 4), Tensor(states(6, 8, dtype=np.float32))
+    np.testing.assert_array_equal(router(x).mask(), router(x, RouteContext()).mask())
+    with pytest.raises(routers.RouteError, match="^router top_k takes a RouteContext, not a ndarray: write "):
+        router(x, np.zeros((2, 3), int))
+
+
+def test_a_router_without_a_name_has_that_of_its_class_and_is_not_in_the_table():
+    class Half(routers.TopK):
+        def forward(self, x, context):
+            return super().forward(x[:len(x) // 2], context)
+
+    class Nothing(routers.Router):
+        def forward(self, x, context):
+            return None
+
+    x, rng = Tensor(states(6, 8, dtype=np.float32)), np.random.default_rng(0)
+    for cls, message in (Half, "router Half returned a Routing of 3 tokens for x of 6 rows"), (
+            Nothing, "router Nothing returned a NoneType, not a Routing"):
+        with pytest.raises(routers.RouteError, match=message):
+            cls(8, 4, 2, rng, np.float32)(x)
+        assert cls.name not in routers.ROUTERS
+    assert routers.ROUTERS["top_k"] is routers.TopK and routers.TopK.name == "top_k"
+
+
+def test_a_context_takes_a_seed_and_lists():
+    context = RouteContext([[1, 2]], training=True, rng=3, domain=[0])
+    assert context.ids.shape == (1, 2) and context.domain.tolist() == [0]
+    assert context.rng.random() == np.random.default_rng(3).random()
+    rng = np.random.default_rng(0)
+    assert RouteContext(rng=rng).rng is rng and RouteContext().rng is None

@@ -2,6 +2,7 @@
 
 from ..moe import routers
 from ..moe.losses import LOSSES
+from ..moe.routers.options import why_not
 from ..moe.settings import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, Check
 
 BIASES = ("none", "qkv", "all")
@@ -87,6 +88,7 @@ def _check_routers(c):
     known = set().union(*(routers.find(name).options() for name in c.routers))
     for option in c.router_options.keys() - known:
         taken = ", ".join(sorted(known - {"vocab_size", "n_real"})) or "none"
-        raise ValueError(f"{option} is no option of {', '.join(c.routers)}, which takes {taken}")
+        why = next(filter(None, (why_not(routers.find(name), routers.Router, option) for name in c.routers)), "")
+        raise ValueError(f"{option} is no option of {', '.join(c.routers)}, which takes {taken}{why}")
     for name in c.routers:
         routers.find(name).check(c.n_columns, c.top_k, c.options_of(name))

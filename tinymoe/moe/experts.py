@@ -63,7 +63,7 @@ class ExpertBank(Module):
     """E experts, each a feed-forward network D -> F -> D. bank(x (N, D), routing) -> (N, D).
 
     activation: gelu, silu, relu, or gated, geglu, swiglu or clamped_swiglu: then w1 and b1 are 2F wide.
-    backend: a name in BACKENDS. seed: an integer or a NumPy Generator.
+    backend: a name in BACKENDS. seed: an integer or a NumPy Generator; not the router's integer, see routers.make.
     out_std: standard deviation of the initial w2. bias: False for experts without b1 and b2.
     Parameters: w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D).
     Raises ValueError for an unknown backend or activation, and where x, gates or routing do not fit.
@@ -94,6 +94,7 @@ class ExpertBank(Module):
         return hidden @ self.w2 + self.b2[:, None]
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (N, D) -> (N, D): the sum of each token's experts, weighted by their gates. Its routing has N tokens."""
         width, dtype = self.w1.shape[1], self.w1.dtype
         if x.shape[1:] != (width,) or not x.dtype == routing.gate.dtype == dtype:  # BLAS checks neither
             raise ValueError(f"experts of width {width} and {dtype} take x (N, {width}) and gates of that dtype, not "

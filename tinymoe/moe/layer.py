@@ -6,7 +6,7 @@ import numpy as np
 
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor
-from ..layers.nn import FeedForward, Linear, Module
+from ..layers.nn import INIT_STD, FeedForward, Linear, Module
 from . import routers
 from .experts import ExpertBank
 from .losses import running_share
@@ -17,11 +17,14 @@ from .routing import Routing, first_experts, limit_capacity
 class MoELayer(Module):
     """x (B, T, D) -> (y (B, T, D), Routing).
 
-    config: a ModelConfig. router: the name of this layer's router. rng draws the initial weights.
+    config: a ModelConfig. router: the name of this layer's router, by default the first of config.
+    rng: a seed or Generator for the initial weights. out_std: the standard deviation of those of the output layers.
     change_routing: a function (Routing, x (N, D)) -> Routing applied before the experts run, for experiments; or None.
     """
 
-    def __init__(self, config, router: str, rng: np.random.Generator, out_std: float, dtype):
+    def __init__(self, config, router: str | None = None, rng: int | np.random.Generator = 0,
+                 out_std: float = INIT_STD, dtype=np.float32):
+        rng, router = np.random.default_rng(rng), router or config.routers[0]
         self.router = routers.make(router, config.d_model, config.n_columns, top_k=config.top_k, seed=rng, dtype=dtype,
                                    **config.options_of(router))
         self.experts = ExpertBank(config.n_experts, config.d_model, config.expert_width, activation=config.activation,
@@ -46,7 +49,9 @@ class MoELayer(Module):
         """Whether a token's route depends on its own prefix alone even where context.causal is False."""
         return self.router.causal and self.capacity_factor is None
 
-    def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, context: RouteContext | None = None) -> tuple[Tensor, Routing]:
+        """x (B, T, D) or (N, D) -> (y of its shape, the Routing of its N = B * T tokens after any capacity limit)."""
+        context = RouteContext() if context is None else context
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         routing = self.router(rows, context)
         if self.capacity_factor is not None and not context.causal:  # a limit depends on the whole batch

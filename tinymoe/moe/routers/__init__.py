@@ -14,7 +14,8 @@ import importlib
 import pkgutil
 
 from ..routing import largest
-from .base import ROUTERS, LinearRouter, RouteContext, RouteError, Router, find, make
+from .base import ROUTERS, LinearRouter, RouteContext, Router, find, make
+from .checks import RouteError
 from .top_k import TopK
 from .token_choice import NoisyTopK, Reinforce, SigmoidBias
 from .baselines import Frozen, Hash, Oracle, Random, Shuffled

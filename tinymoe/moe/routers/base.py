@@ -11,14 +11,10 @@ from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, Module, normal, zeros
 from ..losses import LossContext
 from ..routing import Routing
-from ..settings import check_of
-from .options import meaning_of, options_of
+from .checks import check_input, check_name, check_output, check_top_k, need
+from .options import check_options, meaning_of, options_of
 
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
-
-
-class RouteError(ValueError):
-    """A router lacks something of its context, or does not return a Routing. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,7 @@ class RouteContext:
         do; the others change their rule.
     domain: (B,) the domain of each sequence, an integer; known in training and evaluation, not for other texts.
     carried: values that a layer's router passes to the routers of later layers, within one forward pass.
+    ids and domain may be lists, and rng a seed: `training=True, rng=0` in every step repeats the same noise.
     """
 
     ids: np.ndarray | None = None
@@ -40,23 +37,25 @@ class RouteContext:
     carried: dict = field(default_factory=dict)
     domain: np.ndarray | None = None
 
+    def __post_init__(self):
+        for name, convert in ("ids", np.asarray), ("rng", np.random.default_rng), ("domain", np.asarray):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, convert(value))
+
     def need(self, name: str, router: "Router") -> Any:
         """The field `name`: ids, rng or domain. Raises RouteError, a ValueError, where it is None."""
-        if getattr(self, name) is None:
-            reason = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training",
-                      "domain": "the domain of each sequence (B,), which is known for the text of a run alone"}[name]
-            raise RouteError(f"{router.name} needs RouteContext.{name}: give it {reason}")
-        return getattr(self, name)
+        return need(self, name, router.name)
 
 
 class Router(Module):
     """router(x (N, D) Tensor, RouteContext) -> Routing.
 
-    A subclass `class Mine(Router, name="mine")` with `forward(x, context)` enters ROUTERS under its name. Its options
-    are annotated class attributes such as `jitter: float = 0.0`, or keyword arguments of an `__init__` of its own. A
-    value is checked by the annotation, and a line `NAME: meaning` of the docstring says what the option means. A
-    subclass that sets an option of its parent without annotation fixes it. The class attributes below describe the
-    router: `cli.py routers` prints them, and the model reads them, so no code depends on the name of a router.
+    A subclass `class Mine(Router, name="mine")` enters ROUTERS under its name. Its `forward(x, context)` takes x (N, D)
+    and returns a Routing of N tokens; call the router itself, which checks both. Its options are annotated class
+    attributes such as `jitter: float = 0.0`, or keyword arguments of an `__init__` of its own. A value is checked by
+    the annotation, and a line `NAME: meaning` of the docstring says what the option means. A subclass that sets an
+    option of its parent without annotation fixes it. The class attributes below describe the router: `cli.py routers`
+    prints them, and the model reads them, so no code depends on the name of a router.
     A Tensor attribute is a parameter or saved state; keep anything else as an array, which is not saved.
     """
 
@@ -80,22 +79,19 @@ class Router(Module):
         vars(self).update(options)
         self.causal, self.causal_training = self.causal_with(options)
 
-    def __call__(self, x: Tensor, context: RouteContext) -> Routing:
-        """Run `forward`. Raises RouteError where it returns something else than a Routing."""
-        routing = super().__call__(x, context)
-        if not isinstance(routing, Routing):
-            raise RouteError(f"router {self.name} returned a {type(routing).__name__}, not a Routing: make one with "
-                             "from_mask(chosen, gates, logits, probs) of tinymoe.moe.routing")
-        return routing
+    def __call__(self, x: Tensor, context: RouteContext | None = None) -> Routing:
+        """Run `forward`. Raises RouteError unless x is (N, D), context.ids are N, and it returns a Routing of N tokens.
+        """
+        context = RouteContext() if context is None else context
+        check_input(self.name, x, context)
+        return check_output(self.name, super().__call__(x, context), len(x))
 
     def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()
-        if name is None:
-            return
-        taken, own = ROUTERS.get(name), __name__.split(".")[0] + "."
-        if taken and taken.__module__.startswith(own) and taken.__module__ != cls.__module__:
-            raise ValueError(f"tinymoe has a router named {name!r} already: give {cls.__name__} another name")
-        cls.name, ROUTERS[name] = name, cls
+        cls.name = name or cls.__name__  # without a name it is not in the table
+        if name is not None:
+            check_name(cls, ROUTERS.get(name))
+            ROUTERS[name] = cls
 
     @classmethod
     def options(cls) -> dict[str, inspect.Parameter]:
@@ -113,17 +109,8 @@ class Router(Module):
 
         A router whose options must fit together extends it; nothing is allocated.
         """
-        is_whole = cls.mean_k or top_k == int(top_k)
-        if not (0 < top_k <= n_experts and is_whole and (top_k == 1 or not cls.top_1_only)):
-            kind = "a number" if cls.mean_k else "a whole number"
-            must = "1" if cls.top_1_only else f"{kind} above 0 and at most n_experts {n_experts}"
-            raise ValueError(f"top_k {top_k} must be {must} for {cls.name}")
-        known = cls.options()
-        for name, value in options.items():
-            if name not in known:
-                raise ValueError(f"{name} is no option of {cls.name}, which takes {', '.join(known) or 'none'}")
-            if check := check_of(known[name].annotation):
-                check.require(name, value)
+        check_top_k(cls, n_experts, top_k)
+        check_options(cls, Router, options)
 
     @classmethod
     def causal_with(cls, options: dict[str, Any]) -> tuple[bool, bool]:
@@ -166,7 +153,8 @@ class LinearRouter(Router):
 def make(name: str, d_model: int, n_experts: int, top_k: float = 2, seed=0, dtype=np.float32, **options) -> Router:
     """The named router for d_model features and n_experts experts.
 
-    seed: an integer or a NumPy Generator for the initial weights. options: those of the class.
+    seed: an integer or a NumPy Generator for the initial weights. Equal seeds give equal numbers, also to a router and
+    its ExpertBank: give them different seeds, or one Generator. options: those of the class.
     Raises ValueError for an unknown name, an option the class does not take, or an impossible top_k.
     """
     cls = find(name)

@@ -3,6 +3,8 @@
 import inspect
 import re
 
+from ..settings import check_of
+
 
 def options_of(cls: type, base: type) -> dict[str, inspect.Parameter]:
     """The options that a class declares, and those of its parents below `base`, as parameters; see Router.
@@ -39,3 +41,24 @@ def meaning_of(cls: type, option: str) -> str:
         if found:
             return " ".join(found[1].split())
     return ""
+
+
+def check_options(cls: type, base: type, options: dict) -> None:
+    """Raise ValueError for an option that a class below `base` does not take, or a value of a wrong type."""
+    known = options_of(cls, base)
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{name} is no option of {cls.name}, which takes {', '.join(known) or 'none'}"
+                             f"{why_not(cls, base, name)}")
+        if check := check_of(known[name].annotation):
+            check.require(name, value)
+
+
+def why_not(cls, base, name):
+    """What to do about an attribute that is no option: annotate it, unless a parent's option is fixed by it."""
+    default, parents = getattr(cls, name, None), cls.__mro__[1:cls.__mro__.index(base)]
+    if default is None or hasattr(base, name) or callable(default):
+        return ""
+    if any(name in options_of(parent, base) for parent in parents):
+        return f": the class fixes it at {default!r}"
+    return f": to make it one, annotate it in the class, `{name}: {type(default).__name__} = {default!r}`"

@@ -1,0 +1,58 @@
+"""What goes into a router and what comes out of it, checked, with messages that say what to do."""
+
+from ..routing import Routing
+
+CONTEXT = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training",
+           "domain": "the domain of each sequence (B,), which is known for the text of a run alone"}
+
+
+class RouteError(ValueError):
+    """A router lacks something of its context, or does not return a Routing. The message says what to do."""
+
+
+def need(context, name: str, router: str):
+    """The field ids, rng or domain of a RouteContext. Raises RouteError where it is None."""
+    if getattr(context, name) is None:
+        raise RouteError(f"{router} needs RouteContext.{name}: give it {CONTEXT[name]}")
+    return getattr(context, name)
+
+
+def check_input(router: str, x, context) -> None:
+    """Raise RouteError unless x is (N, D), and the RouteContext has no ids, or (B, T) with B * T = N."""
+    if not hasattr(context, "ids"):
+        raise RouteError(f"router {router} takes a RouteContext, not a {type(context).__name__}: write "
+                         "RouteContext(ids=...)")
+    if x.ndim != 2:
+        raise RouteError(f"router {router} takes x (N, D), one row for each token, not {x.shape}: reshape it to "
+                         f"(-1, {x.shape[-1] if x.ndim else 1})")
+    ids = context.ids
+    if ids is not None and not (ids.ndim == 2 and ids.size == len(x)):
+        raise RouteError(f"router {router} has x {x.shape}, but RouteContext.ids {ids.shape}: they must be (B, T) with "
+                         f"B * T = {len(x)}")
+
+
+def check_output(router: str, routing, n_tokens: int) -> Routing:
+    """The Routing that a router returned. Raises RouteError for something else, and for another number of tokens."""
+    if not isinstance(routing, Routing):
+        raise RouteError(f"router {router} returned a {type(routing).__name__}, not a Routing: make one with "
+                         "from_mask(chosen, gates, logits, probs) of tinymoe.moe.routing")
+    if routing.n_tokens != n_tokens:
+        raise RouteError(f"router {router} returned a Routing of {routing.n_tokens} tokens for x of {n_tokens} rows: "
+                         "each row needs one")
+    return routing
+
+
+def check_top_k(router: type, n_experts: int, top_k: float) -> None:
+    """Raise ValueError for a top_k that a class of routers cannot give."""
+    is_whole = router.mean_k or top_k == int(top_k)
+    if not (0 < top_k <= n_experts and is_whole and (top_k == 1 or not router.top_1_only)):
+        kind = "a number" if router.mean_k else "a whole number"
+        must = "1" if router.top_1_only else f"{kind} above 0 and at most n_experts {n_experts}"
+        raise ValueError(f"top_k {top_k} must be {must} for {router.name}")
+
+
+def check_name(router: type, taken: type | None) -> None:
+    """Raise ValueError where a class of tinymoe, in another file, has the router's name already."""
+    own = __name__.split(".")[0] + "."
+    if taken and taken.__module__.startswith(own) and taken.__module__ != router.__module__:
+        raise ValueError(f"tinymoe has a router named {router.name!r} already: give {router.__name__} another name")
