@@ -21,6 +21,24 @@ def top_1(choices, n_experts):
     return routing(np.eye(n_experts)[np.asarray(choices)])
 
 
+LOADS = (metrics.load_cv, metrics.max_violation, metrics.load_entropy, metrics.dead_experts, metrics.effective_experts)
+
+
+@pytest.mark.parametrize("load", [4, [-4, 4], [[4, 4], [8, 0]], [], [math.nan, 1], [math.inf, 1], None, "ab",
+                                  [top_1([0, 1], 2)], np.ones((8, 8))])
+@pytest.mark.parametrize("of", LOADS)
+def test_what_is_no_load_of_one_layer_is_refused(of, load):
+    with pytest.raises(ValueError, match=r"^a load is \(E,\) counts of at least 0, or one Routing, not .*: give one "):
+        of(load)
+
+
+def test_effective_experts_by_hand():
+    """4 equal loads are 4 experts; (2, 1, 1) of 4 has the entropy ln 2 / 2 + ln 4 / 2 = ln 2^1.5; nothing is 0."""
+    for load, expected in ([5, 5, 5, 5], 4), ([2, 1, 1], 2 ** 1.5), ([9, 0], 1), ([7], 1), ([0, 0], 0):
+        assert metrics.effective_experts(load) == pytest.approx(expected)
+    assert metrics.effective_experts(top_1([0, 0, 1, 2], 3)) == pytest.approx(2 ** 1.5)
+
+
 @pytest.mark.parametrize(
     "load, cv, violation, entropy, dead",
     [

@@ -10,11 +10,18 @@ from .routing import Routing
 DEAD_SHARE = 0.01  # an expert is dead below this share of its fair share
 N_SHUFFLES, FEW_SHUFFLES = 20, 4  # few: where each shuffle is of all bytes, and takes as long as a step
 
-Load = Routing | np.ndarray | list  # a Routing, or its load (E,)
+Load = Routing | np.ndarray | list  # a Routing, or its load (E,); all else is a ValueError
 
 
 def _load(x: Load) -> np.ndarray:
-    return np.asarray(x.load if isinstance(x, Routing) else x, dtype=float)
+    try:
+        load = np.asarray(x.load if isinstance(x, Routing) else x, dtype=float)
+    except (TypeError, ValueError):  # a list of Routings, or rows of several lengths
+        load = np.empty(())
+    if load.ndim != 1 or not load.size or not ((load >= 0) & (load < np.inf)).all():
+        raise ValueError("a load is (E,) counts of at least 0, or one Routing, not "
+                         f"{' '.join(repr(x).split())[:60]}: give one layer at a time")
+    return load
 
 
 def load_cv(routing: Load) -> float:
@@ -104,9 +111,10 @@ def weight_divergence(bank: ExpertBank, initial: float | None = None) -> float:
     return divergence / initial if initial and initial > 1e-6 else divergence
 
 
-def effective_experts(n_experts: int, load_entropy: float) -> float:
-    """exp(entropy of the load): E for equal loads, 1 where one expert serves all. load_entropy: a share of ln E."""
-    return n_experts ** load_entropy
+def effective_experts(routing: Load) -> float:
+    """exp(entropy of the load): E for equal loads, 1 where one expert serves all, 0 without any assignment."""
+    load = _load(routing)
+    return len(load) ** load_entropy(load) if load.any() else 0.0
 
 
 def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:

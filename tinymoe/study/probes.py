@@ -153,7 +153,7 @@ class LayerReport:
     @property
     def effective(self) -> float:
         """exp(entropy of the load): so many experts with equal loads have the same entropy."""
-        return metrics.effective_experts(len(self.load), metrics.load_entropy(self.load)) if self.load.any() else 0.0
+        return metrics.effective_experts(self.load)
 
     def warnings(self) -> list[str]:
         """Sentences on leaks and collapse."""

@@ -88,8 +88,8 @@ def experts_per_token(row, first=None):
 
 
 def effective_experts(layer):
-    """exp(entropy of the load): E for equal loads, 1 where one expert serves all."""
-    return metrics.effective_experts(len(layer["load"]), layer["load_entropy"])
+    """metrics.effective_experts of a row's load."""
+    return metrics.effective_experts(layer["load"])
 
 
 def collapsed(layer):
