@@ -20,8 +20,10 @@ from tinymoe.files import CheckpointError, save_arrays
 from tinymoe.layers.attention import CausalSelfAttention
 from tinymoe.layers.latent_attention import LatentAttention
 from tinymoe.model.counting import count
+from tinymoe.model.generate import generate
 from tinymoe.model.upcycling import upcycle
 from tinymoe.moe import losses, routers
+from tinymoe.moe.layer import MoELayer
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask, largest, limit_capacity
 from tinymoe.training.evaluation import first_nonfinite
@@ -414,8 +416,12 @@ def test_ids_of_a_wrong_shape(ids):
 
 
 def test_an_id_outside_the_vocabulary():
-    with pytest.raises(IndexError, match="7"):
+    with pytest.raises(IndexError, match="^ids run from 0 to 7, but vocab_size is 7: the model has the ids 0 to 6$"):
         model().forward(np.array([[0, 7]]))
+    with pytest.raises(IndexError, match="ids run from -1 to 2"):
+        model().forward([[-1, 2]])
+    with pytest.raises(IndexError, match="must be integers, not dtype float64"):
+        model().forward(np.array([[0., 1.]]))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -625,6 +631,95 @@ def test_options_are_annotated_attributes_or_arguments(monkeypatch):
                                    ("parent", dict(paper="x"), "paper is no option")):
         with pytest.raises(ValueError, match=message):
             routers.make(name, 4, 4, **options)
+
+
+def test_what_is_no_option_says_how_to_make_it_one(monkeypatch):
+    monkeypatch.setitem(ROUTERS, "warm", None)
+
+    class Warm(routers.TopK, name="warm"):
+        temp = 0.3
+        jitter = 0.0
+
+    for make in (lambda **options: routers.make("warm", 4, 4, **options),
+                 lambda **options: ModelConfig(router="warm", router_options=options)):
+        with pytest.raises(ValueError, match="temp is no option of warm, .*annotate it .*`temp: float = 0.3`$"):
+            make(temp=0.5)
+        with pytest.raises(ValueError, match="jitter is no option of warm, .*: the class fixes it at 0.0$"):
+            make(jitter=0.5)
+        with pytest.raises(ValueError, match="cold is no option of warm, which takes [a-z_, ]*$"):
+            make(cold=0.5)
+
+
+@pytest.mark.parametrize("entry, message", [
+    (lambda r, c: r.gate.sum(), r"LOSSES\['mine'\] is a function, but must be a Loss: write .* = Loss\("),
+    (losses.Loss("by expert", lambda r, c: r.probs.mean(axis=0)), r"the loss mine returned a Tensor \(3,\), but"),
+    (losses.Loss("a number", lambda r, c: 1.5), "the loss mine returned a float, but must return a scalar Tensor")])
+def test_an_entry_of_the_losses_that_is_wrong_is_named(monkeypatch, entry, message):
+    m = model()
+    monkeypatch.setitem(losses.LOSSES, "mine", entry)
+    with pytest.raises(ValueError, match=message):
+        model(losses={"mine": .5}).loss(IDS, TARGETS)
+    if not isinstance(entry, losses.Loss):
+        with pytest.raises(ValueError, match=message):
+            m.loss(IDS, TARGETS)
+
+
+def test_a_penalty_that_is_no_scalar_is_named(monkeypatch):
+    monkeypatch.setattr(routers.TopK, "penalty", lambda self, routing, context: routing.probs)
+    with pytest.raises(ValueError, match=r"the loss penalty returned a Tensor \(10, 3\), but must return a scalar"):
+        model().loss(IDS, TARGETS)
+
+
+@pytest.mark.parametrize("targets", [TARGETS.T, TARGETS.reshape(-1), TARGETS[:, :4], TARGETS[:1]])
+def test_targets_have_the_shape_of_the_ids(targets):
+    with pytest.raises(ValueError, match=r"^targets have shape .*, but the ids \(2, 5\): each id needs the token"):
+        model().loss(IDS, targets)
+    assert model().loss(IDS.tolist(), TARGETS.tolist()).total.item() == model().loss(IDS, TARGETS).total.item()
+
+
+def test_loss_terms_say_what_they_have():
+    terms = model().loss(IDS, TARGETS)
+    with pytest.raises(AttributeError, match="^LossTerms has no 'backward': it has total, cross_entropy, balance, z; "
+                                             "for gradients call .total.backward()"):
+        terms.backward()
+    assert terms.multi_token is None and terms.balance is terms.terms["balance"]
+    assert copy.copy(terms).balance is terms.balance  # which asks for attributes before there are any
+
+
+def test_a_seed_stands_for_its_generator():
+    noisy = model(router="noisy_top_k")
+    one, other, third = (noisy.loss(IDS, TARGETS, True, rng).total.item() for rng in (1, np.random.default_rng(1), 0))
+    assert one == other != third
+    text = [list(generate(model(vocab_size=128), prompt, 4, rng=rng)) for prompt, rng in (
+        (b"hello", 1), ("hello", np.random.default_rng(1)), (b"hello", None), (b"hello", 0))]
+    assert text[0] == text[1] != text[2] == text[3]
+
+
+@pytest.mark.parametrize("length", [-3, 1.5])
+def test_a_length_below_0_is_refused(length):
+    with pytest.raises(ValueError, match=f"length {length} must be a whole number of at least 0"):
+        generate(model(), b"\1", length)
+    assert list(generate(model(), b"\1", 0)) == []
+
+
+def test_a_model_of_arrays_takes_a_config_or_its_dict():
+    m = model()
+    arrays = {name: p.data for name, p in m.parameters().items()}
+    for config in (m.config, m.config.to_dict()):
+        assert Transformer.from_arrays(config, arrays).loss(IDS, TARGETS).total.item() == m.loss(
+            IDS, TARGETS).total.item()
+
+
+def test_a_layer_alone_has_defaults_and_its_parts_differ():
+    """With the seed 0 twice, the first numbers of router and experts would be the same, up to the same factor."""
+    config = ModelConfig(**SMALL)
+    layer, same = MoELayer(config), MoELayer(config, "top_k", np.random.default_rng(0), .02, np.float32)
+    for name, p in layer.parameters().items():
+        np.testing.assert_array_equal(p.data, same.parameters()[name].data)
+    drawn = layer.router.weight.data.reshape(-1), layer.experts.w1.data.reshape(-1)[:12]
+    assert not np.isclose(*drawn).any()
+    y, routing = layer(Tensor(np.ones((2, 5, 4), np.float32)))
+    assert y.shape == (2, 5, 4) and routing.n_tokens == 10
 
 
 def test_a_loss_that_is_added_to_the_table_is_trained_on(monkeypatch):

@@ -265,3 +265,11 @@ def test_a_sliding_window_of_all_layers_is_counted():
                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}
     assert params.architecture(mistral).windows == ()
     assert params.architecture(mistral | {"sliding_window": 4}).windows == (4, 4)
+
+
+def test_a_published_model_is_counted_by_its_name():
+    assert params.count("mixtral-8x7b") == params.count(params.PRESETS["mixtral-8x7b"])
+    assert params.count(ModelConfig().to_dict()) == params.count(ModelConfig())
+    with pytest.raises(ValueError, match="^unknown model 'mixtral': choose one of mixtral-8x7b, grok-1, "):
+        params.count("mixtral")
+    assert not hasattr(params, "find")

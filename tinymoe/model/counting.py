@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ..autograd.functional import GATED
-from ..moe.routers import find
+from ..moe import routers as known_routers
 from ..moe.settings import COUNT, DEPTH, WHOLE
 from .config import ModelConfig
 from .config_checks import LAYERS
@@ -26,21 +26,22 @@ class Part:
     flops: float
 
 
-def count(config: ModelConfig, context: float = 0, experts_per_token: float | None = None,
+def count(config: ModelConfig | dict | str, context: float = 0, experts_per_token: float | None = None,
           length: int | None = None) -> list[Part]:
-    """The Parts of a model, then their sum, named "all".
+    """The Parts of a model, then their sum, named "all". config: anything that `architecture` takes.
 
     context: positions that a token attends to. length: of a text instead; then the mean over its tokens counts.
     experts_per_token: the measured mean, for a router that does not fix K; None for top_k.
     Copy and zero experts have no parameters; without a measured mean they have their share of the choices.
     """
-    c, D, n_moe = config, config.d_model, len(config.moe_layers)
+    c = architecture(config)
+    D, n_moe = c.d_model, len(c.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
     shared = _feed_forward(c, c.shared_width) if c.n_shared else (0, 0)  # side by side, one wide layer
     shared = shared[0] + D * c.shared_gate, shared[1]
     norm, norms = 2 * D if c.norm == "layer" else D, 4 if c.post_norm else 2
     axes_of = {"D": D, "E": c.n_columns, "V": c.vocab_size, "R": _router_width(c)}
-    shapes = [axes for layer in c.moe_layers for axes in find(c.router_of(layer)).shapes.values()]
+    shapes = [axes for layer in c.moe_layers for axes in known_routers.find(c.router_of(layer)).shapes.values()]
     sizes = [(math.prod(map(axes_of.get, axes)), axes in ("DE", "DR", "RE")) for axes in shapes]
     if c.losses.get("global_batch"):
         sizes += [(c.n_columns, False)] * n_moe  # the running mean of the load
@@ -90,7 +91,7 @@ def _attention(c):
 
 def _router_width(c):
     """R, the width of a router's projection, where one has the option; else 0."""
-    found = (find(name).options().get("router_width") for name in c.routers)
+    found = (known_routers.find(name).options().get("router_width") for name in c.routers)
     return c.router_options.get("router_width", next((option.default for option in found if option), 0))
 
 
@@ -164,8 +165,15 @@ SIZES = {  # further whole numbers that a published config.json needs
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 
 
-def architecture(config: ModelConfig | dict) -> ModelConfig:
-    """A ModelConfig as it is, or that of a dict: its fields, or a published config.json. ValueError for others."""
+def architecture(config: ModelConfig | dict | str) -> ModelConfig:
+    """A ModelConfig as it is, that of a name in PRESETS, or that of a dict: its fields, or a published config.json.
+
+    Raises ValueError for others.
+    """
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ValueError(f"unknown model {config!r}: choose one of {', '.join(PRESETS)}")
+        return PRESETS[config]
     if isinstance(config, ModelConfig) or "d_model" in config:
         return config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
     config = renamed(config)

@@ -7,19 +7,23 @@ import numpy as np
 from ..autograd.tensor import no_grad
 from ..files import CheckpointError
 from ..moe.routing import largest
+from ..moe.settings import COUNT
 from .transformer import Transformer
 
 
-def generate(model: Transformer, prompt: bytes, length: int, temperature: float = 1.0,
-             rng: np.random.Generator | None = None, top: int | None = None) -> Iterator[int]:
-    """Yield `length` bytes, as integers, that continue prompt (bytes). The model sees the last seq_len bytes.
+def generate(model: Transformer, prompt: bytes | str, length: int, temperature: float = 1.0,
+             rng: np.random.Generator | int | None = None, top: int | None = None) -> Iterator[int]:
+    """Yield `length` bytes, as integers, that continue prompt. The model sees the last seq_len bytes.
+
+    prompt: bytes, or a str, which is encoded in UTF-8. rng: a Generator or a seed, 0 by default.
 
     Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
-    Temperature 0 takes the most probable byte, the lowest of equals. rng: default_rng(0) by default.
+    Temperature 0 takes the most probable byte, the lowest of equals.
     Raises ValueError for an empty prompt, a byte that the model has no token for, a temperature that is negative or not
-    finite, and a top below 1.
+    finite, a length below 0, and a top below 1.
     While it yields, it raises CheckpointError where the model computes numbers that are not finite.
     """
+    prompt = prompt.encode() if isinstance(prompt, str) else prompt
     if not prompt:
         raise ValueError("the prompt is empty: give at least one byte to continue")
     if max(prompt) >= model.config.vocab_size:
@@ -27,9 +31,10 @@ def generate(model: Transformer, prompt: bytes, length: int, temperature: float 
                          f"{model.config.vocab_size}")
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature {temperature} must be 0 or more, and finite")
+    COUNT.require("length", length)
     if top is not None and top < 1:
         raise ValueError(f"top {top} must be at least 1")
-    return _generate(model, list(prompt), length, temperature, rng or np.random.default_rng(0), top)
+    return _generate(model, list(prompt), length, temperature, np.random.default_rng(0 if rng is None else rng), top)
 
 
 def _generate(model, ids, length, temperature, rng, top):

@@ -26,14 +26,14 @@ def load(cls, path: str | Path):
         raise CheckpointError(f"{path} does not describe a tinymoe model: {error}") from None
 
 
-def from_arrays(cls, config: dict, arrays: dict[str, np.ndarray]):
-    """The Transformer of a config, given as a dict, with these weights.
+def from_arrays(cls, config: ModelConfig | dict, arrays: dict[str, np.ndarray]):
+    """The Transformer of a config, or of its dict, with these weights.
 
     Raises ValueError where they do not fit, or are not finite.
     """
     if bad := [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
         raise ValueError(f"{bad[0]} is not finite")
-    config = ModelConfig.from_dict(config)
+    config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
     require_size(config, sum(array.size for array in arrays.values()))
     model = cls(config, dtype=next(iter(arrays.values())).dtype)
     targets = {name: p.data for name, p in model.parameters().items()}

@@ -13,6 +13,7 @@ from ..moe.layer import MoELayer
 from ..moe.losses import LOSSES, LossContext
 from ..moe.routers import RouteContext
 from ..moe.routing import Routing
+from . import input_checks as checks
 from . import saving
 from .block import Block, make_norm
 from .config import ModelConfig
@@ -43,9 +44,7 @@ class LossTerms:
     terms: dict[str, Tensor]
 
     def __getattr__(self, name: str) -> Tensor | None:
-        if name in (*LOSSES, "penalty", "multi_token"):
-            return self.terms.get(name)
-        raise AttributeError(name)
+        return checks.term_named(name, vars(self).get("terms", {}))
 
 
 def token_nats(logits: Tensor, targets: np.ndarray) -> np.ndarray:
@@ -96,12 +95,12 @@ class Transformer(Module):
         return all(layer.causal for layer in self.moe_parts())
 
     def embed(self, ids: np.ndarray) -> Tensor:
-        """(B, T) ids -> (B, T, D). Raises ValueError for no tokens, or sequences longer than config.seq_len."""
-        ids = np.asarray(ids)
-        if ids.ndim != 2 or not ids.size or ids.shape[1] > self.config.seq_len:
-            raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with B at least 1 and T from 1 to "
-                             f"seq_len {self.config.seq_len}")
-        x = self.token_embedding(ids)
+        """(B, T) ids -> (B, T, D).
+
+        Raises ValueError for no tokens and sequences longer than config.seq_len, IndexError for ids that are no token.
+        """
+        ids = checks.require_ids(ids, self.config.seq_len)
+        x = checks.embedded(self.token_embedding, ids, self.config.vocab_size)
         return x if self.position_embedding is None else x + self.position_embedding(np.arange(ids.shape[1]))
 
     def read_out(self, x: Tensor) -> Tensor:
@@ -112,8 +111,8 @@ class Transformer(Module):
     def forward(self, ids: np.ndarray, training: bool = False, rng: np.random.Generator | None = None,
                 causal: bool = False, domain: np.ndarray | None = None) -> ModelOutput:
         """ids (B, T) integers -> ModelOutput. The other arguments are passed to the routers (RouteContext)."""
-        context, routings = RouteContext(np.asarray(ids), training, rng, causal, domain=domain), []
-        x = self.embed(ids)
+        x, routings = self.embed(ids), []
+        context = RouteContext(ids, training, rng, causal, domain=domain)
         for block in self.blocks:
             x, routing = block(x, context)
             if routing is not None:
@@ -122,12 +121,13 @@ class Transformer(Module):
 
     def loss(self, ids: np.ndarray, targets: np.ndarray, training: bool = False,
              rng: np.random.Generator | None = None, domain: np.ndarray | None = None) -> LossTerms:
-        """LossTerms of predicting targets (B, T) from ids (B, T)."""
+        """LossTerms of predicting targets (B, T) from ids (B, T); errors as those of `loss_terms`."""
         return self.loss_terms(self.forward(ids, training, rng, domain=domain), targets)
 
     def loss_terms(self, output: ModelOutput, targets: np.ndarray) -> LossTerms:
-        """LossTerms of a ModelOutput whose targets (B, T) are given."""
-        c, logits, targets = self.config, output.logits.reshape(-1, self.config.vocab_size), np.asarray(targets)
+        """LossTerms of a ModelOutput. Raises ValueError for targets of another shape than (B, T) or a wrong loss."""
+        c, logits = self.config, output.logits.reshape(-1, self.config.vocab_size)
+        targets = checks.require_targets(targets, output.logits)
         total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
         terms = {}
         for name, coefficient, term in self._routing_terms(output, lambda: token_nats(logits, targets.reshape(-1))):
@@ -147,10 +147,11 @@ class Transformer(Module):
                                         balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
         coefficients = c.coefficients()
-        wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()
-                  if loss.logged or coefficients[name]]
+        wanted = [(name, coefficients[name], checks.loss_function(name)) for name, loss in LOSSES.items()
+                  if coefficients[name] or getattr(loss, "logged", True)]
         wanted.append(("penalty", 1.0, lambda routing, context: context.router.penalty(routing, context)))
         for name, coefficient, of in wanted:
-            found = [term for routing, context in layers if (term := of(routing, context)) is not None]
+            terms = (checks.require_term(name, of(routing, context)) for routing, context in layers)
+            found = [term for term in terms if term is not None]
             if found:
                 yield name, coefficient, sum(found) * (1 / len(found))

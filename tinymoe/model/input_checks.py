@@ -1,0 +1,62 @@
+"""What a Transformer is given and what its losses return, checked, with messages that say what to do."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..autograd.tensor import Tensor
+from ..moe.losses import LOSSES, Loss
+
+
+def require_ids(ids, seq_len: int) -> np.ndarray:
+    """ids as an array (B, T). Raises ValueError for no tokens, or sequences longer than seq_len."""
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or not ids.size or ids.shape[1] > seq_len:
+        raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with B at least 1 and T from 1 to "
+                         f"seq_len {seq_len}")
+    return ids
+
+
+def embedded(embedding: Callable, ids: np.ndarray, vocab_size: int) -> Tensor:
+    """embedding(ids). Raises IndexError for ids that the vocabulary does not have; that of a lookup names rows."""
+    try:
+        return embedding(ids)
+    except IndexError:
+        if ids.dtype.kind not in "iu" or (ids.min() >= 0 and ids.max() < vocab_size):
+            raise
+    raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but vocab_size is {vocab_size}: the model has the ids "
+                     f"0 to {vocab_size - 1}")
+
+
+def require_targets(targets, logits: Tensor) -> np.ndarray:
+    """targets as an array (B, T). Raises ValueError for another shape than that of logits (B, T, V)."""
+    targets = np.asarray(targets)
+    if targets.shape != logits.shape[:2]:
+        raise ValueError(f"targets have shape {targets.shape}, but the ids {logits.shape[:2]}: each id needs the token "
+                         "that follows it")
+    return targets
+
+
+def loss_function(name: str) -> Callable:
+    """The function of an entry of LOSSES. Raises ValueError for an entry that is no Loss."""
+    if not isinstance(LOSSES[name], Loss):
+        raise ValueError(f"LOSSES[{name!r}] is a {type(LOSSES[name]).__name__}, but must be a Loss: write "
+                         f"LOSSES[{name!r}] = Loss(\"its meaning\", lambda routing, context: ...)")
+    return LOSSES[name].of
+
+
+def require_term(name: str, term: Tensor | None) -> Tensor | None:
+    """The term of a loss, a scalar Tensor or None. Raises ValueError for anything else."""
+    if term is None or isinstance(term, Tensor) and term.shape == ():
+        return term
+    what = f"a Tensor {term.shape}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+    raise ValueError(f"the loss {name} returned {what}, but must return a scalar Tensor, or None: use .sum() or "
+                     ".mean() of Tensors")
+
+
+def term_named(name: str, terms: dict) -> Tensor | None:
+    """The term of a loss that has a name; None for one that was not computed. Raises AttributeError for other names."""
+    if name in (*LOSSES, "penalty", "multi_token"):
+        return terms.get(name)
+    raise AttributeError(f"LossTerms has no {name!r}: it has {', '.join(('total', 'cross_entropy', *terms))}; for "
+                         "gradients call .total.backward()")
