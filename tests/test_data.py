@@ -323,3 +323,32 @@ def test_windows_longer_than_the_split_allows(tmp_path):
         corpus.batch(np.random.default_rng(0), 4, 400)
     with pytest.raises(CorpusError, match="'note'.*validation.*401.*seq_len=400"):
         corpus.validation(4, 400)
+
+
+@pytest.mark.parametrize("name, sizes", [("batch_size", (0, 4)), ("batch_size", (1.5, 4)), ("seq_len", (4, 0)),
+                                         ("seq_len", (4, -1))])
+def test_a_batch_has_a_window_and_a_window_a_byte(name, sizes):
+    corpus, wrong = load_corpus(bytes(range(256)), seq_len=8), sizes[name == "seq_len"]
+    with pytest.raises(ValueError, match=f"^{name} {wrong} must be a whole number of at least 1"):
+        corpus.batch(np.random.default_rng(0), *sizes)
+    with pytest.raises(ValueError, match=f"^{name.replace('batch_size', 'n_windows_per_domain')} {wrong} must be"):
+        corpus.validation(*sizes)
+    with pytest.raises(ValueError, match="^seq_len 0 must be a whole number"):
+        load_corpus(b"abc", 0)
+
+
+def test_a_seed_draws_what_its_generator_draws():
+    corpus = load_corpus(bytes(range(256)), seq_len=8)
+    for mine, other in zip(corpus.batch(3, 4, 8), corpus.batch(np.random.default_rng(3), 4, 8)):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_bytes_in_memory_are_domains(tmp_path):
+    one, many = b"abcd" * 50, {"a": b"a" * 100, "b": b"b" * 100}
+    (tmp_path / "text.txt").write_bytes(one)
+    assert load_corpus(one, 8).describe() == load_corpus(tmp_path / "text.txt", 8).describe()
+    corpus = load_corpus(many, 8)
+    assert corpus.names == ["a", "b"] and corpus.domains[1].tokens.tolist() == list(many["b"])
+    fails("'text'", "empty", text=b"")
+    fails("dict of texts is empty", text={})
+    fails("'a'", "is a str, but must be bytes", ".encode()", text={"a": "a" * 999})

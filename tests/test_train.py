@@ -97,6 +97,14 @@ def test_a_run_learns_a_text_without_surprise(tmp_path):
     assert len(losses) == 60 and losses[0] == pytest.approx(np.log(256), abs=0.1) and losses[-1] < 0.3
 
 
+def test_a_trainer_takes_a_model_of_its_plan_alone(corpus):
+    run = tiny()
+    other = tm.Transformer(replace(run.model, d_ff=2 * run.model.d_ff))
+    with pytest.raises(ValueError, match=f"^the model has d_ff {other.config.d_ff}, but the plan {run.model.d_ff}: "):
+        t.Trainer(other, run, corpus)
+    assert t.Trainer(tm.Transformer(run.model), run, corpus).parameters
+
+
 def test_the_folder_of_a_run_holds_what_the_contract_says(corpus, tmp_path):
     summary = t.train(tiny(), corpus, tmp_path)
     routings = [f"routings/{step:06}.npz" for step in (0, 2, 4, 6)]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .text_checks import require_length, require_sizes, require_windows
 from .texts import EXPECTED_SHA256, SYNTHETIC, CorpusError, read_domains  # noqa: F401  (re-exported)
 
 VALID_BLOCK = 4096  # bytes of a validation block; short texts have smaller blocks
@@ -52,12 +53,14 @@ class Corpus:
     def labelled_batch(self, rng, batch_size, seq_len):
         """Draw training windows: first a domain uniformly, then one of its window positions uniformly.
 
-        rng: a numpy Generator. Returns (ids (B, T), targets (B, T), domain (B,)), int64; targets are one byte ahead.
-        Raises CorpusError if a domain has no training span of seq_len + 1 bytes.
+        rng: a Generator or a seed. Returns (ids (B, T), targets (B, T), domain (B,)), int64; targets one byte ahead.
+        Raises CorpusError if a domain has no training span of seq_len + 1 bytes, ValueError for sizes below 1.
         """
+        require_sizes(batch_size=batch_size, seq_len=seq_len)
+        rng = np.random.default_rng(rng)
         # for each domain and span: how many windows fit up to the end of the span
         ends = [np.cumsum(np.maximum(d.train[:, 1] - d.train[:, 0] - seq_len, 0)) for d in self.domains]
-        _require_windows(self.names, [n[-1] for n in ends], "training", seq_len)
+        require_windows(self.names, [n[-1] for n in ends], "training", seq_len)
         domain = rng.integers(len(self.domains), size=batch_size)
         places = []
         for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
@@ -70,12 +73,14 @@ class Corpus:
 
         Returns (ids (W, T), targets (W, T), domain (W,)), all int64. Domains take turns (window 0 of domain 0, window
         0 of domain 1, ...), so batches hold them equally if their size allows. No byte is a target twice. A domain with
-        too few windows gives all that it has. Raises CorpusError if a domain has no block of seq_len + 1 bytes.
+        too few windows gives all that it has. Raises CorpusError if a domain has no block of seq_len + 1 bytes,
+        ValueError for sizes below 1.
         """
+        require_sizes(n_windows_per_domain=n_windows_per_domain, seq_len=seq_len)
         # windows side by side: neighbours share one byte, which is a target of the first only
         tiles = [np.concatenate([np.arange(first, end - seq_len, seq_len) for first, end in domain.valid])
                  for domain in self.domains]
-        _require_windows(self.names, map(len, tiles), "validation", seq_len)
+        require_windows(self.names, map(len, tiles), "validation", seq_len)
         turns = []
         for d, tile in enumerate(tiles):
             n = min(n_windows_per_domain, len(tile))
@@ -96,15 +101,8 @@ class Corpus:
         return window[:, :-1], window[:, 1:]
 
 
-def _require_windows(names, counts, kind, seq_len):
-    for name, count in zip(names, counts):
-        if count == 0:
-            raise CorpusError(f"domain '{name}' has no {kind} span of {seq_len + 1} bytes (seq_len {seq_len} + 1): "
-                              f"split it with load_corpus(..., seq_len={seq_len}), or take a smaller seq_len")
-
-
-def load_corpus(text: str | Path | None = None, seq_len: int = 128) -> Corpus:
-    """Read and split the default domains, or those at `text`: a path, or SYNTHETIC (see texts.py).
+def load_corpus(text: str | Path | bytes | dict[str, bytes] | None = None, seq_len: int = 128) -> Corpus:
+    """Read and split the default domains, or those of `text`: a path, SYNTHETIC, bytes, or a dict of them (texts.py).
 
     Any bytes are allowed; a domain needs 4 * (seq_len + 1) of them. A default domain with another hash than
     EXPECTED_SHA256 is still loaded; describe() says that it differs.
@@ -135,11 +133,7 @@ def split_spans(n_bytes: int, seq_len: int):
 
 
 def _domain(seq_len, name, raw, expected=None, entropy_rate=None):
-    least = 4 * (seq_len + 1)
-    if len(raw) < least:
-        what = "is empty" if not raw else f"has only {len(raw):,} bytes"
-        raise CorpusError(f"domain '{name}' {what}; seq_len {seq_len} needs at least {least:,} (two windows of "
-                          f"{seq_len + 1} to train and two to validate): give a longer text, or take a smaller seq_len")
+    require_length(name, raw, seq_len)
     train, valid = split_spans(len(raw), seq_len)
     sha256 = hashlib.sha256(raw).hexdigest()
     matches = None if expected is None else sha256 == expected

@@ -90,3 +90,16 @@ def first_model(plan, runs: Path) -> Transformer:
         raise RunError(f"{plan.run_id} starts from {other}, which is not finished: run the same command again")
     trained = load_model(other)
     return trained if plan.model == trained.config else upcycle(trained, plan.model, plan.seed)
+
+
+def trainable(model: Transformer, plan) -> dict:
+    """The parameters of a model by name. Raises ValueError for another config than the plan's, or if all is frozen."""
+    if model.config != plan.model:
+        one, other = model.config.to_dict(), plan.model.to_dict()
+        name = next(name for name in one if one[name] != other[name])
+        raise ValueError(f"the model has {name} {one[name]!r}, but the plan {other[name]!r}: make it of the plan's "
+                         "config, Transformer(plan.model, plan.seed)")
+    parameters = model.parameters()
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(f"freeze {list(plan.model.freeze)} leaves nothing to train")
+    return parameters

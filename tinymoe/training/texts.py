@@ -28,14 +28,21 @@ class CorpusError(Exception):
     """The text cannot be read or used. The message is one line that names the value and says what to do."""
 
 
-def read_domains(text: str | Path | None = None) -> Iterator[tuple]:
+def read_domains(text: str | Path | bytes | dict[str, bytes] | None = None) -> Iterator[tuple]:
     """Yield (name, bytes, expected sha256 or None, entropy rate in nats or None) of each domain.
 
-    text: None for the default domains, SYNTHETIC, or a path. A file is one domain, named after its stem. In a folder
-    each file is a domain, and so is each sub-folder: its files at any depth in order of path, joined by newlines.
-    Links are followed, hidden files are left out. Where two stems are equal, the files keep their full names.
+    text: None for the default domains, SYNTHETIC, bytes (one domain, "text"), a dict {domain: bytes}, or a path. A file
+    is one domain, named after its stem. In a folder each file is a domain, and so is each sub-folder: its files at any
+    depth in order of path, joined by newlines. Links are followed, hidden files are left out. Where two stems are
+    equal, the files keep their full names.
     """
-    if text == SYNTHETIC:
+    if isinstance(text, (bytes, bytearray)):
+        text = {"text": text}
+    if isinstance(text, dict):
+        if not text:
+            raise CorpusError("the dict of texts is empty: give at least one, {name: bytes}")
+        yield from ((str(name), raw, None, None) for name, raw in text.items())
+    elif text == SYNTHETIC:
         yield from ((name, raw, None, rate) for name, raw, rate in synthetic.domains())
     elif text is None:
         yield from ((name, raw, EXPECTED_SHA256[name], None) for name, raw in _default_domains())

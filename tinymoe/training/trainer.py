@@ -14,7 +14,7 @@ from .. import kernels
 from ..moe import metrics
 from .evaluation import Validation, evaluate, first_nonfinite, first_windows, losses_by_part
 from .identity import RunError, describe, machine
-from .loading import first_model
+from .loading import first_model, trainable
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
 from .plan import Event, RunPlan
 from .run_folder import RunFolder
@@ -31,13 +31,11 @@ class NonFiniteLoss(Exception):
 
 
 class Trainer:
-    """The state of a run: its model, optimizer, random generators and log. Raises ValueError if all is frozen."""
+    """The state of a run: its model, optimizer, random generators and log. Raises ValueError where `trainable` does."""
 
     def __init__(self, model, plan: RunPlan, corpus):
         self.model, self.plan, self.corpus = model, plan, corpus
-        self.parameters = model.parameters()
-        if not any(p.requires_grad for p in self.parameters.values()):
-            raise ValueError(f"freeze {list(plan.model.freeze)} leaves nothing to train")
+        self.parameters = trainable(model, plan)
         self.optimizer = AdamW(self.parameters, weight_decay=plan.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
         continued = [1] if plan.start else []  # a continued run draws new batches
