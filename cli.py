@@ -334,9 +334,10 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
     """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}; None if none finished."""
     from tinymoe.study.results import best_rates
     from tinymoe.study.rows import load_runs
-    size, rates = experiment.scale(scale), {}
-    seeds, chooses = seeds or size.seeds, scale == "full" and "learning_rate" not in fields.get("training", {})
+    rates, chooses = {}, scale == "full" and "learning_rate" not in fields.get("training", {})
     with _refusing(ValueError, TypeError, usage=True):
+        size = experiment.scale(scale)
+        seeds = seeds or size.seeds
         runs = experiment.runs(size, seeds, **fields)
         sweep = experiment.sweep(size, **fields) if chooses else []
     if sweep:

@@ -117,6 +117,16 @@ def test_flat_rows_hold_every_number_of_the_rows(folders):
     assert len(dense) == 1 + len(files.read_rows(folders / "two/runs/A-seed0/log.jsonl")) and "layer" not in dense[0]
 
 
+def test_flat_rows_of_one_run_and_of_no_folder(folders, tmp_path):
+    all_rows = c.flat_rows(folders / "one")
+    assert c.flat_rows(folders / "one/runs/D-seed1") == [row for row in all_rows if row["run_id"] == "D-seed1"]
+    (tmp_path / "runs.jsonl").touch()
+    for place, message in (tmp_path / "nowhere", "nowhere does not exist: give a results"), (
+            tmp_path / "runs.jsonl", "runs.jsonl is a file: give a results"), (tmp_path, "no run with rows"):
+        with pytest.raises(ValueError, match=message):
+            c.flat_rows(place)
+
+
 def test_rows_writes_a_file_and_refuses_parquet_without_its_package(folders, tmp_path, monkeypatch):
     code, output = invoke("rows", folders / "one", "-o", tmp_path / "mine.csv")
     assert code == 0 and "columns in" in output

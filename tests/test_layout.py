@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_no_imports_go_in_a_circle():
 def test_the_package_imports_in_reading_order():
     floors = [FLOOR[name] for name in inside(ROOT / "tinymoe" / "__init__.py")]
     assert floors == sorted(floors)
+
+
+def test_everything_is_reached_from_the_package():
+    """In a fresh process, in which no other test has imported anything."""
+    code = ("import sys, tinymoe as tm; late = {'matplotlib', 'tinymoe.study', 'tinymoe.tools'} & sys.modules.keys();"
+            "print(late, tm.training.trainer.Trainer is tm.Trainer, tm.model.generate.generate is tm.generate,"
+            "tm.train, tm.RunPlan, tm.TrainConfig, tm.load_model, tm.load_corpus, tm.study.runner.run_study,"
+            "tm.experiments.STUDY, 'study' in dir(tm), tm.tools.explain, hasattr(tm, 'nothing'),"
+            "hasattr(tm.study, 'nothing'))")
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("set() True True <") and found.stdout.endswith("False False\n")
 
 
 def test_only_the_compiled_kernels_import_numba():

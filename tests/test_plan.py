@@ -63,6 +63,14 @@ def test_only_the_plan_scores_all_validation_windows():
     assert windows == [64, 64, 1000]
 
 
+def test_a_scale_is_given_by_its_name():
+    frozen = EXPERIMENTS["frozen"]
+    assert frozen.runs("quick", 2) == frozen.runs(frozen.scale("quick"), 2)
+    assert TOY_DENSE.sweep("full") == TOY_DENSE.sweep(TOY_DENSE.scale("full"))
+    with pytest.raises(ValueError, match="^unknown scale 'quik': choose one of quick, default, full$"):
+        frozen.runs("quik", 2)
+
+
 def test_chosen_rates_reach_the_runs_and_a_given_rate_wins():
     rates = {"mixture": 4e-3, "dense-active": 1e-3, "dense-total": 1e-3}
     runs = TOY_DENSE.runs(TOY, 1, rates=rates)

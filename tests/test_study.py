@@ -351,6 +351,18 @@ def test_output_among_the_texts_is_refused(tmp_path):
         assert study.run_study([tiny()], out, texts) == {}
 
 
+def test_no_run_is_refused(text, tmp_path):
+    with pytest.raises(ValueError, match="^there is no run to train: give at least one RunPlan"):
+        study.run_study([], tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_train_on_bytes_in_memory(text, tmp_path):
+    assert study.run_study([tiny()], tmp_path / "memory", {"words": text.read_bytes()}) == {}
+    assert study.run_study([tiny()], tmp_path / "file", text) == {}
+    assert outcome(tmp_path / "memory") == outcome(tmp_path / "file")
+
+
 def test_two_runs_of_one_id_are_refused(text, tmp_path):
     with pytest.raises(ValueError, match="the same id"):
         study.run_study([tiny(), tiny(steps=3)], tmp_path, text)

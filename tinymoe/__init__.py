@@ -7,6 +7,8 @@ numba it asks glibc to keep freed memory. TINYMOE_KEEP_THREADS=1 in the environm
 """
 # ruff: noqa: F401, I001  (the imports are the public names, in reading order)
 
+import importlib
+
 from . import files, kernels
 from .autograd import functional, tensor
 from .autograd.gradcheck import GradcheckResult, gradcheck
@@ -19,7 +21,23 @@ from .moe.routers import RouteContext
 from .moe.routing import Routing
 from .model import config, counting as params, published as interop
 from .model.config import ModelConfig
+from .model.generate import generate
 from .model.transformer import LossTerms, ModelOutput, Transformer
 from .training import data, optim
+from .training.data import load_corpus
+from .training.loading import load_model
+from .training.plan import RunPlan, TrainConfig
+from .training.trainer import Trainer, train
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    """tm.study, tm.experiments and tm.tools: imported when they are first used, because they take long."""
+    if name in ("study", "experiments", "tools"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"tinymoe has no {name!r}: dir(tinymoe) lists what it has")
+
+
+def __dir__():
+    return [*globals(), "study", "experiments", "tools"]

@@ -1,1 +1,11 @@
 """A study: experiments, runs side by side, results, statistics, figures, report."""
+
+import importlib
+import importlib.util
+
+
+def __getattr__(name):
+    """A file of this folder, such as tm.study.runner, imported when it is first used."""
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"{__name__} has no {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")

@@ -56,7 +56,7 @@ class Cluster(futures.Executor):
         for name in ("distributed", "distributed.client", "distributed.core", "tornado.application"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are told in one line
         self._address, self._command, self._client = address, uuid.uuid4().hex[:8], None
-        text = os.path.abspath(text) if text and os.path.exists(text) else text
+        text = os.path.abspath(text) if isinstance(text, (str, Path)) and text and os.path.exists(text) else text
         self._work = functools.partial(_work, attempt, text, seq_len, corpus.describe(), kernels.active())
         self._sent, self._n_sent, self._news, self._due = {}, 0, [], 0.0
         self._reached, self._changed, self._died_at = {}, {}, {}  # by run id: step, time of its log, step of its kill

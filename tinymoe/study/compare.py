@@ -130,11 +130,15 @@ def draw(found, experiments=()):
 def flat_rows(folder) -> list[dict]:
     """Every row of every run, flat: one for each evaluation and MoE layer (one for a dense model), and one at the end.
 
-    A column of a list or an object has a dot: load.0, causal_by_domain.poetry. at_end: whether the row is the last
-    measurement, on the larger validation set. Raises ValueError where there is no row.
+    folder: a results folder, or that of one run. A column of a list or an object has a dot: load.0,
+    causal_by_domain.poetry. at_end: whether the row is the last measurement, on the larger validation set.
+    Raises ValueError where there is no folder or no row.
     """
-    rows = []
-    for run in load_runs(folder):
+    folder, rows = Path(folder), []
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}: give a results folder, or the folder of one run")
+    for run in [load_run(folder)] if (folder / "config.json").exists() else load_runs(folder):
         head = {"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "state": run.state,
                 **{name: run.model.get(name) for name in RUN_FIELDS}}
         head["router"] = "+".join(router_names(run.model)) or None

@@ -182,9 +182,12 @@ class Experiment:
                              "rate_of, no start and no learning_rate of its own")
 
     def scale(self, name: str) -> Scale:
-        """The Scale "quick", "default" or "full": the plan."""
+        """The Scale "quick", "default" or "full": the plan. Raises ValueError for another name."""
         plan = replace(self.scales["default"], steps=self.steps, seeds=self.seeds, training={})
-        return self.scales.get(name, plan)
+        known = {**self.scales, "full": self.scales.get("full", plan)}
+        if name not in known:
+            raise ValueError(f"unknown scale {name!r}: choose one of {', '.join(known)}")
+        return known[name]
 
     @property
     def plan_hash(self) -> str:
@@ -202,7 +205,8 @@ class Experiment:
         """The ids of the settings that choose their own learning rate."""
         return [s.id for s in self.settings if not (s.rate_of or s.start or "learning_rate" in s.training)]
 
-    def sweep(self, scale: Scale, only=None, model: dict | None = None, training: dict | None = None) -> list[RunPlan]:
+    def sweep(self, scale: Scale | str, only=None, model: dict | None = None,
+              training: dict | None = None) -> list[RunPlan]:
         """The RunPlans that choose the learning rates, such as `top-2@0.002-seed100`; arguments as those of `runs`."""
         settings = {s.id: s for s in self.settings}
         wanted = {settings[name].rate_of or name for name in only or settings}
@@ -210,9 +214,9 @@ class Experiment:
                         config_id=sweep_id(name, rate), measure=None)
                 for seed in SWEEP_SEEDS for name in self.choosers if name in wanted for rate in self.rates]
 
-    def runs(self, scale: Scale, seeds: int, only=None, model: dict | None = None,
+    def runs(self, scale: Scale | str, seeds: int, only=None, model: dict | None = None,
              training: dict | None = None, rates: dict | None = None) -> list[RunPlan]:
-        """The RunPlans at a Scale with seeds 0 to seeds - 1, seed by seed.
+        """The RunPlans at a Scale, or its name, with seeds 0 to seeds - 1, seed by seed.
 
         only: ids of some settings, in order. model, training: fields that win over those of the settings. rates:
         {setting id: learning rate} that a sweep chose.
@@ -224,7 +228,7 @@ class Experiment:
                 for seed in range(seeds) for name in only or settings]
 
     def _run(self, setting, seed, scale, model, training):
-        own = dict(setting.model)
+        scale, own = self.scale(scale) if isinstance(scale, str) else scale, dict(setting.model)
         if model.get("router", own.get("router")) != own.get("router"):
             own.pop("router_options", None)  # another router has others
         fields = _merged(scale.model, self.model, own, model)

@@ -39,14 +39,16 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
               ) -> dict[str, str]:
     """Train the RunPlans that are not finished under out/runs, `jobs` at a time. Returns {run id: why it failed}.
 
-    text: None for the default corpus, or a path. fresh: throw away what these runs left before. on_event: called in
-    this process with each Event. scheduler: the address of a Dask scheduler, whose workers train instead of this
-    machine. A failed run does not stop the others; runs that start from others wait for them.
-    Raises data.CorpusError, cluster.ClusterError, OSError if nothing can be written, ValueError if two runs have one
-    id, and SystemExit in a program that starts workers without `if __name__ == "__main__":`.
+    text: None for the default corpus, a path, or what else load_corpus takes. fresh: throw away what these runs left
+    before. on_event: called in this process with each Event. scheduler: the address of a Dask scheduler, whose workers
+    train instead of this machine. A failed run does not stop the others; runs that start from others wait for them.
+    Raises data.CorpusError, cluster.ClusterError, OSError if nothing can be written, ValueError for no run and for two
+    of one id, and SystemExit in a program that starts workers without `if __name__ == "__main__":`.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that still imports the program
         raise SystemExit(UNGUARDED)
+    if not all_runs:
+        raise ValueError("there is no run to train: give at least one RunPlan, such as those of Experiment.runs")
     folders = {plan.run_id: Path(out, "runs", plan.run_id) for plan in all_runs}
     if len(folders) < len(all_runs):
         raise ValueError("two runs have the same id: give each its own config id or seed")
@@ -96,7 +98,7 @@ def _cluster():
 
 def _require_outside(out, text):
     """CorpusError if the results would lie among the texts: the next run would read them as text."""
-    if text in (None, SYNTHETIC):
+    if text in (None, SYNTHETIC) or not isinstance(text, (str, Path)):
         return
     folder, results = Path(text).resolve(), out.resolve()
     if results.is_relative_to(folder) and not any(p.startswith(".") for p in results.relative_to(folder).parts):
