@@ -139,8 +139,9 @@ def name_points(axes, results, points):
         places[i] = min(places[i], places[i + 1] - gap)
     for name, y in zip(order, places):
         colour = style_of(results.experiment, name)["color"]
-        axes.annotate(name, points[name], (1.05, y), textcoords="axes fraction", va="center", fontsize=6.5, color=colour,
-                      arrowprops=dict(arrowstyle="-", color=colour, lw=0.4, shrinkA=1, relpos=(0, 0.5)))
+        axes.annotate(name, points[name], (1.05, y), textcoords="axes fraction", va="center", fontsize=6.5,
+                      color=colour, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 1,
+                                                "relpos": (0, 0.5)})
 
 
 def less_reference(reference, metric, results=None):
