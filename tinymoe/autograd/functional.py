@@ -1,7 +1,7 @@
 """Functions of Tensors: activations, the softmax family, losses, normalisation, lookups.
 
-Each makes one node of the graph, with its VJP beside it. Those that take most of a step call a kernel (reference.py).
-They take arrays in place of Tensors.
+Each makes one node of the graph (but for clamped SwiGLU and `gather` of all axes), with its VJP beside it. Those that
+take most of a step call a kernel (reference.py). They take arrays in place of Tensors.
 """
 
 import math
@@ -84,16 +84,11 @@ def _largest(x, axis):
     return x.max(axis=axis, keepdims=True)
 
 
-def _softmax(x, axis):
-    e = np.exp(x - _largest(x, axis))
-    return e / e.sum(axis=axis, keepdims=True)
-
-
 def _exponentials(x, axis):
     """(top, exp(x - top)), where top is the largest entry."""
     top = _largest(x, axis)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
-    e = np.asarray(x - top, np.result_type(x.dtype, np.float16))
+    e = np.asarray(x - top, np.result_type(x.dtype, np.float16))  # integers become floats
     return top, np.exp(e, out=e)
 
 
@@ -104,20 +99,17 @@ def _shift(x, axis):
         return top, np.log(e.sum(axis=axis, keepdims=True))
 
 
-def _log_softmax(x, axis):
-    top, rest = _shift(x, axis)
-    return x - top - rest
-
-
 def softmax(x: Tensor, axis: Axis = -1) -> Tensor:
     """exp(x) / sum exp(x) along an axis; -inf gives probability 0."""
-    p = _softmax(x.data, axis)
+    e = np.exp(x.data - _largest(x.data, axis))
+    p = e / e.sum(axis=axis, keepdims=True)
     return primitive(p, (x, lambda g: p * (g - (g * p).sum(axis=axis, keepdims=True))))
 
 
 def log_softmax(x: Tensor, axis: Axis = -1) -> Tensor:
     """x - logsumexp(x) along an axis."""
-    value = _log_softmax(x.data, axis)
+    top, rest = _shift(x.data, axis)
+    value = x.data - top - rest
     return primitive(value, (x, lambda g: g - np.exp(value) * g.sum(axis=axis, keepdims=True)))
 
 
@@ -142,13 +134,15 @@ def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:
     rows = np.arange(n)
     top, e = _exponentials(logits.data, -1)
     total = e.sum(axis=1, keepdims=True)
+    picked = logits.data[rows, targets] - top[:, 0]
+    nats = np.log(total[:, 0]) - picked  # -log softmax(logits)[target]
 
-    def vjp(g):
+    def vjp(g):  # (softmax - one hot) g / n
         d = e * (g / n / total)
         d[rows, targets] -= g / n
         return d
 
-    return primitive((np.log(total[:, 0]) - (logits.data[rows, targets] - top[:, 0])).mean(), (logits, vjp))
+    return primitive(nats.mean(), (logits, vjp))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -212,7 +206,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(f"causal_attention takes q (B, T, H, d), k (B, T, G, d), v (B, T, G, dv), d > 0 and "
                          f"G dividing H, not {q.shape}, {k.shape}, {v.shape}")
     check_dtypes("causal_attention", q, k, v)
-    backward, heads = kernels.causal_attention_backward, (q.data, k.data, v.data)  # as chosen now
+    # the backward pass of these kernels, also if `kernels.use` chooses others before it runs
+    backward, heads = kernels.causal_attention_backward, (q.data, k.data, v.data)
     value, saved = kernels.causal_attention(*heads)
     return record(value, (q, k, v), lambda g: backward(g, *heads, saved))
 

@@ -19,7 +19,7 @@ def as_tensor(x: Any) -> Any:
 def taking_arrays(namespace: dict[str, Any]) -> dict[str, Any]:
     """The public functions of a module's namespace that take Tensors, each of which then takes arrays in their place.
 
-    Parameters annotated as Tensor, or Tensor | None, take anything that Tensor(...) takes.
+    Parameters annotated as Tensor, or Tensor | None, which come first, take anything that Tensor(...) takes.
     """
     own = {name: f for name, f in namespace.items() if inspect.isfunction(f) and name[0] != "_" and
            f.__module__ == namespace["__name__"]}
@@ -33,11 +33,12 @@ def _tensors_of(function):
 
 
 def _wrapping(function, taken):
-    signature = inspect.signature(function)
+    signature, n = inspect.signature(function), sum(expected is Tensor for expected in taken.values())
+    usual = {Tensor} if n == len(taken) else {Tensor, type(None)}
 
     @functools.wraps(function)
     def call(*args, **options):
-        if args and type(args[0]) is Tensor and np.ndarray not in map(type, args):  # the usual case
+        if len(args) >= n and usual.issuperset(map(type, args[:len(taken)])) and taken.keys().isdisjoint(options):
             return function(*args, **options)
         given = signature.bind(*args, **options)
         for name, expected in taken.items():

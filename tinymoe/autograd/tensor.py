@@ -18,7 +18,7 @@ import operator
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .values import Values, broadcast, require_floating
+from .values import Values, require_floating
 
 _no_grad_depth = contextvars.ContextVar("no_grad_depth", default=0)  # open no_grad blocks of this thread and context
 _clock = itertools.count()
@@ -42,13 +42,13 @@ def _reflected(operation):
 
 
 class Tensor(Values):
-    """An array of real numbers. If it is a leaf, `backward` leaves its gradient in `.grad`.
+    """An array of real numbers. `backward` leaves the gradient of a leaf, which is no result, in its `.grad`.
 
     array: anything that `np.asarray` takes; the dtype is kept. TypeError unless it holds real numbers.
     requires_grad: makes it a leaf of floating dtype, else TypeError, with a copy of the array, because an optimiser
         changes it. Its `.grad` (same shape and dtype) accumulates over calls of `backward` until it is set to None.
 
-    Operators take Python numbers, which get the tensor's dtype, and NumPy arrays, on either side.
+    Operators take Python numbers and NumPy arrays on either side; scalars and integers get the tensor's dtype.
     Operations keep references to `.data` and to arrays of indices. Do not change these before the backward pass, or
     gradients are wrong: `backward` raises an error if an optimiser did (`mark_changed`), and notices no other change.
     """
@@ -69,7 +69,7 @@ class Tensor(Values):
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
     T = property(lambda self: self.transpose())
-    _in_graph = property(lambda self: self.requires_grad and not _no_grad_depth.get())
+    _in_graph = property(lambda self: self.requires_grad and not _no_grad_depth.get())  # for Values
 
     def detach(self) -> Tensor:
         """The same values without the graph."""
@@ -117,27 +117,27 @@ class Tensor(Values):
 
     def __add__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        return primitive(broadcast(np.add, self, other), (self, lambda g: g), (other, lambda g: g))
+        return primitive(_apply(np.add, self, other), (self, lambda g: g), (other, lambda g: g))
 
     def __sub__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        return primitive(broadcast(np.subtract, self, other), (self, lambda g: g), (other, lambda g: -g))
+        return primitive(_apply(np.subtract, self, other), (self, lambda g: g), (other, lambda g: -g))
 
     def __mul__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        return primitive(broadcast(np.multiply, self, other),
+        return primitive(_apply(np.multiply, self, other),
                          (self, lambda g: g * other.data), (other, lambda g: g * self.data))
 
     def __truediv__(self, other: ArrayLike | Tensor) -> Tensor:
         other = self._operand(other)
-        value = broadcast(np.divide, self, other)
+        value = _apply(np.divide, self, other)
         return primitive(value, (self, lambda g: g / other.data), (other, lambda g: -g * value / other.data))
 
     def __pow__(self, other: ArrayLike | Tensor) -> Tensor:
         """x ** y. The gradient for y at x = 0 is 0; at x < 0 it is NaN, as log x is."""
         other = self._operand(other)
         x, y = self.data, other.data
-        value = broadcast(np.power, self, other)
+        value = _apply(np.power, self, other)
         quiet = np.errstate(divide="ignore", invalid="ignore")
         return primitive(value, (self, quiet(lambda g: g * np.where(y == 0, 0, y * np.power(x, y - 1)))),
                          (other, quiet(lambda g: g * np.where(x == 0, 0, value * np.log(x)))))
@@ -198,7 +198,7 @@ class Tensor(Values):
         def vjp_b(g):
             return _unbroadcast(rows.swapaxes(-1, -2) @ restore(g), columns.shape).reshape(b.shape)
 
-        return primitive(broadcast(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
+        return primitive(_apply(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over one axis, several (a tuple) or all (None)."""
@@ -249,7 +249,7 @@ class Tensor(Values):
         return primitive(self.data[index], (self, vjp))
 
     def _operand(self, other):
-        """`other` as a Tensor. Numbers and whole numbers take the dtype of self, so float32 stays float32."""
+        """`other` as a Tensor. Scalars and integer arrays take the dtype of self, so float32 stays float32."""
         value = np.asarray(_raw(other))
         if self.dtype.kind == "f" and (value.dtype.kind in "iu" or value.dtype.kind == "f" and value.ndim == 0):
             return other if getattr(other, "requires_grad", False) else Tensor(value.astype(self.dtype))
@@ -349,6 +349,17 @@ def _seed(tensor, gradient):
 
 def _freed(g):
     raise RuntimeError("this graph was freed by backward(retain_graph=False): run the forward pass again")
+
+
+def _apply(ufunc, a, b):
+    """ufunc of the values of two Tensors. ValueError where their shapes do not broadcast."""
+    try:
+        return ufunc(a.data, b.data)
+    except ValueError as error:
+        if "broadcast" not in str(error):  # integers to a negative power
+            raise
+        raise ValueError(f"cannot {ufunc.__name__} shapes {a.shape} and {b.shape}: counted from the right, sizes must "
+                         "be equal or 1; line them up with .reshape or by indexing with None") from None
 
 
 def _unbroadcast(gradient, shape):

@@ -17,17 +17,6 @@ def require_floating(dtype: np.dtype) -> None:
         raise TypeError(f"dtype {dtype} has no gradient: convert with .astype(np.float32) first")
 
 
-def broadcast(ufunc: np.ufunc, a, b) -> np.ndarray:
-    """ufunc of the values of two Tensors. ValueError where their shapes do not broadcast."""
-    try:
-        return ufunc(a.data, b.data)
-    except ValueError as error:
-        if "broadcast" not in str(error):  # integers to a negative power
-            raise
-        raise ValueError(f"cannot {ufunc.__name__} shapes {a.shape} and {b.shape}: counted from the right, sizes must "
-                         "be equal or 1; line them up with .reshape or by indexing with None") from None
-
-
 def _comparison(compare):
     """The method that compares entry by entry, as NumPy does, and returns booleans outside any graph."""
     def method(self, other):
@@ -39,10 +28,11 @@ def _comparison(compare):
 
 
 class Values:
-    """The part of Tensor that reads `.data` alone. It makes no graph; where a graph would be lost, it raises an error.
+    """What Python and NumPy ask of a Tensor: printing, comparing, copying, converting.
 
-    Comparisons (== too), `np.isfinite` and `np.argmax` have no gradient, so they always return arrays. Other functions
-    of NumPy return arrays too, but raise TypeError if an input is part of a graph.
+    Comparisons (== too), `np.isfinite` and `np.argmax` have no gradient, so they always return arrays. `array + tensor`
+    is passed on to Tensor's operators. Any other function of NumPy returns an array, or raises TypeError if a graph
+    would be lost.
     """
 
     __slots__ = ()

@@ -36,9 +36,9 @@ def activation(x, name):
 def activation_backward(dy, x, name):
     """dx = dy f'(x); gated: da = dy b f'(a) and db = dy f(a), side by side"""
     a, b = np.split(x, 2, axis=-1) if name in GATED else (x, 1)
-    y, slope = CURVES[GATED.get(name, name)](a)
+    f, slope = CURVES[GATED.get(name, name)](a)
     da = dy * b * slope
-    return np.concatenate([da, dy * y], axis=-1) if name in GATED else da
+    return np.concatenate([da, dy * f], axis=-1) if name in GATED else da
 
 
 def linear(x, w, b):

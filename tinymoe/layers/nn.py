@@ -26,11 +26,11 @@ def ones(shape: int | tuple, dtype: DTypeLike) -> Tensor:
 
 
 class Module:
-    """Calling a Module runs its `forward`, with Tensors in place of NumPy arrays of floating dtype.
+    """Calling a Module runs its `forward`; positional NumPy arrays of floating dtype become Tensors.
 
-    A Tensor attribute is a parameter, or state that is saved if it requires no gradient. Lists, tuples and dicts may
-    hold Tensors and Modules. Keep anything else as a NumPy array, which is not saved. The result of an operation is no
-    parameter.
+    A Tensor attribute is a parameter if it requires a gradient, else state that is saved. Results that are part of a
+    graph are neither. Lists, tuples and dicts may hold Tensors and Modules. Keep anything else as a NumPy array, which
+    is not saved.
     """
 
     def __call__(self, *args, **kwargs):
@@ -40,7 +40,7 @@ class Module:
         return f"{type(self).__name__}({sum(p.size for p in self.parameters().values()):,} parameters)"
 
     def parameters(self) -> dict[str, Tensor]:
-        """dict of dotted name -> Tensor, in the order in which the attributes were set.
+        """dict of dotted name -> Tensor, in the order in which the attributes were set; saved state is among them.
 
         A Tensor that is there twice has its first name alone.
         """

@@ -66,7 +66,7 @@ class ModelConfig:
                                  checks.ROUTER)
     router_options: dict = setting(None, "options of the router; those not given have the router's defaults",
                                    checks.OPTIONS.or_none())
-    top_k: float = setting(2, "experts K per token; a mean, perhaps a fraction, for expert_choice", POSITIVE)
+    top_k: float = setting(2, "experts K per token; a mean, perhaps a fraction, for routers that vary it", POSITIVE)
     capacity_factor: float | None = setting(None, "limit on an expert's load, divided by the mean load; null: no limit",
                                             POSITIVE.or_none())
     drop_policy: str = setting("order", "what a limit drops: later choices (order), or small gates (gate)",

@@ -1,31 +1,24 @@
 """What a Transformer is given and what its losses return, checked, with messages that say what to do."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from ..autograd.tensor import Tensor
 from ..moe.losses import LOSSES, Loss
 
 
-def require_ids(ids, seq_len: int) -> np.ndarray:
-    """ids as an array (B, T). Raises ValueError for no tokens, or sequences longer than seq_len."""
+def require_ids(ids, seq_len: int, vocab_size: int) -> np.ndarray:
+    """ids as an array (B, T).
+
+    Raises ValueError for no tokens, or sequences longer than seq_len; IndexError for what is no token.
+    """
     ids = np.asarray(ids)
     if ids.ndim != 2 or not ids.size or ids.shape[1] > seq_len:
         raise ValueError(f"ids have shape {ids.shape}, but must be (B, T) with B at least 1 and T from 1 to "
                          f"seq_len {seq_len}")
+    if ids.dtype.kind in "iu" and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but vocab_size is {vocab_size}: the model has the "
+                         f"ids 0 to {vocab_size - 1}")
     return ids
-
-
-def embedded(embedding: Callable, ids: np.ndarray, vocab_size: int) -> Tensor:
-    """embedding(ids). Raises IndexError for ids that the vocabulary does not have; that of a lookup names rows."""
-    try:
-        return embedding(ids)
-    except IndexError:
-        if ids.dtype.kind not in "iu" or (ids.min() >= 0 and ids.max() < vocab_size):
-            raise
-    raise IndexError(f"ids run from {ids.min()} to {ids.max()}, but vocab_size is {vocab_size}: the model has the ids "
-                     f"0 to {vocab_size - 1}")
 
 
 def require_targets(targets, logits: Tensor) -> np.ndarray:
@@ -37,21 +30,21 @@ def require_targets(targets, logits: Tensor) -> np.ndarray:
     return targets
 
 
-def loss_function(name: str) -> Callable:
-    """The function of an entry of LOSSES. Raises ValueError for an entry that is no Loss."""
-    if not isinstance(LOSSES[name], Loss):
-        raise ValueError(f"LOSSES[{name!r}] is a {type(LOSSES[name]).__name__}, but must be a Loss: write "
-                         f"LOSSES[{name!r}] = Loss(\"its meaning\", lambda routing, context: ...)")
-    return LOSSES[name].of
+def require_losses(losses: dict) -> None:
+    """Raise ValueError for an entry of LOSSES that is no Loss."""
+    for name, loss in losses.items():
+        if not isinstance(loss, Loss):
+            raise ValueError(f"LOSSES[{name!r}] is a {type(loss).__name__}, but must be a Loss: write "
+                             f"LOSSES[{name!r}] = Loss(\"its meaning\", lambda routing, context: ...)")
 
 
-def require_term(name: str, term: Tensor | None) -> Tensor | None:
-    """The term of a loss, a scalar Tensor or None. Raises ValueError for anything else."""
-    if term is None or isinstance(term, Tensor) and term.shape == ():
-        return term
-    what = f"a Tensor {term.shape}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
-    raise ValueError(f"the loss {name} returned {what}, but must return a scalar Tensor, or None: use .sum() or "
-                     ".mean() of Tensors")
+def require_terms(name: str, terms: list) -> None:
+    """Raise ValueError unless each term of a loss is a scalar Tensor, or None."""
+    for term in terms:
+        if term is not None and not (isinstance(term, Tensor) and term.shape == ()):
+            what = f"a Tensor {term.shape}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+            raise ValueError(f"the loss {name} returned {what}, but must return a scalar Tensor, or None: use .sum() "
+                             "or .mean() of Tensors")
 
 
 def term_named(name: str, terms: dict) -> Tensor | None:

@@ -34,8 +34,8 @@ class ModelOutput:
 class LossTerms:
     """The parts of a loss: total = cross_entropy + the sum of coefficient * term.
 
-    terms: name -> scalar Tensor, the mean over MoE layers: those of losses.LOSSES that are logged or have a
-    coefficient, "penalty" of routers that have one, "multi_token" of a second head. A term is also an attribute
+    terms: name -> scalar Tensor, the mean over the MoE layers that have it: those of losses.LOSSES that are logged or
+    have a coefficient, "penalty" of routers that have one, "multi_token" of a second head. A term is also an attribute
     (`terms.balance`), None where it was not computed.
     """
 
@@ -99,8 +99,8 @@ class Transformer(Module):
 
         Raises ValueError for no tokens and sequences longer than config.seq_len, IndexError for ids that are no token.
         """
-        ids = checks.require_ids(ids, self.config.seq_len)
-        x = checks.embedded(self.token_embedding, ids, self.config.vocab_size)
+        ids = checks.require_ids(ids, self.config.seq_len, self.config.vocab_size)
+        x = self.token_embedding(ids)
         return x if self.position_embedding is None else x + self.position_embedding(np.arange(ids.shape[1]))
 
     def read_out(self, x: Tensor) -> Tensor:
@@ -130,28 +130,36 @@ class Transformer(Module):
         targets = checks.require_targets(targets, output.logits)
         total = cross_entropy = F.cross_entropy(logits, targets.reshape(-1))
         terms = {}
-        for name, coefficient, term in self._routing_terms(output, lambda: token_nats(logits, targets.reshape(-1))):
+
+        @cache
+        def nats():  # only the policy loss needs it
+            return token_nats(logits, targets.reshape(-1))
+
+        for name, coefficient, term in self._routing_terms(output, nats):
             terms[name] = term
-            total = total + coefficient * term if coefficient else total
+            if coefficient:
+                total = total + coefficient * term
         if c.mtp_coef and targets.shape[1] > 1:
             terms["multi_token"] = self.next_but_one.loss(self, output.states, targets)
             total = total + c.mtp_coef * terms["multi_token"]
         return LossTerms(total, cross_entropy, terms)
 
     def _routing_terms(self, output, nats):
-        """Yield (name, coefficient, mean over MoE layers) of the losses and of the routers' own penalties."""
-        c, nats = self.config, cache(nats)
+        """Yield (name, coefficient, mean over the MoE layers that have it) of the losses and the routers' penalties."""
+        c = self.config
         layers = [(routing, LossContext(layer.router, seq_len=output.logits.shape[1], n_devices=c.n_devices,
                                         max_devices=c.max_devices, token_nats=nats,
-                                        recent_share=getattr(layer.recent_share, "data", None),
+                                        recent_share=None if layer.recent_share is None else layer.recent_share.data,
                                         balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
         coefficients = c.coefficients()
-        wanted = [(name, coefficients[name], checks.loss_function(name)) for name, loss in LOSSES.items()
-                  if coefficients[name] or getattr(loss, "logged", True)]
+        checks.require_losses(LOSSES)
+        wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()
+                  if coefficients[name] or loss.logged]
         wanted.append(("penalty", 1.0, lambda routing, context: context.router.penalty(routing, context)))
         for name, coefficient, of in wanted:
-            terms = (checks.require_term(name, of(routing, context)) for routing, context in layers)
+            terms = [of(routing, context) for routing, context in layers]
+            checks.require_terms(name, terms)
             found = [term for term in terms if term is not None]
             if found:
                 yield name, coefficient, sum(found) * (1 / len(found))

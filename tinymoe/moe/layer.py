@@ -19,7 +19,7 @@ class MoELayer(Module):
 
     config: a ModelConfig. router: the name of this layer's router, by default the first of config.
     rng: a seed or Generator for the initial weights. out_std: the standard deviation of those of the output layers.
-    change_routing: a function (Routing, x (N, D)) -> Routing applied before the experts run, for experiments; or None.
+    Its attribute change_routing: a function (Routing, x (N, D)) -> Routing applied before the experts run, or None.
     """
 
     def __init__(self, config, router: str | None = None, rng: int | np.random.Generator = 0,
@@ -54,12 +54,14 @@ class MoELayer(Module):
         context = RouteContext() if context is None else context
         rows = x.reshape(-1, x.shape[-1])  # (N, D)
         routing = self.router(rows, context)
-        if self.capacity_factor is not None and not context.causal:  # a limit depends on the whole batch
+        if self.capacity_factor is not None and not context.causal:  # it depends on the whole batch
             routing = limit_capacity(routing, self.capacity_factor, self.top_k, self.drop_policy)
         if self.change_routing is not None:
             routing = self.change_routing(routing, rows)
         y = self.weighted_sum(rows, routing).reshape(x.shape)
-        return (y if self.shared is None else y + self._shared(x)), routing
+        if self.shared is not None:
+            y = y + self._shared(x)
+        return y, routing
 
     def weighted_sum(self, x: Tensor, routing: Routing) -> Tensor:
         """The experts' output (N, D) for x (N, D). The columns of copy experts and then of zero experts come last.

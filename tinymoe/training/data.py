@@ -7,7 +7,7 @@ A token is a byte (V = 256), so there is no tokenizer. A *domain* is one labelle
 A window of T + 1 bytes (T inputs and T targets, one byte ahead) lies inside one span. So no window mixes two domains or
 joins two spans, and training never sees a byte that validation predicts.
 
-Axis letters: B batch, T time, W validation windows, S spans of a domain.
+Axis letters: B batch, T time, W validation windows, S validation blocks of a domain.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ VALID_SHARE = 10  # one byte in ten is for validation
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """One labelled text. `train` and `valid` are spans: (S, 2) rows of [first byte, one past the last)."""
+    """One labelled text. `valid` (S, 2) and `train` (S + 1, 2) are spans: rows of [first byte, one past the last)."""
 
     name: str
     tokens: np.ndarray  # (n,) uint8
@@ -65,7 +65,8 @@ class Corpus:
         places = []
         for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
             span = np.searchsorted(ends[d], number, side="right")
-            places.append((d, self.domains[d].train[span, 1] - seq_len - (ends[d][span] - number)))
+            left = ends[d][span] - number  # windows of the span from this one on
+            places.append((d, self.domains[d].train[span, 1] - seq_len - left))
         return *self._windows(places, seq_len), domain
 
     def validation(self, n_windows_per_domain, seq_len):
@@ -84,7 +85,7 @@ class Corpus:
         turns = []
         for d, tile in enumerate(tiles):
             n = min(n_windows_per_domain, len(tile))
-            spread = tile[(2 * np.arange(n) + 1) * len(tile) // (2 * n)]  # at equal distances
+            spread = tile[(2 * np.arange(n) + 1) * len(tile) // (2 * n)]  # the middle of each of n equal parts
             turns += [(turn, d, first) for turn, first in enumerate(spread)]
         places = [(d, first) for _, d, first in sorted(turns)]
         return *self._windows(places, seq_len), np.array([d for d, _ in places])

@@ -22,9 +22,10 @@ class AdamW:
 
     def __init__(self, parameters: dict[str, Tensor], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
                  eps: float = 1e-8, weight_decay: float = 0.1, no_decay: Collection[str] = ()):
-        self.no_decay = check_adamw(parameters, lr, betas, eps, weight_decay, no_decay)
+        no_decay = frozenset([no_decay] if isinstance(no_decay, str) else no_decay)
+        check_adamw(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_decay=no_decay)
         self.parameters, self.lr, self.betas, self.eps = parameters, lr, betas, eps
-        self.weight_decay = weight_decay
+        self.weight_decay, self.no_decay = weight_decay, no_decay
         self.m = {name: np.zeros(p.shape, p.dtype) for name, p in parameters.items()}
         self.v = {name: np.zeros(p.shape, p.dtype) for name, p in parameters.items()}
         self.steps = dict.fromkeys(parameters, 0)
@@ -36,7 +37,7 @@ class AdamW:
                 continue
             self.steps[name] += 1
             decay = 0.0 if name in self.no_decay else self.weight_decay
-            p.data = np.require(p.data, requirements="CW")
+            p.data = np.require(p.data, requirements="CW")  # the kernel writes into an array in C order
             kernels.adamw(p.data, p.grad, self.m[name], self.v[name], lr=self.lr, betas=self.betas, eps=self.eps,
                           weight_decay=decay, step=self.steps[name])
             p.mark_changed()
@@ -50,14 +51,14 @@ class AdamW:
 def clip_gradients(parameters: dict[str, Tensor], max_norm: float) -> float:
     """Scale all gradients so that their common Euclidean norm is at most max_norm; returns the norm before.
 
-    A norm that is not finite is returned, and infinite or NaN gradients stay so. Raises TypeError unless parameters is
-    a dict, ValueError for a max_norm below 0.
+    If the norm is not finite, the gradients stay as they are. Raises TypeError unless parameters is a dict, ValueError
+    for a max_norm below 0.
     """
     require_parameters(parameters)
     require_norm(max_norm)
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     norm = math.sqrt(sum(kernels.sum_of_squares(g) for g in gradients))
-    if norm > max_norm:
+    if max_norm < norm < math.inf:
         for g in gradients:
             g *= max_norm / norm
     return norm

@@ -18,9 +18,9 @@ def require_parameters(parameters: Any) -> None:
                         "model.parameters()")
 
 
-def check_adamw(parameters: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
-                no_decay: Collection[str]) -> frozenset[str]:
-    """The names of no_decay as a set; one name may be a str. Raises what AdamW does."""
+def check_adamw(parameters: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+                no_decay: Collection[str]) -> None:
+    """Raise what AdamW does."""
     require_parameters(parameters)
     for name, p in parameters.items():
         if not isinstance(p, Tensor):
@@ -31,13 +31,12 @@ def check_adamw(parameters: Any, lr: float, betas: tuple[float, float], eps: flo
     if twice := [name for name, p in parameters.items() if first[id(p)] != name]:
         raise ValueError(f"parameter {twice[0]!r} is the same Tensor as {first[id(parameters[twice[0]])]!r}, and would "
                          "be updated twice: leave one out")
-    for name, value in ("lr", lr), ("eps", eps), ("weight_decay", weight_decay):
-        (POSITIVE if name == "eps" else NOT_NEGATIVE).require(name, value)
+    NOT_NEGATIVE.require("lr", lr)
+    NOT_NEGATIVE.require("weight_decay", weight_decay)
+    POSITIVE.require("eps", eps)
     BETAS.require("betas", betas)
-    names = frozenset({no_decay} if isinstance(no_decay, str) else no_decay)
-    if unknown := sorted(names - set(parameters)):
+    if unknown := sorted(set(no_decay) - set(parameters)):
         raise ValueError(f"no_decay {unknown[0]!r} is not the name of a parameter: choose from {', '.join(parameters)}")
-    return names
 
 
 def require_norm(max_norm: float) -> None:

@@ -92,10 +92,11 @@ class Trainer:
 
     def _means_since_row(self):
         """Means of the training numbers since the last row, by name; None for a term that has no finite value."""
-        steps, self.since_row = self.since_row or [{}], []
+        steps = self.since_row or [{}]
+        self.since_row = []
         names = list(dict.fromkeys([*TRAINING_NUMBERS, *(name for numbers in steps for name in numbers)]))
         means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0)
-        # a term that is not finite has a coefficient of 0: otherwise the run would have stopped
+        # NaN: a step lacks the term, or its coefficient is 0, else the run would have stopped
         return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means.tolist())}
 
     def validation(self, n_windows: int) -> Validation:

@@ -11,7 +11,7 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; GShard).
 
     f_e is the share of the assignments that went to e, before any capacity limit, and has no gradient. P_e is the mean
-    over tokens of `probs`, the full softmax. Equals 1 at perfect balance and E / K where everything goes to K experts
+    over tokens of `probs`. Equals 1 at perfect balance and E / K where everything goes to K experts
     with certainty. It can fall below 1: f counts choices and P averages probabilities, and an expert that is chosen
     often may have a small mean probability.
     """

@@ -11,7 +11,7 @@ from ...autograd.tensor import Tensor
 from ...layers.nn import INIT_STD, Module, normal, zeros
 from ..losses import LossContext
 from ..routing import Routing
-from .checks import check_input, check_name, check_output, check_top_k, need
+from .checks import check_input, check_name, check_output, check_top_k, require_field
 from .options import check_options, meaning_of, options_of
 
 ROUTERS: dict[str, type["Router"]] = {}  # in the order of definition
@@ -23,8 +23,8 @@ class RouteContext:
 
     ids: (B, T) tokens, N = B * T; rows of x follow them, sequence by sequence.
     training: turns on noise and other behaviour of training. rng: the generator for it.
-    causal: decide each token's route from the prefix of its own sequence alone. Routers with `causal = True` always
-        do; the others change their rule.
+    causal: decide each token's route from the prefix of its own sequence alone. Routers with causal and causal_training
+        do so anyway; the others change their rule.
     domain: (B,) the domain of each sequence, an integer; known in training and evaluation, not for other texts.
     carried: values that a layer's router passes to the routers of later layers, within one forward pass.
     ids and domain may be lists, and rng a seed: `training=True, rng=0` in every step repeats the same noise.
@@ -44,7 +44,7 @@ class RouteContext:
 
     def need(self, name: str, router: "Router") -> Any:
         """The field `name`: ids, rng or domain. Raises RouteError, a ValueError, where it is None."""
-        return need(self, name, router.name)
+        return require_field(self, name, router.name)
 
 
 class Router(Module):
@@ -60,7 +60,7 @@ class Router(Module):
     """
 
     paper = "–"
-    formula = used_by = "–"  # its choice and gates in one line, and who trains with it; not inherited
+    formula = used_by = "–"  # its choice and gates in one line, and who trains with it; no page shows a parent's
     chooses = "token"  # "token" chooses its experts, "expert" its tokens, or "neither"
     balanced = "no"  # whether the load is equal by construction
     causal = True  # outside training, a token's route depends on its own prefix alone

@@ -10,7 +10,7 @@ class RouteError(ValueError):
     """A router lacks something of its context, or does not return a Routing. The message says what to do."""
 
 
-def need(context, name: str, router: str):
+def require_field(context, name: str, router: str):
     """The field ids, rng or domain of a RouteContext. Raises RouteError where it is None."""
     if getattr(context, name) is None:
         raise RouteError(f"{router} needs RouteContext.{name}: give it {CONTEXT[name]}")
@@ -49,6 +49,25 @@ def check_top_k(router: type, n_experts: int, top_k: float) -> None:
         kind = "a number" if router.mean_k else "a whole number"
         must = "1" if router.top_1_only else f"{kind} above 0 and at most n_experts {n_experts}"
         raise ValueError(f"top_k {top_k} must be {must} for {router.name}")
+
+
+def check_choice(n_experts: int, top_k: float, n_groups: int, limit: int | None, second: str, threshold: float | None,
+                 jitter: float) -> None:
+    """Raise ValueError for options of TopK that do not fit together."""
+    if (n_groups > 1) != (limit is not None):
+        raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
+    if n_experts % n_groups or limit and limit > n_groups:
+        raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {limit} be from "
+                         "1 to n_groups")
+    if limit and top_k > limit * (n_experts // n_groups):
+        raise ValueError(f"group_limit {limit} leaves {limit * (n_experts // n_groups)} experts, fewer than top_k "
+                         f"{top_k}")
+    if second != "all" and top_k != 2:
+        raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
+    if second == "threshold" and (threshold or 0) >= 0.5:
+        raise ValueError(f"second_threshold {threshold} must be below 0.5, because no second gate is above it")
+    if jitter >= 1:
+        raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
 
 
 def check_name(router: type, taken: type | None) -> None:

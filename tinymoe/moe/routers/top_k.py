@@ -1,6 +1,6 @@
 """Each token chooses its K experts of largest probability.
 
-Read `_choose` first. With the default options `_jittered`, `_in_best_groups` and `_keeps_second` do nothing.
+With the default options `_jittered`, `_in_best_groups` and `_keeps_second` do nothing.
 """
 
 from typing import Literal
@@ -10,6 +10,7 @@ import numpy as np
 from ...autograd import functional as F
 from ..routing import from_mask, largest, shares
 from .base import LinearRouter
+from .checks import check_choice
 
 
 class TopK(LinearRouter, name="top_k"):
@@ -48,34 +49,9 @@ class TopK(LinearRouter, name="top_k"):
         if self.second_threshold is None:
             self.second_threshold = 0.2 if self.second_expert == "threshold" else 0.5
 
-    @classmethod
-    def check(cls, n_experts, top_k, options):
-        super().check(n_experts, top_k, options)
-        n_groups, limit, second, threshold, jitter = (options.get(name, getattr(cls, name)) for name in (
-            "n_groups", "group_limit", "second_expert", "second_threshold", "jitter"))
-        if (n_groups > 1) != (limit is not None):
-            raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
-        if n_experts % n_groups or limit and limit > n_groups:
-            raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {limit} be from "
-                             "1 to n_groups")
-        if limit and top_k > limit * (n_experts // n_groups):
-            raise ValueError(f"group_limit {limit} leaves {limit * (n_experts // n_groups)} experts, fewer than top_k "
-                             f"{top_k}")
-        if second != "all" and top_k != 2:
-            raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
-        if second == "threshold" and (threshold or 0) >= 0.5:
-            raise ValueError(f"second_threshold {threshold} must be below 0.5, because no second gate is above it")
-        if jitter >= 1:
-            raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
-
     def forward(self, x, context):
-        return self._choose(self.scores(self._jittered(x, context)), context)
-
-    def _jittered(self, x, context):
-        if not (self.jitter and context.training):
-            return x
-        noise = context.need("rng", self).uniform(1 - self.jitter, 1 + self.jitter, x.shape)
-        return x * noise.astype(x.dtype)
+        logits = self.scores(self._jittered(x, context))
+        return self._choose(logits, context)
 
     def _choose(self, logits, context, soft_load=None):
         probs = F.softmax(logits)
@@ -84,6 +60,15 @@ class TopK(LinearRouter, name="top_k"):
         if context.training and self.second_expert != "all":
             chosen = chosen & self._keeps_second(gates.data, context)
         return from_mask(chosen, gates, logits, probs, soft_load=soft_load)
+
+    def _select(self, scores, context):  # subclasses may choose otherwise
+        return largest(scores, self.top_k)
+
+    def _jittered(self, x, context):
+        if not (self.jitter and context.training):
+            return x
+        noise = context.need("rng", self).uniform(1 - self.jitter, 1 + self.jitter, x.shape)
+        return x * noise.astype(x.dtype)
 
     def _in_best_groups(self, scores, n_best):
         """Scores (N, E), with -inf outside each token's best groups (not 0: a biased score may be below 0).
@@ -97,12 +82,15 @@ class TopK(LinearRouter, name="top_k"):
         best = largest(value, self.group_limit)
         return np.where(np.repeat(best, grouped.shape[-1], axis=-1), scores, -np.inf)
 
-    def _select(self, scores, context):
-        return largest(scores, self.top_k)
-
     def _keeps_second(self, gates, context):
         """(N, E) bool: first choices, and the second choices that second_expert keeps."""
         limit = np.full(len(gates), self.second_threshold, float)
         if self.second_expert == "random":
             limit *= context.need("rng", self).random(len(gates))
         return largest(gates, 1) | (gates > limit[:, None])
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        check_choice(n_experts, top_k, *(options.get(name, getattr(cls, name)) for name in (
+            "n_groups", "group_limit", "second_expert", "second_threshold", "jitter")))
