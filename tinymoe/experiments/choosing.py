@@ -177,7 +177,7 @@ MODERN = {  # router, options, other fields, in words
     "sqrt-softplus": ("sigmoid_bias", {"score": "sqrt_softplus"}, {"aux_coef": 0.0}, "other scores (DeepSeek-V4)"),
     "quantile": ("quantile_bias", {}, {"aux_coef": 0.0}, "a bias that is solved for"),
     "top-p": ("top_p", {"steer": 0.1}, {}, "as many experts as a share of probability needs, 2 on average"),
-    "remoe": ("remoe", {}, {"aux_coef": 0.0}, "every positive logit, 2 on average (ReMoE)"),
+    "remoe": ("remoe", {}, {"aux_coef": 0.0}, "every positive logit, steered to 2 on average (ReMoE)"),
     "threshold": ("expert_threshold", {}, {"aux_coef": 0.0}, "thresholds of experts, 2 a byte on average"),
     "sinkhorn": ("sinkhorn", {}, {"aux_coef": 0.0}, "Sinkhorn while training"),
     "base": ("base_assignment", {}, {"aux_coef": 0.0, "top_k": 1}, "balanced assignment while training, K = 1")}
