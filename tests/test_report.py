@@ -582,7 +582,7 @@ def test_a_setting_may_be_drawn_less_a_reference_of_its_own(tmp_path):
     """B less A is -0.367 and D less C its own difference; A and C are their own references."""
     results = Results(STUDY, write_study(tmp_path))
     partner = {"A": "A", "B": "A", "C": "C", "D": "C"} | {name: name for name in results.groups if name > "D"}
-    draw = figures.at_the_end(quantities.LOSS, reference="its partner", reference_of=partner)
+    draw = figures.at_the_end(quantities.LOSS, reference="its partner", reference_of=partner.get)
     with figures.default_style():
         axes = draw(results).axes[0]
     def loss(name):

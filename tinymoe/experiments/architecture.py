@@ -27,7 +27,7 @@ shared = Experiment(
                  *contrasts(("mi_excess",), (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16")))),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv", reference="the setting without a shared expert",
-                                      reference_of=WITHOUT)},
+                                      reference_of=WITHOUT.get)},
     caution="Active and total parameters are equal. The gates differ: one routed expert has a raw gate, several have "
             f"gates that sum to 1, and the shared expert has none. {BOUNDS}")
 

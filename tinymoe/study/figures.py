@@ -9,6 +9,7 @@ seeds. Dashed lines and hollow marks are leaky: measured with a route that may d
 import io
 import math
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 
@@ -260,8 +261,8 @@ def by_layer(*metrics):
 def at_the_end(*metrics, reference=None, reference_of=None, experts_only=False):
     """A panel for each metric: the settings from top to bottom, a leaky number with a hollow mark below the causal one.
 
-    Losses are less those of the reference setting, if there is one. reference_of: {setting id: id of its reference},
-    where `reference` says in words which that is. experts_only: only settings with experts, no figure without any.
+    Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference;
+    `reference` then says in words which that is. experts_only: only settings with experts, no figure without any.
     """
     @captioned(lambda results: f"{listed(metrics, reference, None if reference_of else results)}, at the end of "
                                "training, for each setting.", metrics)
@@ -279,10 +280,10 @@ def at_the_end(*metrics, reference=None, reference_of=None, experts_only=False):
                 axes.axvspan(-margin, margin, color=SHADE)
                 keys[MARGIN_KEY] = None
             for y, name in enumerate(chosen):
-                base = reference_of[name] if base and reference_of else base
-                end_mark(axes, results, name, metric, y, base)
+                own = reference_of(name) if base and reference_of else base
+                end_mark(axes, results, name, metric, y, own)
                 if metric.startswith("causal_") and results.groups[name][0].leaky:
-                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, base,
+                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, own,
                              markerfacecolor="white")
                     keys[LEAKY_KEY] = None
             axes.set(xlabel=fill(label, 72 // len(shown)), ylim=(len(chosen) - 0.4, -0.6))
@@ -327,12 +328,12 @@ def forest(found: list[Results]) -> Figure | None:
         axes.annotate(one.verdict, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axes.set_xscale("symlog", linthresh=2)
     drawn = [x / one.margin for _, one in rows for x in (*one.values, one.interval.low, one.interval.high)]
-    scale = (0, 1, 2, 5, 10, 20, 50, 100, 1000, 10_000)
-    ticks = [sign * x for sign, end in ((-1, -min(drawn)), (1, max(drawn)))
-             for before, x in zip((0, *scale), scale) if before < max(end, 1) or not x]  # up to the first beyond
-    axes.set_xticks(sorted(set(ticks)), list(map(str, sorted(set(ticks)))))
+    below, above = ([x for before, x in pairwise((0, 1, 2, 5, 10, 20, 50, 100, 1000, 10_000)) if before < max(end, 1)]
+                    for end in (-min(drawn), max(drawn)))  # up to the first tick beyond the data
+    ticks = [*(-x for x in reversed(below)), 0, *above]
+    axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
-    axes.set(xlabel="difference / margin", ylim=(len(rows) - 0.4, -0.6), xlim=(min(ticks), max(ticks)))
+    axes.set(xlabel="difference / margin", ylim=(len(rows) - 0.4, -0.6), xlim=(ticks[0], ticks[-1]))
     fig.legend(handles=[*SEED_KEYS, MARGIN_KEY], loc="outside lower center", ncols=3)
     axes.set_yticks(range(len(rows)), [fill(f"{name}: {one.contrast}{_what(one.contrast)}".replace("`", ""), 52)
                                        for name, one in rows])
@@ -392,16 +393,18 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
                          "are moved apart sideways.", metrics)
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
-        ticks = sorted({x_of(name) for names in names_of.values() for name in names})
+        ticks, keys = sorted({x_of(name) for names in names_of.values() for name in names}), {}
         for axes, metric in zip(axes_of, metrics):
             base, label = less_reference(reference, metric)
             if base and results.several:
-                axes.axhspan(-margin_of(results, metric), margin_of(results, metric), color=SHADE)
+                margin = margin_of(results, metric)
+                axes.axhspan(-margin, margin, color=SHADE)
+                keys[MARGIN_KEY] = None
             lines = [(list(map(x_of, names)),
                       [t_interval(Contrast(metric, name, minus=base and reference_of(name) if reference_of else base)
                                   .of(results.numbers)) for name in names],
                       {"label": line} | style_at(place)) for place, (line, names) in enumerate(names_of.items())]
             log_lines(axes, lines, ticks, x_label, label)
-        fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        fig.legend(handles=[*axes.get_legend_handles_labels()[0], *keys], loc="outside lower center", ncols=8)
         return fig
     return draw

@@ -273,7 +273,7 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     if one.per == "row":
         return float(one.of(row))
     layers = row.get("layers", []) if layer is None else row["layers"][layer:layer + 1]
-    choosing = [each for each in layers if len(each.get("load", "..")) > 1]  # one expert: nothing is chosen
+    choosing = [each for each in layers if len(each.get("load", ())) != 1]  # one expert: nothing is chosen
     numbers = [row[name]] if name in row else [_in_layer(one, each) for each in choosing]
     if numbers and None not in numbers:
         return float(np.mean(numbers))
