@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tinymoe.moe import routers
 from tinymoe.study import gathered, report
 
 ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "results/published"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 
@@ -64,11 +66,25 @@ def table(part):
 CORE, AROUND = README[:README.find("Around the core")], README[README.find("Around the core"):]
 
 
-def counted(readme):
-    """The README with the numbers of lines as they are."""
+def corrected(readme):
+    """The README with the numbers of lines, and the results, as they are."""
     readme = re.sub(r"^(\| `([\w./]+)` \| )[\d,]+ \|", lambda row: f"{row[1]}{lines_of(row[2])} |", readme, flags=re.M)
     readme = re.sub(r"(it has )[\d,]+ lines", rf"\g<1>{sum(map(lines_of, table(CORE))):,} lines", readme)
-    return re.sub(r"\([\d,]+( lines in all\))", rf"({lines_of(''):,}\g<1>", readme)
+    readme = re.sub(r"\([\d,]+( lines in all\))", rf"({lines_of(''):,}\g<1>", readme)
+    rows, unknown = decided()
+    readme = re.sub(r"(^\| found \|.*\n.*\n)(?:\|.*\n)*", lambda head: f"{head[1]}{rows}\n", readme, flags=re.M)
+    return re.sub(r"^Not known: (.+\n)*", unknown + "\n", readme, flags=re.M)
+
+
+def decided():
+    """The README's table of what was decided, and its sentence of what is not known: the first page of the published
+    findings, shortened."""
+    page, tables = (PUBLISHED / "FINDINGS.md").read_text(encoding="utf-8"), []
+    for head in ("question", "not known"):
+        lines = re.search(rf"^\| {head} \|.*\n.*\n((?:\|.*\n)*)", page, re.M)[1].splitlines()
+        tables.append([line.strip("| ").split(" | ") for line in lines])
+    rows = [f"| {answer.strip('*')} | {difference.split(': ')[1]} |" for _, answer, difference, *_ in tables[0]]
+    return "\n".join(rows), textwrap.fill("Not known: " + " ".join(question for question, *_ in tables[1]), 125)
 
 
 def numbers(readme):
@@ -81,7 +97,7 @@ def test_its_numbers_of_lines_are_true_within_3():
     """`python tests/test_readme.py` corrects them."""
     there = {path.name + "/" * path.is_dir() for path in (ROOT / "tinymoe").iterdir()}
     assert set(table(AROUND)) >= there - {"__pycache__/", "__init__.py"} and table(CORE)
-    pairs = zip(numbers(README).items(), numbers(counted(README)).values())
+    pairs = zip(numbers(README).items(), numbers(corrected(README)).values())
     assert [(what, true) for (what, said), true in pairs if abs(said - true) > 3] == []
 
 
@@ -89,12 +105,16 @@ def test_the_core_is_short():
     assert sum(map(lines_of, table(CORE))) <= 2600
 
 
+def test_its_results_are_the_first_page_of_the_findings():
+    """`python tests/test_readme.py` corrects them."""
+    assert all(part in README for part in decided())
+
+
 def test_its_numbers_stand_in_the_published_findings():
     findings = "".join(path.read_text() for path in (ROOT / "results").rglob("FINDINGS.md"))
     assert all(number in findings for number in re.findall(r"[\d.]+ ± [\d.]+", README))
 
 
-PUBLISHED = ROOT / "results/published"
 DONE = {path.parent: {"full": STUDY}.get(path.parent.name) or EXPERIMENTS[path.parent.name]
         for path in sorted(PUBLISHED.rglob("runs.jsonl"))}
 
@@ -134,4 +154,4 @@ def test_the_recipes_are_short_and_name_files_and_commands_that_exist():
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(counted(README), encoding="utf-8")
+    (ROOT / "README.md").write_text(corrected(README), encoding="utf-8")

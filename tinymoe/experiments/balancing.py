@@ -55,9 +55,9 @@ phase = Experiment(
     primary=(Primary(
         question="Does a larger learning rate collapse routing?", margin=0.5,
         contrast=Contrast("effective_experts", "E8-rate0.016-std0.02", minus="E8-rate0.001-std0.02"),
-        lower="Of 8 experts fewer are in effect with 16 times the rate.",
-        higher="Of 8 experts more are in effect with 16 times the rate.",
-        same="As many of 8 experts are in effect with 16 times the rate."),),
+        lower="With 16 times the learning rate fewer of 8 experts are in effect.",
+        higher="With 16 times the learning rate more of 8 experts are in effect.",
+        same="With 16 times the learning rate as many of 8 experts are in effect."),),
     exploratory=(*contrasts(("effective_experts",), [(f"E{e}-rate{rate:g}-std0.2", f"E{e}-rate{rate:g}-std0.02")
                                                      for e in (8, 32) for rate in (1e-3, 4e-3, 1.6e-2)]),),
     seeds=4, steps=500,
