@@ -262,8 +262,8 @@ def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
     assert "**No plan was recorded by 18 runs.**" in text
 
 
-def test_the_seeds_that_are_lacking_have_a_price(tmp_path):
-    """100 seeds more of two settings, at 20 seconds a run; one slow run does not change the median."""
+def test_the_seeds_that_would_decide_have_a_price(tmp_path):
+    """102 seeds of two settings, at 20 seconds a run; one slow run does not change the median."""
     results = Results(STUDY, write_study(tmp_path))
     results.groups["A"][1].summary["wall_seconds"] = 3600.0
     found = types.SimpleNamespace(verdict="not known", needed=102, needed_range=(50, None), n=2,
@@ -271,11 +271,11 @@ def test_the_seeds_that_are_lacking_have_a_price(tmp_path):
 
     def said(**changed):
         one = types.SimpleNamespace(**vars(found) | changed)
-        return tables.lacking_hours(results, one), tables.to_decide(results, one)
+        return tables.deciding_hours(results, one), tables.to_decide(results, one)
 
-    assert said() == (pytest.approx(100 * 40 / 3600), "102 seeds (50 to over 1,000), 1.1 core-hours more")
+    assert said() == (pytest.approx(102 * 40 / 3600), "102 seeds (50 to over 1,000), 1.1 core-hours")
     assert said(needed=None, needed_range=(None, None)) == (
-        pytest.approx(998 * 40 / 3600), "over 1,000 seeds (over 1,000), over 11.1 core-hours more")
+        pytest.approx(1000 * 40 / 3600), "over 1,000 seeds (over 1,000), over 11.1 core-hours")
     assert said(needed=2)[1] == "no number of seeds is known, as the difference seems to lie between 0 and the margin"
     assert said(needed=2)[0] == said(verdict="same")[0] == 0
 
@@ -284,7 +284,7 @@ def test_the_price_of_a_seed_has_the_run_that_it_starts_from(tmp_path):
     settings = tuple(dataclasses.replace(s, start="A") if s.id == "C" else s for s in STUDY.settings)
     results = Results(dataclasses.replace(STUDY, settings=settings, rates=()), write_study(tmp_path))
     found = types.SimpleNamespace(verdict="not known", needed=102, n=2, contrast=Contrast(LOSS, "C", minus="B"))
-    assert tables.lacking_hours(results, found) == pytest.approx(100 * 60 / 3600)
+    assert tables.deciding_hours(results, found) == pytest.approx(102 * 60 / 3600)
 
 
 def test_a_ratio_is_said_with_its_geometric_mean_and_interval():

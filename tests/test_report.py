@@ -533,6 +533,10 @@ def test_a_difference_smaller_than_the_margin_is_said_to_be_so():
     one = STUDY.primary[0]
     (found,) = corrected([Comparison(one.contrast, (0.004, 0.005, 0.006), 0.01)], holm)
     assert one.sentence(found) == "Heavy balancing raises the loss. But the difference is smaller than the margin."
+    (found,) = corrected([Comparison(one.contrast, (0.011, 0.012, 0.013), 0.01)], holm)  # the interval begins at 0.0095
+    assert one.sentence(found) == "Heavy balancing raises the loss. The difference may be smaller than the margin."
+    (found,) = corrected([Comparison(one.contrast, (0.111, 0.112, 0.113), 0.01)], holm)
+    assert one.sentence(found) == "Heavy balancing raises the loss."
 
 
 def test_settings_are_ranked_from_the_smallest_mean(tmp_path):
@@ -646,8 +650,8 @@ def test_text_is_drawn_on_the_colours_of_its_experts(tmp_path):
 
 def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=2))
-    said = ("Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, bands go from "
-            "the lowest seed to the highest.")
+    said = ("Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, "
+            "coloured bands go from the lowest seed to the highest.")
     assert report.caption(results, "over_steps") == said
     for run in results.runs:
         run.final["validation_tokens"] = 4096

@@ -53,11 +53,11 @@ phase = Experiment(
                            training={"learning_rate": rate}) for name, (e, rate, std) in PHASES.items()),
     metrics=("effective_experts", "collapse_step", "dead_experts", LOSS),
     primary=(Primary(
-        question="Does a larger learning rate collapse routing?", margin=0.5,
+        question="Does a larger learning rate leave fewer experts in effect?", margin=0.5,
         contrast=Contrast("effective_experts", "E8-rate0.016-std0.02", minus="E8-rate0.001-std0.02"),
-        lower="With 16 times the learning rate fewer of 8 experts are in effect.",
-        higher="With 16 times the learning rate more of 8 experts are in effect.",
-        same="With 16 times the learning rate as many of 8 experts are in effect."),),
+        lower="Without balancing, a learning rate of 0.016 leaves fewer of 8 experts in effect than 0.001.",
+        higher="Without balancing, a learning rate of 0.016 leaves more of 8 experts in effect than 0.001.",
+        same="Without balancing, a learning rate of 0.016 leaves as many of 8 experts in effect as 0.001."),),
     exploratory=(*contrasts(("effective_experts",), [(f"E{e}-rate{rate:g}-std0.2", f"E{e}-rate{rate:g}-std0.02")
                                                      for e in (8, 32) for rate in (1e-3, 4e-3, 1.6e-2)]),),
     seeds=4, steps=500,

@@ -71,11 +71,11 @@ specialise = Experiment(
     metrics=(LOSS, *KNOWN, "domain_given_byte", "weight_divergence", "function_divergence",
              *(f"{change}_cost" for change in CHANGES), "drop_spread"),
     primary=(Primary(
-        question="Do the experts of a byte predict its domain better than the byte alone?", margin=0.01,
+        question="Do experts carry information on the domain that the byte does not?", margin=0.01,
         contrast=Contrast("domain_given_byte", "top-2", minus="random"),
-        lower="The experts that top-2 chooses predict the domain worse than experts drawn at random.",
-        higher="The experts that top-2 chooses predict a byte's domain better than the byte alone.",
-        same="The experts that top-2 chooses predict a byte's domain no better than the byte alone."),),
+        lower="Beyond the byte, experts of top-2 carry less information on the domain than experts drawn at random.",
+        higher="The experts of top-2 carry information on the domain that the byte does not.",
+        same="The experts of top-2 carry less than 0.01 nats on the domain that the byte does not."),),
     exploratory=(*contrasts(("function_divergence",), against("random", ("top-1", "top-2", "hash"))),
                  *contrasts(("mi_excess", "domain_given_byte"), (("top-1", "random"), ("top-2", "hash")))),
     say=say_specialise, seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
@@ -85,8 +85,8 @@ specialise = Experiment(
             "Hash routing shows the information of a random table of bytes. Position means eighths of the window. "
             "Function divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte "
             "predicts its domain in part, so domain information above 0 does not prove topics; what is beyond the "
-            "byte may come from the bytes before it. Information with the domain cannot exceed ln 4 = 1.39, with the "
-            "byte ln(8 / K): 2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a "
+            "byte may come from the bytes before it. Information cannot exceed the entropy of the label, "
+            "nor ln(8 / K): 2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a "
             "dropped expert is not given to the others, so its cost includes the missing share. Expert choice is "
             "routed over the batch here.",
     claims=(Claim(10, "Experts follow token identity more than topic: of what could be known, they tell a larger share "

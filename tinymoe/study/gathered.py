@@ -17,8 +17,8 @@ from .tables import (
     cells,
     claim_rows,
     compute_row,
+    deciding_hours,
     how_sure,
-    lacking_hours,
     settings_table,
     to_decide,
     total_hours,
@@ -35,7 +35,7 @@ the reference of several experiments, so these are not independent evidence."""
 ORDER = ("different", "same", "not known", "not tested")  # of verdicts
 YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
-three questions and to test claims of the literature. Their loss is in nats a byte; lower is better."""
+questions about routing and to test claims of the literature. Their loss is in nats a byte; lower is better."""
 SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
 allow for the number of primary comparisons in the experiment. *Not known*: neither is shown. Brackets are 95% \
 intervals over seeds, without that allowance."""
@@ -76,16 +76,16 @@ def document(found, absent, published, section=None) -> list[str]:
                      for number, text, numbers, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
     waiting = sorted({claim.number for each in absent for claim in each.claims if claim.number})
     forest = Path(published, "figures", "primary.png").exists()
+    answers_of_others = [f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "",
+                         *questions(others), cost(found)]
+    first, then = ((["## The three questions", *questions(study), SURE], ["## The other questions", *answers_of_others])
+                   if study else (["## The questions", *answers_of_others, SURE], []))
     return [
-        "# Findings", OPENING, counted(found), yardstick(found), "## The three questions",
-        *(questions(study) if study else [" ".join(("No runs are finished yet.", *(
-            one.question for each in absent if each.adjustable for one in each.primary)))]), SURE,
+        "# Findings", OPENING, counted(found), yardstick(found), *first,
         *(chapter("Claims of the literature",
                   BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
                   table(CLAIM_COLUMNS, claims)) if claims else []),
-        "## The surprise", surprise(found), "## The other questions",
-        f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "", *questions(others),
-        cost(found),
+        "## The surprise", surprise(found), *then,
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
                      if absent else []),
         *map(section or summary, found), "## What this scale cannot show", CANNOT,
@@ -136,10 +136,10 @@ def questions(found) -> list[str]:
 
 def cost(found):
     """What would decide all that is not known, why it was not run, and its core-hours; empty if all is decided."""
-    lacking = sum(lacking_hours(results, one) for results in found for one in results.primary)
+    needed = sum(deciding_hours(results, one) for results in found for one in results.primary)
     spent = sum(map(total_hours, found))
-    return (f"{TO_DECIDE} To decide all of it would take about {lacking:,.0f} core-hours; all runs here took "
-            f"{spent:,.1f}." if lacking else "")
+    return (f"{TO_DECIDE} To decide all of it would take about {needed:,.0f} core-hours; all runs here took "
+            f"{spent:,.1f}." if needed else "")
 
 
 def unit(found):
@@ -161,7 +161,7 @@ def surprise(found):
     return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
             f"The interval is {cells(one)[1]}{how_sure(one)}; {link(results)}. No question asked for it. It is the "
             f"largest of {len(fair)} exploratory differences of the causal loss between models of equal active size "
-            "that were trained alike, so it is probably too large.")
+            "that were trained for as many steps, so it is probably too large.")
 
 
 def is_fair(one, results):

@@ -193,8 +193,8 @@ class Results:
         there = [x for x in numbers if np.isfinite(x)]
         if not there:
             return "never"
-        few = f" in {len(there)} of {len(numbers)} seeds" if len(there) < len(numbers) else ""
-        return f"{np.median(there):,.{quantity(metric).digits}f}{few}"
+        ends = dict.fromkeys(f"{x:,.{quantity(metric).digits}f}" for x in (min(there), max(there)))
+        return " to ".join(ends) + (f" in {len(there)} of {len(numbers)} seeds" if len(there) < len(numbers) else "")
 
     def layers_at_the_end(self, names) -> str:
         """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""

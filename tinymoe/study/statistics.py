@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-MARGIN = 0.01  # nats a byte, below which losses count as the same: 1% of perplexity, a quarter of a mixture's gain
+MARGIN = 0.01  # nats a byte, below which losses count as the same: 1% of perplexity
 LEVEL, POWER = 0.05, 0.8  # of all tests; the chance of a right verdict for which seeds are planned
 MOST_SEEDS = 1000  # more are not planned
 
@@ -160,6 +160,11 @@ class Comparison:
     def within(self) -> bool:
         """Whether it is shown to be inside ±margin, after the correction."""
         return self.corrected_same < LEVEL
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the interval has numbers inside ±margin."""
+        return self.margin is not None and self.interval.low < self.margin and self.interval.high > -self.margin
 
     @property
     def verdict(self) -> str:

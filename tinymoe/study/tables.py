@@ -37,19 +37,19 @@ def to_decide(results, found) -> str:
     if found.needed and found.needed <= found.n:
         return "no number of seeds is known, as the difference seems to lie between 0 and the margin"
     needed, *ends = (f"{n:,}" if n else f"over {MOST_SEEDS:,}" for n in (found.needed, *found.needed_range))
-    hours = f"{'' if found.needed else 'over '}{lacking_hours(results, found):,.1f} core-hours more"
+    hours = f"{'' if found.needed else 'over '}{deciding_hours(results, found):,.1f} core-hours"
     return f"{needed} seeds ({' to '.join(dict.fromkeys(ends))}), {hours}"
 
 
-def lacking_hours(results, found) -> float:
-    """Core-hours of the seeds that a comparison lacks to be decided, at the median of each setting's runs and of those
-    that it starts from; 0 where it is decided. Over 1,000 seeds count as 1,000."""
-    if found.verdict != "not known":
+def deciding_hours(results, found) -> float:
+    """Core-hours of the seeds that would decide a comparison, at the median of each setting's runs and of those that
+    it starts from; 0 where it is decided or no number of seeds is known. Over 1,000 seeds count as 1,000."""
+    if found.verdict != "not known" or found.needed and found.needed <= found.n:
         return 0.0
     starts = {s.id: s.start for s in results.experiment.settings}
     names = {each for name in found.contrast.settings for each in (name, starts.get(name)) if each in results.groups}
     seed = sum(np.median([core_hours(run, run.wall_seconds) for run in results.groups[name]]) for name in names)
-    return max((found.needed or MOST_SEEDS) - found.n, 0) * float(seed)
+    return (found.needed or MOST_SEEDS) * float(seed)
 
 
 def p_value(p):

@@ -38,7 +38,8 @@ seed and not the choice of text, except those over seeds and text. Their varianc
 that of the text, from a bootstrap of stretches within each domain. Their half width is the root of the summed \
 squares of the half widths of the two t intervals. Intervals take the chosen learning rates as fixed. They assume \
 that seeds scatter normally, which so few seeds cannot check. They may pass a bound that a number cannot, such as a \
-coverage of 1. Training times depend on what else ran on the machine."""
+coverage of 1. Training times and core-hours are wall time, so they depend on what \
+else ran on the machine."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \
@@ -48,14 +49,15 @@ EVERY_RUN = """Two kinds of numbers are judged in every run instead: those that 
 coverage), and changes that are either rounding or not."""
 TO_DECIDE = """*To decide it*: the number of seeds that would separate a difference of 0 from one of the margin, with \
 80% power; in brackets the range that the scatter of so few seeds leaves open. They were not run, because the plan \
-fixes how many run: more of them now would make that number depend on what was seen."""
+fixes how many run: more of them now would make that number depend on what was seen. It takes a new experiment with \
+seeds of its own, and the core-hours are those of all its runs."""
 PRIMARY = """Corrected p: p value of the t-test against 0. Same: p value of the two one-sided tests against the \
 margin. Both have Holm's correction over the primary comparisons of the experiment. The intervals have none, nor have \
 sign flips: the permutation test that changes the signs of the seeds' differences. Its p is at least 2 / 2^n with n \
 seeds, so with fewer than six it never falls below 5%. Smallest effect: the true difference that this number of seeds \
 shows with 80% power, given the SD. Both this and the seeds that would decide are computed at 5% over the number of \
-primary comparisons, a bound for Holm's correction. A new experiment of that size would cost the core-hours named, at \
-the median of the runs here.
+primary comparisons, a bound for Holm's correction. The core-hours are those of a \
+new experiment with so many seeds, at the median of the runs here.
 
 """ + TO_DECIDE
 EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
@@ -67,5 +69,5 @@ taken before any other run existed; these runs are in no other number."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
 CROSSINGS = "The last step at which two curves cross, on a straight line between evaluations; – where they do not."
 # what captions say of figures, where a setting has two seeds
-CURVES = "lines are means over the seeds, bands go from the lowest seed to the highest"
+CURVES = "lines are means over the seeds, coloured bands go from the lowest seed to the highest"
 INTERVALS = "means and 95% intervals"
