@@ -228,7 +228,7 @@ def over_steps(reference, *metrics, names=None):
             if many:
                 name_points(axes, results, {name: (steps[-1], values[-1].mean())
                                             for name, (steps, values) in curves.items() if len(steps)})
-            axes.set(xlabel="training step", ylabel=label)
+            axes.set(xlabel="training step", ylabel=label if "\n" in label else fill(label, 34))
         add_legend(fig, results, () if many else shown, *leaky)
         return fig
     draw.clips = clips
