@@ -182,8 +182,10 @@ scope = Experiment(
         Primary(question="Do experts learn more of the source if balance is asked over many batches?", margin=0.1,
                 contrast=Contrast("domain_given_byte", "global", minus="sequence"),
                 lower="On text of four sources experts learn less of the source if balance is asked over many batches.",
-                higher="On text of four sources experts learn more of the source if balance is asked over many batches.",
-                same="On text of four sources experts learn as much of the source if balance is asked over many batches.",
+                higher="On text of four sources experts learn more of the source if balance is asked over many "
+                       "batches.",
+                same="On text of four sources experts learn as much of the source if balance is asked over many "
+                     "batches.",
                 published="more: Qiu 2025; arXiv 2604.07030"),
         Primary(question="Does balance over many batches reach the oracle?",
                 contrast=Contrast(LOSS, "global", minus="oracle"),
