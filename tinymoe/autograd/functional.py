@@ -215,8 +215,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34): x (B, T, H, d), d even -> the same shape. ValueError for others.
 
-    Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So the product of a query and a key
-    depends on their distance alone. (The paper pairs 2i and 2i + 1: the same up to the order of the entries.)
+    Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So positions enter the product of a
+    query and a key through their distance alone. (The paper pairs 2i and 2i + 1: the same but for the entries' order.)
     base: the number in the formula; or an array (d/2,) of angles, which then take the place of base^(-2i/d).
     """
     if x.ndim != 4 or x.shape[-1] % 2:

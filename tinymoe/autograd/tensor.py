@@ -42,11 +42,11 @@ def _reflected(operation):
 
 
 class Tensor(Values):
-    """An array of real numbers. `backward` leaves the gradient of a leaf, which is no result, in its `.grad`.
+    """An array of real numbers. `backward` leaves the gradient of each leaf, made by no operation, in its `.grad`.
 
     array: anything that `np.asarray` takes; the dtype is kept. TypeError unless it holds real numbers.
-    requires_grad: makes it a leaf of floating dtype, else TypeError, with a copy of the array, because an optimiser
-        changes it. Its `.grad` (same shape and dtype) accumulates over calls of `backward` until it is set to None.
+    requires_grad: whether it is to have a gradient. If so the array must be floating, else TypeError, and is copied,
+        because an optimiser changes it. `.grad` (same shape and dtype) adds up over `backward` calls until set to None.
 
     Operators take Python numbers and NumPy arrays on either side; scalars and integers get the tensor's dtype.
     Operations keep references to `.data` and to arrays of indices. Do not change these before the backward pass, or

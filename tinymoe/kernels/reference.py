@@ -67,7 +67,7 @@ def layer_norm_backward(dy, x, weight, mean, rstd):
 
 def causal_attention(q, k, v):
     """y = p v, with p = softmax(q k^T / sqrt(d)) over the positions up to the query's own  (Vaswani et al. 2017)
-    Head h of q (B,T,H,d) reads group h // (H/G) of k (B,T,G,d) and v (B,T,G,dv)  (Ainslie et al. 2023) -> y, p"""
+    Head h of q (B,T,H,d) reads group h // (H/G) of k (B,T,G,d) and v (B,T,G,dv) -> y (B,T,H,dv), p (B,H,T,T)"""
     T, H, d = q.shape[1:]
     q, k, v = (x.repeat(H // x.shape[2], axis=2).swapaxes(1, 2) for x in (q, k, v))     # a matrix (T,d) for each head
     scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) * d**-0.5, -np.inf)
@@ -100,8 +100,8 @@ def experts_forward(x, token, offsets, gate, weights, name):
 
 
 def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
-    """dgate[a] = dy[n] . out[a]; the rest is the backward pass of each expert, whose output has the gradient
-    gate[a] dy[n] -> dx, dgate, dw1, db1, dw2, db2: zero for an expert without assignments"""
+    """dgate[a] = dy[n] . out[a], out[a] the bracket in experts_forward; the expert's output has gradient gate[a] dy[n]
+    -> dx, dgate, dw1, db1, dw2, db2: zero for an expert without assignments"""
     (w1, _, w2, _), (rows, before, out) = weights, saved
     dw1, db1, dw2, db2 = map(np.empty_like, weights)
     dout, drows = gate[:, None] * dy[token], np.empty_like(rows)
@@ -119,9 +119,9 @@ def add_rows(n, index, rows):
 
 
 def adamw(p, g, m, v, *, lr, betas, eps, weight_decay, step):
-    """p -= lr (m' / (sqrt(v') + eps) + weight_decay p), in place  (Loshchilov & Hutter 2019, algorithm 2)
-    m and v: running means of the gradient g and of g^2. They start at 0, so m' = m / (1 - b1^step) and
-    v' = v / (1 - b2^step), step 1, 2, ... The decay is times lr too, as in PyTorch."""
+    """p -= lr (m_hat / (sqrt(v_hat) + eps) + weight_decay p), in place  (Loshchilov & Hutter 2019, algorithm 2)
+    m and v: running means of the gradient g and of g^2. They start at 0, so m_hat = m / (1 - b1^step) and
+    v_hat = v / (1 - b2^step), step 1, 2, ... The decay is times lr too, as in PyTorch."""
     b1, b2 = betas
     m[...] = b1 * m + (1 - b1) * g
     v[...] = b2 * v + (1 - b2) * (g * g)

@@ -7,7 +7,7 @@ from ..autograd import functional as F
 from ..autograd.inputs import as_tensor
 from ..autograd.tensor import Tensor
 
-INIT_STD = 0.02  # standard deviation of initial weights, as in GPT-2
+INIT_STD = 0.02  # standard deviation of initial weights (GPT-2, Radford et al. 2019)
 
 
 def normal(rng: np.random.Generator | int, shape: tuple, std: float, dtype: DTypeLike) -> Tensor:
@@ -28,9 +28,9 @@ def ones(shape: int | tuple, dtype: DTypeLike) -> Tensor:
 class Module:
     """Calling a Module runs its `forward`; positional NumPy arrays of floating dtype become Tensors.
 
-    A Tensor attribute is a parameter if it requires a gradient, else state that is saved. Results that are part of a
-    graph are neither. Lists, tuples and dicts may hold Tensors and Modules. Keep anything else as a NumPy array, which
-    is not saved.
+    A Tensor attribute is a parameter, unless an operation in a graph made it. It is trained if it requires a gradient;
+    else it is only saved (a hash table, a frozen weight). Lists, tuples and dicts may hold Tensors and Modules. Keep
+    anything else as a NumPy array, which is not saved.
     """
 
     def __call__(self, *args, **kwargs):
@@ -40,7 +40,7 @@ class Module:
         return f"{type(self).__name__}({sum(p.size for p in self.parameters().values()):,} parameters)"
 
     def parameters(self) -> dict[str, Tensor]:
-        """dict of dotted name -> Tensor, in the order in which the attributes were set; saved state is among them.
+        """dict of dotted name -> Tensor, in the order in which the attributes were set.
 
         A Tensor that is there twice has its first name alone.
         """
@@ -120,7 +120,7 @@ class Embedding(Module):
 
 
 class FeedForward(Module):
-    """The dense feed-forward layer, activation(x @ up) @ down, for x (..., D). The hidden width is d_ff.
+    """The dense feed-forward layer, down(activation(up(x))), for x (..., D). The hidden width is d_ff.
 
     activation: a name in functional.ACTIVATIONS. A gated one takes two halves, so `up` is then 2 d_ff wide.
     """

@@ -1,4 +1,4 @@
-"""One block of the transformer: attention, then experts or a dense layer, each normalised and added."""
+"""One block of the transformer: attention, then experts or a dense layer, each on normalised states and added to x."""
 
 import numpy as np
 
@@ -14,10 +14,10 @@ from .config import ModelConfig
 
 
 class Block(Module):
-    """Attention, then experts behind the named router (None: a dense layer), each normalised before and added."""
+    """Attention, then experts behind the named router (None: a dense layer): each reads norm(x) and is added to x."""
 
     def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype, window: int = 0):
-        out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up in the residual stream (GPT-2)
+        out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up (GPT-2, Radford et al. 2019)
         self.is_moe = router is not None
         self.norm1, self.norm2 = make_norm(config, dtype), make_norm(config, dtype)
         self.attention = make_attention(config, rng, out_std, dtype, window)
@@ -29,11 +29,8 @@ class Block(Module):
     def forward(self, x: Tensor, context: RouteContext) -> tuple[Tensor, Routing | None]:
         """(B, T, D) -> ((B, T, D), Routing, or None from a dense layer)."""
         x = x + self.post1(self.attention(self.norm1(x)))
-        z, routing = self.norm2(x), None
-        if self.is_moe:
-            y, routing = self.feed_forward(z, context)
-        else:
-            y = self.feed_forward(z)
+        z = self.norm2(x)
+        y, routing = self.feed_forward(z, context) if self.is_moe else (self.feed_forward(z), None)
         return x + self.post2(y), routing
 
 

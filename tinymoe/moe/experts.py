@@ -1,6 +1,6 @@
 """ExpertBank: E feed-forward networks that run on a Routing, by any of four backends.
 
-    y[n] = sum over assignments a of token n of  gate[a] * FFN_e(a)(x[n])
+    y[n] = sum over the experts e of token n of  G[n, e] * FFN_e(x[n]), G the gate matrix of the Routing
     FFN_e(x) = activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]
 
 All backends give the same output and the same gradients. They differ in speed.

@@ -64,7 +64,7 @@ class MoELayer(Module):
         return y, routing
 
     def weighted_sum(self, x: Tensor, routing: Routing) -> Tensor:
-        """The experts' output (N, D) for x (N, D). The columns of copy experts and then of zero experts come last.
+        """The experts' output (N, D) for x (N, D). The last columns are copy experts (output x), then zero experts (0).
 
         The router's gates count zero experts in their sum. MoE++'s code leaves them out (Jin et al. 2024, 2410.07348).
         """

@@ -24,13 +24,13 @@ class Routing:
     token      (A,) int     row of each assignment; sorted by expert, then by token
     offsets    (E+1,) int   assignments of expert e are token[offsets[e]:offsets[e+1]]
     gate       (A,) Tensor  the weight; its gradient reaches the router
-    logits     (N, E) Tensor, probs (N, E) Tensor: the router's scores, for the losses and the entropy
+    logits     (N, E) Tensor  the router's scores
+    probs      (N, E) Tensor  usually their softmax, in rows of sum 1; for the losses and metrics
     n_dropped  int          assignments that a capacity limit removed
     soft_load  (E,) Tensor  a router's smooth estimate of its load, or None
     demand     (E,) int     the load before any capacity limit, or None where there was none
 
-    Raises ValueError for wrong types and sizes that do not fit together, and for assignments that are not sorted, or
-    are there twice (routing_checks.py).
+    Raises ValueError for wrong types, sizes that do not fit, and assignments unsorted or repeated (routing_checks.py).
     """
 
     token: np.ndarray
@@ -110,7 +110,7 @@ def largest(scores: np.ndarray, k: int, axis: int = -1) -> np.ndarray:
 
 
 def shares(values: Tensor, chosen: np.ndarray) -> Tensor:
-    """(N, E): values where chosen (N, E) bool, divided by their sum over the row; 0 elsewhere, and where that is 0."""
+    """(N, E): values where chosen (N, E) bool, each divided by its row's sum; 0 elsewhere, and in rows of sum 0."""
     kept = values.data * chosen
     total = np.einsum("ne->n", kept)[:, None]  # faster than .sum
     total += total == 0

@@ -10,9 +10,11 @@ Made from the classes by `python cli.py routers --long > docs/routers.md`.
 
 N tokens of sequences of length T, D width, E experts, K experts per token; x (N, D) states, W and V (D, E) weights, w
 (D,) a vector of weights, P (D, R) a projection, c_e (R,) a vector of each expert, b (E,) biases, s scores, tau a
-temperature, theta_e thresholds, f_e the share of the load, g_e gates, d the domain of a token. Causal: a token's route
-depends on its own prefix alone. `python cli.py probe NAME` tests a router, `--set router=NAME` sets it, and `--set
-router.OPTION=VALUE` an option; `python cli.py options` says what each option means.
+temperature, theta_e thresholds, f_e the share of the tokens that expert e serves, g_e gates, load_e the number of
+tokens of expert e, lambda a coefficient, m (E,) a running mean, d the domain of a token. Options: rate (bias_rate),
+clamp, logit_scale, top_p, n_real (how many experts are real, not copies or zeros), real_k (how many of these a token is
+to have). Causal: a token's route depends on its own prefix alone. `python cli.py probe NAME` tests a router, `--set
+router=NAME` sets it, and `--set router.OPTION=VALUE` an option; `python cli.py options` says what each option means.
 """
 
 

@@ -65,7 +65,7 @@ class Corpus:
         places = []
         for d, number in zip(domain, rng.integers([ends[d][-1] for d in domain])):
             span = np.searchsorted(ends[d], number, side="right")
-            left = ends[d][span] - number  # windows of the span from this one on
+            left = ends[d][span] - number  # windows of the span that start here or later
             places.append((d, self.domains[d].train[span, 1] - seq_len - left))
         return *self._windows(places, seq_len), domain
 

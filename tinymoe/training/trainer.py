@@ -39,10 +39,10 @@ class Trainer:
         self.optimizer = AdamW(self.parameters, weight_decay=plan.training.weight_decay,
                                no_decay=no_decay_names(self.parameters))
         continued = [1] if plan.start else []  # a continued run draws new batches
-        self.generators = {name: np.random.default_rng([plan.seed, i, *continued])
-                           for i, name in ((1, "data"), (2, "noise"))}
+        self.generators = {"data": np.random.default_rng([plan.seed, 1, *continued]),
+                           "noise": np.random.default_rng([plan.seed, 2, *continued])}
         self.step, self.seconds, self.rows = 0, 0.0, []
-        self.wall_started = time.perf_counter()  # less the time before an interruption
+        self.wall_started = time.perf_counter()  # a resumed run sets it back by the time it had (checkpoint.py)
         self.since_row = []  # the numbers of each step since the last row of the log, by name
         self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
 
@@ -96,7 +96,7 @@ class Trainer:
         self.since_row = []
         names = list(dict.fromkeys([*TRAINING_NUMBERS, *(name for numbers in steps for name in numbers)]))
         means = np.mean([[numbers.get(name, math.nan) for name in names] for numbers in steps], axis=0)
-        # NaN: a step lacks the term, or its coefficient is 0, else the run would have stopped
+        # NaN where a step lacks the term; a term that is NaN itself has coefficient 0, else the run would have stopped
         return {name: mean if math.isfinite(mean) else None for name, mean in zip(names, means.tolist())}
 
     def validation(self, n_windows: int) -> Validation:

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a router: pure functions of one layer's Routing, each a scalar Tensor.
+"""Auxiliary losses of a router: scalar Tensors, pure functions of a layer's Routing and, for some, the LossContext.
 
 `LOSSES` is the table that the model, the log and the probes read. Published codes scale the balance loss by K or by the
 number of layers. Here it is 1 at perfect balance whatever K is, and the model takes the mean over layers.
@@ -22,9 +22,9 @@ from .standard import importance_loss, load_balancing_loss, load_loss, z_loss
 class LossContext:
     """What a loss may read besides the routing.
 
-    seq_len: T, the length of the batch's sequences. n_devices, max_devices: as in ModelConfig. token_nats(): (N,), the
-    cross-entropy of each token, outside the graph. recent_share (E,): `running_share` of the steps before, over
-    balance_batches; None where the layer keeps none.
+    seq_len: T, the length of the batch's sequences. n_devices: devices that share the experts. max_devices: how many of
+    these a token may reach. token_nats(): (N,), each token's cross-entropy, outside the graph. recent_share (E,):
+    `running_share` of the steps before, over balance_batches; None where the layer keeps none.
     """
 
     router: object

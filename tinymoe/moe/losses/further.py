@@ -35,7 +35,7 @@ def running_share(routing: Routing, before: np.ndarray, batches: int) -> np.ndar
 
 
 def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
-    """D * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
+    """n_devices * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
 
     Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
     device d, without gradient; P_d: the sum of P_e over its experts.
@@ -44,12 +44,13 @@ def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
 
 
 def communication_balance_loss(routing: Routing, n_devices: int, max_devices: int) -> Tensor:
-    """D / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 at balance with M devices a token.
+    """n_devices / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 at balance with M devices a token.
 
     f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
     token may reach. Tokens that a capacity limit kept from a device do not count.
     """
-    sent, probs = _by_device(routing.mask().T, n_devices).any(axis=1), _device_probs(routing, n_devices)  # (D, N), (D,)
+    sent, probs = _by_device(routing.mask().T, n_devices).any(axis=1), _device_probs(routing, n_devices)
+    # sent: (devices, N), probs: (devices,)
     return n_devices * ((sent.mean(axis=1) / max_devices).astype(probs.dtype) * probs).sum()
 
 

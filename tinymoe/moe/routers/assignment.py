@@ -14,13 +14,14 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
     """While training, a token takes the K largest entries of a balanced plan; at evaluation top-K (Clark et al. 2022).
 
     The plan is exp(logits) with rows and columns scaled to sums 1 and N / E in turn. The gate is sigmoid(logit) for
-    K = 1 and softmax(logits) otherwise, not renormalised. The plan has no gradient.
+    K = 1 and softmax(logits) otherwise, not renormalised, as in Megatron-LM. The plan has no gradient.
 
     sinkhorn_iterations: how often rows and columns are scaled.
     """
 
     paper = "Clark 2022"
-    formula = "the K largest entries of exp(x W), scaled to balance, while training; else of x W"
+    formula = ("the K largest entries of exp(x W), scaled to balance, while training; else of x W; "
+               "gates sigmoid(x W) for K = 1, else softmax(x W)")
     used_by = "BlackMamba; studies: Clark 2022"
     balanced = "nearly, while training"
     causal_training = False

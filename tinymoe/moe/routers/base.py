@@ -56,12 +56,12 @@ class Router(Module):
     the annotation, and a line `NAME: meaning` of the docstring says what the option means. A subclass that sets an
     option of its parent without annotation fixes it. The class attributes below describe the router: `cli.py routers`
     prints them, and the model reads them, so no code depends on the name of a router.
-    A Tensor attribute is a parameter or saved state; keep anything else as an array, which is not saved.
+    A Tensor attribute is a parameter, and saved (see Module); keep anything else as an array, which is not saved.
     """
 
     paper = "–"
     formula = used_by = "–"  # its choice and gates in one line, and who trains with it; no page shows a parent's
-    chooses = "token"  # "token" chooses its experts, "expert" its tokens, or "neither"
+    chooses = "token"  # "token" chooses its experts, "expert" its tokens, "sequence" for its tokens, or "neither"
     balanced = "no"  # whether the load is equal by construction
     causal = True  # outside training, a token's route depends on its own prefix alone
     causal_training = True  # and while training

@@ -30,7 +30,7 @@ class Shuffled(TopK, name="shuffled"):
     """
 
     paper, used_by = Router.paper, "this study, as a baseline"
-    formula = "the choices of top_k, permuted over the tokens"
+    formula = "the choices of top_k, permuted over the tokens; gates as in top_k, of the token's own p"
     chooses = "neither"
     causal = causal_training = False
 
@@ -87,9 +87,9 @@ class Oracle(Router, name="oracle"):
 
     An upper bound for routers whose experts are to follow domains (Falke et al. 2026, arXiv 2604.07030, have such a
     reference router; which experts it gives a domain was not checked against the paper). It is told the domain, which
-    no other part of the model is, from the first token on. With K E-ths of the experts a domain, no two domains share
-    one. Raises ValueError without RouteContext.domain: texts without a known domain, such
-    as a prompt, cannot be routed.
+    no other part of the model is, from the first token on. Domains share no expert as long as their number times K is
+    at most E. Raises ValueError without RouteContext.domain: texts without a known domain, such as a prompt, cannot be
+    routed.
     """
 
     paper = "Falke 2026"

@@ -17,11 +17,13 @@ from .top_k import TopK
 class BiasedTopK(TopK, name="biased_top_k"):
     """top_k with a learned bias in the logits, z = x W + b (GPT-OSS, OpenAI 2025).
 
-    The bias starts at 0. GPT-OSS takes the softmax over the chosen logits, which renormalised gates are.
+    The bias starts at 0. GPT-OSS takes the softmax over the chosen logits, which renormalised gates are. Here K = 1 is
+    not renormalised by default (see top_k): a gate is then the softmax over all logits, p.
     """
 
     paper = "OpenAI 2025"
-    formula = "z = x W + b, with a learned b; the K largest z; gates softmax over the chosen z"
+    formula = ("z = x W + b, with a learned b; the K largest z; gates softmax over the chosen z, or p = softmax(z) for "
+               "K = 1")
     used_by = "GPT-OSS"
     shapes = {"weight": "DE", "bias": "E"}
 
@@ -111,7 +113,7 @@ class TopP(LinearRouter, name="top_p"):
     """
 
     paper = "Huang 2024"
-    formula = "p = softmax(x W); the fewest experts whose p sum to top_p; gates p"
+    formula = "p = softmax(x W); the fewest experts whose p sum to at least top_p; gates p"
     used_by = "studies: Huang 2024, DTop-p"
     mean_k = True
     shapes = {"weight": "DE", "threshold": ""}
@@ -148,19 +150,19 @@ class TopP(LinearRouter, name="top_p"):
 class ReMoE(LinearRouter, name="remoe"):
     """Gates relu(x W): every expert with a positive logit is chosen, and K is a mean (Wang et al. 2024, 2412.14711).
 
-    All of it has a gradient. The penalty is lambda * E / K * sum over e of f_e * (mean of g_e), with f_e the share of
-    the tokens that expert e serves, without gradient. After each training step lambda grows by the factor
-    where more than K / E of the gates are positive, and shrinks by it where fewer are; here it stays within 1e-20 to
-    1e20. The paper has one lambda for all layers; here each layer has its own, which is saved with the model. `probs`
-    are the softmax of the logits.
+    A gate is continuous in the logits: it is 0 where its expert drops out. The penalty is lambda * E / K * sum over e
+    of f_e * (mean of g_e), with f_e the share of the tokens that expert e serves, without gradient. After each training
+    step lambda grows by the factor where more than K / E of the gates are positive, and shrinks by it where fewer are;
+    here it stays within 1e-20 to 1e20. The paper has one lambda for all layers; here each layer has its own, which is
+    saved with the model. `probs` are the softmax of the logits.
 
     penalty_start: lambda at the start.
     penalty_factor: what lambda is multiplied or divided by.
     """
 
-    paper = "Wang 2024"
+    paper = "Wang 2024 (ReMoE)"
     formula = "gates relu(x W); penalty lambda E / K sum f_e mean(g_e), lambda steered to K experts a token"
-    used_by = "studies: Wang 2024"
+    used_by = "studies: Wang 2024 (ReMoE)"
     mean_k = True
     shapes = {"weight": "DE", "coefficient": ""}
     penalty_start: float = 1e-8
@@ -237,7 +239,8 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
     """
 
     paper = "Singh 2026"
-    formula = "as sigmoid_bias, with b += m, m the running mean of rate tanh(clamp (1 - load / mean load)), centred"
+    formula = ("as sigmoid_bias, with b += m, m the running mean of rate * tanh(clamp * (1 - load_e / mean load)), "
+               "centred")
     used_by = "Arcee Trinity Large"
     shapes = {"weight": "DE", "bias": "E", "mean_step": "E"}
     bias_rate: float = 5e-4
@@ -261,8 +264,8 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
     """sigmoid_bias whose bias is solved for, not stepped (quantile balancing, Su 2026, kexue.fm/archives/11619).
 
     Each token takes the K experts of largest s + b. After each training step, for the batch's scores s (N, E):
-    alpha_n = the (K + 1)-th largest of s_n + b; b_e <- - (the (N K / E + 1)-th largest over n of s_e - alpha). So N K /
-    E tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual variables of
+    a_n = the (K + 1)-th largest of s_n + b; b_e <- -(the (N K / E + 1)-th largest over n of s_ne - a_n). So N K / E
+    tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual variables of
     the balanced assignment, which the two lines solve in turn. Then b loses its mean over the experts, as in Kimi K3
     and Megatron: it changes no choice, and without it the biases can drift together.
 
@@ -270,8 +273,8 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
     """
 
     paper = "Su 2026"
-    formula = ("as sigmoid_bias, with b_e = - the (N K / E + 1)-th largest over tokens of s_e - (the (K + "
-               "1)-th largest s + b), centred")
+    formula = ("as sigmoid_bias, with a_n = the (K + 1)-th largest of s_n + b; "
+               "b_e = -(the (N K / E + 1)-th largest over n of s_ne - a_n), centred")
     used_by = "Kimi K3, Marin"
     bias_rate: float = 1.0
     bias_rule = "sign"  # fixed; not used
@@ -328,7 +331,7 @@ class HashGated(ByToken, Scored, name="hash_gated"):
     """
 
     paper = "DeepSeek-AI 2026"
-    formula = "K experts of table[id]; gates s / (sum of the chosen s), s of x W"
+    formula = "K experts of table[id]; gates s / (sum of the chosen s), or s for K = 1; s = sigmoid(x W)"
     used_by = "DeepSeek-V4, first three layers"
     chooses = "neither"
     cost = "2 N D E + a lookup"

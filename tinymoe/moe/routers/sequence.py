@@ -1,4 +1,4 @@
-"""One choice for a sequence instead of one for each token."""
+"""A choice by a mean state, instead of by the token's own."""
 
 from typing import Literal
 
@@ -9,12 +9,15 @@ from .top_k import TopK
 
 
 class Sequence(TopK, name="sequence"):
-    """Top-K of a pooled state: all tokens of a sequence share their experts (Fan et al. 2024, arXiv 2402.13089).
+    """Top-K of the mean state of each token's prefix, or of its whole sequence (Fan et al. 2024, arXiv 2402.13089).
+
+    Only with "mean", the paper's form, do all tokens of a sequence share their experts; "prefix" is our causal form of
+    it, in which the experts may change from token to token.
 
     sequence_pool: "prefix" chooses at each token by the mean state of its prefix, and is causal; "mean" chooses once,
         by the mean state of the whole sequence, later tokens included.
     sequence_scope: "layer" chooses in each layer; "global" uses the first MoE layer's choice and gates in every
-        layer, and the other routers are never called.
+        layer; the weights of the other layers' routers are not used.
     Raises ValueError without RouteContext.ids, which say where sequences begin.
     """
 

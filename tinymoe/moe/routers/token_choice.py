@@ -23,7 +23,7 @@ class NoisyTopK(TopK, name="noisy_top_k"):
     """
 
     paper = "Shazeer 2017"
-    formula = "h = x W + noise softplus(x V) while training, else x W; then as top_k"
+    formula = "h = x W + epsilon (softplus(x V) + 0.01) while training, epsilon ~ N(0, 1), else x W; then as top_k"
     used_by = "Shazeer's mixtures of LSTMs; V-MoE, with a fixed width of the noise"
     cost = "4 N D E"
     shapes = {"weight": "DE", "noise": "DE"}
@@ -71,7 +71,7 @@ SCORES = {  # name -> (score of the logits, its logarithm)
 
 
 class Scored(TopK):
-    """Scores s of the logits, of which the gates are gate_scale * s / (sum of the chosen s + 1e-20).
+    """Scores s of the logits. Gates are gate_scale * s / (sum of the chosen s + 1e-20), or gate_scale * s for K = 1.
 
     `probs` are s / (sum of all s), which sum to 1 whatever the scores.
 
@@ -105,7 +105,8 @@ class SigmoidBias(Scored, name="sigmoid_bias"):
     """Sigmoid scores, and a bias that balances the load without a loss (DeepSeek-V3, eq. 12 to 16; Wang et al. 2024).
 
     s = sigmoid(x W). Each token takes the K experts of largest s + b. Its gates are gate_scale * s / (sum of the chosen
-    s); the bias b takes no part in them. After each training step b_e += bias_rate * sign(mean load - load_e).
+    s), or gate_scale * s for K = 1; the bias b takes no part in them. After each training step
+    b_e += bias_rate * sign(mean load - load_e).
     `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss.
 
     bias_rate: how much the bias changes in a training step.
@@ -114,8 +115,9 @@ class SigmoidBias(Scored, name="sigmoid_bias"):
     n_groups, group_limit: as in top_k, but the score of a group is the sum of its two largest s + b.
     """
 
-    paper = "DeepSeek-AI 2024; Wang 2024"
-    formula = "s = sigmoid(x W); the K largest s + b; gates s / (sum of the chosen s); b += rate sign(mean load - load)"
+    paper = "DeepSeek-AI 2024 (V3); Wang 2024 (bias)"
+    formula = ("s = sigmoid(x W); the K largest s + b; gates s / (sum of the chosen s), or s for K = 1; "
+               "b_e += rate sign(mean load - load_e)")
     used_by = "DeepSeek-V3, Kimi K2, GLM-4.5"
     balanced = "in the long run"
     shapes = {"weight": "DE", "bias": "E"}
