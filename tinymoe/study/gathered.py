@@ -14,14 +14,15 @@ from .tables import (
     CLAIM_COLUMNS,
     COMPUTE,
     answers,
-    cells,
     claim_rows,
     compute_row,
     deciding_hours,
     how_sure,
+    numbers_of,
     settings_table,
     to_decide,
     total_hours,
+    verdict_of,
 )
 from .wording import GLOSSARY, METHODS, TO_DECIDE
 
@@ -106,7 +107,7 @@ def yardstick(found):
     """What a margin is, and what a mixture is worth, in two sentences."""
     worth = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
     said = "".join(f" The loss of a mixture minus that of a dense model of equal active size is "
-                   f"{' '.join(cells(one)[:2])}: {one.verdict}." for one in worth)
+                   f"{' '.join(numbers_of(one))}: {one.verdict}." for one in worth)
     return (f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is {math.expm1(MARGIN):.0%} of "
             f"perplexity.{said}")
 
@@ -122,8 +123,8 @@ def questions(found) -> list[str]:
     """The primary comparisons of several experiments, those that are decided first: question, answer, number, how
     sure. Those that are not known have a table of their own, which says what would decide them."""
     rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
-                             f"{each.contrast}: {' '.join(cells(each)[:2])} {unit(each)}".strip(),
-                             f"{cells(each)[2]}{how_sure(each)}", link(results)])
+                             f"{each.contrast}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
+                             f"{verdict_of(each)}{how_sure(each)}", link(results)])
             for results in found for one, each in zip(results.experiment.primary, results.primary)]
     rows.sort(key=lambda row: ORDER.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
@@ -154,14 +155,14 @@ def surprise(found):
     different = [(one, results) for one, results in fair if one.verdict == "different"]
     if not different:
         return "No exploratory difference of the loss survives its correction."
-    one, results = max(different, key=lambda found: abs(found[0].mean))
+    one, results = max(different, key=lambda pair: abs(pair[0].mean))
     what = {s.id: s.what for s in results.experiment.settings}
     first, second = one.contrast.settings
     better = "better" if one.mean < 0 else "worse"
     return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
-            f"The interval is {cells(one)[1]}{how_sure(one)}; {link(results)}. No question asked for it. It is the "
-            f"largest of {len(fair)} exploratory differences of the causal loss between models of equal active size "
-            "that were trained for as many steps, so it is probably too large.")
+            f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. No question asked for it. It is "
+            f"the largest of {len(fair)} exploratory differences of the causal loss between models of equal active "
+            "size that were trained for as many steps, so it is probably too large.")
 
 
 def is_fair(one, results):

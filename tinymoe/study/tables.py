@@ -18,7 +18,7 @@ def answers(results: Results) -> list[str]:
     """For each primary comparison its question and answer, the number, the verdict, how sure it is, and what would
     decide it."""
     return [f"{one.question} **{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
-            f"{cells(found)[0]}." + (f" *{found.verdict.capitalize()}*{how_sure(found)}." if found.tested else "")
+            f"{numbers_of(found)[0]}." + (f" *{found.verdict.capitalize()}*{how_sure(found)}." if found.tested else "")
             + (f" To decide it: {to_decide(results, found)}." if found.verdict == "not known" else "")
             for one, found in zip(results.experiment.primary, results.primary)]
 
@@ -56,49 +56,59 @@ def p_value(p):
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def cells(found, interval=None):
-    """[mean, interval, verdict] of a Comparison as text, so many digits that no end of the interval looks like 0."""
+def verdict_of(found):
+    return found.verdict if found.n else "no common seed"
+
+
+def numbers_of(found, interval=None):
+    """(mean, interval) of a Comparison as text, with so many digits that no end of the interval looks like 0."""
     interval, shown = interval or found.interval, found.contrast.shown
     numbers = tuple(map(shown, (interval.mean, interval.low, interval.high)))
     size, bound = abs(numbers[0]), 1 if found.contrast.over else 0
     digits = enough_digits(numbers, 0 if size >= 100 else 1 if size >= 10 else 3 if size >= 0.01 else 4, bound)
     mean, low, high = (f"{x:{'' if found.contrast.over else '+'},.{digits}f}" for x in numbers)
-    return ["–" if math.isnan(numbers[0]) else mean, f"[{low}, {high}]" if found.tested else "–",
-            found.verdict if found.n else "no common seed"]
+    return "–" if math.isnan(numbers[0]) else mean, f"[{low}, {high}]" if found.tested else "–"
 
 
 def primary_table(results):
     """A column for each primary comparison with all that was tested."""
     columns = []
     for one, found in zip(results.experiment.primary, results.primary):
-        mean, interval, verdict = cells(found)
-        text = results.text_uncertainty(found.contrast) if found.tested else None
-        tests = [f"{found.corrected:.2g}", f"{found.p_flip:.3g}", cells(found, found.interval90)[1],
-                 f"{found.corrected_same:.2g}", f"{found.sd:.4f}", f"{found.smallest:.4f}",
-                 to_decide(results, found) if verdict == "not known" else "–"] if found.tested else ["–"] * 7
-        columns.append([one.published or "–", f"{title(found.contrast.metric)}, {found.contrast}", mean, interval,
-                        f"**{verdict}**", *tests[:3], f"{found.margin:g}", *tests[3:5], str(found.n), *tests[5:],
-                        *([f"[{text[0]:+.3f}, {text[1]:+.3f}]", f"{text[2]:.0%}"] if text else ["–", "–"])])
-    names = ["published", "difference", "mean", "95% interval", "verdict", "corrected p", "sign flips", "90% interval",
+        mean, interval = numbers_of(found)
+        column = {"published": one.published or "–", "difference": f"{title(found.contrast.metric)}, {found.contrast}",
+                  "mean": mean, "95% interval": interval, "verdict": f"**{verdict_of(found)}**",
+                  "margin": f"{found.margin:g}", "seeds": str(found.n)}
+        if found.tested:
+            column |= {"corrected p": f"{found.corrected:.2g}", "sign flips": f"{found.p_flip:.3g}",
+                       "90% interval": numbers_of(found, found.interval90)[1], "same": f"{found.corrected_same:.2g}",
+                       "SD": f"{found.sd:.4f}", "smallest effect": f"{found.smallest:.4f}"}
+            if found.verdict == "not known":
+                column["to decide it"] = to_decide(results, found)
+            if text := results.text_uncertainty(found.contrast):
+                low, high, share = text
+                column |= {"95% over seeds and text": f"[{low:+.3f}, {high:+.3f}]",
+                           "text's share of the variance": f"{share:.0%}"}
+        columns.append(column)
+    names = ("published", "difference", "mean", "95% interval", "verdict", "corrected p", "sign flips", "90% interval",
              "margin", "same", "SD", "seeds", "smallest effect", "to decide it", "95% over seeds and text",
-             "text's share of the variance"]
-    questions = [one.question for one in results.experiment.primary]
-    rows = [row for row in zip(names, *columns) if not set(row[1:]) <= {"–", "**not tested**", "**no common seed**"}]
-    return table(["", *questions], rows) if columns else ""
+             "text's share of the variance")
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
+    rows = [row for row in rows if not set(row[1:]) <= {"–", "**not tested**", "**no common seed**"}]
+    return table(["", *(one.question for one in results.experiment.primary)], rows) if columns else ""
 
 
 def domain_table(results):
     """The difference of each primary comparison of the loss in each domain; "" without one."""
-    rows = [[str(found.contrast), escaped(domain), *cells(each)[:2]] for found in results.primary
+    rows = [[str(found.contrast), escaped(domain), *numbers_of(each)] for found in results.primary
             for domain, each in results.by_domain(found.contrast).items()]
     kept = 4 if any(row[3] != "–" for row in rows) else 3
     return table(["difference", "domain", "mean", "95% interval"][:kept], [row[:kept] for row in rows]) if rows else ""
 
 
 def exploratory_table(results):
-    rows = [[title(one.contrast.metric), str(one.contrast), *cells(one)[:2],
+    rows = [[title(one.contrast.metric), str(one.contrast), *numbers_of(one),
              f"{one.corrected_same if one.verdict == 'same' else one.corrected:.2g}" if one.tested else "–",
-             cells(one)[2]] for one in results.exploratory]
+             verdict_of(one)] for one in results.exploratory]
     kept = 6 if any(one.tested for one in results.exploratory) else 3  # no interval and no test of one seed
     names = ["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"]
     return table(names[:kept], [row[:kept] for row in rows]) if rows else ""
@@ -118,8 +128,9 @@ def sweep_table(results):
 
 
 def crossing_table(results):
-    rows = [[title(metric), f"`{first}`, `{second}`", *(", ".join("–" if math.isnan(step) else f"{step:.0f}"
-             for step in results.crossing(metric, first, second).values()),)]
+    rows = [[title(metric), f"`{first}`, `{second}`",
+             ", ".join("–" if math.isnan(step) else f"{step:.0f}"
+                       for step in results.crossing(metric, first, second).values())]
             for metric, first, second in results.experiment.crossings]
     return table(["curve", "of", "step, seed by seed"], rows) if rows and results.ready else ""
 
@@ -180,10 +191,10 @@ def ended(results):
 def total_hours(results) -> float:
     """Core-hours of all runs of an experiment, those of failed runs included."""
     done, failed = ended(results)
-    seconds = [*((run, run.wall_seconds) for run in done),
-               *((run, row["seconds"]) for run in failed for row in run.log[-1:]
-                 if isinstance(row.get("seconds"), float))]
-    return sum(core_hours(run, of) for run, of in seconds)
+    seconds_of = [*((run, run.wall_seconds) for run in done),
+                  *((run, row["seconds"]) for run in failed for row in run.log[-1:]
+                    if isinstance(row.get("seconds"), float))]
+    return sum(core_hours(run, seconds) for run, seconds in seconds_of)
 
 
 def core_hours(run, seconds):
