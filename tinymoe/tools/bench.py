@@ -43,12 +43,12 @@ def busy() -> str:
         if load > cores else ""
 
 
-def describe(machine) -> str:
-    """A row's machine in words: threads, libraries, processor."""
-    info = machine["thread_info"]
+def describe(row) -> str:
+    """The machine of a row in words: threads, libraries, processor."""
+    info = row["thread_info"]
     blas = ", ".join("{name} {version} at {threads} thread(s)".format_map(pool) for pool in info["blas"])
     numba = f"numba {info['numba']} ({info['threading_layer']})" if info["numba"] else "NumPy kernels"
-    return f"{machine['threads']} thread(s), {numba}, {blas}; {machine['processor']}, {machine['cores']} cores"
+    return f"{row['threads']} thread(s), {numba}, {blas}; {row['processor']}, {row['cores']} cores"
 
 
 def ladder(sizes=LADDER, repeats=5):
@@ -118,8 +118,8 @@ def three_ways(config=DEFAULT, batch_size=8, repeats=7):
         ms = _medians(steps, repeats, prepare=lambda step: kernels.use(ways[step][0]))
     finally:
         kernels.use(before)
-    for ms[PYTORCH] in pytorch(repeats, steps=[config], batch_size=batch_size):
-        ways[PYTORCH] = PYTORCH, PYTORCH
+    if found := pytorch(repeats, steps=[config], batch_size=batch_size):
+        ms[PYTORCH], ways[PYTORCH] = found[0], (PYTORCH, PYTORCH)
     return [{"step": step, "kernels": name, "expert_backend": backend, "ms": ms[step],
              "relative": ms[step] / ms["naive experts"]} for step, (name, backend) in ways.items()]
 
@@ -183,17 +183,17 @@ def _medians(functions, repeats, prepare=lambda name: None):
     return {name: float(np.median(ms[1:])) for name, ms in times.items()}  # the first round warms up
 
 
-def skewed_layer(share, n_tokens=2048, d_model=128, n_experts=8, top_k=2, seed=0):
-    """A function that runs one expert layer forward and backward, in which `share` of the tokens choose expert 0.
+def skewed_layer(share, n_tokens=2048, d_model=128):
+    """A function that runs one layer of 8 experts forward and backward, in which `share` of the tokens choose expert 0.
 
-    The load is balanced where the share is K / E. The other choices are uniform.
+    A token has two experts, so the load is balanced where the share is 0.25. The other choices are uniform.
     """
-    rng = np.random.default_rng(seed)
+    rng, n_experts = np.random.default_rng(0), 8
     scores = rng.random((n_tokens, n_experts), dtype=np.float32)
     scores[:, 0] = rng.permutation(n_tokens) < round(share * n_tokens)  # 1 beats every score, 0 none
     gates = Tensor(scores, requires_grad=True)
-    routing = from_mask(largest(scores, top_k), gates, gates, gates)
-    bank = ExpertBank(n_experts, d_model, 4 * d_model, seed=seed)
+    routing = from_mask(largest(scores, 2), gates, gates, gates)
+    bank = ExpertBank(n_experts, d_model, 4 * d_model, seed=0)
     x = Tensor(rng.standard_normal((n_tokens, d_model)).astype(np.float32), requires_grad=True)
 
     def both():
@@ -221,12 +221,13 @@ def scaling(experts=(8, 16, 32, 64), tokens=(512, 1024, 2048, 4096, 8192), share
     return rows
 
 
-def _figure(path, height, n_panels, draw):
-    """Call draw(figure, *panels) in the style of the study's figures, and save. matplotlib is first imported here."""
+@contextlib.contextmanager
+def _figure(path, height, n_panels=1):
+    """(figure, panels) in the style of the study's figures, saved at the end. matplotlib is first imported here."""
     from ..study.figures import default_style, panel_grid, save
     with default_style():
         fig, (panels,) = panel_grid(1, n_panels, height)
-        draw(fig, *panels)
+        yield fig, panels
         save(fig, path)
 
 
@@ -237,7 +238,7 @@ def draw_ladder(rows, path):
     size_of = itemgetter("n_tokens", "d_model", "n_experts", "top_k")
     sizes = list(dict.fromkeys(map(size_of, rows)))
 
-    def draw(fig, axes):
+    with _figure(path, 2.8) as (fig, (axes,)):
         for i, (backend, hatch) in enumerate(zip((*BACKENDS, PYTORCH), ("..", "//", "\\\\", "", "xx"))):
             mine = {sizes.index(size_of(row)): row["ms"] for row in rows if row["backend"] == backend}
             if not mine:
@@ -252,14 +253,12 @@ def draw_ladder(rows, path):
         axes.margins(y=0.12)
         fig.legend(loc="outside upper center", ncols=5)
 
-    _figure(path, 2.8, 1, draw)
-
 
 def draw_profile(rows, path):
     """A bar for each operation of the step, the slowest on top, with its rate where it multiplies matrices."""
     from ..study.palette import COLOURS
 
-    def draw(fig, axes):
+    with _figure(path, 2.8) as (_, (axes,)):
         operations, whole = rows[:-1], rows[-1]
         bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color=COLOURS[0])
         axes.bar_label(bars, [f"{row['share']:.0%}" + (f", {row['gflops']:.0f} GFLOP/s" if row["gflops"] else "")
@@ -269,8 +268,6 @@ def draw_profile(rows, path):
         axes.margins(x=0.15)
         axes.set(xlabel=f"milliseconds of a training step of {whole['ms']:.0f} ms, {whole['gflops']:.0f} GFLOP/s; "
                         f"sgemm alone {whole['sgemm_gflops']:.0f} GFLOP/s")
-
-    _figure(path, 2.8, 1, draw)
 
 
 def draw_scaling(rows, path):
@@ -282,7 +279,7 @@ def draw_scaling(rows, path):
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}
 
-    def draw(fig, *panels):
+    with _figure(path, 2.4, n_panels=3) as (fig, panels):
         for axes, (against, label) in zip(panels, labels.items()):
             values, ms = zip(*((row["value"], row["ms"]) for row in rows if row["against"] == against))
             ideal = [ms[0] * v / values[0] if against == "tokens" else ms[0] for v in values]
@@ -294,8 +291,6 @@ def draw_scaling(rows, path):
             axes.set(xlabel=label, ylim=(0, 1.15 * max(*ms, *ideal)), ylabel="layer, forward + backward (ms)"
                      if against == "imbalance" else "training step (ms)")
         fig.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-
-    _figure(path, 2.4, 3, draw)
 
 
 def write(out, name, rows):

@@ -11,7 +11,7 @@ from ..autograd.tensor import Tensor
 from ..model.config import ModelConfig
 from ..moe import losses, metrics
 from ..moe.layer import MoELayer
-from ..moe.routers import ROUTERS, RouteContext, TopK, find
+from ..moe.routers import RouteContext, TopK, find
 from ..moe.routers.token_choice import Scored
 from ..moe.routing import limit_capacity
 
@@ -201,12 +201,13 @@ class Example:
         return _part("7. Load and balance", *texts)
 
     def capacity(self):
-        n_tokens, n_experts, k = len(TEXT), self.config.n_experts, self.config.top_k
-        limited = limit_capacity(self.routing, n_experts / (n_tokens * k), k)
+        k = self.config.top_k
+        factor = self.config.n_experts / (len(TEXT) * k)
+        limited = limit_capacity(self.routing, factor, k)
         lost = self.routing.mask() & ~limited.mask()
         names = ", ".join(f"{self.labels[n]} from e{e}" for n, e in np.argwhere(lost))
         return _part("8. A capacity of one token", f"""
-            With a capacity factor of {n_experts / (n_tokens * k):g} an expert holds ceil(factor * N * K / E) = 1 token.
+            With a capacity factor of {factor:g} an expert holds ceil(factor * N * K / E) = 1 token.
             First choices come before second choices, then earlier tokens before later ones. Dropped:
             {limited.n_dropped} assignments ({names or 'none'}). Experts that are left for each token:
             {_list(limited.coverage)}. A dropped expert adds nothing; its gate is not given to the others. A token with
@@ -240,7 +241,7 @@ def draw(example: Example):
     outputs = (hidden[:, None] @ e.bank.w2.data[chosen])[:, 0]
     names = [e.experts[i] for i in chosen]
     parts = [("x, the\nhidden state", e.x.data[n:n + 1], e.dims, [""]),
-             *[("logits\nof the router", e.routing.logits.data[n:n + 1], e.experts, [""])] * e.has_logits,
+             *([("logits\nof the router", e.routing.logits.data[n:n + 1], e.experts, [""])] if e.has_logits else []),
              ("probabilities\n(softmax)" if e.softmaxed else "probabilities", e.routing.probs.data[n:n + 1], e.experts,
               [""]),
              ("gates\nof the chosen", gates[None], e.experts, [""]),
@@ -307,4 +308,4 @@ def _difference(a, b):
 
 def _first_line(router):
     """The first sentence about a router, without its sources."""
-    return ROUTERS[router.name].__doc__.splitlines()[0].split(" (")[0].rstrip(".") + "."
+    return router.__doc__.splitlines()[0].split(" (")[0].rstrip(".") + "."
