@@ -720,8 +720,8 @@ def probe(subject, steps, ids, text, imports, overrides):
     click.echo()
     _table({"effect on a token of, through all layers": "<44", "rerouted": "8.1%", "largest change of logits": "24.1e"},
            ((what, found.tokens, found.logits) for what, found in effects.items()))
-    flattery = probes.flattery(model, ids, targets, domain)
-    click.echo(f"\nloss on the prefix alone, minus as evaluated: {flattery:+.5f} nats\n")
+    leak = probes.leak_in_loss(model, ids, targets, domain)
+    click.echo(f"\nloss on the prefix alone, minus as evaluated: {leak:+.5f} nats\n")
     _table({"the router's gradient from": "<44", "coefficient": "11g", "norm": "9.2e", "": "<"},
            ((term, coefficient, norm, "exactly zero" if norm == 0 else "" if coefficient else "at coefficient 1")
             for term, (coefficient, norm) in probes.gradient_path(model, ids, targets, domain).items()))

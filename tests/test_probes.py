@@ -49,9 +49,9 @@ def test_who_depends_on_the_batch(changes, depends):
     assert depends or found["alone"].logits < 1e-4
 
 
-def test_flattery_is_zero_for_the_causal_and_not_for_expert_choice():
-    assert probes.flattery(model(), IDS, TARGETS) == 0
-    assert abs(probes.flattery(model("expert_choice"), IDS, TARGETS)) > 1e-3
+def test_leak_in_loss_is_zero_for_the_causal_and_not_for_expert_choice():
+    assert probes.leak_in_loss(model(), IDS, TARGETS) == 0
+    assert abs(probes.leak_in_loss(model("expert_choice"), IDS, TARGETS)) > 1e-3
 
 
 @pytest.mark.parametrize("changes, zero", [

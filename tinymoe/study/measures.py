@@ -7,10 +7,11 @@ from ..autograd.tensor import Tensor, no_grad
 from ..moe import devices, metrics
 from ..moe.routing import from_mask, merge
 from ..training.evaluation import by_domain, losses_and_routings
-from .probes import compared, rerouted
+from .probes import compared, observed, rerouted
 from .quantities import DEVICES, RULES
 
 WINDOWS = 16  # of each domain
+N_BATCHES = 16  # of which the noise of the gradient is measured
 BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
 CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
 CLASS_BYTES = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " \t\n\r",
@@ -76,7 +77,7 @@ def by_rule(trainer) -> dict[str, float | None]:
     return found
 
 
-def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
+def gradient_noise(trainer) -> dict[str, float | None]:
     """How noisy the routers' gradient on one batch is: its variance over batches, its squared mean, and the share of
     the variance in their sum. None for a router that does not learn.
 
@@ -87,7 +88,7 @@ def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
     seen = []
     if not weights or not all(w is not None and w.requires_grad for w in weights):
         return dict.fromkeys(("gradient_variance", "gradient_signal", "noise_share"))
-    for _ in range(n_batches):
+    for _ in range(N_BATCHES):
         ids, targets, domain = trainer.corpus.labelled_batch(rng, c.batch_size, model.config.seq_len)
         terms = model.loss(ids, targets, training=True, rng=rng, domain=domain)
         trainer.optimizer.zero_grad()
@@ -96,8 +97,8 @@ def gradient_noise(trainer, n_batches: int = 16) -> dict[str, float | None]:
                                    dtype=float))
     trainer.optimizer.zero_grad()
     mean = np.mean(seen, axis=0)
-    variance = ((seen - mean) ** 2).sum() / (n_batches - 1)
-    signal = max((mean**2).sum() - variance / n_batches, 0.0)  # the squared mean of n batches is too large by this
+    variance = ((seen - mean) ** 2).sum() / (N_BATCHES - 1)
+    signal = max((mean**2).sum() - variance / N_BATCHES, 0.0)  # the squared mean of n batches is too large by this
     return {"gradient_variance": float(variance), "gradient_signal": float(signal),
             "noise_share": float(variance / (variance + signal)) if variance else 0.0}
 
@@ -141,7 +142,7 @@ def information(routing, valid):
     n_windows, length = valid.ids.shape
     labels = {"class": byte_class(valid.ids).ravel(), "position": np.tile(np.arange(length) * 8 // length, n_windows)}
     rng = np.random.default_rng(0)
-    return {f"{name}_information_excess": _excess(routing.mask(), of, rng) for name, of in labels.items()}
+    return {f"{name}_information_excess": _excess(routing.mask(), label, rng) for name, label in labels.items()}
 
 
 def _excess(counts, labels, rng):
@@ -214,10 +215,10 @@ def counterfactuals(model, valid, nats):
 
 def function_divergence(layer, model, valid):
     """Mean over pairs of experts of 1 - cosine of their outputs for the same tokens, those of the first batch."""
-    caught = []
-    with rerouted(lambda routing, x: caught.append(x) or routing, layer), no_grad():
+    with observed(layer) as seen, no_grad():
         model.forward(valid.ids[:valid.batch_size], domain=valid.domain[:valid.batch_size])
-        outputs = layer.experts.each(caught[0]).data.astype(float)  # (E, N, D)
+        _, x = seen[0]
+        outputs = layer.experts.each(x).data.astype(float)  # (E, N, D)
     unit = outputs / np.maximum(np.linalg.norm(outputs, axis=2, keepdims=True), 1e-30)
     cosines = np.einsum("end,fnd->ef", unit, unit) / unit.shape[1]
     return float(1 - cosines[np.triu_indices(len(unit), 1)].mean())

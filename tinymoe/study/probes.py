@@ -88,7 +88,7 @@ def batch_independence(model, ids: np.ndarray, domain=None) -> dict[str, Influen
             for name, those in (("alone", ids[:1]), ("other neighbours", other))}
 
 
-def flattery(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> float:
+def leak_in_loss(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> float:
     """Loss routed on the prefix alone minus loss routed over the batch, in nats; 0 for a causal router."""
     domain = np.zeros(len(ids), int) if domain is None else domain
     valid = Validation(ids, targets, domain, names=("text",), batch_size=len(ids))
@@ -202,15 +202,22 @@ def own_leaks(model, ids: np.ndarray, training: bool = False, domain=None) -> li
 
 def layer_inputs(model, ids, domain=None):
     """The input (B, T, D) of each MoE layer, as an array."""
-    found = []
+    with observed(*model.moe_parts()) as seen:
+        model.forward(ids, rng=np.random.default_rng(0), domain=domain)
+    return [x.data.reshape(*ids.shape, -1) for _, x in seen]
+
+
+@contextmanager
+def observed(*layers):
+    """Within it, a list of the (Routing, input (N, D) Tensor) of each call of these MoE layers."""
+    seen = []
 
     def note(routing, x):
-        found.append(x.data.reshape(*ids.shape, -1))
+        seen.append((routing, x))
         return routing
 
-    with rerouted(note, *model.moe_parts()):
-        model.forward(ids, rng=np.random.default_rng(0), domain=domain)
-    return found
+    with rerouted(note, *layers):
+        yield seen
 
 
 @contextmanager
@@ -282,7 +289,8 @@ def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | N
     else:
         model, what = published.load(path), "published weights"
     c = model.config
-    has_bytes = c.vocab_size == 256 or c.vocab_size > 256 and what != "published weights"
+    ours = is_run or path.suffix == ".npz"  # published weights with a larger vocabulary have tokens of their own
+    has_bytes = c.vocab_size == 256 or c.vocab_size > 256 and ours
     if not c.moe_layers or c.seq_len < 2:
         raise ValueError(f"{path} has no layer with experts, or sequences below 2 tokens: there is nothing to probe")
     windows, words = _tokens(c, has_bytes, ids, text, trained_on=folder if is_run else None)

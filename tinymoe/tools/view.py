@@ -1,7 +1,6 @@
 """Which expert each byte goes to, in the terminal and as one HTML page (its template is view.html)."""
 
 import base64
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..moe import metrics
 from ..moe.routers import ROUTERS
 from ..moe.routing import merge
 from ..study.palette import EXPERTS, INKS, is_light, rgb, symbol
-from ..study.probes import rerouted
+from ..study.probes import observed
 from ..study.rows import COMPACT
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, first_choices, snapshot
@@ -117,7 +116,7 @@ def page(folder, text=None):
     """
     paths = [] if text is not None else saved_routings(folder)
     load_recorded_imports(folder)
-    steps = [load_arrays(path, "routings") for path in paths] or [_now(folder, text)]
+    steps = [load_arrays(path, "routings") for path in paths] or [_of_checkpoint(folder, text)]
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     try:
         data = json.dumps(_data(steps) | _inside(folder, steps[-1][0]), allow_nan=False)
@@ -136,7 +135,7 @@ def belongs_to_a_run(path):
 
 
 @np.errstate(all="ignore")
-def _now(folder, text):
+def _of_checkpoint(folder, text):
     """(arrays, header) of what the last checkpoint does, in the form of a file of saved routings."""
     model = load_model(folder)
     length = model.config.seq_len
@@ -207,15 +206,12 @@ def _inside(folder, final):
         model = load_model(folder)
     except CheckpointError:
         return {}
-    caught = []
-    with contextlib.ExitStack() as stack, no_grad():
-        for part in model.moe_parts():
-            stack.enter_context(rerouted(lambda routing, x, part=part: caught.append(
-                (routing, *_outputs(part, x, routing))) or routing, part))
+    parts = model.moe_parts()
+    with observed(*parts) as seen, no_grad():
         model.forward(final["ids"].astype(np.int64), rng=np.random.default_rng([0, 0]))
-    routings, sizes, total = zip(*caught)
-    same = (np.stack([r.mask() for r in routings]) == final["chosen"]).all(axis=2)
-    arrays = {"logits": np.stack([r.logits.data for r in routings]), "sizes": np.stack(sizes), "total": np.stack(total)}
+        sizes, total = zip(*(_outputs(part, x, routing) for part, (routing, x) in zip(parts, seen)))
+    same = (np.stack([r.mask() for r, _ in seen]) == final["chosen"]).all(axis=2)
+    arrays = {"logits": np.stack([r.logits.data for r, _ in seen]), "sizes": np.stack(sizes), "total": np.stack(total)}
     return {name: _base64(np.where(same if a.ndim == 2 else same[..., None], a, np.nan), np.float32)
             for name, a in arrays.items()}
 
