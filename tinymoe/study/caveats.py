@@ -52,8 +52,8 @@ def beside_the_plan(results):
                "between.")
     hashes = [run.plan_hash for run in results.runs]
     none = hashes.count(None)
-    if n := len(hashes) - hashes.count(e.plan_hash) - none:
-        yield f"The plan of {n} run{'s' if n > 1 else ''} is another one than today's."
+    if others := len(hashes) - hashes.count(e.plan_hash) - none:
+        yield f"The plan of {others} run{'s' if others > 1 else ''} is another one than today's."
     if none:
         yield f"No plan was recorded by {none} run{'s' if none > 1 else ''}."
 

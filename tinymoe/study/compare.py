@@ -144,7 +144,7 @@ def flat_rows(folder) -> list[dict]:
         head["router"] = "+".join(router_names(run.model)) or None
         ends = [run.final] if run.summary else []
         for row, at_end in [*((row, False) for row in run.log), *((row, True) for row in ends)]:
-            shared = {name: of for name, of in row.items() if name not in ("layers", "warnings")}
+            shared = {name: cell for name, cell in row.items() if name not in ("layers", "warnings")}
             try:
                 rows += [head | {"at_end": at_end} | _flat(shared) | _flat({**layer})
                          for layer in row.get("layers") or [{}]]

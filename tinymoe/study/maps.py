@@ -15,23 +15,24 @@ from .figures import captioned, layer_grid, panel_grid
 from .palette import DIVERGING, EXPERTS, is_light, symbol
 from .quantities import in_row
 
+ROUTE_BYTES = 72  # of each domain, in the figure of routes
 RATIO = Normalize(-3, 3)  # of log2(ratio)
 RATIOS = LinearSegmentedColormap.from_list("ratios", DIVERGING).with_extremes(under="black")
 
 
-def diagram(names_of, x_label, y_label):
+def diagram(places, x_label, y_label):
     """Phase diagrams of the effective experts: a panel for each number of experts, a cell for each pair of two fields.
 
-    names_of: {setting id: (number of experts, x, y)}, in ascending order.
+    places: {setting id: (number of experts, x, y)}, in ascending order.
     """
     @captioned(f"Effective experts at the end of training, the mean over layers and seeds, by {x_label} and {y_label}: "
                "white is half of the experts, blue is fewer. A question mark: the half lies within the 95% interval.")
     def draw(results):
-        sizes = list(dict.fromkeys(most for most, *_ in names_of.values()))
+        sizes = list(dict.fromkeys(most for most, *_ in places.values()))
         fig, (axes_of,) = panel_grid(1, len(sizes), 2.6)
         for axes, size in zip(axes_of, sizes):
             found = {(y, x): results.interval("effective_experts", name)
-                     for name, (most, x, y) in names_of.items() if most == size}
+                     for name, (most, x, y) in places.items() if most == size}
             ys, xs = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
             shares = np.reshape([found[y, x].mean / size for y in ys for x in xs], (len(ys), len(xs)))
             axes.pcolormesh(shares, vmin=0, vmax=1, cmap=RATIOS, edgecolor="white")
@@ -124,7 +125,7 @@ def domain_by_expert(results):
     return ratio_maps(results, ratios_of, "use by the domain / by all", "expert")
 
 
-def routes(name, length=72):
+def routes(name):
     """Text of each domain, each byte on the colour of its expert with the largest gate, in each MoE layer.
 
     It is drawn where the routings of the first seed of the setting were kept.
@@ -141,8 +142,8 @@ def routes(name, length=72):
         fig, grid = panel_grid(len(header["names"]), 1, 0.3 * len(header["names"]) * (len(layers) + 1))
         for domain, (axes, said) in enumerate(zip(grid[:, 0], header["names"])):
             window = int(np.argmax(arrays["domain"] == domain))
-            text = arrays["ids"][window, :length].tolist()
-            for y, experts in enumerate(first[:, window, :length]):
+            text = arrays["ids"][window, :ROUTE_BYTES].tolist()
+            for y, experts in enumerate(first[:, window, :ROUTE_BYTES]):
                 for x, (byte, expert) in enumerate(zip(text, experts.tolist())):
                     draw_byte(axes, x, y, byte, expert)
             axes.set(xlim=(0, len(text)), ylim=(len(layers), 0), xticks=[])

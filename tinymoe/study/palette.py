@@ -19,7 +19,7 @@ def rgb(colour: str) -> tuple[int, ...]:
 
 def is_light(colour: str) -> bool:
     """Whether black text reads better on it than white."""
-    return sum(part * of for part, of in zip((0.299, 0.587, 0.114), rgb(colour))) > 110
+    return sum(weight * part for weight, part in zip((0.299, 0.587, 0.114), rgb(colour))) > 110
 
 
 INKS = tuple("#000" if is_light(colour) else "#fff" for colour in EXPERTS)  # of text on the colours of EXPERTS

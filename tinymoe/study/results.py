@@ -105,16 +105,18 @@ class Results:
 
     def text_uncertainty(self, contrast: Contrast):
         """What statistics.text_uncertainty finds for a difference of the causal loss; None where rows lack parts."""
-        def in_parts(domain, setting):
-            return {run.seed: run.summary.get("causal_by_part", {}).get(domain, []) for run in self.groups[setting]}
-
-        wanted = [run for name in contrast.settings for run in self.groups.get(name, ())]
-        domains = self.runs[0].config["domains"]
         if contrast.metric != LOSS or not contrast.minus or not self.has(contrast):
             return None
-        parts = [run.summary.get("causal_by_part", {}) for run in wanted]
-        if len({tuple(len(part.get(domain, ())) for domain in domains) for part in parts}) > 1:
+        parts = {name: {run.seed: run.summary.get("causal_by_part", {}) for run in self.groups[name]}
+                 for name in contrast.settings}
+        domains = self.runs[0].config["domains"]
+        if len({tuple(len(part.get(domain, ())) for domain in domains)
+                for of_seeds in parts.values() for part in of_seeds.values()}) > 1:
             return None
+
+        def in_parts(domain, setting):
+            return {seed: part.get(domain, []) for seed, part in parts[setting].items()}
+
         return statistics.text_uncertainty([replace(contrast, metric=domain).of(in_parts) for domain in domains])
 
     def crossing(self, metric: str, first: str, second: str) -> dict[int, float]:
@@ -170,7 +172,7 @@ class Results:
         """The name of a setting in figures; where --set may change settings, with what its runs really were."""
         return f"{name} {made_of(self.groups[name])}" if self.experiment.adjustable else name
 
-    def cell(self, metric: str, name: str, half: bool = True, leaky: bool = True) -> str:
+    def cell(self, metric: str, name: str, leaky: bool = True) -> str:
         """`mean ± half width` over seeds, a dash for no number; of an event the median, and in how many seeds it is.
 
         leaky: add the leaky number to a causal one.
@@ -182,10 +184,10 @@ class Results:
             return "–"
         digits = enough_digits([one.half], 0 if abs(one.mean) >= 100 else digits)
         shown = f"{round(one.mean, digits) + 0.0:,.{digits}f}"
-        if half and round(one.half, 6) > 0:  # nan, of one seed, is not above 0
+        if round(one.half, 6) > 0:  # nan, of one seed, is not above 0
             shown += f" ± {one.half:,.{digits}f}"
         if leaky and metric.startswith("causal_") and self.groups[name][0].leaky:
-            shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name, half)})"
+            shown += f" (leaky {self.cell(metric.replace('causal', 'val'), name)})"
         return shown
 
     def _event(self, metric, name):
@@ -200,8 +202,8 @@ class Results:
         """A paragraph: how the layers of these settings ended, and the first setting with all of them in use."""
         states = {name: Counter(_state(layer) for run in self.groups[name] for layer in run.final["layers"])
                   for name in names}
-        said = [f"`{name}` " + ", ".join(f"{of[state]} {state}" for state in STATES if state in of)
-                for name, of in states.items()]
+        said = [f"`{name}` " + ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
+                for name, counts in states.items()]
         alive = next((f"`{name}`" for name in names if set(states[name]) == {"in use"}), "none")
         return (f"**MoE layers at the end, of all seeds.** {'; '.join(said)}. The first setting with every layer in "
                 f"use: {alive}.")

@@ -24,7 +24,7 @@ def between(low, high):
     return lambda found: type(found) in (int, float) and low <= found <= high
 
 
-# What tables and figures read of a run, see `_fits`. None stands for null, or a field that is not there; ... for this
+# What tables and figures read of a run, see `_fits`. None: null, or no such field; ...: no such field
 COUNT, SIZE, NUMBER, POSITIVE = range(10**12), range(1, 10**12), between(-1e12, 1e12), between(1e-12, 1e12)
 PARTS = {"config": dict, "log": [dict], "summary": (dict, None), "failure": (dict, None)}
 CONFIG = {"run_id": str, "config_id": str, "seed": range(2**64), "threads": SIZE, "versions": dict, "domains": [str],
@@ -92,7 +92,7 @@ def made_of(runs) -> str:
     router = " ".join(filter(None, ("+".join(router_names(model)), rules)))
     limited = model.get("capacity_factor") is not None
     shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
-    losses = [f"{name} {of}" for name, of in (model.get("losses") or {}).items() if of]
+    losses = [f"{name} {coefficient}" for name, coefficient in (model.get("losses") or {}).items() if coefficient]
     return ", ".join([f"{router}, K={shown}, aux {model['aux_coef']:g}", *losses])
 
 

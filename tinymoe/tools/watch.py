@@ -18,8 +18,6 @@ from ..training.evaluation import first_choices
 from ..training.run_folder import saved_routings
 from . import view
 
-NEVER = "no-store"  # the page and the rows change all the time
-
 
 def state(folder) -> dict:
     """What the page shows of a results folder, ready for JSON: its runs, by id, or `error`, why they cannot be read."""
@@ -122,7 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = text.encode("utf-8", "replace")
         self.send_response(code)
         for name, value in (("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))),
-                            ("Cache-Control", NEVER), ("X-Content-Type-Options", "nosniff")):
+                            ("Cache-Control", "no-store"),  # the page and the rows change all the time
+                            ("X-Content-Type-Options", "nosniff")):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

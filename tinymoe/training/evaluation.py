@@ -1,6 +1,7 @@
 """Evaluation: the loss of a model on validation windows, and the metrics of its routers there."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ class Validation:
     ids: np.ndarray
     targets: np.ndarray
     domain: np.ndarray
-    names: tuple
+    names: Sequence[str]
     batch_size: int
 
 

@@ -74,8 +74,8 @@ class Trainer:
 
     def advance(self) -> float:
         """One step: draw a batch and learn from it."""
-        c = self.plan
-        return self.learn(*self.corpus.labelled_batch(self.generators["data"], c.training.batch_size, c.model.seq_len))
+        batch_size, seq_len = self.plan.training.batch_size, self.plan.model.seq_len
+        return self.learn(*self.corpus.labelled_batch(self.generators["data"], batch_size, seq_len))
 
     def evaluate_and_save(self, folder: RunFolder):
         """Evaluate the model, add a row to the log, and save the state."""
