@@ -119,8 +119,10 @@ def test_a_metric_that_nobody_measured_is_named(corpora, tmp_path):
 
 def test_every_figure_has_a_caption_and_no_two_settings_one_look():
     """More settings than colours: those that are not in a primary comparison are grey, and their names are drawn."""
+    run = types.SimpleNamespace(log=[{"validation_tokens": 1}], final={"validation_tokens": 2})
+    some = types.SimpleNamespace(groups={}, runs=[run], several=True)
     for experiment in (lab.STUDY, *EXPERIMENTS.values()):
-        assert all(draw.caption(None).endswith(".") for draw in experiment.figures.values())
+        assert all(draw.caption(some).endswith(".") for draw in experiment.figures.values())
         styles = [figures.style_of(experiment, s.id) for s in experiment.settings]
         looks = [tuple(style.values()) for style in styles if style["color"] != figures.GREY]
         assert len({colour for colour, _ in looks}) == len(looks) >= min(len(styles), 2)

@@ -6,10 +6,11 @@ import numpy as np
 
 from ..study import measures
 from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
-from ..study.figures import add_legend, at_the_end, captioned, log_lines, panel_grid, style_of
+from ..study.figures import add_legend, at_the_end, captioned, log_lines, of_seeds, panel_grid, style_of
 from ..study.maps import over_column_means, ratio_bar, ratio_map
 from ..study.quantities import LOSS, title
 from ..study.statistics import Contrast
+from ..study.wording import INTERVALS
 from .architecture import WHOLE
 from .balancing import EXPERT_CHOICE
 
@@ -120,8 +121,8 @@ batch = Experiment(
             "place. Dropping in order favours the first window.")
 
 
-@captioned("The simulated traffic of one layer by the number of devices: means and 95% intervals. Points are moved "
-           "apart sideways.")
+@captioned(lambda r: f"The simulated traffic of one layer by the number of devices{of_seeds(r, INTERVALS)}. Points are "
+                     "moved apart sideways.")
 def by_devices(r):
     """Each number of the traffic against the number of devices."""
     fig, (axes_of,) = panel_grid(1, 4, 2.6)
@@ -129,7 +130,8 @@ def by_devices(r):
     for axes, number in zip(axes_of, ("sent", "reach", "slowest", "path")):
         lines = [(devices, [r.interval(f"{number}_{n}", name) for n in devices], style_of(r.experiment, name))
                  for name in r.groups]
-        log_lines(axes, lines, devices, "devices", fill(title(f"{number}_4").removesuffix(", 4 devices"), 24))
+        log_lines(axes, lines, devices, x_label="devices",
+                  y_label=fill(title(f"{number}_4").removesuffix(", 4 devices"), 24))
     add_legend(fig, r, r.groups)
     return fig
 

@@ -92,6 +92,18 @@ def listed(metrics, reference=None, results=None) -> str:
     return text[0].upper() + text[1:]
 
 
+def of_seeds(results, words) -> str:
+    """What a caption says of several seeds, after a colon: `words`. One seed has no bands and no intervals."""
+    return f": {words}" if results.several else ""
+
+
+def measured_on(results) -> str:
+    """What the caption of curves says of their points, where they are measured on less text than the tables."""
+    few, many = (row["validation_tokens"] for row in (results.runs[0].log[-1], results.runs[0].final))
+    said = f" A point is measured on {few:,} validation bytes, a number of the tables on {many:,}."
+    return said if few != many else ""
+
+
 def style_of(experiment: Experiment, name: str) -> dict:
     """Colour and marker of a setting by its place in the experiment, or in its primary comparisons; else grey."""
     ids = [s.id for s in experiment.settings]
@@ -211,7 +223,9 @@ def over_steps(reference, *metrics, names=None):
                 return True
         return False
 
-    @captioned(lambda results: f"{listed(metrics, reference, results)}, over the training steps: {CURVES}.", metrics)
+    @captioned(lambda r: f"{listed(metrics, reference, r)}, over the training steps{of_seeds(r, CURVES)}."
+                         f"{measured_on(r)}{' The first evaluations may lie outside the frame.' if clips(r) else ''}",
+               metrics)
     def draw(results):
         shown, leaky = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
@@ -231,13 +245,13 @@ def over_steps(reference, *metrics, names=None):
             axes.set(xlabel="training step", ylabel=label if "\n" in label else fill(label, 34))
         add_legend(fig, results, () if many else shown, *leaky)
         return fig
-    draw.clips = clips
     return draw
 
 
 def by_layer(*metrics):
     """Curves over steps: a row of panels for each metric that is not always 0, a column for each MoE layer."""
-    @captioned(f"{listed(metrics)}, for each MoE layer over the training steps: {CURVES}.", metrics)
+    @captioned(lambda r: f"{listed(metrics)}, for each MoE layer over the training steps{of_seeds(r, CURVES)}."
+                         f"{measured_on(r)}", metrics)
     def draw(results):
         names = results.with_experts
         if not names:
@@ -281,9 +295,9 @@ def at_the_end(*metrics, reference=None, reference_of=None, experts_only=False):
                 keys[MARGIN_KEY] = None
             for y, name in enumerate(chosen):
                 own = reference_of(name) if base and reference_of else base
-                end_mark(axes, results, name, metric, y, own)
+                end_mark(axes, results, name, metric, y=y, reference=own)
                 if metric.startswith("causal_") and results.groups[name][0].leaky:
-                    end_mark(axes, results, name, metric.replace("causal", "val"), y + 0.3, own,
+                    end_mark(axes, results, name, metric.replace("causal", "val"), y=y + 0.3, reference=own,
                              markerfacecolor="white")
                     keys[LEAKY_KEY] = None
             axes.set(xlabel=fill(label, 72 // len(shown)), ylim=(len(chosen) - 0.4, -0.6))
@@ -354,7 +368,7 @@ def draw_forest(found: list[Results], published) -> Path | None:
 
 def one_against_other(x, y):
     """A point for each setting, with its intervals: metric y against metric x."""
-    @captioned(f"{listed([y])} against {title(x)} at the end of training: {INTERVALS}.", (x, y))
+    @captioned(lambda r: f"{listed([y])} against {title(x)} at the end of training{of_seeds(r, INTERVALS)}.", (x, y))
     def draw(results):
         many, points = len(results.groups) > len(COLOURS), {}
         fig, ((axes,),) = panel_grid(1, 1, 3.4)
@@ -389,8 +403,8 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
 
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
-    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training: {INTERVALS}. Points "
-                         "are moved apart sideways.", metrics)
+    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training"
+                         f"{of_seeds(r, INTERVALS)}. Points are moved apart sideways.", metrics)
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks, keys = sorted({x_of(name) for names in names_of.values() for name in names}), {}
@@ -404,7 +418,7 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
                       [t_interval(Contrast(metric, name, minus=base and reference_of(name) if reference_of else base)
                                   .of(results.numbers)) for name in names],
                       {"label": line} | style_at(place)) for place, (line, names) in enumerate(names_of.items())]
-            log_lines(axes, lines, ticks, x_label, label)
+            log_lines(axes, lines, ticks, x_label=x_label, y_label=label)
         fig.legend(handles=[*axes.get_legend_handles_labels()[0], *keys], loc="outside lower center", ncols=8)
         return fig
     return draw

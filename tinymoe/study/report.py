@@ -28,12 +28,10 @@ from .tables import (
 )
 from .wording import (
     CROSSINGS,
-    CURVES,
     DOMAINS,
     EVERY_RUN,
     EXPLORATORY,
     GLOSSARY,
-    INTERVALS,
     METHODS,
     PRIMARY,
     SWEEP,
@@ -55,14 +53,15 @@ def document(results: Results) -> list[str]:
     first, *others = images(results) or ["" if stale else "No figures yet: `--plot-only` draws them."]
     run, claims, experiment = results.runs[0], claim_rows(results), results.experiment
     versions = ", ".join(f"{name} {number}" for name, number in run.config["versions"].items())
-    said = finding(results)
-    n, untested = len(experiment.primary) or 1, not results.several
+    n, said = len(experiment.primary) or 1, finding(results)
+    answered, made, weak, numbers = said[:n], about(results), bold(warnings(results)), settings_table(results)
+    opening = ([*answered, made, weak, first, numbers] if results.several  # else there is no test: numbers come first
+               else [made, weak, numbers, *answered, first])
     ids = ", ".join(f"`{each}`" for each in run_ids(results.runs))
     return [
         f"# {experiment.name}: {experiment.question}",
         "Figures drawn before the last runs are left out: `--plot-only` draws them again." if stale else "",
-        *([] if untested else said[:n]), about(results), bold(warnings(results)), *([] if untested else [first]),
-        settings_table(results), *([*said[:n], first] if untested else []), bullets(said[n:]),
+        *opening, bullets(said[n:]),
         *chapter("Primary comparisons", PRIMARY if any(one.tested for one in results.primary) else "",
                  primary_table(results)),
         *chapter("By domain", DOMAINS, domain_table(results)),
@@ -127,19 +126,9 @@ def drawn(results) -> dict[str, bool]:
 
 
 def caption(results, name) -> str:
-    """The caption of a figure; of curves also on how much text points and tables are measured, and what lies outside
-    of the frame. With one seed there are no bands and intervals."""
-    draw, run = results.experiment.figures[name], results.runs[0]
-    said = draw.caption(results) if hasattr(draw, "caption") else f"{name.replace('_', ' ')}."
-    few, many = run.log[-1]["validation_tokens"], run.final["validation_tokens"]
-    over_steps = CURVES in said
-    if not results.several:
-        said = said.replace(f": {CURVES}", "").replace(f": {INTERVALS}", "")
-    if over_steps and few != many:
-        said += f" A point is measured on {few:,} validation bytes, a number of the tables on {many:,}."
-    if hasattr(draw, "clips") and draw.clips(results):
-        said += " The first evaluations may lie outside the frame."
-    return said
+    """The caption of a figure, or its name where the function that draws it has none."""
+    draw = results.experiment.figures[name]
+    return draw.caption(results) if hasattr(draw, "caption") else f"{name.replace('_', ' ')}."
 
 
 def imports(runs) -> str:
