@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from ..files import printable
 from .palette import MARKERS
 from .quantities import LOSS, in_row, title, value
@@ -15,6 +13,7 @@ from .statistics import t_interval
 
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
            "token_coverage", "experts_per_token", "seconds")
+ALWAYS = COLUMNS[:3]  # shown though all numbers are the same
 DASHES = ("-", "--", ":", "-.")
 RUN_FIELDS = ("router", "top_k", "n_experts", "aux_coef")  # of the model, in each flat row
 
@@ -44,26 +43,23 @@ def groups(paths) -> dict[str, list[RunRecord]]:
 def table(found) -> tuple[list, list]:
     """(columns, rows): a label, what it is made of, its seeds, and the mean of each of COLUMNS, None without a number.
 
-    After the loss half the width of its 95% interval over seeds. Columns whose numbers are all the same, or missing,
-    are left out, but for the loss and the parameters.
+    After the loss half the width of its 95% interval over seeds, if any has one. Other columns whose numbers are all
+    the same, or missing, are left out, but for those of ALWAYS.
     """
-    rows = [[label, made_of(runs), len(runs), *(_mean(runs, name) for name in COLUMNS)]
-            for label, runs in found.items()]
-    columns = ["run", "made of", "seeds", *map(title, COLUMNS)]
-    always = 3 + COLUMNS.index("load_cv")
-    halves = [t_interval([value(run, LOSS) for run in runs]).half for runs in found.values()]
-    if np.isfinite(halves).any():
-        columns.insert(4, "± (95%)")
-        always += 1
-        for row, half in zip(rows, halves):
-            row.insert(4, half if math.isfinite(half) else None)
-    kept = [i for i in range(len(columns)) if i < always or len({row[i] for row in rows}) > 1]
-    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    columns = [("run", list(found)), ("made of", list(map(made_of, found.values()))),
+               ("seeds", list(map(len, found.values())))]
+    for name in COLUMNS:
+        intervals = [t_interval([value(run, name) for run in runs]) for runs in found.values()]
+        means = [_number(one.mean) for one in intervals]
+        if name in ALWAYS or len(set(means)) > 1:
+            columns.append((title(name), means))
+        if name == LOSS and any(math.isfinite(one.half) for one in intervals):
+            columns.append(("± (95%)", [_number(one.half) for one in intervals]))
+    return [name for name, _ in columns], [list(row) for row in zip(*(cells for _, cells in columns))]
 
 
-def _mean(runs, name):
-    mean = t_interval([value(run, name) for run in runs]).mean
-    return mean if math.isfinite(mean) else None
+def _number(x):
+    return x if math.isfinite(x) else None
 
 
 def cautions(found) -> Iterator[str]:
