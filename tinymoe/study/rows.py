@@ -156,17 +156,17 @@ def _progress(place):
     row, process = (rows or [{"step": 0, LOSS: None, "seconds": 0.0}])[-1], holder(place)
     steps = config["training"]["steps"] if _fits(config, {"training": {"steps": SIZE}}) else None
     summary = RunFolder(place).summary()
-    state = "finished" if summary else "running" if process else "failed" if failure is not None else "waiting"
-    left, where, loss = None, "", row[LOSS]
+    found = {"run": place.name, "state": "waiting", "step": row["step"], "steps": steps, "loss": row[LOSS],
+             "left": None, "where": ""}
     if summary:
         loss = summary["final"][LOSS] if _fits(summary, {"final": {LOSS: NUMBER}}) else None
-    if state == "running":
+        return found | {"state": "finished", "loss": loss}
+    if process:
         left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
-        where = f"{process['host']}, process {process['pid']}"
-    elif state == "failed":
-        where = f"{failure.get('reason')} at step {failure.get('step')}"
-    return {"run": place.name, "state": state, "step": row["step"], "steps": steps, "loss": loss, "left": left,
-            "where": where}
+        return found | {"state": "running", "left": left, "where": f"{process['host']}, process {process['pid']}"}
+    if failure is not None:
+        return found | {"state": "failed", "where": f"{failure.get('reason')} at step {failure.get('step')}"}
+    return found
 
 
 def remaining(plans, out, text=None, fresh: bool = False) -> list:
@@ -189,10 +189,9 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
              if run.state == "finished" or run.state == "failed" and "@" in run.config_id}
     todo = [plan for plan in plans if plan.run_id not in stand]
     for plan in todo:
-        start = replace(plan, config_id=plan.start or plan.config_id).run_id
-        if start in stand and not (runs / start).exists():
-            raise ValueError(f"{plan.run_id} starts from {start}, of which only the row in {COMPACT} is left: put its "
-                             "folder back, or start again with --fresh")
+        if plan.start_id in stand and not (runs / plan.start_id).exists():
+            raise ValueError(f"{plan.run_id} starts from {plan.start_id}, of which only the row in {COMPACT} is left: "
+                             "put its folder back, or start again with --fresh")
     corpus = load_corpus(text, plans[0].model.seq_len) if len(todo) < len(plans) else None
     for plan in plans:
         if plan.run_id in stand and (wrong := differing(stand[plan.run_id].config, describe(plan, corpus))):

@@ -1,6 +1,5 @@
 """Models and texts of runs that are there: the last checkpoint, the files and the text that a run was made with."""
 
-import dataclasses
 import hashlib
 import operator
 from pathlib import Path
@@ -85,7 +84,7 @@ def first_model(plan, runs: Path) -> Transformer:
     """
     if plan.start is None:
         return Transformer(plan.model, seed=plan.seed)
-    other = runs / dataclasses.replace(plan, config_id=plan.start).run_id
+    other = runs / plan.start_id
     if not (other / "summary.json").exists():
         raise RunError(f"{plan.run_id} starts from {other}, which is not finished: run the same command again")
     trained = load_model(other)

@@ -55,6 +55,11 @@ class RunPlan:
     def run_id(self) -> str:
         return f"{self.config_id}-seed{self.seed}"
 
+    @property
+    def start_id(self) -> str | None:
+        """The run id of the run that this one starts with."""
+        return self.start and f"{self.start}-seed{self.seed}"
+
 
 @dataclass(frozen=True)
 class Event:

@@ -54,17 +54,19 @@ class RunFolder:
 
     def finished(self, config: dict, fresh: bool | str) -> dict | None:
         """The summary if the run is finished and not to be trained again. Raises RunError if it is another run."""
-        summary = None if fresh and not self.is_fresh(fresh) else self.summary()
+        summary = None if self.discards(fresh) else self.summary()
         if summary:
             self.require_same(config)
         return summary
 
-    def is_fresh(self, fresh: bool | str) -> bool:
-        """Whether the run that is there was begun by the command whose name is `fresh`."""
+    def discards(self, fresh: bool | str) -> bool:
+        """Whether `fresh` throws away the run that is there: True does, a command's name unless it began that run."""
+        if not isinstance(fresh, str):
+            return fresh
         try:
-            return isinstance(fresh, str) and files.read_json(self.path / "config.json").get("fresh") == fresh
+            return files.read_json(self.path / "config.json").get("fresh") != fresh
         except (OSError, ValueError):
-            return False
+            return True
 
     @contextlib.contextmanager
     def locked(self):
@@ -118,7 +120,7 @@ class RunFolder:
         run. A run that continues on another kind of processor notes that in config.json.
         """
         path = self.path / "config.json"
-        if fresh and not self.is_fresh(fresh):
+        if self.discards(fresh):
             for name in FILES:  # summary.json first: after a crash no run looks finished
                 (self.path / name).unlink(missing_ok=True)
         if path.exists():
