@@ -69,8 +69,7 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
             if plan.run_id not in elsewhere:  # a finished run is only checked
                 _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
         if elsewhere:
-            with (_cluster()(scheduler, out, _attempt, text, seq_len, corpus) if scheduler else
-                  Processes(min(jobs, len(todo)), functools.partial(load_corpus, text, seq_len))) as pool:
+            with _executor(min(jobs, len(todo)), scheduler, out, text=text, seq_len=seq_len, corpus=corpus) as pool:
                 _train_in(pool, [(plan, folders[plan.run_id], fresh) for plan in todo], note)
     for run_id, folder in folders.items():
         if run_id not in failures and not folder.exists():
@@ -88,17 +87,20 @@ def _make_folders(out, folders):
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def _cluster():
+def _executor(jobs, scheduler, out, text, seq_len, corpus):
+    """The processes of this machine, or where a scheduler is given its workers."""
+    if not scheduler:
+        return Processes(jobs, functools.partial(load_corpus, text, seq_len))
     try:
         from .cluster import Cluster
     except ImportError as error:
         raise RunError(f"--scheduler needs Dask ({error}): run `pip install distributed`") from None
-    return Cluster
+    return Cluster(scheduler, out, _attempt, text=text, seq_len=seq_len, corpus=corpus)
 
 
 def _require_outside(out, text):
     """CorpusError if the results would lie among the texts: the next run would read them as text."""
-    if text in (None, SYNTHETIC) or not isinstance(text, (str, Path)):
+    if not isinstance(text, (str, Path)) or text == SYNTHETIC:
         return
     folder, results = Path(text).resolve(), out.resolve()
     if results.is_relative_to(folder) and not any(p.startswith(".") for p in results.relative_to(folder).parts):
