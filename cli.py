@@ -206,7 +206,7 @@ def _scale(quick, full):
     """The name of the Scale."""
     if quick and full:
         raise click.UsageError("--quick and --full contradict each other: give one of them")
-    return "quick" if quick else "full" if full else None
+    return "quick" if quick else "full" if full else "default"
 
 
 _import_option = click.option("--import", "imports", multiple=True, type=click.Path(), metavar="FILE.py", is_eager=True,
@@ -288,8 +288,8 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     model, training = _settings(overrides)
     fields = {"only": list(dict.fromkeys(map(str.upper, configs))), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
-    out = out or RESULTS / {"quick": "quick", None: "full", "full": "planned"}[scale]
-    _conduct(STUDY, None if plot_only else scale or "default", seeds, out, plot or plot_only, _print_study, fields,
+    out = out or RESULTS / {"quick": "quick", "default": "full", "full": "planned"}[scale]
+    _conduct(STUDY, None if plot_only else scale, seeds, out, plot=plot or plot_only, show=_print_study, fields=fields,
              **how)
 
 
@@ -313,7 +313,7 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
     from tinymoe.study.results import Results
     if scale is None and (how["fresh"] or how.get("extend")):
         raise click.UsageError("--plot-only trains nothing: leave --fresh and --extend out")
-    failures = _train_all(experiment, scale, seeds, out, fields or {}, **how) if scale else {}
+    failures = _train_all(experiment, scale, seeds, out, fields=fields or {}, **how) if scale else {}
     if failures is not None:
         with _refusing(ValueError, OSError):
             results = Results(experiment, out)
@@ -322,7 +322,7 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
                     from tinymoe.study.figures import draw_all
                     click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
             finally:  # the document shows the figures that are there
-                report.write_findings(experiment, out)
+                report.write_findings(results)
                 report.write_summary_csv(out)
         show(results)
         click.echo(f"findings in {out / 'FINDINGS.md'}")
@@ -379,7 +379,7 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with (_ending_if_interrupted("\nInterrupted. The same command resumes from the last checkpoints."),
           _refusing(OSError), progress.bar):
-        failures = run_study(todo, out, text, jobs, fresh, progress.note, scheduler)
+        failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
     _say_failures(failures)
     return failures
 
@@ -438,8 +438,8 @@ def experiment(name, quick, full, seeds, out, plot_only, text, **how):
         how["jobs"] = 1  # another process could not find a function of this file
     if text is not None and chosen.text:
         raise click.UsageError(f"{name} is about its own text, {chosen.text}: leave --text out")
-    out = out or RESULTS / f"experiments{'-' + scale if scale else ''}" / chosen.name
-    _conduct(chosen, None if plot_only else scale or "default", seeds, out, True, _print_finding,
+    out = out or RESULTS / f"experiments{'' if scale == 'default' else '-' + scale}" / chosen.name
+    _conduct(chosen, None if plot_only else scale, seeds, out, plot=True, show=_print_finding,
              text=chosen.text if text is None else text, **how)
 
 
@@ -700,7 +700,7 @@ def probe(subject, steps, ids, text, imports, overrides):
     from tinymoe.files import printable
     from tinymoe.study import probes
     with _refusing(OSError, ValueError, TypeError, MemoryError, ImportError):
-        found = _probed(subject, steps, ids, text, overrides)
+        found = _probed(subject, steps, ids=ids, text=text, overrides=overrides)
         model, ids, targets, domain = found.model, found.ids, found.targets, found.domain
         click.echo(f"{printable(found.about)}\n")
         reports = probes.layer_reports(model, ids, domain)
@@ -775,7 +775,7 @@ def route(run, text, gate, entropy, load, layers, imports):
     for layer, routing in zip(config.moe_layers, view.prefix_routings(model, data)):
         if not layers or layer in layers:
             click.echo(f"layer {layer}, {routing.n_experts} experts, step {step:,}")
-            click.echo("\n".join(view.lines(data, routing, colour, width, gate, entropy)))
+            click.echo("\n".join(view.lines(data, routing, colour, width, gate=gate, entropy=entropy)))
             if load:
                 click.echo("\n".join(view.load_lines(routing)))
     bars = "; bars: ▁ 0 to █ 1, an entropy as a share of ln E, its largest" if gate or entropy else ""
@@ -848,8 +848,6 @@ def generate(run, prompt, length, temperature, top, seed, imports):
     Each byte is routed on the prefix alone.
     """
     (model, step), data = _model(run), prompt.encode("utf-8", "surrogateescape")
-    import numpy as np
-
     from tinymoe import kernels
     from tinymoe.model.generate import generate as sample
     kernels.set_threads(1)  # one window is too little work to share; the text is the same
@@ -860,7 +858,7 @@ def generate(run, prompt, length, temperature, top, seed, imports):
         click.echo("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text), nl=False)
 
     with _refusing(ValueError, usage=True):
-        drawn = sample(model, data, length, temperature, np.random.default_rng(seed), top)
+        drawn = sample(model, data, length, temperature, rng=seed, top=top)
     show(data)
     try:
         for byte in drawn:
@@ -967,8 +965,8 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
         _say(f"Warning: {warning}", code=0)
     if not as_json:
         click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {b.describe(b.machine())}")
-    wanted = "ladder" if sizes else "profile" if profile else "step profile" if overrides else \
-        "ladder step profile" if quick else "ladder step profile scaling"
+    wanted = ("ladder",) if sizes else ("profile",) if profile else ("step", "profile") if overrides else \
+        ("ladder", "step", "profile") if quick else ("ladder", "step", "profile", "scaling")
     if "ladder" in wanted:
         rows = measured("ladder", b.ladder(sizes or (b.LADDER[:2] if quick else b.LADDER), repeats), {
             "n_tokens": "8", "d_model": "7", "n_experts": "9", "top_k": "5", "backend": "<8", "pass": "<18",

@@ -396,7 +396,7 @@ def test_text_of_rows_reaches_the_terminal_escaped(monkeypatch, capsys):
 
 
 def test_a_failed_run_is_named_escaped(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("tinymoe.study.runner.run_study", lambda *args: {"D-seed0": "\x1b[2J is\nno text"})
+    monkeypatch.setattr("tinymoe.study.runner.run_study", lambda *args, **options: {"D-seed0": "\x1b[2J is\nno text"})
     code, output = study(text, tmp_path, "--config", "D")
     assert code == 1 and r"Error: D-seed0 failed: \x1b[2J is no text" in output
 

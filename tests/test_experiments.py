@@ -61,7 +61,7 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
     finish(experiment, corpora, tmp_path)
     for path in figures.draw_all(lab.Results(experiment, tmp_path)):
         assert path.stat().st_size > 1000
-    text = report.write_findings(experiment, tmp_path).read_text()
+    text = report.write_findings(lab.Results(experiment, tmp_path)).read_text()
     assert "No finding" not in text and "Not finished" not in text and "not tested |" not in text
     assert all(f"| {setting.id} |" in text for setting in experiment.settings)
     for heading, compared in (("Primary", experiment.primary), ("Exploratory", experiment.exploratory)):
@@ -71,7 +71,7 @@ def test_every_experiment_runs_and_writes_itself_up(name, corpora, tmp_path, mon
         assert n == len(compared)
         expected = {"| mean", "| verdict", "| smallest effect"}
         assert not rows or heading == "Exploratory" or expected <= {r[0] for r in rows}
-    assert report.write_findings(experiment, tmp_path).read_text() == text
+    assert report.write_findings(lab.Results(experiment, tmp_path)).read_text() == text
 
 
 def test_nothing_is_planned_twice_and_every_claim_has_a_place():
@@ -183,7 +183,7 @@ def test_a_setting_without_a_run_is_named_and_decides_nothing(corpora, tmp_path,
         if run.config_id != absent:
             train(run, corpora[None], tmp_path / "runs" / run.run_id)
     assert figures.draw_all(lab.Results(experiment, tmp_path)) == []
-    text = report.write_findings(experiment, tmp_path).read_text()
+    text = report.write_findings(lab.Results(experiment, tmp_path)).read_text()
     assert "No finding" in text and f"Not finished, so missing from some numbers: {absent}." in text
     assert re.search(r"^\| 4 .*not tested", text, re.M)
 
@@ -194,7 +194,7 @@ def test_settings_without_a_common_seed_decide_nothing(corpora, tmp_path):
         if (run.config_id == "2-of-8") == (run.seed == 0):
             train(run, corpora[None], tmp_path / "runs" / run.run_id)
     assert figures.draw_all(lab.Results(experiment, tmp_path)) == []
-    assert "No finding" in report.write_findings(experiment, tmp_path).read_text()
+    assert "No finding" in report.write_findings(lab.Results(experiment, tmp_path)).read_text()
 
 
 def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
@@ -213,7 +213,7 @@ def test_numbers_are_paired_by_seed_and_failed_runs_are_told(corpora, tmp_path):
     failed = tmp_path / "runs/8-of-32-seed1"
     shutil.copytree(tmp_path / "runs/8-of-32-seed0", failed)
     (failed / "summary.json").rename(failed / "failure.json")
-    assert "`8-of-32-seed1` failed" in report.write_findings(experiment, tmp_path).read_text()
+    assert "`8-of-32-seed1` failed" in report.write_findings(lab.Results(experiment, tmp_path)).read_text()
 
 
 # -- what is measured --

@@ -77,7 +77,7 @@ def main_of(text):
 
 def test_the_page_of_an_experiment_says_what_its_findings_say(tmp_path):
     drawn_by_hand(STUDY, write_study(tmp_path))
-    text, said = write(tmp_path), report.write_findings(STUDY, tmp_path).read_text()
+    text, said = write(tmp_path), report.write_findings(Results(STUDY, tmp_path)).read_text()
     assert base64.b64encode(b"a figure").decode() in text
     shown = re.sub(r'<details class="runs">.*</details>|</?span[^>]*>', "", main_of(text))
     assert words(shown, "<[^>]*>") == words(said, r"(?m)!\[.*?\]\(.*?\)|\]\([^)]*\)|<br>|---|^- ")

@@ -256,7 +256,7 @@ def test_runs_of_another_plan_and_of_none_are_counted(tmp_path):
     change(tmp_path / "runs/A-seed0", None, plan_hash="0" * 64)
     for seed in (0, 1):
         change(tmp_path / f"runs/B-seed{seed}", None, plan_hash=STUDY.plan_hash)
-    text = report.write_findings(STUDY, tmp_path).read_text()
+    text = report.write_findings(Results(STUDY, tmp_path)).read_text()
     assert "**The plan has 12 seeds of 2,000 steps, with a learning rate chosen for each setting: `--full`" in text
     assert "**The plan of 1 run is another one than today's.**" in text
     assert "**No plan was recorded by 18 runs.**" in text

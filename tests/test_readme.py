@@ -13,7 +13,7 @@ import numpy as np
 
 import cli
 import tinymoe as tm
-from tinymoe.experiments import EXPERIMENTS, STUDY
+from tinymoe.experiments import EXPERIMENTS, STUDY, Results
 from tinymoe.moe import routers
 from tinymoe.study import gathered, report
 
@@ -122,8 +122,8 @@ DONE = {path.parent: {"full": STUDY}.get(path.parent.name) or EXPERIMENTS[path.p
 def test_the_published_findings_follow_from_the_published_rows(tmp_path):
     shutil.copytree(PUBLISHED, tmp_path / "again")
     for folder, experiment in DONE.items():
-        again = report.write_findings(experiment, tmp_path / "again" / folder.relative_to(PUBLISHED)).read_text()
-        assert again == (folder / "FINDINGS.md").read_text(), folder
+        results = Results(experiment, tmp_path / "again" / folder.relative_to(PUBLISHED))
+        assert report.write_findings(results).read_text() == (folder / "FINDINGS.md").read_text(), folder
     if DONE:
         found = gathered.published_results(tmp_path / "again", STUDY, EXPERIMENTS.values())
         again = gathered.gather(tmp_path / "again", *found).read_text()

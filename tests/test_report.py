@@ -89,7 +89,7 @@ def write_study(study, n_seeds=3, losses=LOSSES):
 
 
 def findings(study):
-    return report.write_findings(STUDY, study).read_text(encoding="utf-8")
+    return report.write_findings(Results(STUDY, study)).read_text(encoding="utf-8")
 
 
 def draw_all(study):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..files import as_csv, require_ours, write_atomically
 from .caveats import limits, warnings
-from .experiment import Experiment
 from .markdown import WORDS, bold, bullets, chapter, enumerated, escaped, run_ids, table, write_paragraphs
 from .quantities import QUANTITIES, value
 from .results import Results
@@ -39,12 +38,9 @@ from .wording import (
 )
 
 
-def write_findings(experiment: Experiment, folder) -> Path:
-    """Write folder/FINDINGS.md of one experiment from its runs, showing the figures that are there; returns its path.
-
-    Raises ValueError without a finished run, and where runs that would be averaged differ.
-    """
-    return write_paragraphs(Path(folder, "FINDINGS.md"), document(Results(experiment, folder)))
+def write_findings(results: Results) -> Path:
+    """Write FINDINGS.md into the folder of the results, showing the figures that are there; returns its path."""
+    return write_paragraphs(results.folder / "FINDINGS.md", document(results))
 
 
 def document(results: Results) -> list[str]:
