@@ -181,7 +181,7 @@ def _scheduler(context, option, value):
     return value
 
 
-def _load_files(context, option, paths):
+def _execute_files(context, option, paths):
     """Run the files of --import; returns their absolute paths."""
     if paths:
         from tinymoe.moe import routers
@@ -210,7 +210,7 @@ def _scale(quick, full):
 
 
 _import_option = click.option("--import", "imports", multiple=True, type=click.Path(), metavar="FILE.py", is_eager=True,
-                              callback=_load_files, help="Run this file first: it defines a router or a loss.")
+                              callback=_execute_files, help="Run this file first: it defines a router or a loss.")
 _set_option = click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE",
                            help="Change a setting, e.g. n_experts=16; `options` lists them. Repeat for several.")
 

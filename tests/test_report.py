@@ -489,15 +489,15 @@ def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
         assert "A was changed: router is of_a_file, not top_k" in findings(study)
         ROUTERS.pop("of_a_file")
         shutil.rmtree(study / "runs")
-        identity.load_imports.cache_clear()
+        identity.execute_files.cache_clear()
         assert said not in findings(study)  # from runs.jsonl alone
         ROUTERS.pop("of_a_file")
-        identity.load_imports.cache_clear()
+        identity.execute_files.cache_clear()
         shutil.move(study / "runs.jsonl", tmp_path)  # now the file lies beside it
         assert said in findings(tmp_path) and "of_a_file" not in ROUTERS
     finally:
         ROUTERS.pop("of_a_file", None)
-        identity.load_imports.cache_clear()
+        identity.execute_files.cache_clear()
 
 
 def test_runs_beside_the_plan_are_told_with_the_command_that_works(tmp_path):

@@ -282,7 +282,7 @@ def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(t
 @pytest.mark.slow
 def test_workers_know_the_users_routers(text, tmp_path):
     path, model = own_router(tmp_path, 2)
-    identity.load_imports((path,))
+    identity.execute_files((path,))
     all_runs = [replace(tiny("D", model=model), seed=seed, imports=(path,)) for seed in range(2)]
     assert study.run_study(all_runs, tmp_path / "two", text, jobs=2) == {}
     assert study.run_study(all_runs, tmp_path / "one", text) == {}

@@ -584,28 +584,28 @@ class Own(tm.routers.TopK, name="own_{number}"):
 
 def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
     path, model = own_router(tmp_path, 1)
-    digest = identity.load_imports((path,))[0]["sha256"]
+    digest = identity.execute_files((path,))[0]["sha256"]
     plan = replace(tiny("D", model=model), imports=(path,))
     with pytest.raises(KeyboardInterrupt):
         t.train(plan, corpus, tmp_path / "run", stop_after(3))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["imports"] == [{"path": str(path), "sha256": digest}]
     del tm.routers.ROUTERS["own_1"]  # as in another process
-    identity.load_imports.cache_clear()
+    identity.execute_files.cache_clear()
     assert loading.load_model(tmp_path / "run").config == plan.model
     del tm.routers.ROUTERS["own_1"]
-    identity.load_imports.cache_clear()
+    identity.execute_files.cache_clear()
     assert '"own_1"' in view.page(tmp_path / "run")  # of saved routings, without the model
     path.write_text(path.read_text() + "# changed\n")
     del tm.routers.ROUTERS["own_1"]
-    identity.load_imports.cache_clear()
+    identity.execute_files.cache_clear()
     with pytest.raises(files.CheckpointError, match="own.py has changed since this run"):
         loading.load_model(tmp_path / "run")
     assert "own_1" not in tm.routers.ROUTERS  # a changed file is not executed
     with pytest.raises(run_folder.RunError, match="import own.py is .*, not .*--fresh"):
         t.train(plan, corpus, tmp_path / "run")
     path.unlink()
-    identity.load_imports.cache_clear()
+    identity.execute_files.cache_clear()
     with pytest.raises(run_folder.RunError, match="cannot import .*own.py"):
         t.train(plan, corpus, tmp_path / "run")
 
@@ -621,7 +621,7 @@ def test_a_run_folder_brings_no_code_along(corpus, stopped, tmp_path_factory, pa
     recorded = {"path": path.format(run=stopped, link=link), "sha256": hashlib.sha256(code.encode()).hexdigest()}
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {"imports": [recorded]}))
-    for load in (loading.load_model, loading.load_recorded_imports):
+    for load in (loading.load_model, loading.execute_recorded_of):
         with pytest.raises(files.CheckpointError, match="not an absolute path outside the run's folder"):
             load(stopped)
     assert not (stopped / "executed").exists()

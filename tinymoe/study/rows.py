@@ -12,7 +12,7 @@ from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
 from ..training.identity import describe, differing, with_defaults
 from ..training.lease import holder
-from ..training.loading import UNUSABLE, load_imports_of
+from ..training.loading import UNUSABLE, execute_recorded
 from ..training.run_folder import RunFolder
 from .quantities import LOSS, QUANTITIES, experts_per_token
 
@@ -206,12 +206,11 @@ def _unknown_names(model):
             *(f"loss {name}" for name in model.get("losses") or () if name not in LOSSES)]
 
 
-def _load_imports(config, study_dir):
-    """Run the files that a run with an unknown router or loss imported: none that has changed, or lies in the results.
-    """
+def _execute_imports(config, study_dir):
+    """Execute what a run with an unknown router or loss imported: no file that has changed, or lies in the results."""
     if _fits(config, CONFIG) and _unknown_names(config["model"]):
         with suppress(*UNUSABLE):
-            load_imports_of(config, study_dir)
+            execute_recorded(config, study_dir)
 
 
 def unknown(runs) -> list[str]:
@@ -223,7 +222,7 @@ def unknown(runs) -> list[str]:
 
 def _folder_run(place):
     config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
-    _load_imports(config, place.parent.parent)
+    _execute_imports(config, place.parent.parent)
     return _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
 
 
@@ -241,7 +240,7 @@ def _compact_runs(path):
             parts = from_json(line)
             if not _fits(parts, PARTS):
                 raise ValueError
-            _load_imports(parts["config"], path.parent)
+            _execute_imports(parts["config"], path.parent)
             yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
         except (ValueError, KeyError, RecursionError):
             raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None

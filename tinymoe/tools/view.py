@@ -20,7 +20,7 @@ from ..study.probes import observed
 from ..study.rows import COMPACT
 from ..training.data import CorpusError
 from ..training.evaluation import RECORDED, first_choices, snapshot
-from ..training.loading import corpus_of, load_model, load_recorded_imports
+from ..training.loading import corpus_of, execute_recorded_of, load_model
 from ..training.run_folder import FILES, ROUTINGS, saved_routings
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -115,7 +115,7 @@ def page(folder, text=None):
     shows what the last checkpoint does. Raises CheckpointError, CorpusError or OSError if there is nothing to show.
     """
     paths = [] if text is not None else saved_routings(folder)
-    load_recorded_imports(folder)
+    execute_recorded_of(folder)
     steps = [load_arrays(path, "routings") for path in paths] or [_of_checkpoint(folder, text)]
     template = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     try:

@@ -22,7 +22,7 @@ def describe(plan, corpus) -> dict:
     return {"run_id": plan.run_id, "config_id": plan.config_id, "purpose": plan.purpose, "seed": plan.seed,
             "model": plan.model.to_dict(), "training": dataclasses.asdict(plan.training), "start": plan.start,
             "corpus": corpus.describe(), "domains": corpus.names, "kernels": kernels.active(),
-            "plan_hash": plan.plan_hash, "imports": load_imports(tuple(plan.imports))}
+            "plan_hash": plan.plan_hash, "imports": execute_files(tuple(plan.imports))}
 
 
 def _identity(config):
@@ -71,7 +71,7 @@ def processors(config: dict) -> list:
 
 
 @functools.cache
-def load_imports(paths: tuple) -> list[dict]:
+def execute_files(paths: tuple) -> list[dict]:
     """Execute the user's files that define routers or losses, once in this process.
 
     Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.

@@ -9,21 +9,21 @@ from ..files import CheckpointError
 from ..model.transformer import Transformer
 from ..model.upcycling import upcycle
 from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
-from .identity import RunError, load_imports
+from .identity import RunError, execute_files
 
 UNUSABLE = (RunError, OSError, KeyError, ValueError, TypeError)  # what a recorded file that cannot be used raises
 
 
-def load_recorded_imports(folder: str | Path) -> None:
-    """Execute the files that a run's config.json names, by `load_imports_of`. Raises CheckpointError for others."""
+def execute_recorded_of(folder: str | Path) -> None:
+    """Execute the files that a run's config.json names, by `execute_recorded`. Raises CheckpointError for others."""
     place = Path(folder, "config.json")
     try:
-        load_imports_of(files.read_json(place) if place.exists() else {}, folder)
+        execute_recorded(files.read_json(place) if place.exists() else {}, folder)
     except UNUSABLE as error:
         raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put them back") from None
 
 
-def load_imports_of(config: dict, folder: str | Path) -> None:
+def execute_recorded(config: dict, folder: str | Path) -> None:
     """Execute the files that a run's config names, so that its routers and losses are known.
 
     Only files with an absolute path outside `folder` are executed, and only if their hash is the recorded one: results
@@ -35,11 +35,11 @@ def load_imports_of(config: dict, folder: str | Path) -> None:
             raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path} has changed since this run")
-    load_imports(tuple(file["path"] for file in recorded))
+    execute_files(tuple(file["path"] for file in recorded))
 
 
 def load_model(folder: str | Path) -> Transformer:
-    """The model of a run's last checkpoint, after `load_recorded_imports`. Raises CheckpointError if there is none."""
+    """The model of a run's last checkpoint, after `execute_recorded_of`. Raises CheckpointError if there is none."""
     return load_checkpoint(folder)[0]
 
 
@@ -49,7 +49,7 @@ def load_checkpoint(folder: str | Path) -> tuple[Transformer, int]:
     if Path(folder, "log.jsonl").exists() and not path.exists():
         raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
     arrays, header = files.load_arrays(path, "checkpoint")
-    load_recorded_imports(folder)
+    execute_recorded_of(folder)
     weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
     try:
         return Transformer.from_arrays(header["model"], weights), operator.index(header["step"])
