@@ -14,6 +14,7 @@ import pytest
 import tinymoe as tm
 from tinymoe import files, kernels
 from tinymoe.experiments import STUDY, Scale
+from tinymoe.study.rows import load_runs
 from tinymoe.tools import view
 from tinymoe.training import evaluation, identity, loading, plan, run_folder
 from tinymoe.training import trainer as t
@@ -219,9 +220,26 @@ def test_a_half_written_file_never_counts(corpus, reference, stopped, monkeypatc
     assert snapshot(stopped) == before
     monkeypatch.undo()
     for name in ("summary.json", "checkpoint.npz", "log.jsonl"):  # what kill -9 leaves
-        (stopped / f".{name}.k1ll3d").write_bytes(b"half")
+        half = stopped / files.temporary_name(name).replace(f"{os.getpid():08x}", f"{2**31 - 1:08x}")
+        half.write_bytes(b"half")
+        os.utime(half, (0, 0))  # where it is not seen that a process is gone, its age counts
     t.train(tiny(), corpus, stopped)
-    assert results(stopped) == reference
+    assert results(stopped) == reference and not list(stopped.rglob("*.tinymoe"))
+
+
+@pytest.mark.parametrize("seed", [-1, True, 1.5, "0", 2**64])
+def test_a_seed_that_no_row_can_have_is_refused(seed):
+    """Would have caught: runs with the seeds True and 2**64 that trained to their end and could not be read back."""
+    with pytest.raises(ValueError, match=rf"^seed {seed!r} must be a whole number from 0 to 2\*\*64 - 1$"):
+        replace(tiny(), seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**33, np.int64(3)])
+def test_a_run_with_any_other_seed_is_read_back(corpus, tmp_path, seed):
+    run = replace(tiny(steps=2), seed=seed)
+    t.train(run, corpus, tmp_path / "runs" / run.run_id)
+    assert [(found.run_id, found.seed, found.summary["seed"]) for found in load_runs(tmp_path)] == [
+        (f"F-seed{seed}", seed, seed)]
 
 
 def test_a_finished_run_is_not_trained_again(corpus, tmp_path):

@@ -44,6 +44,7 @@ def one_of(*names: str) -> Check:
 
 WHOLE = Check(integer_from(1), "a whole number of at least 1 (and below 2**31)")
 COUNT = Check(integer_from(0), "a whole number of at least 0")
+SEED = Check(integer_from(0, 2**64), "a whole number from 0 to 2**64 - 1")
 DEPTH = Check(integer_from(1, 10_001), "a whole number from 1 to 10,000")
 EVEN = Check(lambda value: COUNT.fits(value) and value and value % 2 == 0, "an even number of at least 2")
 NOT_NEGATIVE = Check(is_finite, "a finite number of at least 0")

@@ -1,10 +1,10 @@
 """A run as data: the model, how it is trained, and the events that it reports."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..model.config import ModelConfig
-from ..moe.settings import NOT_NEGATIVE, POSITIVE, SHARE, WHOLE, check_fields, setting
+from ..moe.settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, WHOLE, check_fields, setting
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What to train: a model, how, and with which seed.
+    """What to train: a model, how, and with which seed. Raises ValueError for an impossible seed.
 
     start: the config id of another run of the study with this seed, whose trained weights this run starts with; a
         mixture is upcycled from a dense model.
@@ -43,13 +43,16 @@ class RunPlan:
 
     config_id: str
     purpose: str
-    seed: int
+    seed: int = field(metadata={"check": SEED})
     model: ModelConfig
     training: TrainConfig
     start: str | None = None
     measure: Callable | None = None
     imports: tuple = ()
     plan_hash: str | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def run_id(self) -> str:
