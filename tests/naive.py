@@ -3,6 +3,7 @@
 They import only NumPy.
 """
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -185,7 +186,7 @@ def prefix_choice(p, k):
     chosen = np.zeros((T, E), bool)
     for t, e in np.ndindex(T, E):
         ranking = sorted(range(t + 1), key=lambda s: (-p[s, e], s))
-        chosen[t, e] = ranking.index(t) < min(t + 1, math.ceil((t + 1) * k / E - 1e-9))
+        chosen[t, e] = ranking.index(t) < min(t + 1, math.ceil((t + 1) * Fraction(str(k)) / E))
     return chosen
 
 

@@ -5,6 +5,7 @@ A routing is given as what it means: a boolean matrix (N tokens, E experts), and
 
 import math
 import operator
+from fractions import Fraction
 
 import numpy as np
 
@@ -219,7 +220,8 @@ def mutual_information(table):
 
 
 def capacity(n_tokens, n_experts, top_k, factor):
-    exact = round(factor * n_tokens * top_k / n_experts, 9)
+    """In fractions: a factor of 1.1 means 11/10."""
+    exact = Fraction(str(factor)) * n_tokens * Fraction(str(top_k)) / n_experts
     return min(n_tokens, max(1, math.ceil(exact)))
 
 

@@ -148,6 +148,7 @@ def test_merge_puts_tokens_one_after_the_other():
     (8, 4, 1, 1.25, 3),       # 2.5 rounds up
     (20, 2, 1, 1.1, 11),      # 1.1 * 20 / 2 is 11.000000000000002 in floating point, but means 11
     (100, 10, 1, 1.1, 11), (30, 3, 2, 1.1, 22),
+    (50_000_000, 2, 1, 1.1, 27_500_000),  # whose error is above 1e-9
     (8, 4, 2, 100, 8),        # no expert can hold a token twice
     (8, 4, 1, .01, 1),        # and each holds at least one
     (8, 4, .5, 1.0, 1)])      # expert choice with half an expert a token
