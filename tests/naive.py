@@ -75,6 +75,20 @@ def layer_norm(x, weight, bias, eps):
     return y
 
 
+def layer_norm_backward(dy, x, weight, eps):
+    """With g = dy weight, z the normalised row and s its standard deviation: dx = (g - mean g - z mean(g z)) / s."""
+    dx, dweight, dbias = np.zeros(x.shape), np.zeros(len(weight)), np.zeros(len(weight))
+    for n, row in enumerate(x):
+        mean, size = sum(row) / len(row), range(len(row))
+        s = math.sqrt(sum((u - mean)**2 for u in row) / len(row) + eps)
+        z, g = [(u - mean) / s for u in row], [dy[n, i] * weight[i] for i in size]
+        for i in size:
+            dx[n, i] = (g[i] - sum(g) / len(g) - z[i] * sum(a * b for a, b in zip(g, z)) / len(g)) / s
+            dweight[i] += dy[n, i] * z[i]
+            dbias[i] += dy[n, i]
+    return dx, dweight, dbias
+
+
 # -- attention --
 
 def causal_attention(q, k, v):

@@ -27,6 +27,7 @@ LOADS = {
     "empty experts": chosen([1], [3], [3]),
     "first and last empty": chosen([1, 2], [2], [1]),
     "one expert has all": chosen([2], [2], [2], [2], [2]),
+    "no token": np.zeros((0, E), bool),
     "one token": chosen([3]),
     "one token, two experts": chosen([0, 3]),
     "tokens without an expert": chosen([], [1], [], [0, 1, 2], []),
