@@ -17,7 +17,7 @@ import pytest
 
 from test_lease import left
 from test_study import outcome, tiny, wait_for
-from test_train import MODEL, TRAINING, WORDS, results
+from test_train import MODEL, TRAINING, WORDS, results, snapshot
 from tinymoe.study import runner
 from tinymoe.training import lease
 
@@ -102,8 +102,9 @@ def test_a_study_has_the_bits_of_a_local_one(text, tmp_path, dask):
         assert results(tmp_path / "far/runs" / run.run_id) == results(tmp_path / "near/runs" / run.run_id)
     assert sorted(e.run_id for e in events if e.kind == "done") == [run.run_id for run in runs[:3]]
     assert not list(tmp_path.glob("far/.shared*")) and not list(tmp_path.glob("far/runs/*/.lease*"))
-    before = outcome(tmp_path / "near") if not failures else None
-    assert trained(runs[:3], tmp_path / "far", text, dask)[1] == [e for e in events if e.kind == "done"] or not before
+    before, done = snapshot(tmp_path / "far/runs"), [e for e in events if e.kind == "done"]
+    again = trained(runs[:3], tmp_path / "far", text, dask)[1]
+    assert sorted(again, key=repr) == sorted(done, key=repr) and snapshot(tmp_path / "far/runs") == before
     config = (tmp_path / "far/runs/F-seed0/config.json").stat().st_mtime
     assert trained(runs[:1], tmp_path / "far", text, dask, fresh=True)[0] == {}
     assert (tmp_path / "far/runs/F-seed0/config.json").stat().st_mtime > config
@@ -132,7 +133,7 @@ def test_workers_and_the_scheduler_die_and_nothing_is_lost(text, tmp_path, dask)
     thread.start()
     failures, events = trained(runs, tmp_path / "far", text, dask)
     thread.join()
-    assert failures == {} and kills[0] < 5
+    assert failures == {} and len(kills) == 3 and kills[-1] < 5  # the last one too came while something trained
     done = sorted(event.run_id for event in events if event.kind == "done")
     assert done == [run.run_id for run in runs]
     assert runner.run_study(runs, tmp_path / "near", text) == {}
