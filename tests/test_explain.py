@@ -73,6 +73,15 @@ def test_every_router_has_an_example_that_agrees_with_the_sum_by_hand(name):
     code, output = invoke("explain", "--router", name)
     assert code == 0, output
     assert output.count("ifference: below 1e-12") + output.count("by hand: below 1e-12") >= 2, output
+    part = output.split("## ")[6]
+    np.testing.assert_allclose(matrix(part, "y"), matrix(part, "by hand"), atol=1.01e-4)
+
+
+def test_a_difference_from_the_sum_by_hand_is_said():
+    example = Example({})
+    y = example.output(example.routing)
+    example.output = lambda routing: y + 1e-9
+    assert "Largest difference: 1.0e-09." in example.all_tokens()
 
 
 def test_the_experts_that_ran_are_counted_and_not_read_off_the_routing():

@@ -792,14 +792,18 @@ def test_losses_over_devices_have_the_devices_of_the_config():
     assert terms.communication.item() == pytest.approx(naive_routing.communication(r.mask(), r.probs.data, 2, 2))
 
 
-@pytest.mark.parametrize("loss", ["device", "global_batch", "balance"])
-def test_losses_count_what_was_wanted(loss):
-    """Loads (6, 2, 1, 0) become (3, 2, 1, 0)."""
+@pytest.mark.parametrize("loss, value", [("device", 162.4), ("global_batch", 196.4), ("balance", 196.4)])
+def test_losses_count_what_was_wanted(loss, value):
+    """Loads (6, 2, 1, 0) become (3, 2, 1, 0); the sums of the scores are (6.9, 2.9, 1.9, 0.9).
+
+    4 (6 * 6.9 + 2 * 2.9 + 1 * 1.9) / 81, and of two devices 2 (8 * 9.8 + 1 * 2.8) / 81. The batch is the first one.
+    """
     scores = Tensor(np.eye(4)[[0] * 6 + [1] * 2 + [2]] + 0.1)
     routing = from_mask(scores.data > 1, scores, scores, scores)
     context = losses.LossContext(None, 9, n_devices=2, recent_share=np.zeros(4), balance_batches=4)
     of = losses.LOSSES[loss].of
     assert of(limit_capacity(routing, 4 / 3, 1), context).item() == of(routing, context).item()
+    assert of(routing, context).item() == pytest.approx(value / 81)
 
 
 def test_a_block_with_norms_behind_its_parts():
