@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -59,14 +58,7 @@ def study(text, out, *args, **settings):
 # -- help --
 
 
-def test_help_is_instant_and_imports_nothing_heavy():
-    def seconds():  # of the processor, so that a busy machine does not count
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, ROOT / "cli.py", "--help"], check=True, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    assert min(seconds() for _ in range(3)) < 0.4
+def test_help_imports_nothing_heavy():
     shown = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True,
                            text=True).stderr
     imported = {line.split("|")[-1].strip().split(".")[0] for line in shown.splitlines()}

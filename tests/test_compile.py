@@ -152,7 +152,9 @@ def gone(pids, seconds=20):
 def test_the_processes_that_compile_end_with_their_parent(number, wait, tmp_path):
     """Ctrl-C reaches all processes of the terminal. Only the parent says so."""
     process = start("from tinymoe import kernels; kernels.compile_all('float64')", NUMBA_CACHE_DIR=str(tmp_path))
+    end = time.monotonic() + 60
     while len(pids := children(process)) < 2:
+        assert time.monotonic() < end and process.poll() is None, process.kill() or process.communicate()
         time.sleep(0.02)
     time.sleep(wait)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)

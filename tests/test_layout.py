@@ -179,7 +179,3 @@ def published_versions():
     rows = [json.loads(line) for path in (ROOT / "results/published").rglob("runs.jsonl")
             for line in path.read_text().splitlines()]
     return [row["config"]["versions"] for row in rows]
-
-
-def test_long_tests_have_the_marker_that_leaves_them_out():
-    assert any(each.startswith("slow:") for each in pyproject()["tool"]["pytest"]["ini_options"]["markers"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from test_study import wait_for
 from test_train import corpus, reference, results, stopped, tiny  # noqa: F401  (fixtures)
 from tinymoe import files
 from tinymoe.study.rows import overview
@@ -119,13 +120,15 @@ def test_who_judged_too_long_ago_withdraws(tmp_path, monkeypatch):
 
 def test_a_holder_renews_its_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "SECONDS", 0.3)
-    first = lease.Lease(tmp_path)
+    first, waits = lease.Lease(tmp_path), []
+    wait = first._ended.wait
+    monkeypatch.setattr(first._ended, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
     first.take(False)
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        assert not take(tmp_path)
-        time.sleep(0.02)
+    for _ in range(2):
+        os.utime(first.path, (0, 0))
+        wait_for(lambda: first.path.stat().st_mtime > 0, seconds=20)
     first.release()
+    assert max(waits) < 0.3 / 2
 
 
 PROGRAM = """

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tinymoe.training.data import SYNTHETIC, CorpusError, load_corpus
 from tinymoe.training.loading import load_model
 from tinymoe.training.run_folder import saved_routings
 
+ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -115,7 +117,8 @@ def test_a_page_never_replaces_a_file_of_a_run(name, there, tmp_path):
 
 def test_the_terminal_needs_no_matplotlib():
     code = "import sys; from tinymoe.tools import view; print(any('matplotlib' in name for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert shown == "False\n"
 
 
 @pytest.mark.parametrize("model, said", [
