@@ -111,8 +111,14 @@ def test_its_results_are_the_first_page_of_the_findings():
 
 
 def test_its_numbers_stand_in_the_published_findings():
-    findings = "".join(path.read_text() for path in (ROOT / "results").rglob("FINDINGS.md"))
-    assert all(number in findings for number in re.findall(r"\d[\d.]* ± [\d.]*\d", README))
+    """Means with their half widths, and intervals, whatever the sign of the difference."""
+    def intervals(text):
+        return set(map(frozenset, re.findall(r"\[[+-]?(\d[\d.]*), [+-]?(\d[\d.]*)\]", text)))
+
+    findings = "".join(path.read_text(encoding="utf-8") for path in PUBLISHED.rglob("FINDINGS.md"))
+    words = re.sub(r"```.*?```", "", README, flags=re.S)
+    assert [number for number in re.findall(r"\d[\d.]* ± [\d.]*\d", words) if number not in findings] == []
+    assert intervals(words) and intervals(words) - intervals(findings) == set()
 
 
 DONE = {path.parent: {"full": STUDY}.get(path.parent.name) or EXPERIMENTS[path.parent.name]
