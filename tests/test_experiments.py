@@ -559,6 +559,14 @@ def test_measures_take_any_model(corpora, changes):
         assert all(number is None or np.isfinite(number) for number in measure(trainer).values())
 
 
+def test_measures_take_a_text_of_one_domain():
+    run = next(toy_runs(EXPERIMENTS["batch"], 1))
+    trainer = Trainer(Transformer(run.model, run.seed), run, load_corpus(" ".join(map(str, range(999))).encode(), 16))
+    for measure in (measures.influence, measures.gradient_noise, measures.traffic, measures.specialisation,
+                    measures.divergence, measures.by_rule):
+        json.dumps(measure(trainer), allow_nan=False)
+
+
 @pytest.mark.parametrize("activation, n_matrices", [("gelu", 2), ("swiglu", 3)])
 def test_the_traffic_of_a_run_by_loops(corpora, monkeypatch, activation, n_matrices):
     """Two devices of two experts; two batches of a layer. Rows have 4 bytes a number; a device does 1e11 a second."""

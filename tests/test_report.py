@@ -138,6 +138,18 @@ def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     assert not any(word in line for line in numbers for word in ("different", "**same**", "not known", "undecided"))
 
 
+@pytest.mark.parametrize("setting, pair", [("A", "`C` - `A`"), ("C", "`C` - `A`"), ("G", "`E` - `G`")])
+def test_a_setting_whose_runs_all_failed_is_named_and_not_tested(tmp_path, setting, pair):
+    write_study(tmp_path)
+    for run in (tmp_path / "runs").glob(f"{setting}-seed*"):
+        (run / "summary.json").unlink()
+        (run / "failure.json").write_text(json.dumps({"run_id": run.name, "step": 7, "reason": "loss is nan"}))
+    text = findings(tmp_path)
+    assert f"**`{setting}-seed{{0,1,2}}` failed (step 7, reason loss is nan) and is in no number.**" in text
+    assert f"**Not tested: there are fewer than two common seeds.** Causal loss (nats), {pair}: –." in text
+    assert f"\n| {setting} " not in text and "nan |" not in text
+
+
 def test_failed_unfinished_and_torn_runs_are_named(tmp_path):
     write_study(tmp_path)
     failed, stopped = (tmp_path / "runs" / name for name in ("C-seed2", "D-seed1"))

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 from dataclasses import replace
 
@@ -225,6 +226,36 @@ def test_a_half_written_file_never_counts(corpus, reference, stopped, monkeypatc
         os.utime(half, (0, 0))  # where it is not seen that a process is gone, its age counts
     t.train(tiny(), corpus, stopped)
     assert results(stopped) == reference and not list(stopped.rglob("*.tinymoe"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_that_stops_at_any_change_of_its_folder_ends_with_the_same_bits(
+        corpus, reference, tmp_path, monkeypatch, after):
+    """Before or after the n-th time that a file gets its name or is removed. First another run's files are removed."""
+    t.train(tiny(steps=4), corpus, tmp_path / "other")
+    for stop in itertools.count(1):
+        folder, left = tmp_path / str(stop), itertools.count(stop, -1)
+        shutil.copytree(tmp_path / "other", folder)
+
+        def at(function, left=left):
+            def changing(*args, **options):
+                last = next(left) == 1
+                if after or not last:
+                    function(*args, **options)
+                if last:
+                    raise KeyboardInterrupt
+            return changing
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", at(os.replace))
+            patch.setattr(pathlib.Path, "unlink", at(pathlib.Path.unlink))
+            with contextlib.suppress(KeyboardInterrupt):
+                t.train(tiny(), corpus, folder, fresh="once")
+                break
+        t.train(tiny(), corpus, folder, fresh="once")
+        assert results(folder) == reference
+    assert stop > 20
 
 
 @pytest.mark.parametrize("seed", [-1, True, 1.5, "0", 2**64])
