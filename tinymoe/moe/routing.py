@@ -163,7 +163,7 @@ def capacity(n_tokens: int, n_experts: int, per_token: float, factor: float = 1.
     """
     check_limit(n_tokens, n_experts, per_token, factor)
     exact = min(n_tokens, factor * n_tokens * per_token / n_experts)
-    return min(n_tokens, max(1, math.ceil(round(exact * (1 - 1e-15), 9))))  # 1.1 * 10 = 11.000000000000002 means 11
+    return min(n_tokens, max(1, math.ceil(exact * (1 - 1e-12))))  # 1.1 * 10 is 11.000000000000002, but means 11
 
 
 def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = "order") -> Routing:
