@@ -79,12 +79,17 @@ def corrected(readme):
 def decided():
     """The README's table of what was decided, and its sentence of what is not known: the first page of the published
     findings, shortened."""
-    page, tables = (PUBLISHED / "FINDINGS.md").read_text(encoding="utf-8"), []
-    for head in ("question", "not known"):
-        lines = re.search(rf"^\| {head} \|.*\n.*\n((?:\|.*\n)*)", page, re.M)[1].splitlines()
-        tables.append([line.strip("| ").split(" | ") for line in lines])
-    rows = [f"| {answer.strip('*')} | {difference.split(': ')[1]} |" for _, answer, difference, *_ in tables[0]]
-    return "\n".join(rows), textwrap.fill("Not known: " + " ".join(question for question, *_ in tables[1]), 125)
+    page = (PUBLISHED / "FINDINGS.md").read_text(encoding="utf-8")
+
+    def rows_below(head):
+        """The rows of all tables that begin with this heading: the study and the experiments have one each."""
+        tables = re.findall(rf"^\| {head} \|.*\n.*\n((?:\|.*\n)*)", page, re.M)
+        return [line.strip("| ").split(" | ") for line in "".join(tables).splitlines()]
+
+    rows = [f"| {answer.strip('*')} | {difference.split(': ')[1]} |"
+            for _, answer, difference, *_ in rows_below("question")]
+    unknown = [question for question, *_ in rows_below("not known")] or ["nothing that was asked."]
+    return "\n".join(rows), textwrap.fill("Not known: " + " ".join(unknown), 125)
 
 
 def numbers(readme):

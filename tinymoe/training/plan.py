@@ -1,7 +1,7 @@
 """A run as data: the model, how it is trained, and the events that it reports."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..model.config import ModelConfig
 from ..moe.settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, WHOLE, check_fields, setting
@@ -61,7 +61,7 @@ class RunPlan:
     @property
     def start_id(self) -> str | None:
         """The run id of the run that this one starts with."""
-        return self.start and f"{self.start}-seed{self.seed}"
+        return self.start and replace(self, config_id=self.start).run_id
 
 
 @dataclass(frozen=True)
