@@ -35,8 +35,9 @@ frozen = Experiment(
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
             "mixtures have the balance loss; under a frozen router it moves the hidden states. At validation a random "
             "route is drawn again, and a shuffled byte takes the choice of an earlier byte of its window, or its own. "
-            "`shuffled` trains a router of its own, so its load need not be as even as that of `learned`. The claims "
-            "are judged against what a mixture gains over a dense model. Random routing has the rate that "
+            "The two gates of a mixture sum to 1, so it averages two experts where the dense layer, twice as wide, "
+            "adds them. `shuffled` trains a router of its own, so its load need not be as even as that of `learned`. "
+            "The claims are judged against what a mixture gains over a dense model. Random routing has the rate that "
             "`learned` chose. In the published `specialise` it has half of it, and its loss varies less.",
     claims=(Claim(3, "A frozen router keeps what a mixture gains over a dense model (it is within 0.01 nats of a "
                      "learned one, and better than dense); routing drawn afresh gains less than 0.01 nats",

@@ -121,8 +121,8 @@ class Primary:
     def sentence(self, found: Comparison) -> str:
         """The sentence of the outcome."""
         different = self.lower if found.mean < 0 else self.higher
-        but = " But the difference is smaller than the margin." if found.within else \
-            " The difference may be smaller than the margin." if found.overlaps else ""
+        but = f" But the difference is smaller than the margin of {self.margin:g}." if found.within else \
+            f" The difference may be smaller than the margin of {self.margin:g}." if found.overlaps else ""
         return {"different": different + but, "same": self.same, "not known": self.not_known,
                 "not tested": "Not tested: there are fewer than two common seeds."}[found.verdict]
 

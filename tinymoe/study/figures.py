@@ -25,7 +25,7 @@ from .experiment import Experiment
 from .palette import COLOURS, MARKERS
 from .quantities import in_row, quantity, title
 from .results import Results
-from .statistics import MARGIN, Contrast, t_interval
+from .statistics import MARGIN, VERDICTS, Contrast, t_interval
 from .wording import CURVES, INTERVALS
 
 STYLE = {
@@ -39,7 +39,7 @@ DOUBLE = 7.0  # width of two columns, in inches
 GREY, SHADE = "#777777", "#DDDDDD"
 HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 LEAKY_KEY = Line2D([], [], color=GREY, marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
-APART = 1.04  # by which points at one place of a logarithmic axis are moved apart
+APART = 1.07  # by which points at one place of a logarithmic axis are moved apart
 SEED_KEYS = [Line2D([], [], color=GREY, marker="o", markersize=5, label="mean and 95% interval"),
              Line2D([], [], color=GREY, marker="|", linestyle="none", label="one seed")]
 MARGIN_KEY = Patch(color=SHADE, label="within the margin")
@@ -154,7 +154,7 @@ def name_points(axes, results, points):
         colour = style_of(results.experiment, name)["color"]
         axes.annotate(name, points[name], (1.05, y), textcoords="axes fraction", va="center", fontsize=6.5,
                       color=colour, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "shrinkA": 1,
-                                                "relpos": (0, 0.5)})
+                                                "linestyle": ":", "relpos": (0, 0.5)})
 
 
 def less_reference(reference, metric, results=None):
@@ -172,10 +172,8 @@ def half_widths(intervals):
 
 
 def points_of(results, name, metric, *, reference=None, layer=None):
-    """(steps, numbers (steps, seeds)) of a setting's log, less the reference's of the same seed if there is one.
-
-    layer: index of one MoE layer, None for the mean.
-    """
+    """(steps, numbers (steps, seeds)) of a setting's log, less the reference's of the same seed if there is one; of a
+    grey setting the mean over the seeds, (steps, 1). layer: index of one MoE layer, None for the mean."""
     logs = {run.run_id: {row["step"]: row for row in run.log}
             for setting in (name, reference) if setting for run in results.groups[setting]}
 
@@ -185,7 +183,9 @@ def points_of(results, name, metric, *, reference=None, layer=None):
 
     common = sorted(set.intersection(*map(set, logs.values())))  # none for runs of other lengths
     found = {step: values for step in common if len(values := at(step)) and np.isfinite(values).all()}
-    return np.array(list(found)), np.array(list(found.values()))
+    steps, numbers = np.array(list(found)), np.array(list(found.values()))
+    grey = len(steps) and style_of(results.experiment, name)["color"] == GREY
+    return steps, numbers.mean(axis=1, keepdims=True) if grey else numbers
 
 
 def curve(axes, results, name, metric, *, reference=None, layer=None, **options):
@@ -195,7 +195,6 @@ def curve(axes, results, name, metric, *, reference=None, layer=None, **options)
     offset = list(results.groups).index(name) % every  # so that markers of close curves do not hide each other
     if len(steps):
         axes.plot(steps, values.mean(axis=1), markevery=(offset, every), **style | options)
-    if len(steps) and style["color"] != GREY:
         axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.12, lw=0)
     return steps, values
 
@@ -319,16 +318,18 @@ def end_mark(axes, results, name, metric, y, reference=None, **options):
     interval, style = t_interval(seeds), style_of(results.experiment, name)
     axes.plot([interval.low, interval.high], [y, y], color=style["color"], lw=1.5)
     if results.several:
-        axes.plot(seeds, [y - 0.2] * len(seeds), "|", color=style["color"], ms=4)
+        beside = 0.2 if "markerfacecolor" in options else -0.2  # of a hollow mark below, else above the line
+        axes.plot(seeds, [y + beside] * len(seeds), "|", color=style["color"], ms=4)
     axes.plot(interval.mean, y, linestyle="none", **style | {"markersize": 5} | options)
     if math.isnan(interval.mean):
         axes.annotate("no number", (0.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=6.5, color=GREY)
 
 
 def forest(found: list[Results]) -> Figure | None:
-    """The primary differences of several experiments, in units of their margins, which are shaded: a bar for the 95%
-    interval, a tick for each seed. The axis is linear up to two margins and logarithmic beyond."""
-    rows = [(results.experiment.name, one) for results in found for one in results.primary if one.tested]
+    """The primary differences of several experiments, by verdict, in units of their margins, which are shaded: a bar
+    for the 95% interval, a tick for each seed. The axis is linear up to two margins and logarithmic beyond."""
+    rows = sorted(((results.experiment.name, one) for results in found for one in results.primary if one.tested),
+                  key=lambda row: VERDICTS.index(row[1].verdict))
     if not rows:
         return None
     fig, ((axes,),) = panel_grid(1, 1, 1.0 + 0.32 * len(rows))
@@ -345,18 +346,19 @@ def forest(found: list[Results]) -> Figure | None:
     below, above = ([x for before, x in pairwise((0, 1, 2, 5, 10, 20, 50, 100, 1000, 10_000)) if before < max(end, 1)]
                     for end in (-min(drawn), max(drawn)))  # up to the first tick beyond the data
     ticks = [*(-x for x in reversed(below)), 0, *above]
-    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.set_xticks(ticks, [str(x).replace("-", "−") for x in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="difference / margin", ylim=(len(rows) - 0.4, -0.6), xlim=(ticks[0], ticks[-1]))
+    axes.set(xlabel="(first − second) / margin; of a loss, left: the first is better", xlim=(ticks[0], ticks[-1]),
+             ylim=(len(rows) - 0.4, -0.6))
     fig.legend(handles=[*SEED_KEYS, MARGIN_KEY], loc="outside lower center", ncols=3)
-    axes.set_yticks(range(len(rows)), [fill(f"{name}: {one.contrast}{_what(one.contrast)}".replace("`", ""), 52)
+    axes.set_yticks(range(len(rows)), [fill(f"{name}: {one.contrast}{_what(one)}".replace("`", ""), 52)
                                        for name, one in rows])
     return fig
 
 
-def _what(contrast):
-    one = quantity(contrast.metric)
-    return "" if one.is_loss else f" ({one.label or one.name})"
+def _what(found):
+    one = quantity(found.contrast.metric)
+    return "" if one.is_loss else f" ({one.label or one.name}; margin {found.margin:g})"
 
 
 def draw_forest(found: list[Results], published) -> Path | None:
@@ -403,8 +405,8 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
 
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
-    @captioned(lambda r: f"{listed(metrics, reference, r)}, by {x_label}, at the end of training"
-                         f"{of_seeds(r, INTERVALS)}. Points are moved apart sideways.", metrics)
+    @captioned(lambda r: f"{listed(metrics, reference, None if reference_of else r)}, by {x_label}, at the end of "
+                         f"training{of_seeds(r, INTERVALS)}. Points are moved apart sideways.", metrics)
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks, keys = sorted({x_of(name) for names in names_of.values() for name in names}), {}

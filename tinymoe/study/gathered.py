@@ -9,7 +9,7 @@ from .markdown import WORDS, bold, chapter, enumerated, table, write_paragraphs
 from .quantities import LOSS, quantity
 from .report import about, images, verdicts
 from .results import NothingFinished, Results
-from .statistics import MARGIN
+from .statistics import LEVEL, MARGIN, VERDICTS, Contrast, holm
 from .tables import (
     CLAIM_COLUMNS,
     COMPUTE,
@@ -30,11 +30,13 @@ ORIGIN = """This document is made from the rows of the study (`full/`) and of th
 has a document of its own with all its tables, figures and run ids."""
 CANNOT = """Most settings take the learning rate that another setting chose, which may not be their best; the tables \
 of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
-stability that the z-loss gives at low precision. Corrections are made within each experiment. There is none over all \
-experiments, so one of many verdicts may be wrong by chance. The same runs (top-1 or top-2 with coefficient 0.01) are \
-the reference of several experiments, so these are not independent evidence."""
-ORDER = ("different", "same", "not known", "not tested")  # of verdicts
-YARDSTICK = "dense"  # the experiment whose first primary comparison says what a mixture gains
+stability that the z-loss gives at low precision. Several experiments hold the same runs, such as top-1 or top-2 with \
+coefficient 0.01, so they are not independent evidence."""
+YARDSTICKS = {  # experiment: a change of the routing, and the difference of losses that says what it is worth
+    "dense": ("A mixture in place of a dense model of equal active size",
+              Contrast(LOSS, "mixture", minus="dense-active")),
+    "capacity": ("Dropping half of all choices of top-1, in training and validation alike,",
+                 Contrast("val_cross_entropy", "0.5-order", minus="none"))}
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
 questions about routing and to test claims of the literature. Their loss is in nats a byte; lower is better."""
 SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
@@ -89,7 +91,7 @@ def document(found, absent, published, section=None) -> list[str]:
         "## The surprise", surprise(found), *then,
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
                      if absent else []),
-        *map(section or summary, found), "## What this scale cannot show", CANNOT,
+        *map(section or summary, found), "## What this scale cannot show", CANNOT, over_all(found),
         WORDS, GLOSSARY, verdicts(found), "## Methods", METHODS,
         "## Compute", table(COMPUTE, map(compute_row, found))]
 
@@ -99,23 +101,35 @@ def place_of(experiment):
     return "full" if experiment.adjustable else f"experiments/{experiment.name}"
 
 
+def over_all(found):
+    """What a correction over the primary comparisons of all experiments would change, in a sentence."""
+    tested = [(results, one) for results in found for one in results.primary if one.tested]
+    strict = holm([one.interval.p for _, one in tested])
+    different = [(results, one, p) for (results, one), p in zip(tested, strict) if one.verdict == "different"]
+    lost = [f"`{results.experiment.name}` (p = {p:.2g})" for results, one, p in different if p >= LEVEL]
+    return (f"Corrections are made within each experiment. With Holm's correction over all {len(tested)} primary "
+            f"comparisons {len(different) - len(lost)} of {len(different)} would still be *different*"
+            f"{', without ' + ', '.join(lost) if lost else ''}.")
+
+
 def link(results):
     return f"[{results.experiment.name}]({place_of(results.experiment)}/FINDINGS.md)"
 
 
 def yardstick(found):
-    """What a margin is, and what a mixture is worth, in two sentences."""
-    worth = [results.primary[0] for results in found if results.experiment.name == YARDSTICK and results.primary]
-    said = "".join(f" The loss of a mixture minus that of a dense model of equal active size is "
-                   f"{' '.join(numbers_of(one))}: {one.verdict}." for one in worth)
-    return (f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is {math.expm1(MARGIN):.0%} of "
-            f"perplexity.{said}")
+    """What a margin is, and what routing is worth, in a few sentences."""
+    experiments = {results.experiment.name: results for results in found}
+    worth = [(what, experiments[name].compared(contrast)) for name, (what, contrast) in YARDSTICKS.items()
+             if name in experiments]
+    said = [f"{what} changes the loss by {' '.join(numbers_of(one))} nats." for what, one in worth if one.tested]
+    return " ".join([f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is "
+                     f"{math.expm1(MARGIN):.0%} of perplexity.", *said])
 
 
 def counted(found):
     """How many primary comparisons have each verdict, in a sentence."""
     verdicts = [one.verdict for results in found for one in results.primary]
-    said = ", ".join(f"{verdicts.count(word)} {word}" for word in ORDER if word in verdicts)
+    said = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
     return f"**Primary comparisons, planned before the runs: {len(verdicts)}; {said}.**" if verdicts else ""
 
 
@@ -126,7 +140,7 @@ def questions(found) -> list[str]:
                              f"{each.contrast}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
                              f"{verdict_of(each)}{how_sure(each)}", link(results)])
             for results in found for one, each in zip(results.experiment.primary, results.primary)]
-    rows.sort(key=lambda row: ORDER.index(row[0].verdict))
+    rows.sort(key=lambda row: VERDICTS.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
     others = [[row[0], row[2], how_sure(each).strip(" ()"), to_decide(results, each), row[4]]
               for each, results, row in rows if each.verdict == "not known"]
@@ -144,9 +158,9 @@ def cost(found):
 
 
 def unit(found):
-    """What the difference of a Comparison is in: a unit, or the name of a quantity without one."""
+    """What the difference of a Comparison is in: the unit of a loss, or a quantity with its unit if it has one."""
     one = quantity(found.contrast.metric)
-    return one.unit or f"in {one.label}"
+    return one.unit if one.is_loss else f"{one.unit} of {one.label}" if one.unit else f"in {one.label}"
 
 
 def surprise(found):
@@ -159,10 +173,13 @@ def surprise(found):
     what = {s.id: s.what for s in results.experiment.settings}
     first, second = one.contrast.settings
     better = "better" if one.mean < 0 else "worse"
+    sizes, rates = (" and ".join(f"{of(results.groups[name][0].config):.2g}" for name in (first, second)) for of in (
+        lambda config: config["parameters"]["total"] / 1e6, lambda config: config["training"]["learning_rate"]))
     return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
-            f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. No question asked for it. It is "
-            f"the largest of {len(fair)} exploratory differences of the causal loss between models of equal active "
-            "size that were trained for as many steps, so it is probably too large.")
+            f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. They have {sizes} million "
+            f"parameters, and learning rates of {rates}. No question asked for it. Of {len(fair)} exploratory "
+            "differences of the causal loss between models of equal active size that were trained for as many steps, "
+            "it is the largest that is shown, so it is probably too large.")
 
 
 def is_fair(one, results):

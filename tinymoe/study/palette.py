@@ -2,7 +2,7 @@
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = "osD^vPX"
-DIVERGING = ("#08306B", "#4A90C8", "#F7F7F7", "#F5A34C", "#C44E00")  # the low end is the darker one, also in grey
+DIVERGING = ("#1F5E9E", "#78B0DA", "#F7F7F7", "#F5A34C", "#C44E00")  # the low end is the darker one, also in grey
 # Chosen so that the smallest CIEDE2000 difference is 20, also as seen with protanopia, deuteranopia and tritanopia
 # (Machado et al. 2009). Experts beyond the eighth share colours; their numbers tell them apart.
 EXPERTS = ("#5028C8", "#F0F028", "#A02828", "#78F0C8", "#C87850", "#C8C8F0", "#287878", "#A078F0")

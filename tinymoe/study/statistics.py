@@ -15,6 +15,7 @@ from scipy.optimize import brentq
 MARGIN = 0.01  # nats a byte, below which losses count as the same: 1% of perplexity
 LEVEL, POWER = 0.05, 0.8  # of all tests; the chance of a right verdict for which seeds are planned
 MOST_SEEDS = 1000  # more are not planned
+VERDICTS = ("different", "same", "not known", "not tested")  # see the glossary in wording.py
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """"different", "same" or "not known", see the glossary in wording.py; "not tested" without two seeds."""
+        """One of VERDICTS; the last without two seeds."""
         if not self.tested:
             return "not tested"
         return "different" if self.corrected < LEVEL else "same" if self.within else "not known"

@@ -11,7 +11,7 @@ from .results import Results, lowest
 from .statistics import MOST_SEEDS, enough_digits
 
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
-COMPUTE = ["experiment", "runs finished", "of the sweep", "failed", "core-hours"]
+COMPUTE = ["experiment", "runs finished", "sweep runs besides", "failed", "core-hours"]
 
 
 def answers(results: Results) -> list[str]:

@@ -265,9 +265,9 @@ def draw_profile(rows, path):
                               for row in operations], fontsize=6, padding=2)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.margins(x=0.15)
-        axes.set(xlabel=f"milliseconds of a training step of {whole['ms']:.0f} ms, {whole['gflops']:.0f} GFLOP/s; "
-                        f"sgemm alone {whole['sgemm_gflops']:.0f} GFLOP/s")
+        axes.margins(x=0.2)
+        axes.set(xlabel="milliseconds", title=f"A training step of {whole['ms']:.0f} ms at {whole['gflops']:.0f} "
+                                              f"GFLOP/s; sgemm alone runs at {whole['sgemm_gflops']:.0f}")
 
 
 def draw_scaling(rows, path):
@@ -284,7 +284,7 @@ def draw_scaling(rows, path):
             values, ms = zip(*((row["value"], row["ms"]) for row in rows if row["against"] == against))
             ideal = [ms[0] * v / values[0] if against == "tokens" else ms[0] for v in values]
             axes.plot(values, ms, "o-", color=COLOURS[0], label="measured")
-            axes.plot(values, ideal, "--", color="black", label="the first, in proportion to the matrix products")
+            axes.plot(values, ideal, "--", color="black", label="if time grew as the matrix products do")
             if against != "imbalance":
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(values, [f"{v:g}" for v in values], minor=False)
