@@ -544,9 +544,11 @@ def test_not_known_says_what_would_be_seen():
 def test_a_difference_smaller_than_the_margin_is_said_to_be_so():
     one = STUDY.primary[0]
     (found,) = corrected([Comparison(one.contrast, (0.004, 0.005, 0.006), 0.01)], holm)
-    assert one.sentence(found) == "Heavy balancing raises the loss. But the difference is smaller than the margin of 0.01."
+    assert one.sentence(found) == ("Heavy balancing raises the loss. "
+                                   "But the difference is smaller than the margin of 0.01.")
     (found,) = corrected([Comparison(one.contrast, (0.011, 0.012, 0.013), 0.01)], holm)  # the interval begins at 0.0095
-    assert one.sentence(found) == "Heavy balancing raises the loss. The difference may be smaller than the margin of 0.01."
+    assert one.sentence(found) == ("Heavy balancing raises the loss. "
+                                   "The difference may be smaller than the margin of 0.01.")
     (found,) = corrected([Comparison(one.contrast, (0.111, 0.112, 0.113), 0.01)], holm)
     assert one.sentence(found) == "Heavy balancing raises the loss."
 

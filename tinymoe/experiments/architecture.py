@@ -8,7 +8,7 @@ from ..study.statistics import Contrast
 SECONDS = "Seconds depend on what else ran on the machine."
 BOUNDS = "The bounds of load CV and information depend on the number of experts."
 BORROWED = ("`4-of-16` takes the rate that `2-of-8` chose. In the published `traffic` the same model chose half of it, "
-            "and its loss is lower on the seeds that both have, so its differences may come from the rate.")
+            "and its mean loss over the seeds that both have is lower, so its differences may come from the rate.")
 WHOLE = {"n_evaluations": 10, "eval_windows": 16, "final_windows": 1000}  # all validation windows are scored at the end
 WITHOUT = {"2-of-8": "2-of-8", "1+1-of-7": "2-of-8", "4-of-16": "4-of-16", "1+3-of-15": "4-of-16"}
 shared = Experiment(

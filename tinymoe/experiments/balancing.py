@@ -156,8 +156,7 @@ expert_choice = Experiment(
     figures={"at_the_end": at_the_end(LOSS, "load_cv", "token_coverage", reference="top-2-raw"),
              "over_steps": over_steps("top-2", LOSS)},
     caution="The balance of the batch rule holds while training. At evaluation thresholds leave the load uneven by the "
-            "load CV of the table. The batch rule sees later bytes, so its loss is leaky. `prefix_cost` is the loss of "
-            "`batch` by the prefix rule minus that by thresholds.")
+            "load CV of the table. The batch rule sees later bytes, so its loss is leaky.")
 
 
 def say_scope(r):

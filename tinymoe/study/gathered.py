@@ -158,9 +158,9 @@ def cost(found):
 
 
 def unit(found):
-    """What the difference of a Comparison is in: the unit of a loss, or a quantity with its unit if it has one."""
+    """What the difference of a Comparison is in: the unit, and in brackets the quantity if it is no loss."""
     one = quantity(found.contrast.metric)
-    return one.unit if one.is_loss else f"{one.unit} of {one.label}" if one.unit else f"in {one.label}"
+    return one.unit if one.is_loss else f"{one.unit} ({one.label or one.name})".strip()
 
 
 def surprise(found):

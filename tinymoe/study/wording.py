@@ -57,8 +57,7 @@ margin. Both have Holm's correction over the primary comparisons of the experime
 sign flips: the permutation test that changes the signs of the seeds' differences. Its p is at least 2 / 2^n with n \
 seeds, so with fewer than six it never falls below 5%. Smallest effect: the true difference that this number of seeds \
 shows with 80% power, given the SD. Both this and the seeds that would decide are computed at 5% over the number of \
-primary comparisons, a bound for Holm's correction. The core-hours are those of a \
-new experiment with so many seeds, at the median of the runs here.
+primary comparisons, a bound for Holm's correction. The core-hours are at the median of the runs here.
 
 """ + TO_DECIDE
 EXPLORATORY = """These comparisons were not planned to answer the question. Their p values are corrected by Benjamini \
