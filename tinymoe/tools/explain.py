@@ -102,8 +102,8 @@ class Example:
         c = self.config
         return _part(f"1. {len(TEXT)} tokens", f"""
             N = {len(TEXT)} tokens, the letters of "{TEXT}", reach a layer of E = {c.n_experts} experts. Each has a
-            hidden state x of D = {c.d_model} numbers. All numbers of this example have one decimal, so that a pencil is
-            enough. The two o's have the same hidden state.""", _matrix(self.x.data, self.labels, self.dims, "x", 1))
+            hidden state x of D = {c.d_model} numbers. All given numbers have one decimal, so that a pencil is enough.
+            The two o's have the same hidden state.""", _matrix(self.x.data, self.labels, self.dims, "x", 1))
 
     def scores(self):
         about = f"The router {self.router.name}: {_first_line(self.router)}"
