@@ -151,7 +151,8 @@ class Cluster(futures.Executor):
                 raise ClusterError(f"the worker {worker} cannot take part ({type(seen).__name__}: {seen}): "
                                    "install tinymoe there")
             if seen[0] != _code():
-                raise ClusterError(f"the worker {worker} has other code of tinymoe: install the same version there")
+                raise ClusterError(f"the worker {worker} has other code of tinymoe: install the same version there, "
+                                   "and start the worker again")
             if seen[1] != self._command:
                 raise ClusterError(f"the worker {worker} does not see {out} ({seen[1]}): --out must be a folder that "
                                    "all machines share")
