@@ -219,12 +219,14 @@ def _training_options(command):
     """The options of the commands that train many runs."""
     for option in reversed((
             click.option("--jobs", "-j", type=COUNT, default=_cores, show_default="number of cores",
-                         help="Runs side by side, each in a process with one thread."),
+                         help="Runs side by side, each in a process with one thread. With -j 1, or one run left, this "
+                              "process trains on all threads."),
             click.option("--scheduler", metavar="URL", callback=_scheduler,
                          help="Train on the workers of this Dask scheduler, tcp://HOST:PORT; see docs/cluster.md."),
             click.option("--text", type=click.Path(),
                          help="A file, a folder whose entries are domains, or: synthetic.  [default: installed texts]"),
-            click.option("--fresh", is_flag=True, help="Delete existing results of these runs instead of resuming."),
+            click.option("--fresh", is_flag=True,
+                         help="Delete existing results of these runs instead of resuming; leave it out to resume."),
             click.option("--plot-only", is_flag=True, help="Train nothing: make figures and findings again."),
             _import_option)):
         command = option(command)
@@ -278,6 +280,15 @@ def _settings(overrides):
 @_set_option
 def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, **how):
     """Train configs A to G on real text and report what they did.
+
+    \b
+    A  top-1 without a balance loss
+    B  top-1, balance coefficient 0.01
+    C  top-1, balance coefficient 0.1
+    D  top-2, balance coefficient 0.01: Mixtral style
+    E  expert choice: two experts a byte on average
+    F  as D, with noise on the scores
+    G  as D, with gates that do not sum to 1: Grok-1 style
 
     Interrupt it at any time; the same command resumes from the last checkpoint.
     """
@@ -472,8 +483,10 @@ def findings(folder, imports):
     """Gather the study and the experiments into one document.
 
     It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the answers, the claims, and a section
-    for each experiment. FOLDER is results/published. For your own runs give results; runs of --full must have been put
-    there by --out FOLDER/full and --out FOLDER/experiments/NAME.
+    for each experiment, but for those of your own files. It also draws FOLDER/figures/primary.png. For your own runs
+    give results; runs of --full must have been put there by --out FOLDER/full and --out FOLDER/experiments/NAME.
+
+    [default: results/published]
     """
     from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.files import require_ours
@@ -516,8 +529,8 @@ def report_page(folder, name, imports):
 def compact(folder):
     """Put the runs of a folder into one file, runs.jsonl.
 
-    It writes one line for each run in FOLDER/runs, with the run's config, log and summary. Reports and figures read
-    this file as they read the run folders, which stay where they are.
+    It writes one line for each run in FOLDER/runs that has finished or failed, with its config, log and summary. Lines
+    of other runs stay. Reports and figures read this file as they read the run folders, which stay where they are.
     """
     from tinymoe.study.rows import compact as write_compact
     path, n = write_compact(folder)
@@ -610,7 +623,7 @@ def routers(whole, imports):
     _table(columns, ((name, r.chooses, r.balanced, router_page.causal(r), "yes" if r.learned else "no", r.cost, r.paper)
                      for name, r in ROUTERS.items()))
     click.echo("\nN tokens, D width, E experts. Causal: a token's route depends on its own prefix alone.\n"
-               "`study --config D --set router=NAME --out results/NAME` trains one.")
+               "`study --config A --set router=NAME --out results/NAME` trains one.")
 
 
 @main.command()
@@ -618,7 +631,7 @@ def routers(whole, imports):
 def options(imports):
     """List what --set can change, with defaults and meanings.
 
-    --set NAME=VALUE changes one: numbers, true, false, null, lists such as [1,3], or text.
+    --set NAME=VALUE changes one: numbers, true, false, null, lists such as [1,3] (quote them in zsh), or text.
     """
     import dataclasses
 
@@ -805,7 +818,7 @@ def _model(run):
 def view(run, text, out, imports):
     """Write an HTML page of the routes over the steps of a run.
 
-    It shows text by layer and expert and needs no network. Without saved routings, and with --text, it shows what the
+    It shows text by layer and expert and needs no network. Without saved routings, or with --text, it shows what the
     last checkpoint does.
     """
     from tinymoe.files import write_atomically
@@ -948,7 +961,7 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
     """Time experts and training steps, and PyTorch if it is there.
 
     With --set it times only the step, of a model with these settings: --set n_layers=4 --set d_model=64 --set d_ff=256
-    --set moe_layers=[1,3] is that of most experiments.
+    --set 'moe_layers=[1,3]' is that of most experiments.
     """
     from tinymoe import kernels
     from tinymoe.tools import bench as b

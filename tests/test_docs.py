@@ -1,12 +1,14 @@
 """The pages of docs/: those that are made are up to date, and what they tell to do works.
 
-`python tests/test_docs.py` makes docs/explain.md again; with --tour also the notebook, which trains for a minute.
+`PYTHONPATH=. python tests/test_docs.py` makes docs/explain.md again; with --tour also the notebook, which trains for a
+minute and needs pandas.
 """
 
 import json
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import cli
 import notebook
 from test_readme import require_commands
 from tinymoe import experiments
+from tinymoe.moe.routers import ROUTERS
 from tinymoe.tools.explain import Example
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -46,13 +49,14 @@ def test_every_work_that_is_cited_is_in_the_references():
     assert len(cited) > 40 and cited <= works((DOCS / "references.md").read_text(encoding="utf-8"))
 
 
-AGAIN = "run: python tests/test_docs.py --tour"
+AGAIN = "install pandas, and run: PYTHONPATH=. python tests/test_docs.py --tour"
 MADE = {"explain.md": explain_page}
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_page_that_is_made_is_up_to_date(name):
-    assert (DOCS / name).read_text(encoding="utf-8") == MADE[name](), "run: python tests/test_docs.py"
+    assert (DOCS / name).read_text(encoding="utf-8") == MADE[name](), \
+        "run: PYTHONPATH=. python tests/test_docs.py"
 
 
 def test_the_notebook_has_the_cells_of_its_script_and_kept_outputs():
@@ -61,6 +65,7 @@ def test_the_notebook_has_the_cells_of_its_script_and_kept_outputs():
     assert [(cell["cell_type"], cell["source"]) for cell in made["cells"]] == notebook.cells(script), AGAIN
     kept = [cell["outputs"] for cell in made["cells"] if cell["cell_type"] == "code"]
     assert all(outputs for outputs in kept) and "image/png" in kept[-1][0]["data"]
+    assert "load_cv" in kept[-2][0]["text"], AGAIN
     assert (DOCS / "tour.ipynb").stat().st_size < 200_000
 
 
@@ -109,6 +114,23 @@ def test_the_table_of_commands_has_every_command_and_its_options_exist():
     require_commands(page)
     assert [name for name in cli.main.commands if f"`python cli.py {name}" not in page] == []
     assert all(option in page for option in ("-o", "-j", "-n", "130"))
+
+
+def test_the_variant_of_an_experiment_differs_in_what_it_says(tmp_path):
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    file = re.search(r"^    import dataclasses\n(?:\n|    .*\n)+", page, re.M)[0]
+    (tmp_path / "variant.py").write_text(textwrap.dedent(file))
+    variant = experiments.from_file(str(tmp_path / "variant.py"))
+    run, before = (one.runs("quick", seeds=1)[0].model for one in (variant, experiments.EXPERIMENTS["frozen"]))
+    assert (run.n_experts, before.n_experts) == (16, 8) and variant.name == "frozen-16"
+
+
+def test_the_help_of_study_names_its_configs_and_the_command_below_the_routers_trains_each():
+    shown = CliRunner().invoke(cli.main, ["study", "--help"]).output
+    assert re.findall(r"^  ([A-Z])  ", shown, re.M) == [setting.id for setting in experiments.STUDY.settings]
+    name = re.search(r"--config (\w) --set router=NAME", CliRunner().invoke(cli.main, ["routers"]).output)[1]
+    for router in ROUTERS:
+        assert experiments.STUDY.runs("quick", seeds=1, only=[name], model={"router": router})
 
 
 if __name__ == "__main__":
