@@ -303,6 +303,43 @@ def test_policy_gradients_are_those_of_the_expected_cost():
     np.testing.assert_allclose(total / n, exact, atol=0.02)
 
 
+def test_the_number_of_layers_as_policy_coefficient_gives_the_exact_gradient(monkeypatch):
+    """Two layers, two tokens in sequences of their own, two experts: all 16 draws, each weighed by its probability.
+
+    The router's gradient is that of the expected cross-entropy, by differences."""
+    config = ModelConfig(vocab_size=5, n_layers=2, moe_layers=(0, 1), d_model=4, n_heads=1, d_ff=4, seq_len=1,
+                         n_experts=2, top_k=1, router="reinforce", aux_coef=0, losses={"policy": 2.0})
+    model, rng = Transformer(config, 1, np.float64), np.random.default_rng(0)
+    for p in model.parameters().values():
+        p.data = p.data + .7 * rng.standard_normal(p.shape)
+    routed = [part.router for part in model.moe_parts()]
+
+    def drawn(router, x, context):
+        logits = router.scores(x)
+        return from_mask(router.draw, Tensor(np.ones((2, 2))), logits, F.softmax(logits))
+
+    def expected(learn=False):
+        total = 0
+        for draws in np.ndindex(2, 2, 2, 2):
+            for router, draw in zip(routed, np.eye(2, dtype=bool)[list(draws)].reshape(2, 2, 2)):
+                router.draw = draw
+            output = model.forward(np.array([[1], [3]]), training=True)
+            terms = model.loss_terms(output, np.array([[2], [0]]))
+            p = np.prod([r.probs.data[r.mask()] for r in output.routings])
+            total += p * terms.cross_entropy.item()
+            if learn:
+                (p * terms.total).backward()
+        return total
+
+    monkeypatch.setattr(routers.ROUTERS["reinforce"], "forward", drawn)
+    expected(learn=True)
+    for weight in (router.weight for router in routed):
+        step, start = rng.standard_normal(weight.shape), weight.data
+        high, low = (expected() for weight.data in (start + 1e-5 * step, start - 1e-5 * step))
+        weight.data = start
+        assert (weight.grad * step).sum() == pytest.approx((high - low) / 2e-5, rel=1e-6)
+
+
 @pytest.mark.parametrize("layers, k", [(0, 1), (3, 0), (3, float("nan"))])
 def test_equivalent_coefficients_need_layers_and_experts(layers, k):
     with pytest.raises(ValueError, match="above 0"):

@@ -162,12 +162,13 @@ reinforce = Experiment(
     figures={"over_steps": over_steps("top-k", LOSS, "load_cv", "router_entropy"),
              "at_the_end": at_the_end(LOSS, "noise_share", reference="frozen-draw")},
     caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "
-            "that byte's loss alone; the baseline is the mean loss of the other bytes of the batch. Reinforce draws "
-            "while training and takes the most probable expert at validation. The balance loss trains all routers but "
-            "the frozen ones. The share of noise is the variance over batches of the gradient (of the policy loss for "
-            "reinforce, else of the cross-entropy) over that variance plus the squared mean, at each router's own "
-            "last weights. It is 1 too for a router that has nothing more to learn. Router entropy is at most ln 8 = "
-            "2.079.")
+            "that byte's loss alone; the baseline is the mean loss of the other bytes of the batch. The model takes "
+            "the mean of the policy loss over L MoE layers, so a coefficient of L gives the gradient of the expected "
+            "loss; here, with two, 1 gives half of it. Reinforce draws while training and takes the most probable "
+            "expert at validation. The balance loss trains all routers but the frozen ones. The share of noise is the "
+            "variance over batches of the gradient (of the policy loss for reinforce, else of the cross-entropy) over "
+            "that variance plus the squared mean, at each router's own last weights. It is 1 too for a router that has "
+            "nothing more to learn. Router entropy is at most ln 8 = 2.079.")
 
 MODERN = {  # router, options, other fields, in words
     "biased": ("biased_top_k", {}, {}, "a learned bias in the logits (GPT-OSS)"),

@@ -1,7 +1,7 @@
 """Auxiliary losses of a router: scalar Tensors, pure functions of a layer's Routing and, for some, the LossContext.
 
-`LOSSES` is the table that the model, the log and the probes read. Published codes scale the balance loss by K or by the
-number of layers. Here it is 1 at perfect balance whatever K is, and the model takes the mean over layers.
+`LOSSES` is the table that the model, the log and the probes read. The model takes the mean of a loss over MoE layers.
+For a published sum over layers, multiply its coefficient by their number. The balance loss is 1 at balance for any K.
 """
 # ruff: noqa: F401, I001  (the losses and equivalent_coefficient are public names of this package)
 
@@ -69,6 +69,6 @@ LOSSES = {
     "device": Loss("load balance over devices (DeepSeek-V2)", lambda r, c: device_balance_loss(r, c.n_devices)),
     "communication": Loss("balance of what devices receive (DeepSeek-V2)",
                           lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),
-    "policy": Loss("REINFORCE, for routers that draw; 1 by default there (Williams 1992)",
+    "policy": Loss("REINFORCE (Williams 1992), for routers that draw; 1 by default there, exact with L for L layers",
                    lambda r, c: policy_loss(r, c.token_nats()) if c.router.sampled else None),
 }

@@ -89,6 +89,7 @@ def policy_loss(routing: Routing, nats: np.ndarray) -> Tensor:
     nats (N,): the cross-entropy of each token's prediction. The routing must have one expert a token, drawn from its
     probs. The gradient is that of the expected cost where a draw changes the cost of its own token alone. A draw also
     reaches later tokens through attention; the loss leaves that out. Draws that a capacity limit dropped do not count.
+    The model takes the mean over its L layers that draw: a coefficient of L gives this gradient, 1 gives 1 / L of it.
     """
     n = len(nats)
     advantage = (nats - nats.mean()) * n / max(1, n - 1)

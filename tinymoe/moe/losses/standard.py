@@ -8,7 +8,7 @@ from ..routing import Routing
 
 
 def load_balancing_loss(routing: Routing) -> Tensor:
-    """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; GShard).
+    """E * sum over e of f_e * P_e (Switch, Fedus et al. 2021, eq. 4 to 6; in GShard f counts first choices alone).
 
     f_e is the share of the assignments that went to e, before any capacity limit, and has no gradient. P_e is the mean
     over tokens of `probs`. Equals 1 at perfect balance and E / K where everything goes to K experts

@@ -143,7 +143,8 @@ class SigmoidBias(Scored, name="sigmoid_bias"):
 
 
 class Reinforce(LinearRouter, name="reinforce"):
-    """Top-1, learned by trial (REINFORCE, Williams 1992).
+    """Top-1, learned by trial (REINFORCE, Williams 1992). The model takes the mean of the loss "policy" over its L
+    layers that draw: a coefficient of L gives the gradient of the expected loss, the default of 1 gives 1 / L of it.
 
     While training an expert is drawn from softmax(x W); at evaluation the most probable one is taken. The gate is the
     constant 1, so the language-model loss gives the router no gradient. The loss "policy" does. Raises ValueError when
