@@ -260,6 +260,18 @@ def test_copy_and_zero_experts_have_their_share_of_the_choices():
     assert experts[1].total == experts[0].total and experts[1].active == experts[2].active == experts[0].active / 2
 
 
+def test_a_router_that_steers_the_real_experts_leaves_a_token_real_k_of_them():
+    """1.5 in each layer, or in one of three: (1.5 + 1 + 1) / 3. Without copies all of K = 2 are real."""
+    def active(n_copy=4, **fields):
+        config = ModelConfig(**dict(n_experts=4, top_k=2, n_copy=n_copy) | fields)
+        return next(part.active for part in params.count(config) if part.name == "experts")
+
+    one, steered = active(n_copy=0, top_k=1), {"router_options": {"real_k": 1.5}}
+    assert active(router="real_bias", **steered) == pytest.approx(1.5 * one)
+    assert active(router=["top_k", "real_bias", "top_k"], **steered) == pytest.approx(3.5 / 3 * one)
+    assert active(router="real_bias") == active() == one and active(0, router="real_bias", **steered) == 2 * one
+
+
 def test_a_sliding_window_of_all_layers_is_counted():
     mistral = {"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 8,
                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 8}

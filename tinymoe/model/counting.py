@@ -32,7 +32,8 @@ def count(config: ModelConfig | dict | str, context: float = 0, experts_per_toke
 
     context: positions that a token attends to. length: of a text instead; then the mean over its tokens counts.
     experts_per_token: the measured mean, for a router that does not fix K; None for top_k.
-    Copy and zero experts have no parameters; without a measured mean they have their share of the choices.
+    Copy and zero experts have no parameters; without a measured mean they have their share of the choices, or what the
+    option real_k of a router leaves them.
     """
     c = architecture(config)
     D, n_moe = c.d_model, len(c.moe_layers)
@@ -48,7 +49,7 @@ def count(config: ModelConfig | dict | str, context: float = 0, experts_per_toke
     routers = sum(n for n, is_matrix in sizes if is_matrix), sum(n for n, is_matrix in sizes if not is_matrix)
     seen = sum(_positions(c.window_of(i), context, length) for i in range(c.n_layers))
     if experts_per_token is None:
-        experts_per_token = c.top_k if c.n_columns == c.n_experts else c.top_k * c.n_experts / c.n_columns
+        experts_per_token = c.top_k if c.n_columns == c.n_experts else _real_experts_per_token(c)
     second_head = 2 * D * D + (2 + norms) * norm + sum(attention) + sum(dense) if c.mtp_coef else 0
 
     def part(name, weights, others, copies=1, used=None, more_flops=0):
@@ -95,6 +96,13 @@ def _router_width(c):
     return c.router_options.get("router_width", next((option.default for option in found if option), 0))
 
 
+def _real_experts_per_token(c):
+    """Of K choices those of experts, not of copies or zeros; the mean over MoE layers."""
+    options = [known_routers.find(c.router_of(layer)).options().get("real_k") for layer in c.moe_layers]
+    steered = [c.router_options.get("real_k", option.default) for option in options if option]
+    return (sum(steered) + (len(options) - len(steered)) * c.top_k * c.n_experts / c.n_columns) / max(1, len(options))
+
+
 def _score_flops(c):
     """Operations of all heads of one layer for each position that a token attends to."""
     d = c.head_width
@@ -119,7 +127,9 @@ def require_size(config: ModelConfig, held: int) -> None:
 
 
 MODERN = {"norm": "rms", "positions": "rotary", "bias": False}  # what the published models have in common
-PRESETS = {  # published models at their real sizes; dataclasses.replace makes a small one of the same kind
+# Published models at their real sizes, to count. dataclasses.replace makes a small one of the same kind; then set
+# aux_coef, losses, rope_theta and norm_eps yourself, which are the defaults here.
+PRESETS = {
     "mixtral-8x7b": ModelConfig(  # Jiang et al. 2024
         n_layers=32, moe_layers=tuple(range(32)), d_model=4096, d_ff=14336, n_heads=32, n_kv_heads=8, vocab_size=32000,
         seq_len=32768, n_experts=8, top_k=2, activation="swiglu", **MODERN),
@@ -130,26 +140,25 @@ PRESETS = {  # published models at their real sizes; dataclasses.replace makes a
     "olmoe-1b-7b": ModelConfig(  # Muennighoff et al. 2024
         n_layers=16, moe_layers=tuple(range(16)), d_model=2048, d_ff=1024, n_heads=16, vocab_size=50304, seq_len=4096,
         n_experts=64, top_k=8, router_options={"renormalise": False}, activation="swiglu", qk_norm=True,
-        losses={"z": 0.001}, **MODERN),
+        **MODERN),
     "qwen1.5-moe-a2.7b": ModelConfig(  # Qwen team 2024; the architecture of Qwen2-MoE
         n_layers=24, moe_layers=tuple(range(24)), d_model=2048, d_ff=5632, d_expert=1408, n_heads=16,
         attention_bias="qkv", vocab_size=151936, seq_len=8192, n_experts=60, top_k=4, n_shared=1, d_shared=5632,
-        shared_gate=True, router_options={"renormalise": False}, activation="swiglu", aux_coef=0.001, **MODERN),
+        shared_gate=True, router_options={"renormalise": False}, activation="swiglu", **MODERN),
     "qwen3-30b-a3b": ModelConfig(  # Yang et al. 2025
         n_layers=48, moe_layers=tuple(range(48)), d_model=2048, d_ff=6144, d_expert=768, n_heads=32, n_kv_heads=4,
         head_dim=128, qk_norm="head", vocab_size=151936, seq_len=40960, n_experts=128, top_k=8, activation="swiglu",
-        aux_coef=0.001, **MODERN),
+        **MODERN),
     "gpt-oss-20b": ModelConfig(  # OpenAI 2025
         n_layers=24, moe_layers=tuple(range(24)), d_model=2880, d_ff=2880, n_heads=64, n_kv_heads=8, head_dim=64,
         vocab_size=201088, seq_len=131072, n_experts=32, top_k=4, router="biased_top_k", activation="clamped_swiglu",
         windows=(128, 0) * 12, sinks=True, yarn={"factor": 32.0, "original_length": 4096, "truncate": False},
-        rope_theta=150_000.0, norm="rms", positions="rotary"),
+        norm="rms", positions="rotary"),
     "deepseek-v3": ModelConfig(  # DeepSeek-AI 2024, without its second head
         n_layers=61, moe_layers=tuple(range(3, 61)), d_model=7168, d_ff=18432, d_expert=2048, n_heads=128, head_dim=128,
         attention="latent", q_rank=1536, kv_rank=512, rope_dim=64, v_dim=128, vocab_size=129280, seq_len=4096,
         n_experts=256, n_shared=1, top_k=8, router="sigmoid_bias",
-        router_options={"gate_scale": 2.5, "n_groups": 8, "group_limit": 4}, aux_coef=0.0, losses={"sequence": 0.0001},
-        activation="swiglu", **MODERN),
+        router_options={"gate_scale": 2.5, "n_groups": 8, "group_limit": 4}, activation="swiglu", **MODERN),
 }
 KINDS = "mixtral olmoe qwen2_moe qwen3_moe gpt_oss grok-1 deepseek_v2 deepseek_v3 llama mistral".split()  # known
 KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
