@@ -346,11 +346,20 @@ def test_matchings_survive_scores_that_are_not_finite_or_far_apart():
     np.testing.assert_allclose(plan, 0.25)  # an expert that is far behind gets its share all the same
 
 
-def test_a_frozen_bias_stays():
-    router = routers.make("sigmoid_bias", 3, 4, 1)
-    nn.freeze(router)
-    router.after_step(router(Tensor(np.ones((4, 3), "f")), RouteContext()))
-    assert not router.bias.data.any()
+@pytest.mark.parametrize("name, options", [
+    ("sigmoid_bias", {}), ("momentum_bias", {}), ("quantile_bias", {}), ("real_bias", {"n_real": 3}), ("remoe", {}),
+    ("top_p", {"steer": 0.1})])
+def test_what_steers_a_frozen_router_stays(name, options):
+    for frozen in (False, True):
+        router = routers.make(name, 3, 4, 1, **options)
+        if frozen:
+            nn.freeze(router)
+        before = {key: p.data.copy() for key, p in router.parameters().items()}
+        router.after_step(router(Tensor(np.random.default_rng(0).standard_normal((5, 3), "f")), RouteContext()))
+        assert frozen == all((before[key] == p.data).all() for key, p in router.parameters().items())
+
+
+def test_freezing_needs_the_name_of_a_parameter():
     with pytest.raises(ValueError, match="ruoter"):
         Transformer(small("top_k", freeze=("ruoter",)))
 
@@ -966,12 +975,40 @@ def test_real_bias_knows_the_experts_of_its_model():
     for real_k in (3, 4):
         with pytest.raises(ValueError, match=f"real_k {real_k} must be at most 2"):
             routers.make("real_bias", 4, 5, 2, n_real=3, real_k=real_k)
+    with pytest.raises(ValueError, match="^n_real 6 must be at most n_experts 5$"):
+        routers.make("real_bias", 4, 5, 2, n_real=6)
+
+
+def test_all_experts_of_real_bias_are_real_unless_a_number_is_given():
+    """One token, K = 1 of 4 experts, to have 1 real one: each 1/4 of the assignments; the chosen one has all."""
+    router = routers.make("real_bias", 4, 4, 1, dtype=np.float64, bias_rate=1)
+    router.after_step(router(Tensor(np.eye(4)[:1] * 0), EVALUATION))
+    np.testing.assert_allclose(router.bias.data, [-.75, .25, .25, .25])
+
+
+@pytest.mark.parametrize("name, option, value", [
+    ("quantile_bias", "n_groups", 1), ("quantile_bias", "bias_rule", "sign"), ("hash_gated", "n_groups", 1)])
+def test_an_option_that_a_router_fixes_is_refused(name, option, value):
+    with pytest.raises(ValueError, match=f"^{option} is no option of {name}, .*: the class fixes it at {value!r}$"):
+        routers.make(name, 4, 4, 1, **{option: value})
 
 
 def test_a_threshold_of_0_takes_no_token_without_a_gate():
     router = routers.make("expert_threshold", 2, 2, 1)
     router.weight.data, router.threshold.data = np.eye(2, dtype=np.float32) * 200, np.array([0, .5], np.float32)
     assert router(Tensor(np.eye(2, dtype=np.float32)), EVALUATION).mask().tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("ids, domain, message", [
+    (np.zeros((2, 3), int), [0], r"domain \(1,\) for 6 tokens of 2 sequences: give it one domain for each sequence"),
+    (np.zeros((2, 3), int), [0, 1, 2], "of 2 sequences"), (np.zeros((2, 3), int), [[0, 1]], r"domain \(1, 2\)"),
+    (np.zeros((2, 3), int), 0, r"domain \(\)"), (None, [0, 1, 2, 3], r"domain \(4,\) for 6 tokens: give"),
+    (None, np.zeros(0, int), r"domain \(0,\)"), (None, [0, -1], r"domain \[0, -1\]: give it integers from 0"),
+    (None, [0.5, 1.0], r"domain \[0.5, 1.0\]: give it integers")])
+@pytest.mark.parametrize("name", ["oracle", "top_k"])
+def test_domains_are_one_integer_for_each_sequence(name, ids, domain, message):
+    with pytest.raises(routers.RouteError, match=f"^router {name} has RouteContext.*{message}"):
+        routers.make(name, 3, 4, 2)(Tensor(np.zeros((6, 3), "f")), RouteContext(ids, domain=domain))
 
 
 def test_the_oracle_takes_domains_of_any_integer_dtype():

@@ -25,7 +25,7 @@ class Sinkhorn(LinearRouter, name="sinkhorn"):
     used_by = "BlackMamba; studies: Clark 2022"
     balanced = "nearly, while training"
     causal_training = False
-    cost = "2 N D E + 2 N E an iteration"
+    cost = "2 N D E + 4 N E an iteration"
     sinkhorn_iterations: int = 20
 
     def forward(self, x, context):

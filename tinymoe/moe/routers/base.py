@@ -80,8 +80,8 @@ class Router(Module):
         self.causal, self.causal_training = self.causal_with(options)
 
     def __call__(self, x: Tensor, context: RouteContext | None = None) -> Routing:
-        """Run `forward`. Raises RouteError unless x is (N, D), context.ids are N, and it returns a Routing of N tokens.
-        """
+        """Run `forward`. Raises RouteError unless x is (N, D), ids and domain of the context fit it, and it returns a
+        Routing of N tokens."""
         context = RouteContext() if context is None else context
         check_input(self.name, x, context)
         return check_output(self.name, super().__call__(x, context), len(x))

@@ -18,17 +18,24 @@ def require_field(context, name: str, router: str):
 
 
 def check_input(router: str, x, context) -> None:
-    """Raise RouteError unless x is (N, D), and the RouteContext has no ids, or (B, T) with B * T = N."""
+    """Raise RouteError unless x is (N, D), and ids (B, T) with B * T = N and domain (B,) fit where they are given."""
     if not hasattr(context, "ids"):
         raise RouteError(f"router {router} takes a RouteContext, not a {type(context).__name__}: write "
                          "RouteContext(ids=...)")
     if x.ndim != 2:
         raise RouteError(f"router {router} takes x (N, D), one row for each token, not {x.shape}: reshape it to "
                          f"(-1, {x.shape[-1] if x.ndim else 1})")
-    ids = context.ids
+    ids, domain = context.ids, context.domain
     if ids is not None and not (ids.ndim == 2 and ids.size == len(x)):
         raise RouteError(f"router {router} has x {x.shape}, but RouteContext.ids {ids.shape}: they must be (B, T) with "
                          f"B * T = {len(x)}")
+    if domain is None:
+        return
+    if domain.ndim != 1 or (len(x) % (len(domain) or len(x) + 1) if ids is None else len(domain) != len(ids)):
+        raise RouteError(f"router {router} has RouteContext.domain {domain.shape} for {len(x)} tokens"
+                         f"{'' if ids is None else f' of {len(ids)} sequences'}: give it one domain for each sequence")
+    if domain.dtype.kind not in "iu" or domain.min(initial=0) < 0:
+        raise RouteError(f"router {router} has RouteContext.domain {domain.tolist()[:3]}: give it integers from 0")
 
 
 def check_output(router: str, routing, n_tokens: int) -> Routing:

@@ -11,7 +11,7 @@ from .base import LinearRouter
 
 
 class ExpertChoice(LinearRouter, name="expert_choice"):
-    """Each expert takes the C = N * K / E tokens of largest probability (Zhou et al. 2022, eq. 1 to 3).
+    """Each expert takes the C = ceil(N * K / E) tokens of largest probability (Zhou et al. 2022, eq. 1 to 3).
 
     K is the mean number of experts of a token (the paper's c) and may be a fraction; a token may have none. A gate is
     the softmax over experts. One of three rules chooses the tokens of an expert:
@@ -23,7 +23,7 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
       training step, whatever its rule, theta_e <- decay * theta_e + (1 - decay) * (C-th largest p of the batch); the
       first batch sets it. The paper writes p > theta_e, its code has >=: the batch that sets theta then has exactly C
       tokens an expert (but for ties). The thresholds are saved with the model. Before the first step the rule is
-      "prefix".
+      "prefix". The thresholds of a frozen router move too, because evaluation needs them.
 
     The second and third rule are causal.
 

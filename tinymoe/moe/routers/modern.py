@@ -144,7 +144,8 @@ class TopP(LinearRouter, name="top_p"):
 
     def after_step(self, routing):
         p, missing = self.threshold, self.top_k - routing.wanted.sum() / max(1, routing.n_tokens)
-        p.data = np.clip(p.data + self.steer * missing / self.n_experts, min(0.01, self.top_p), 1).astype(p.dtype)
+        if self.weight.requires_grad:  # a frozen router keeps its top_p too
+            p.data = np.clip(p.data + self.steer * missing / self.n_experts, min(0.01, self.top_p), 1).astype(p.dtype)
 
 
 class ReMoE(LinearRouter, name="remoe"):
@@ -184,7 +185,8 @@ class ReMoE(LinearRouter, name="remoe"):
     def after_step(self, routing):
         surplus = np.sign(routing.wanted.sum() - self.top_k * routing.n_tokens)
         new = np.clip(self.coefficient.data * self.penalty_factor ** surplus, 1e-20, 1e20)
-        self.coefficient.data = new.astype(self.coefficient.dtype)
+        if self.weight.requires_grad:  # a frozen router keeps its lambda too
+            self.coefficient.data = new.astype(self.coefficient.dtype)
 
 
 class MixtureOfDepths(LinearRouter, name="mixture_of_depths"):
@@ -264,20 +266,21 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
     """sigmoid_bias whose bias is solved for, not stepped (quantile balancing, Su 2026, kexue.fm/archives/11619).
 
     Each token takes the K experts of largest s + b. After each training step, for the batch's scores s (N, E):
-    a_n = the (K + 1)-th largest of s_n + b; b_e <- -(the (N K / E + 1)-th largest over n of s_ne - a_n). So N K / E
-    tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual variables of
-    the balanced assignment, which the two lines solve in turn. Then b loses its mean over the experts, as in Kimi K3
-    and Megatron: it changes no choice, and without it the biases can drift together.
+    a_n = the (K + 1)-th largest of s_n + b; b_e <- -(the (C + 1)-th largest over n of s_ne - a_n), C = ceil(N K / E).
+    So C tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual
+    variables of the balanced assignment, which the two lines solve in turn. Then b loses its mean over the experts, as
+    in Kimi K3 and Megatron: it changes no choice, and without it the biases can drift together. Groups are left out:
+    the rule solves for all experts at once.
 
     bias_rate: how far the bias goes to its new value in a training step; 1 is the published rule.
     """
 
     paper = "Su 2026"
     formula = ("as sigmoid_bias, with a_n = the (K + 1)-th largest of s_n + b; "
-               "b_e = -(the (N K / E + 1)-th largest over n of s_ne - a_n), centred")
+               "b_e = -(the (C + 1)-th largest over n of s_ne - a_n), centred; C = ceil(N K / E)")
     used_by = "Kimi K3, Marin"
     bias_rate: float = 1.0
-    bias_rule = "sign"  # fixed; not used
+    bias_rule, n_groups, group_limit = "sign", 1, None  # fixed; the first is not used
 
     def _step(self, routing):
         s, bias = SCORES[self.score][0](routing.logits).data, self.bias.data
@@ -295,7 +298,7 @@ class RealBias(SigmoidBias, name="real_bias"):
     For ModelConfig.n_copy or n_zero: the first n_real experts are real. After each training step b_e += bias_rate *
     (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
 
-    n_real: number of real experts; set it to n_experts.
+    n_real: number of real experts, the first ones; null is all. A model sets it to n_experts.
     real_k: real experts that a token is to have on average; at most top_k and n_real.
     renormalise: whether a token's gates are divided by their sum. LongCat-Flash does not, and its gate_scale is 6.
     """
@@ -306,20 +309,23 @@ class RealBias(SigmoidBias, name="real_bias"):
     used_by = "LongCat-Flash"
     renormalise: bool = False
     score: Literal["sigmoid", "softmax", "sqrt_softplus"] = "softmax"
-    n_real: int = 8
+    n_real: int | None = None
     real_k: float = 1.0
     bias_rule = "sign"  # fixed; not used
 
     @classmethod
     def check(cls, n_experts, top_k, options):
         super().check(n_experts, top_k, options)
-        real_k, most = options.get("real_k", cls.real_k), min(top_k, options.get("n_real", n_experts))
-        if real_k > most:
+        real_k, n_real = options.get("real_k", cls.real_k), options.get("n_real") or n_experts
+        if n_real > n_experts:
+            raise ValueError(f"n_real {n_real} must be at most n_experts {n_experts}")
+        if real_k > (most := min(top_k, n_real)):
             raise ValueError(f"real_k {real_k} must be at most {most}, the smaller of top_k and n_real")
 
     def _step(self, routing):
-        step = self.real_k / self.top_k / self.n_real - routing.wanted / max(1, routing.n_tokens * self.top_k)
-        return self.bias_rate * np.where(np.arange(self.n_experts) < self.n_real, step, 0)
+        n_real = self.n_real or self.n_experts
+        step = self.real_k / self.top_k / n_real - routing.wanted / max(1, routing.n_tokens * self.top_k)
+        return self.bias_rate * np.where(np.arange(self.n_experts) < n_real, step, 0)
 
 
 class HashGated(ByToken, Scored, name="hash_gated"):

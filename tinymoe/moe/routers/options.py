@@ -59,6 +59,6 @@ def why_not(cls, base, name):
     default, parents = getattr(cls, name, None), cls.__mro__[1:cls.__mro__.index(base)]
     if default is None or hasattr(base, name) or callable(default):
         return ""
-    if any(name in options_of(parent, base) for parent in parents):
+    if any(name in options_of(parent, base) for parent in parents if issubclass(parent, base)):
         return f": the class fixes it at {default!r}"
     return f": to make it one, annotate it in the class, `{name}: {type(default).__name__} = {default!r}`"

@@ -11,8 +11,8 @@ from .top_k import TopK
 class Sequence(TopK, name="sequence"):
     """Top-K of the mean state of each token's prefix, or of its whole sequence (Fan et al. 2024, arXiv 2402.13089).
 
-    Only with "mean", the paper's form, do all tokens of a sequence share their experts; "prefix" is our causal form of
-    it, in which the experts may change from token to token.
+    With "mean", the paper's form, all tokens of a sequence share their experts, unless second_expert is "random".
+    "prefix" is our causal form of it, in which the experts may change from token to token.
 
     sequence_pool: "prefix" chooses at each token by the mean state of its prefix, and is causal; "mean" chooses once,
         by the mean state of the whole sequence, later tokens included.
