@@ -76,7 +76,7 @@ class ModelConfig:
     max_devices: int = setting(1, "devices that a token may reach, for the communication loss", WHOLE)
     # the losses, besides the cross-entropy
     aux_coef: float = setting(0.01, "coefficient of the balance loss, the mean over MoE layers", NOT_NEGATIVE)
-    losses: dict = setting(None, "coefficients of other losses, by name; each is the mean over MoE layers too", checks.COEFFICIENTS.or_none())
+    losses: dict = setting(None, "coefficients of other losses, means over layers too", checks.COEFFICIENTS.or_none())
     balance_batches: int = setting(16, "batches of the running mean of the load in losses.global_batch", WHOLE)
     mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
                               NOT_NEGATIVE)
