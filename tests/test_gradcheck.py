@@ -60,6 +60,27 @@ def test_one_wrong_entry_is_found_beside_one_a_thousand_times_larger():
     assert not gradcheck(squares(one_entry((3, 4), 0.1)), x)
 
 
+@pytest.mark.parametrize("size", [1e8, 1e12])
+def test_the_step_along_a_random_direction_grows_with_the_entries(size):
+    """Would have caught: a step of 1e-6 beside 1e8, where the difference is rounding alone and everything passes."""
+    assert gradcheck(squares(1.0), size * LARGE)
+    assert not gradcheck(squares(0.5), size * LARGE) and not gradcheck(squares(0.0), size * LARGE)
+
+
+@pytest.mark.parametrize("x", [SMALL, LARGE], ids=["small", "large"])
+def test_entries_that_are_not_finite_have_a_step_too(x):
+    x = x.copy()
+    x[1] = -np.inf
+    assert gradcheck(lambda x: F.where(np.isinf(x.data), 0.0, x), x)
+
+
+def test_an_entry_below_a_hundredth_of_the_largest_is_measured_by_it():
+    """The gradients are 2 and 2e-4: an error of 2e-5 is 1e-3 of 0.02, one of 2e-8 is 1e-6."""
+    for error, passes in ((0.1, False), (1e-4, True)):
+        fault = np.array([1, 1 + error])
+        assert gradcheck(squares(fault), np.array([1, 1e-4])).ok == passes
+
+
 def test_a_missing_and_a_surplus_gradient_fail():
     assert not gradcheck(lambda x: x.detach() * 2 + x, SMALL)
     assert not gradcheck(lambda x: x.detach() * 2, SMALL)
@@ -110,6 +131,21 @@ def test_everything_is_put_back_even_after_an_error(function, error):
     assert (x.requires_grad, w.requires_grad) == (False, True)
     np.testing.assert_array_equal(x_data, SMALL.astype(np.float32))
     assert (w_grad == 5).all()
+
+
+def test_the_gradients_of_what_is_no_input_are_put_back():
+    """Would have caught: a layer whose weights kept the gradient of gradcheck's random weights."""
+    layer, inner = nn.Linear(4, 2, 0, dtype=np.float64), Tensor(2.0, requires_grad=True)
+    layer.bias.grad = kept = np.ones(2)
+    factor = (inner * 3).retain_grad()
+    assert gradcheck(lambda x: layer(x) * factor, SMALL)
+    assert layer.weight.grad is inner.grad is factor.grad is None and layer.bias.grad is kept
+
+    def fails(g):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        gradcheck(lambda x: primitive(x.data, (x, fails)) + layer(x).sum(), SMALL)
+    assert layer.weight.grad is None and layer.bias.grad is kept
 
 
 def test_float32_inputs_are_checked_in_float64():

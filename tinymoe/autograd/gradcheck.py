@@ -1,8 +1,9 @@
 """Check gradients against central differences, f'(x) ~ (f(x + h) - f(x - h)) / 2h, in float64.
 
 Fixed random weights reduce the output to one number, so every output entry counts. A small input is checked entry by
-entry, a large one along random directions. The error is relative to the gradient: a gradient of 1e-9 is checked as
-strictly as one of 1. Only the error that rounding can cause in the difference is forgiven.
+entry, a large one along random directions. The error is relative to the gradient, or to 1% of the largest gradient of
+the same input where that is more. So the scale of an input's gradients does not matter, but an entry far below the
+largest is checked less strictly. The error that rounding can cause in the difference is forgiven.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .tensor import Tensor
+from .tensor import Tensor, _oldest_first
 
 MAX_ENTRIES = 64  # an input with more entries is checked along random directions
 N_DIRECTIONS = 8
@@ -67,12 +68,10 @@ def _compare(function, tensors, checked, eps, rtol):
     if not np.array_equal(output.data, function(*tensors).data, equal_nan=True):
         raise ValueError("two calls of the function gave different outputs: make its random generator anew inside it")
     weights = np.random.default_rng(0).standard_normal(output.shape)
-    if output.requires_grad:
-        output.backward(weights)
+    gradients = _gradients(output, weights, checked)
 
     worst, where = 0.0, "every gradient is exact"
-    for tensor in checked:
-        gradient = np.zeros(tensor.shape) if tensor.grad is None else tensor.grad
+    for tensor, gradient in zip(checked, gradients):
         rows = [(place, (gradient * direction).sum(),
                  *_difference(lambda: weights * function(*tensors).data, tensor, direction, eps))
                 for place, direction in _directions(tensor)]
@@ -86,17 +85,31 @@ def _compare(function, tensors, checked, eps, rtol):
     return GradcheckResult(bool(worst <= rtol), float(worst), where)
 
 
+def _gradients(output, weights, tensors):
+    """The gradient of each tensor. Afterwards `.grad` of everything in the graph, weights of a layer too, is as before.
+    """
+    before = [(node, node.grad) for node in _oldest_first(output)]
+    try:
+        if output.requires_grad:
+            output.backward(weights)
+        return [np.zeros(t.shape) if t.grad is None else t.grad for t in tensors]
+    finally:
+        for node, grad in before:
+            node.grad = grad
+
+
 def _directions(tensor):
-    """(place, direction) pairs: unit vectors of a small tensor, random directions of a large one."""
+    """(place, direction) pairs, scaled by entries larger than 1: axes of a small tensor, random ones of a large."""
+    scale = np.where(np.isfinite(tensor.data), np.maximum(1, np.abs(tensor.data)), 1)
     if tensor.size <= MAX_ENTRIES:
         for index in np.ndindex(tensor.shape):
             unit = np.zeros(tensor.shape)
-            unit[index] = max(1.0, abs(tensor.data[index]))
+            unit[index] = scale[index]
             yield f"at {index}", unit
     else:
         rng = np.random.default_rng(1)
         for i in range(N_DIRECTIONS):
-            yield f"along random direction {i}", rng.standard_normal(tensor.shape)
+            yield f"along random direction {i}", rng.standard_normal(tensor.shape) * scale
 
 
 def _difference(values, tensor, direction, eps):
