@@ -101,6 +101,20 @@ def test_timing_counts_calls_seconds_and_work(both_kernels):
     assert all(seconds > 0 for _, seconds, _ in spent.values())
 
 
+def test_a_kernel_that_was_taken_while_timing_stays_the_one_that_it_was(chosen):
+    """Would have caught: the backward pass of attention by the kernels that were chosen after its forward pass."""
+    pytest.importorskip("numba")
+    kernels.use("numpy")
+    with kernels.timed() as spent:
+        backward = kernels.causal_attention_backward
+        assert backward.args == ("causal_attention_backward", reference.causal_attention_backward)
+        x = np.ones((1, 2, 1, 2))
+        kernels.use("numba")
+        _, p = reference.causal_attention(x, x, x)
+        backward(x, x, x, x, p)  # the compiled one refuses p, which is not packed
+    assert spent["causal_attention_backward"][0] == 1
+
+
 def test_both_kinds_train_the_same_model_to_rounding(chosen):
     pytest.importorskip("numba")
     losses = {}

@@ -428,6 +428,10 @@ def misfits():
         dy = of(*changes.get("x", y.shape))
         yield f"experts back {name}", lambda dy=dy, changes=changes: kernels.experts_backward(
             dy, *experts(**changes), saved)
+    for name, *shapes in (("rows", (2, 2), (15,), (3, 2)), ("width", (3, 1), (15,), (3, 2)),
+                          ("before", (3, 2), (10,), (3, 2)), ("out", (3, 2), (15,), (2, 2))):
+        yield f"experts back saved {name}", lambda shapes=shapes: kernels.experts_backward(
+            of(3, 2), *experts(), tuple(of(*shape) for shape in shapes))
     yield "experts dtype", lambda: kernels.experts_forward(experts()[0].astype(np.float32), *experts()[1:])
     yield "linear", lambda: kernels.linear(of(3, 2), of(4, 5), None)
     yield "linear bias", lambda: kernels.linear(of(3, 2), of(2, 5), of(4))

@@ -54,18 +54,21 @@ def __getattr__(name):
     if name not in KERNELS and name not in RUNTIME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     active()
-    return functools.partial(_timer, name) if _timer and name in KERNELS else _functions[name]
+    return functools.partial(_timer, name, _functions[name]) if _timer and name in KERNELS else _functions[name]
 
 
 @contextlib.contextmanager
 def timed(work=lambda name, *arguments, **options: 0):
-    """Yield a dict, kernel name -> [calls, seconds, sum of work(name, *arguments, **options)], of the calls inside."""
+    """Yield a dict, kernel name -> [calls, seconds, sum of work(name, *arguments, **options)], of the calls inside.
+
+    Attention keeps its backward kernel in the graph: the one of a graph made inside counts here, also after the end.
+    """
     global _timer
     spent, before = {}, _timer
 
-    def call(name, *arguments, **options):
+    def call(name, function, *arguments, **options):
         start = time.perf_counter()
-        result = _functions[name](*arguments, **options)
+        result = function(*arguments, **options)
         row = 1, time.perf_counter() - start, work(name, *arguments, **options)
         spent[name] = [a + b for a, b in zip(spent.get(name, (0, 0, 0)), row)]
         return result

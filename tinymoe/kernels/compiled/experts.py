@@ -222,8 +222,10 @@ def experts_backward(dy, x, token, offsets, gate, weights, name, saved):
     dy, gate, *weights = map(contiguous, (dy, gate, *weights))
     token, offsets = np.array(token, np.int64), np.array(offsets, np.int64)
     _require_fit(dy, token, offsets, gate, weights, name)
+    saved, A, (D, wide) = tuple(map(contiguous, saved)), len(token), weights[0].shape[1:]
+    require(tuple(z.shape for z in saved) == ((A, D), (A * wide,), (A, D)), dy, *saved)
     E, empty = len(offsets) - 1, np.diff(offsets) == 0
-    pieces, first_slot, first_piece = _plan(offsets, _segment_rows(len(token)), get_threads())
+    pieces, first_slot, first_piece = _plan(offsets, _segment_rows(A), get_threads())
     dw, partial = (tuple(np.empty((n, *w.shape[1:]), dy.dtype) for w in weights) for n in (E, first_slot[-1]))
     d_rows, dgate = np.empty_like(saved[0]), np.empty_like(gate)
     _experts_backward(dy, token, gate, (pieces, first_piece), tuple(weights), kind_of(name), saved, d_rows, dgate,
