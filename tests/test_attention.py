@@ -1,4 +1,7 @@
 """Attention and its variants against plain loops, and the options of the model that they make possible."""
+import functools
+import re
+
 import numpy as np
 import pytest
 
@@ -58,8 +61,9 @@ def test_a_product_of_turned_vectors_depends_on_their_distance_alone():
     np.testing.assert_allclose(turned[7, 0] @ turned[4, 1], turned[3, 0] @ turned[0, 1])
     np.testing.assert_allclose(turned[5, 1], turn(k, 5))
     assert gradcheck(F.rotary, Tensor(states(2, 3, 2, 4)))
-    with pytest.raises(ValueError, match="pairs"):
-        F.rotary(Tensor(states(1, 2, 1, 3)))
+    for shape, base in (((1, 2, 1, 3), 10.0), ((1, 2, 1, 4), np.ones(1)), ((1, 2, 1, 4), np.ones(3))):
+        with pytest.raises(ValueError, match="pairs of .* not " + re.escape(f"{shape}, {np.shape(base)}")):
+            F.rotary(Tensor(states(*shape)), base)
 
 
 # -- layers against loops -----------------------------------------------------------------------
@@ -268,7 +272,8 @@ def test_the_second_head_is_asked_for_the_token_after_the_next():
                                                terms.multi_token.item())
 
 
-@pytest.mark.parametrize("layer", [CausalSelfAttention, LatentAttention])
+@pytest.mark.parametrize("layer", [CausalSelfAttention, LatentAttention, WindowedAttention,
+                                   functools.partial(WindowedAttention, window=2, sinks=True)])
 @pytest.mark.parametrize("shape", [(0, 4, D), (2, 0, D)])
 @pytest.mark.filterwarnings("error")
 def test_attention_over_nothing_is_empty(layer, shape, both_kernels):
@@ -276,6 +281,14 @@ def test_attention_over_nothing_is_empty(layer, shape, both_kernels):
     y = layer(D, 2, np.random.default_rng(0), dtype=np.float64)(x)
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
+
+
+@pytest.mark.parametrize("layer", [CausalSelfAttention, LatentAttention, WindowedAttention])
+@pytest.mark.parametrize("d_model", [10, 3])
+def test_heads_that_do_not_divide_the_width_are_refused(layer, d_model):
+    with pytest.raises(ValueError, match=f"^d_model {d_model} is not divisible by n_heads 4: change one of them"):
+        layer(d_model, 4, 0)
+    assert layer(d_model, 4, 0, head_dim=2).head_dim == 2
 
 
 def test_attention_without_a_width_is_refused():

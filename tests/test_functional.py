@@ -255,6 +255,34 @@ def test_functions_of_integers_and_of_single_numbers(values, axis):
     np.testing.assert_allclose(F.log_softmax(x, axis).data, exact - total, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype, values", [(np.uint8, [1, 2, 255]), (np.int8, [-100, 100, 0]), (bool, [True, False, 1]),
+                                           (np.int16, [-30_000, 30_000, 29_999])])
+def test_the_softmax_family_of_small_whole_numbers_is_that_of_float64(dtype, values):
+    """Would have caught: 1 - 255 = 2 in uint8."""
+    x = Tensor(np.array([values], dtype))
+    for function in (F.softmax, F.log_softmax, F.logsumexp, lambda x: F.cross_entropy(x, [1])):
+        y, exact = function(x), function(x.astype(np.float64))
+        assert y.dtype == np.float64
+        np.testing.assert_array_equal(y.data, exact.data)
+
+
+def test_no_time_steps_and_no_classes():
+    """Along an axis of length 0 a softmax is empty, and log sum exp is log 0."""
+    x = leaf(np.ones((3, 0)))
+    assert F.softmax(x).shape == F.log_softmax(x).shape == (3, 0) and (F.logsumexp(x).data == -INF).all()
+
+
+@pytest.mark.parametrize("eps", [1e-5, np.float64(1e-5), np.array(1e-5)])
+def test_the_norms_keep_the_dtype_whatever_that_of_eps(eps):
+    x, one = leaf([[1, 2]], np.float32), leaf([1, 1], np.float32)
+    assert F.rms_norm(x, one, eps).dtype == F.layer_norm(x, one, one, eps).dtype == np.float32
+
+
+def test_a_foreign_byte_order_is_named():
+    with pytest.raises(TypeError, match="^gelu got >f4, but all must be float32"):
+        F.gelu(Tensor(np.ones(2, ">f4")))
+
+
 def test_sigmoid_keeps_the_dtype():
     assert [F.sigmoid(Tensor(np.ones(2, t))).dtype for t in ("f2", "f4", "f8")] == ["f2", "f4", "f8"]
 
@@ -412,8 +440,8 @@ def test_what_is_accepted_stays_accepted():
             accepted[name] += 1
     assert accepted == {
         "getitem": 109, "embedding": 26, "gather 0": 15, "gather -1": 18, "gather None": 37, "scatter_add 1": 3,
-        "scatter_add 3": 15, "where": 151, "sum": 62, "mean": 55, "max": 57, "softmax": 57, "log_softmax": 57,
-        "logsumexp": 57, "concatenate": 28, "stack": 34, "rotary": 8}
+        "scatter_add 3": 15, "where": 151, "sum": 62, "mean": 55, "max": 57, "softmax": 62, "log_softmax": 62,
+        "logsumexp": 62, "concatenate": 28, "stack": 34, "rotary": 8}
 
 
 @pytest.mark.parametrize("wrong, error", [

@@ -14,6 +14,7 @@ import pytest
 import naive
 import tinymoe as tm
 from tinymoe import Tensor
+from tinymoe.autograd import functional as F
 from tinymoe.autograd import tensor
 from tinymoe.autograd.tensor import record
 
@@ -86,6 +87,8 @@ def test_plain_operand_on_either_side(op, other):
     lambda x: x + 1.5, lambda x: 2 - x, lambda x: x * np.float64(2.5), lambda x: np.float64(2.5) / x,
     lambda x: x ** np.int64(2), lambda x: x * np.arange(3), lambda x: [1, 2, 3] - x, lambda x: x * Tensor([1, 2, 3]),
     lambda x: x * np.array(2.5), lambda x: x + Tensor(2.5),
+    lambda x: Tensor(2.5) * x, lambda x: Tensor([1, 2, 3]) - x, lambda x: Tensor(2) ** x,
+    lambda x: F.where(x.data > 1, Tensor(7.0), x), lambda x: F.where(x.data > 1, x, Tensor(7)),
     lambda x: 2.0 ** x, lambda x: -x, lambda x: x @ x.T, lambda x: x.sum(0), lambda x: x.mean(axis=(0, 1)),
     lambda x: x.max(1),
     lambda x: x.exp().log().sqrt().tanh(), lambda x: x[[0, 0, 1]], lambda x: x.reshape(-1).transpose()])

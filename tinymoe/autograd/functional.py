@@ -1,7 +1,8 @@
 """Functions of Tensors: activations, the softmax family, losses, normalisation, lookups.
 
 Each makes one node of the graph (but for clamped SwiGLU and `gather` of all axes), with its VJP beside it. Those that
-take most of a step call a kernel (reference.py). They take arrays in place of Tensors.
+take most of a step call a kernel (reference.py). They take arrays in place of Tensors. Activations, linear, norms,
+attention, rotary and embedding raise TypeError unless all their inputs are float32, or all are float64.
 """
 
 import math
@@ -79,17 +80,17 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 def _largest(x, axis):
     """x.max(axis, keepdims=True). Along a short last axis NumPy is up to ten times faster on the transpose."""
+    x = x if x.dtype.kind == "f" else x.astype(np.float64)  # so that x - largest is float64 too: in uint8 it would wrap
     if axis == -1 and x.ndim == 2 and x.shape[1] <= 64:
-        return np.ascontiguousarray(x.T).max(axis=0)[:, None]
-    return x.max(axis=axis, keepdims=True)
+        return np.ascontiguousarray(x.T).max(axis=0, initial=-np.inf)[:, None]
+    return x.max(axis=axis, keepdims=True, initial=-np.inf)
 
 
 def _exponentials(x, axis):
     """(top, exp(x - top)), where top is the largest entry."""
     top = _largest(x, axis)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
-    e = np.asarray(x - top, np.result_type(x.dtype, np.float16))  # integers become floats
-    return top, np.exp(e, out=e)
+    return top, np.exp(e := np.asarray(x - top), out=e)
 
 
 def _shift(x, axis):
@@ -185,7 +186,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     x (..., D), weight (D,). ValueError for other shapes.
     """
     check_widths("rms_norm", x, weight)
-    rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + eps)
+    rstd = 1 / np.sqrt((x.data * x.data).mean(axis=-1, keepdims=True) + x.dtype.type(eps))
     normed = x.data * rstd
 
     def vjp_x(g):
@@ -219,8 +220,8 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
     query and a key through their distance alone. (The paper pairs 2i and 2i + 1: the same but for the entries' order.)
     base: the number in the formula; or an array (d/2,) of angles, which then take the place of base^(-2i/d).
     """
-    if x.ndim != 4 or x.shape[-1] % 2:
-        raise ValueError(f"rotary takes x (B, T, H, d) and rotates pairs, so d must be even, not shape {x.shape}")
+    if x.ndim != 4 or x.shape[-1] % 2 or np.shape(base) not in ((), (x.shape[-1] // 2,)):
+        raise ValueError(f"rotary turns pairs of x (B, T, H, 2n) by a base () or (n,), not {x.shape}, {np.shape(base)}")
     check_dtypes("rotary", x)
     T, d = x.shape[1], x.shape[-1]
     angles = base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d)
@@ -305,9 +306,9 @@ def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 def where(condition: ArrayLike, a: Tensor | ArrayLike, b: Tensor | ArrayLike) -> Tensor:
     """a where the condition (booleans) holds, else b. The three broadcast; a and b may be arrays or numbers."""
-    if not isinstance(a, Tensor):
-        a = b._operand(a) if isinstance(b, Tensor) else Tensor(a)
+    a = a if isinstance(a, Tensor) else b._operand(a) if isinstance(b, Tensor) else Tensor(a)
     b = a._operand(b)
+    a = b._operand(a)
     condition = np.asarray(condition)
     return primitive(np.where(condition, a.data, b.data),
                      (a, lambda g: np.where(condition, g, 0)), (b, lambda g: np.where(condition, 0, g)))

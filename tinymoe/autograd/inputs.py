@@ -53,7 +53,7 @@ def check_dtypes(name: str, *tensors: Tensor) -> None:
     """TypeError unless all tensors are float32, or all are float64: the kernels take nothing else."""
     found = {t.data.dtype for t in tensors}
     if found != FLOAT32 and found != FLOAT64:
-        names = " and ".join(sorted(dtype.name for dtype in found))
+        names = " and ".join(sorted(map(str, found)))
         raise TypeError(f"{name} got {names}, but all must be float32, or all float64: convert with "
                         "x.astype(np.float32), or make the layer with dtype=np.float64")
 

@@ -134,7 +134,7 @@ class Tensor(Values):
         return primitive(value, (self, lambda g: g / other.data), (other, lambda g: -g * value / other.data))
 
     def __pow__(self, other: ArrayLike | Tensor) -> Tensor:
-        """x ** y. The gradient for y at x = 0 is 0; at x < 0 it is NaN, as log x is."""
+        """x ** y. The gradient for y at x = 0 is 0, also where y < 0; at x < 0 it is NaN, as log x is."""
         other = self._operand(other)
         x, y = self.data, other.data
         value = _apply(np.power, self, other)
@@ -353,6 +353,7 @@ def _freed(g):
 
 def _apply(ufunc, a, b):
     """ufunc of the values of two Tensors. ValueError where their shapes do not broadcast."""
+    a = b._operand(a)  # as b was made an operand of a
     try:
         return ufunc(a.data, b.data)
     except ValueError as error:
