@@ -991,6 +991,8 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
             raise click.ClickException("the backends disagree: see the column difference")
     if "step" in wanted:
         measured("step", b.three_ways(*step, repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
+        if beyond := b.beyond_pytorch(step[0]):
+            _say(f"No row for PyTorch: the model in bench_pytorch.py has no {', '.join(beyond)}")
     if "profile" in wanted:
         peak = b.sgemm_gflops()
         rows = [row | {"sgemm_gflops": peak, "sgemm_threads": kernels.get_threads()}

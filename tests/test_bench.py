@@ -129,6 +129,17 @@ def test_the_step_of_another_model_is_timed_alone(tmp_path, monkeypatch):
         assert run(*typed, "--out", tmp_path / "none").exit_code == 2 and not (tmp_path / "none").exists()
 
 
+def test_the_step_of_a_model_that_pytorch_does_not_have_is_timed_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "pytorch", lambda *_, steps=(), **asked: [5.0] * len(steps))
+    small = ("n_layers=1", "moe_layers=[0]", "d_model=8", "n_heads=2", "d_ff=8", "seq_len=8", "expert_backend=numpy")
+    for further, beyond in (((), []), (("activation=swiglu", "d_expert=4"), ["activation", "d_expert"])):
+        shown = run(*(word for setting in small + further for word in ("--set", setting)), "--out", tmp_path)
+        assert shown.exit_code == 0, shown.output
+        steps = [json.loads(line)["step"] for line in (tmp_path / "step.jsonl").read_text().splitlines()]
+        line = f"No row for PyTorch: the model in bench_pytorch.py has no {', '.join(beyond)}"
+        assert (bench.PYTORCH in steps) == (not beyond) and (line in shown.output.splitlines()) == bool(beyond)
+
+
 def test_the_axis_of_milliseconds_has_numbers(tmp_path, monkeypatch):
     """Would have caught: labels such as $\\mathdefault{10^{2}}$, a formula that is not parsed."""
     drawn, save = [], figures.save

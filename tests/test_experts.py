@@ -185,6 +185,31 @@ def test_an_x_of_another_width_or_dtype_is_refused(backend):
             bank(Tensor(other), r)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["gelu", "clamped_swiglu"])
+def test_without_assignments_all_gradients_are_zero(activation, backend):
+    bank, x, r, gate, dy = problem(LOADS["nothing assigned"], activation=activation, backend=backend)
+    bank(x, r).backward(dy)
+    assert not any(p.grad.any() for p in (x, *bank.parameters().values())) and gate.grad.shape == (0,)
+    if backend != "naive":  # which multiplies by 0
+        assert not bank(Tensor(np.full(x.shape, np.inf)), r).data.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_refused(backend):
+    bank, x, r, *_ = problem(LOADS["one each"], np.float16, backend=backend)
+    with pytest.raises(TypeError, match="^ExpertBank got float16, but all must be float32, or all float64"):
+        bank(x, r)
+
+
+def test_the_benchmark_compares_with_naive_or_else_with_the_last(monkeypatch):
+    """`loop` gives twice the others here: it is 1 from naive, and they are half of it away."""
+    monkeypatch.setitem(BACKENDS, "loop", lambda *arguments: BACKENDS["numpy"](*arguments) * 2)
+    for backends, far in (("loop", "naive", "numpy"), {"loop": 1}), (("numpy", "loop"), {"numpy": 0.5}):
+        for row in ExpertBank.benchmark(8, 4, 2, 1, backends=backends, repeats=1):
+            assert row["difference"] == pytest.approx(far.get(row["backend"], 0), abs=1e-5)
+
+
 def test_an_unknown_activation_is_refused_at_once():
     with pytest.raises(ValueError, match="'tanh'.*gelu, silu, relu"):
         ExpertBank(2, 3, 4, activation="tanh")

@@ -3,7 +3,7 @@
     y[n] = sum over the experts e of token n of  G[n, e] * FFN_e(x[n]), G the gate matrix of the Routing
     FFN_e(x) = activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]
 
-All backends give the same output and the same gradients. They differ in speed.
+All backends give the same output and the same gradients of finite numbers. They differ in speed.
 """
 
 import numpy as np
@@ -25,11 +25,11 @@ def loop(bank, x, routing):
         w1, b1, w2, b2 = weights[e]
         hidden = F.activation(x[n:n + 1] @ w1 + b1, bank.activation)
         rows.append(routing.gate[a] * (hidden @ w2 + b2))
-    return F.scatter_add(F.concatenate(rows), routing.token, len(x)) if rows else x * 0
+    return F.scatter_add(F.concatenate(rows), routing.token, len(x)) if rows else grouped(bank, x, routing)
 
 
 def naive(bank, x, routing):
-    """Every expert on every token, masked by the gate matrix: E / K times the work (Grok-1's published code)."""
+    """Every expert on every token, times the gate matrix (0 inf is NaN): E / K times the work (Grok-1's own code)."""
     return (routing.to_dense().T[:, :, None] * bank.each(x)).sum(axis=0)
 
 
@@ -99,6 +99,7 @@ class ExpertBank(Module):
         if x.shape[1:] != (width,) or not x.dtype == routing.gate.dtype == dtype:  # BLAS checks neither
             raise ValueError(f"experts of width {width} and {dtype} take x (N, {width}) and gates of that dtype, not "
                              f"{x.shape} {x.dtype} and {routing.gate.dtype}")
+        F.check_dtypes("ExpertBank", x)
         if routing.n_experts != self.n_experts or routing.n_tokens != len(x):
             raise ValueError(f"a routing of {routing.n_tokens} tokens to {routing.n_experts} experts does not fit "
                              f"{len(x)} tokens and {self.n_experts} experts")

@@ -34,6 +34,8 @@ DEFAULT = ModelConfig()
 LADDER = tuple(dict(n_tokens=n, d_model=d, n_experts=e, top_k=k) for n, d, e, k in (  # d_ff is 4 d_model
     (512, 64, 8, 1), (1024, 128, 8, 1), (2048, 128, 8, 2), (2048, 64, 8, 2), (2048, 64, 32, 2), (2048, 64, 64, 4)))
 PYTORCH = "PyTorch"  # the name of its rows
+IN_PYTORCH = """n_layers d_model n_heads d_ff seq_len vocab_size moe_layers n_experts top_k aux_coef
+    expert_backend""".split()  # what bench_pytorch.py reads, and the choice of tinymoe's backend
 
 
 def busy() -> str:
@@ -73,12 +75,17 @@ def pytorch(repeats, layers=(), steps=(), batch_size=8) -> list[float]:
     """
     if importlib.util.find_spec("torch") is None:
         return []
-    configs = [config.to_dict() | {"d_ff": config.expert_width} for config in steps]
-    asked = {"threads": kernels.get_threads(), "repeats": repeats, "layers": list(layers), "steps": configs,
-             "batch_size": batch_size}
+    asked = {"threads": kernels.get_threads(), "repeats": repeats, "layers": list(layers),
+             "steps": [config.to_dict() for config in steps], "batch_size": batch_size}
     program = Path(__file__).with_name("bench_pytorch.py")
     done = subprocess.run([sys.executable, program], input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else []
+
+
+def beyond_pytorch(config) -> list[str]:
+    """The fields that bench_pytorch.py does not read and that differ from the defaults: its model is then another."""
+    return [name for name, value in vars(config).items()
+            if name not in IN_PYTORCH and value != getattr(DEFAULT, name)]
 
 
 def training_step(config, batch_size=8):
@@ -108,7 +115,7 @@ def three_ways(config=DEFAULT, batch_size=8, repeats=7):
     """Rows {"step", "kernels", "expert_backend", "ms", "relative"} of one training step, relative to naive experts.
 
     Naive experts run each expert on every token; their other kernels are NumPy's. The numba kernels take part where
-    they are chosen, and PyTorch where it is installed. The choice of kernels is the same afterwards.
+    they are chosen, and PyTorch where it is installed and has this model. The choice of kernels is the same afterwards.
     """
     before = kernels.active()
     ways = {step: way for step, way in WAYS.items() if way[0] in ("numpy", before)}
@@ -118,7 +125,7 @@ def three_ways(config=DEFAULT, batch_size=8, repeats=7):
         ms = _medians(steps, repeats, prepare=lambda step: kernels.use(ways[step][0]))
     finally:
         kernels.use(before)
-    if found := pytorch(repeats, steps=[config], batch_size=batch_size):
+    if not beyond_pytorch(config) and (found := pytorch(repeats, steps=[config], batch_size=batch_size)):
         ms[PYTORCH], ways[PYTORCH] = found[0], (PYTORCH, PYTORCH)
     return [{"step": step, "kernels": name, "expert_backend": backend, "ms": ms[step],
              "relative": ms[step] / ms["naive experts"]} for step, (name, backend) in ways.items()]

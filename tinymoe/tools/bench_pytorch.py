@@ -35,7 +35,7 @@ class Mixture(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.top_k, self.router = c["top_k"], nn.Linear(c["d_model"], c["n_experts"], bias=False)
+        self.top_k, self.router = int(c["top_k"]), nn.Linear(c["d_model"], c["n_experts"], bias=False)
         self.experts = Experts(c["n_experts"], c["d_model"], c["d_ff"])
 
     def forward(self, x):
