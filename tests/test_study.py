@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cli
@@ -96,6 +97,25 @@ def test_an_error_of_any_kind_does_not_stop_the_others(text, tmp_path):
     failures = study.run_study([tiny("A"), huge, tiny("F")], tmp_path, text)
     assert list(failures) == ["A-seed0", "B-seed0"] and "A-seed0" in failures["A-seed0"]
     assert (tmp_path / "runs/A-seed0").read_text() == "mine" and (tmp_path / "runs/F-seed0/summary.json").exists()
+
+
+def raises(trainer):
+    raise ValueError("two\nlines")
+
+
+@pytest.mark.parametrize("measure, said", [
+    (raises, "measure failed (ValueError: two lines): it must return"),
+    (lambda trainer: {"y": 1, "x": float("nan")}, "measure failed at 'x', nan (ValueError: "),
+    (lambda trainer: {"x": np.float32(1)}, "measure failed at 'x', "),
+    (lambda trainer: None, "measure failed (TypeError")])
+def test_a_measure_that_fails_stops_no_other_run_and_can_be_mended(text, tmp_path, measure, said):
+    events, mine = [], tmp_path / "runs/A-seed0/summary.json"
+    failures = study.run_study([replace(tiny("A"), measure=measure), tiny("F")], tmp_path, text)
+    assert list(failures) == ["A-seed0"] and failures["A-seed0"].startswith(said) and "\n" not in failures["A-seed0"]
+    assert (tmp_path / "runs/F-seed0/summary.json").exists() and not mine.exists()
+    mended = [replace(tiny("A"), measure=lambda trainer: {"x": 1.0}), tiny("F")]
+    assert study.run_study(mended, tmp_path, text, on_event=events.append) == {}
+    assert {e.kind for e in events} == {"resumed", "done"} and files.read_json(mine)["measured"] == {"x": 1.0}
 
 
 def test_fresh_trains_again_and_nothing_else_does(text, tmp_path):

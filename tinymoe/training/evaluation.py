@@ -1,5 +1,6 @@
 """Evaluation: the loss of a model on validation windows, and the metrics of its routers there."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..autograd.tensor import no_grad
+from ..files import printable
 from ..model.transformer import token_nats
 from ..moe import metrics
 from ..moe.routers import RouteContext
 from ..moe.routing import merge
+from .identity import RunError
 
 ROUTING_METRICS = ("load_cv", "max_violation", "load_entropy", "dead_experts", "router_entropy", "marginal_entropy",
             "drop_rate", "token_coverage")  # metrics of a row that need the routing alone
@@ -147,3 +150,20 @@ def first_nonfinite(model, ids: np.ndarray, domain: np.ndarray | None = None) ->
             places[f"layer {i}"] = x
         places["the head"] = model.read_out(x)
     return next((place for place, x in places.items() if not np.isfinite(x.data).all()), None)
+
+
+def measured(measure, trainer) -> dict:
+    """What the `measure` of an experiment returns of a trained model. Raises RunError where it fails, or where that is
+    not a dict that JSON takes."""
+    name = None
+    try:
+        found = dict(measure(trainer))
+        for name, part in found.items():
+            json.dumps({name: part}, allow_nan=False)
+        return found
+    except SystemError:  # Ctrl-C in compiled code
+        raise
+    except Exception as error:
+        what = "" if name is None else f" at {name!r}, {found[name]!r}"
+        raise RunError(printable(f"measure failed{what} ({type(error).__name__}: {error}): it must return a dict of "
+                                 "finite numbers or None; correct it and run the same command again")) from None

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import kernels
 from ..moe import metrics
-from .evaluation import Validation, evaluate, first_nonfinite, first_windows, losses_by_part
+from .evaluation import Validation, evaluate, first_nonfinite, first_windows, losses_by_part, measured
 from .identity import RunError, describe, machine
 from .loading import first_model, trainable
 from .optim import AdamW, clip_gradients, learning_rate, no_decay_names
@@ -170,6 +170,6 @@ def _train_to_the_end(trainer, folder, on_event):
                "wall_seconds": round(trainer.wall_seconds, 3), "final": {"step": trainer.step, **final},
                "causal_by_part": losses_by_part(nats, valid)}
     if plan.measure:
-        summary["measured"] = plan.measure(trainer)
+        summary["measured"] = measured(plan.measure, trainer)
     folder.end("summary.json", summary)
     return summary
