@@ -286,7 +286,7 @@ def test_a_finished_run_is_not_trained_again(corpus, tmp_path):
 def test_a_finished_run_from_before_a_setting_existed_is_still_the_same_run(corpus, tmp_path):
     t.train(tiny(), corpus, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["model"]["freeze"], config["model"]["norm"]
+    del config["model"]["freeze"], config["model"]["norm"], config["training"]["warmup"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     before = snapshot(tmp_path)
     t.train(tiny(), corpus, tmp_path)
@@ -298,6 +298,7 @@ def test_a_stopped_run_from_before_a_setting_existed_goes_on(corpus, reference, 
     arrays, header = files.load_arrays(stopped / "checkpoint.npz", "checkpoint")
     for model in (config["model"], header["model"]):
         del model["freeze"], model["norm_eps"]
+    del config["training"]["weight_decay"]
     (stopped / "config.json").write_text(json.dumps(config))
     files.save_arrays(stopped / "checkpoint.npz", arrays, header)
     t.train(tiny(), corpus, stopped)

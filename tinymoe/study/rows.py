@@ -10,7 +10,7 @@ from ..files import from_json, printable, read_json, read_rows, write_rows
 from ..moe.losses import LOSSES
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
-from ..training.identity import describe, differing, with_defaults
+from ..training.identity import describe, differing, training_with_defaults, with_defaults
 from ..training.lease import holder
 from ..training.loading import UNUSABLE, execute_recorded
 from ..training.run_folder import RunFolder
@@ -253,8 +253,9 @@ def _record(place, config, log, summary, failure):
     rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT})}
     log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):
-        config = {"config_id": place.name, "seed": -1, "model": {}}
-    config = {"rules": _rules(config["model"])} | config | {"model": with_defaults(config["model"])}
+        config = {"config_id": place.name, "seed": -1, "model": {}, "training": {}}
+    config = {"rules": _rules(config["model"])} | config | {
+        "model": with_defaults(config["model"]), "training": training_with_defaults(config["training"])}
     return RunRecord(place.name, config, log, summary, failure)
 
 
@@ -273,12 +274,16 @@ def _is_whole(name, config, log, summary):
         return False
 
     def layers(row):
-        return [(layer["layer"], len(layer["load"]), layer.keys()) for layer in row["layers"]]
+        return [(layer["layer"], len(layer["load"])) for layer in row["layers"]]
+
+    def within(row):  # rows of before a newer version resumed the run lack the newer numbers
+        return row.keys() <= log[-1].keys() and layers(row) == layers(final) and all(
+            layer.keys() <= last.keys() for layer, last in zip(row["layers"], final["layers"]))
 
     final = summary["final"]
     rows = final, *log
     those = [layer for row in rows for layer in row["layers"]]
-    alike = all(row.keys() >= final.keys() and layers(row) == layers(final) for row in log)
+    alike = final.keys() <= log[-1].keys() and all(map(within, log))
     loads = all(layer["load"] and [len(one) for one in layer["domain_load"]] == [len(layer["load"])] * len(
         config["domains"]) for layer in those)
     numbers = all(_fits(part[metric], (float if metric.endswith("perplexity") else NUMBER, None))  # exp(700) is 1e304

@@ -11,6 +11,7 @@ from pathlib import Path
 from .. import kernels
 from ..model.config import ModelConfig
 from ..moe import routers
+from .plan import TrainConfig
 
 
 class RunError(Exception):
@@ -27,7 +28,8 @@ def describe(plan, corpus) -> dict:
 
 def _identity(config):
     """What distinguishes a run, as a flat dict: its id, its settings, its kernels, and the hashes of what it reads."""
-    parts = {"model": with_defaults(config.get("model", {})), "training": config.get("training", {}),
+    parts = {"model": with_defaults(config.get("model", {})),
+             "training": training_with_defaults(config.get("training", {})),
              "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
              "training bytes of": {name: text.get("train_bytes") for name, text in config.get("corpus", {}).items()},
              "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
@@ -48,6 +50,14 @@ def with_defaults(model: dict) -> dict:
         return ModelConfig.from_dict(model).to_dict()
     except (ValueError, TypeError):
         return model
+
+
+def training_with_defaults(training: dict) -> dict:
+    """A stored TrainConfig, likewise."""
+    try:
+        return dataclasses.asdict(TrainConfig(**training))
+    except (ValueError, TypeError):
+        return training
 
 
 def machine() -> dict:
