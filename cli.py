@@ -388,10 +388,13 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     progress = Progress(todo)
     if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with (_ending_if_interrupted("\nInterrupted. The same command resumes from the last checkpoints."),
+    how = "Leave --fresh out to resume." if fresh else "The same command resumes from the last checkpoints."
+    with (_ending_if_interrupted(f"\nInterrupted. {how}"),
           _refusing(OSError), progress.bar):
         failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
     _say_failures(failures)
+    if failures and fresh:
+        _say("--fresh deletes finished runs too: leave it out to run the same command again.")
     return failures
 
 
@@ -599,7 +602,9 @@ def runs(folder):
     from tinymoe.tools.progress import duration
     found = overview(folder)
     if not found:
-        raise click.ClickException(f"{folder}: no runs in it: give the --out of a study or experiment")
+        raise click.ClickException(f"{folder}: " + (
+            "its finished runs are in runs.jsonl: `rows` or `compare` shows them" if (folder / "runs.jsonl").exists()
+            else "no runs in it: give the --out of a study or experiment"))
     _table({"run": "<16", "state": "<8", "step": ">11", "causal loss": ">11", "left": ">8", "where": "<"},
            ((printable(r["run"]), r["state"], f"{r['step']}/{r['steps'] or '?'}",
              "" if r["loss"] is None else f"{r['loss']:.3f}", "" if r["left"] is None else duration(r["left"]),

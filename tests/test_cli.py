@@ -185,6 +185,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
                         else in_compiled_code())
     code, output = study(text, tmp_path / "torn", "--config", "F")
     assert code == 130 and "Interrupted. The same command resumes from the last checkpoints." in output
+    code, output = study(text, tmp_path / "fresh", "--config", "F", "--fresh")
+    assert code == 130 and "Interrupted. Leave --fresh out to resume." in output
     monkeypatch.undo()
     for out in ("torn", "whole"):
         assert study(text, tmp_path / out, "--config", "F")[0] == 0
@@ -255,6 +257,8 @@ def test_fresh_drops_no_row_before_its_text_is_read(text, tmp_path):
     assert study(text, tmp_path, "--config", "F")[0] == 0
     assert CliRunner().invoke(cli.main, ["compact", str(tmp_path)]).exit_code == 0
     shutil.rmtree(tmp_path / "runs")
+    code, output = invoke("runs", tmp_path)
+    assert code == 1 and "its finished runs are in runs.jsonl: `rows` or `compare`" in output
     before = (tmp_path / "runs.jsonl").read_text()
     assert study(tmp_path / "nowhere", tmp_path, "--config", "F", "--fresh")[0] == 1
     (tmp_path / "runs").write_text("a file")
@@ -698,7 +702,7 @@ def mixed(text, tmp_path_factory):
 def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
     code, output = invoke("route", mixed, "one two three four", "--entropy")
     assert code == 0 and "layer 0, 4 experts" in output and "layer 1, 4 experts" in output
-    assert "Otherwise: expert_choice chooses over the whole batch" in output.splitlines()[-1]
+    assert "Otherwise: expert_choice chooses over later bytes too" in output.splitlines()[-1]
     code, output = invoke("route", mixed, "one one one", "--layer", 0)
     expert = output.splitlines()[2][8:]
     assert code == 0 and expert[:3] == expert[4:7] == expert[8:]  # hash: the same byte, the same expert
@@ -710,7 +714,7 @@ def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
     for page in (tmp_path / "saved.html", tmp_path / "run" / "view.html"):
         data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
         assert data["router"] == "hash, expert_choice" and data["layers"] == [0, 1] and not data["limited"]
-        assert "expert_choice chooses over the whole batch" in data["note"]
+        assert "expert_choice chooses over later bytes too" in data["note"]
     assert re.search(r"\| D .*hash.*expert_choice", (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8"))
 
 
@@ -816,7 +820,10 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     ("generate {dir}/nowhere --prompt a", 1, "nowhere"),
     ("route {dir}/torn a", 1, "not a complete"), ("view {dir}/torn", 1, "not a complete"),
     ("generate {dir}/torn --prompt a", 1, "not a complete"),
-    ("view {dir}/none", 1, "checkpoint.npz does not exist"), ("route {run} a --layer 0", 2, "--layer 0: .* are 1"),
+    ("view {dir}/none", 1, "none holds no checkpoint: give the folder of one run, such as OUT/runs/D-seed0"),
+    ("route {run}/../.. a", 1, "give the folder of one run"), ("probe {run}/../..", 1, "give the folder of one run"),
+    ("generate {run}/../.. --prompt a", 1, "give the folder of one run"),
+    ("route {run} a --layer 0", 2, "--layer 0: .* are 1"),
     ("route {run} ", 2, "TEXT is empty"), ("view {run} --text {dir}/missing.txt", 1, "missing.txt"),
     ("view {run} --text {dir}/empty.txt", 1, "empty.txt is empty"), ("view {run} --text {dir}", 1, "directory"),
     ("view {run} --out {dir}/empty.txt/page.html", 1, "empty.txt"),

@@ -285,7 +285,8 @@ def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | N
     elif path.suffix == ".npz":
         model, what = Transformer.load(path), "weights"
     elif path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(f"{path} holds no checkpoint.npz of a run and no config.json of published weights")
+        raise ValueError(f"{path} holds no checkpoint.npz of a run and no config.json of published weights: give the "
+                         "folder of one run, such as OUT/runs/D-seed0, or that of published weights")
     else:
         model, what = published.load(path), "published weights"
     c = model.config

@@ -48,6 +48,8 @@ def load_checkpoint(folder: str | Path) -> tuple[Transformer, int]:
     path = Path(folder, "checkpoint.npz")
     if Path(folder, "log.jsonl").exists() and not path.exists():
         raise CheckpointError(f"{folder} has rows but no checkpoint (published runs have none): train it first")
+    if Path(folder).is_dir() and not path.exists():
+        raise CheckpointError(f"{folder} holds no checkpoint: give the folder of one run, such as OUT/runs/D-seed0")
     arrays, header = files.load_arrays(path, "checkpoint")
     execute_recorded_of(folder)
     weights = {name.removeprefix("p/"): array for name, array in arrays.items() if name.startswith("p/")}
