@@ -77,6 +77,18 @@ def test_every_router_has_an_example_that_agrees_with_the_sum_by_hand(name):
     np.testing.assert_allclose(matrix(part, "y"), matrix(part, "by hand"), atol=1.01e-4)
 
 
+@pytest.mark.parametrize("docstring, said", [(None, "own."), ("\n    Mine (a paper).\n\n    More.\n    ", "Mine.")])
+def test_a_router_is_told_by_its_first_line_or_its_name(monkeypatch, docstring, said):
+    monkeypatch.setitem(ROUTERS, "own", None)
+    del ROUTERS["own"]  # and again after the test
+
+    class Own(ROUTERS["top_k"], name="own"):
+        __doc__ = docstring
+
+    parts = " ".join(Example({"router": "own"}).parts()).split()
+    assert f" {said} The chosen places" in " ".join(parts)
+
+
 def test_a_difference_from_the_sum_by_hand_is_said():
     example = Example({})
     y = example.output(example.routing)

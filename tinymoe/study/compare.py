@@ -100,7 +100,7 @@ def draw(found, experiments=()):
     """A Figure: the causal loss over the steps, the busiest expert's load over them, and that load against the loss.
 
     Lines are means over seeds at the steps that they share. The last panel shows the path of a run: at each evaluation
-    a point, from the right, where the loss is high, to a large mark at the end. experiments: see `looks`.
+    a point, from the left, where the loss is high, to a large mark at the end. experiments: see `looks`.
     """
     from .figures import default_style, panel_grid
     with default_style():

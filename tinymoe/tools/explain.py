@@ -308,4 +308,4 @@ def _difference(a, b):
 
 def _first_line(router):
     """The first sentence about a router, without its sources."""
-    return router.__doc__.splitlines()[0].split(" (")[0].rstrip(".") + "."
+    return inspect.cleandoc(router.__doc__ or router.name).splitlines()[0].split(" (")[0].rstrip(".") + "."
