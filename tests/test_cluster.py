@@ -214,6 +214,11 @@ def test_certificates_guard_the_scheduler(text, tmp_path, monkeypatch):
     assert (tmp_path / "out/runs/F-seed0/summary.json").exists()
 
 
+def test_a_dict_of_texts_is_read_once():
+    texts = {"words": WORDS.encode()}
+    assert cluster._corpus(texts, 16) is cluster._corpus(dict(texts), 16) is not cluster._corpus(texts, 8)
+
+
 def test_a_run_whose_workers_die_without_progress_fails():
     """The second time that Dask gives up without a step in between."""
     killed = cluster.futures.Future()

@@ -27,6 +27,7 @@ from ..training.plan import Event
 BATCH = 1000  # tasks that the scheduler has at a time
 PATIENCE = 60  # seconds to wait for the scheduler, and for the first worker
 LOST = 300  # seconds to wait for a scheduler that was there before
+KEPT = []  # (text, seq_len, Corpus) of the last two texts that a worker has read
 ONE_RUN = threading.Lock()  # a worker with several threads trains one run at a time: kernels may need the process alone
 
 
@@ -211,4 +212,10 @@ def _work(attempt, text, seq_len, described, kind, plan, folder, fresh):
     return Event("busy", plan.run_id)
 
 
-_corpus = functools.lru_cache(maxsize=2)(load_corpus)
+def _corpus(text, seq_len):
+    """The Corpus that load_corpus reads, kept for the next runs. A text may be a dict, so it is no key of a cache."""
+    for (*key, corpus) in KEPT:
+        if key == [text, seq_len]:
+            return corpus
+    KEPT[:] = [*KEPT[-1:], (text, seq_len, corpus := load_corpus(text, seq_len))]
+    return corpus
