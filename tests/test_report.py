@@ -23,7 +23,8 @@ from tinymoe.files import read_rows, save_arrays, write_rows
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.moe.routers import ROUTERS
-from tinymoe.study import caveats, compare, figures, maps, markdown, palette, quantities, report, rows, tables
+from tinymoe.study import caveats, compare, figures, gathered, maps, markdown, palette, quantities, report, rows, tables
+from tinymoe.study.experiment import Claim, Effect
 from tinymoe.study.results import Results
 from tinymoe.study.rows import RunRecord, compact, load_runs, made_of
 from tinymoe.study.statistics import Comparison, Contrast, Interval, corrected, holm
@@ -130,7 +131,7 @@ def test_a_flipped_outcome_flips_the_sentence(tmp_path):
 def test_one_seed_gives_no_interval_and_no_verdict(tmp_path):
     text = findings(write_study(tmp_path, n_seeds=1))
     assert "**One seed, so no interval and no test: A, B, C, D, E, F, G." in text
-    assert text.count("**Not tested: there are fewer than two common seeds.**") == 3
+    assert text.count("**Not tested: there are fewer than two common seeds, or a run lacks the number.**") == 3
     assert text.index("| setting |") < text.index("**Not tested:") and "*Not tested*." not in text
     assert not any(word in text for word in ("Sign flips", "Smallest effect", "corrected p", "95% interval |"))
     numbers = [line for line in text.splitlines() if line.startswith("|")]
@@ -143,10 +144,13 @@ def test_a_setting_whose_runs_all_failed_is_named_and_not_tested(tmp_path, setti
     write_study(tmp_path)
     for run in (tmp_path / "runs").glob(f"{setting}-seed*"):
         (run / "summary.json").unlink()
-        (run / "failure.json").write_text(json.dumps({"run_id": run.name, "step": 7, "reason": "loss is nan"}))
+        (run / "failure.json").write_text(json.dumps({"run_id": run.name, "step": 7, "layer": "layer 1",
+                                                        "reason": "the loss is not finite"}))
     text = findings(tmp_path)
-    assert f"**`{setting}-seed{{0,1,2}}` failed (step 7, reason loss is nan) and is in no number.**" in text
-    assert f"**Not tested: there are fewer than two common seeds.** Causal loss (nats), {pair}: –." in text
+    assert (f"**`{setting}-seed{{0,1,2}}` failed (the loss is not finite at step 7, beginning in layer 1) and is in no "
+            "number.**") in text
+    assert ("**Not tested: there are fewer than two common seeds, or a run lacks the number.** Causal loss (nats), "
+            f"{pair}: –.") in text
     assert f"\n| {setting} " not in text and "nan |" not in text
 
 
@@ -161,7 +165,7 @@ def test_failed_unfinished_and_torn_runs_are_named(tmp_path):
         file.write('{"step": 30, "val_cro')
     (tmp_path / "runs" / "Z-seed0").mkdir()
     text = findings(tmp_path)
-    assert "`C-seed2` failed (step 7, layer block 3, reason loss is nan)" in text and "`C-seed{0,1}`" in text
+    assert "`C-seed2` failed (loss is nan at step 7, beginning in block 3)" in text and "`C-seed{0,1}`" in text
     assert "`D-seed1` is not finished" in text and "`Z-seed0` is not finished" in text
     assert [len(run.log) for run in load_runs(tmp_path) if run.run_id == "A-seed0"] == [3]
     with open(report.write_summary_csv(tmp_path)) as file:
@@ -321,6 +325,77 @@ def test_runs_that_measured_other_numbers_are_refused(tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"measured": {f"drop_cost{'x' * seed}": 0.5}}))
     with pytest.raises(ValueError, match="A-seed0 and A-seed1 differ in their measured"):
         findings(tmp_path)
+
+
+def test_rows_of_before_a_metric_existed_lack_its_numbers(tmp_path):
+    """As in a run that was resumed by a newer version."""
+    path = write_run(tmp_path, "A", 0, 2.0) / "log.jsonl"
+    first, *others = read_rows(path)
+    del first["layers"][0]["drop_rate"], first["causal_by_domain"]
+    write_rows(path, [first, *others])
+    (run,) = load_runs(tmp_path)
+    assert [quantities.in_row(one, "drop_rate") for one in run.log] == pytest.approx([math.nan, 0, 0], nan_ok=True)
+    assert "A-seed0" in findings(tmp_path)
+
+
+def test_a_loss_that_only_some_settings_have_is_a_dash_for_the_others(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1, losses={"A": (1.9,)}))
+    assert results.cell("importance", "A") == results.cell("multi_token", "A") == "–"
+
+
+def test_the_loss_of_a_domain_has_a_leaky_twin(tmp_path):
+    """E: 1.45, 1.55 and 1.65 in prose, half width as in the first test; routed as in training 1 in each seed."""
+    results = Results(STUDY, write_study(tmp_path, losses={"E": LOSSES["E"]}))
+    assert results.cell("causal_cross_entropy:prose", "E") == "1.550 ± 0.248 (leaky –)"
+    for run in results.runs:
+        run.final["val_by_domain"] = {"prose": 1.0}
+    assert results.cell("causal_cross_entropy:prose", "E") == "1.550 ± 0.248 (leaky 1.000)"
+
+
+def test_the_rate_that_was_taken_is_that_of_the_runs(tmp_path):
+    """All runs have 0.001. The sweep chose it for A, and 0.002 for B; C has no run."""
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1, losses={"A": (1.9,), "B": (1.5,)}))
+    assert "sweep chose" not in "".join(caveats.warnings(results))
+    results.sweep = {"A": {0.001: 1.0, 0.002: 2.0}, "B": {0.001: 2.0, 0.002: 1.0}, "C": {0.001: 2.0, 0.002: 1.0}}
+    taken = [line.split(" | ")[-2].split(",")[0] for line in tables.sweep_table(results).splitlines()[2:]]
+    assert taken == ["0.001", "0.001", "0.002"]
+    assert "The learning rate is not the one that the sweep chose (B 0.001, not 0.002)." in caveats.warnings(results)
+
+
+def test_a_p_value_never_looks_like_the_level():
+    assert [tables.two_digits(p) for p in (0.0503, 0.0497, 0.051, 0.5)] == ["0.0503", "0.0497", "0.051", "0.5"]
+
+
+def test_a_loss_that_falls_nowhere_has_no_steepest_slope(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1, losses={"A": (1.9,)}))
+    results.runs[0].log[1]["step"] = 15  # with 1.95; and 1.9 at step 20
+    assert "falling in 1 of 1 settings (steepest: -1.000 nats in 100 steps). A" in " ".join(caveats.limits(results))
+    for one in results.runs[0].log:
+        one["causal_cross_entropy"] = one["step"]
+    assert "falling in 0 of 1 settings. A longer run" in " ".join(caveats.limits(results))
+
+
+def test_a_claim_without_a_number_is_in_no_gathered_table(tmp_path):
+    claim = Claim(None, "mine", "me", (Effect("load_cv", "A", ">", 1),))
+    own = dataclasses.replace(STUDY, adjustable=False, claims=(claim,))
+    results = Results(own, write_study(tmp_path))
+    assert tables.claim_rows(results)[0][0] == "–"
+    assert "mine (me)" not in "".join(gathered.document([results], [], tmp_path))
+
+
+def test_what_decides_all_is_a_lower_bound_where_a_number_of_seeds_is_unknown():
+    """One comparison is not known in 3 seeds; 100 seeds would decide it, or over 1,000, or an unknown number."""
+    run = types.SimpleNamespace(config={}, wall_seconds=36.0, state="finished", summary={})  # 0.01 core-hours
+    def said(needed):
+        one = types.SimpleNamespace(verdict="not known", needed=needed, n=3, contrast=Contrast("load_cv", "A"))
+        other = types.SimpleNamespace(verdict="not known", needed=100, n=3, contrast=Contrast("load_cv", "A"))
+        setting = types.SimpleNamespace(id="A", start=None)
+        return gathered.cost([types.SimpleNamespace(
+            primary=[one, other], experiment=types.SimpleNamespace(settings=[setting]), groups={"A": [run]}, runs=[run],
+            sweep_runs=[], all_runs=[run])])
+
+    assert "would take about 2 core-hours" in said(100)
+    assert "would take at least 11 core-hours" in said(None) and "would take at least 1 core-hours" in said(2)
 
 
 def test_nothing_measured_may_be_written_as_null(tmp_path):
@@ -666,26 +741,37 @@ def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=2))
     said = ("Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, "
             "coloured bands go from the lowest seed to the highest.")
-    assert report.caption(results, "over_steps") == said
+    outside = " The first evaluations may lie outside the frame."
+    assert report.caption(results, "over_steps") == said + outside
     for run in results.runs:
         run.final["validation_tokens"] = 4096
     assert report.caption(results, "over_steps").endswith(
-        " A point is measured on 100 validation bytes, a number of the tables on 4,096.")
+        " A point is measured on 100 validation bytes, a number of the tables on 4,096." + outside)
 
 
 def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=1))
-    assert report.caption(results, "over_steps") == "Causal loss (nats) less that of D, over the training steps."
+    assert report.caption(results, "over_steps") == ("Causal loss (nats) less that of D, over the training steps. The "
+                                                     "first evaluations may lie outside the frame.")
+    assert figures.over_steps("D", "load_cv").caption(results) == "Load CV, over the training steps."
     del results.groups["D"]  # as in a study of some configs
     assert report.caption(results, "over_steps").startswith("Causal loss (nats), over the training steps.")
     results.groups["D"] = [run for run in results.all_runs if run.config_id == "D"]
     assert report.caption(results, "router_entropy").endswith(", for each MoE layer over the training steps.")
-    for row_ in results.groups["A"][0].log[:1]:
-        row_["causal_cross_entropy"] += 5
-    assert report.caption(results, "over_steps").endswith("steps. The first evaluations may lie outside the frame.")
     with figures.default_style():
         fig = STUDY.figures["at_the_end"](results)
     assert not fig.legends or "hollow" in fig.legends[0].get_texts()[0].get_text()
+
+
+def test_a_figure_and_its_caption_have_the_metrics_that_some_setting_has(tmp_path):
+    """All loads are equal, so the load CV is 0; nothing measured the function divergence."""
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1, losses={"B": (1.5,)}))
+    draw = figures.at_the_end("load_cv", "function_divergence")
+    assert draw.caption(results) == "Load CV, at the end of training, for each setting."
+    draw = figures.by_layer("load_cv", "router_entropy")
+    assert draw.caption(results) == "Router entropy (nats), for each MoE layer over the training steps."
+    draw = figures.at_the_end("function_divergence")
+    assert draw(results) is None and draw.caption(results).startswith("Function divergence, at the end")
 
 
 def test_figures_of_other_runs_are_left_out_and_that_is_said(tmp_path):
@@ -696,13 +782,16 @@ def test_figures_of_other_runs_are_left_out_and_that_is_said(tmp_path):
     (path,) = figures.draw_all(Results(few, tmp_path))
     image = f"(figures/{name}.png)"
     assert image in findings(tmp_path)
+    other = dataclasses.replace(few, figures={name: figures.over_steps("A", "load_cv")})
+    assert report.drawn(Results(other, tmp_path)) == {name: False}
     compact(tmp_path)
     shutil.rmtree(tmp_path / "runs")
     assert image in findings(tmp_path)
     write_run(tmp_path, "A", 2, 2.1)
     text = findings(tmp_path)
     assert image not in text and "No figures yet" not in text
-    assert text.splitlines()[2] == "Figures drawn before the last runs are left out: `--plot-only` draws them again."
+    assert text.splitlines()[2] == ("Figures of other runs, or with other captions, are left out: `--plot-only` draws "
+                                     "them again.")
     path.write_bytes(path.read_bytes().replace(b"Description", b"description"))
     assert image in findings(tmp_path) and "left out" not in findings(tmp_path)
 

@@ -11,7 +11,7 @@ from ..training.identity import processors
 from .experiment import SCALES
 from .markdown import escaped, run_ids
 from .quantities import LOSS
-from .results import Results
+from .results import Results, lowest
 from .rows import unknown
 from .statistics import t_interval
 
@@ -99,6 +99,10 @@ def differing_settings(results):
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
                 verb = "differ" if field.endswith("s") else "differs"
                 yield escaped(f"{field} {verb} between settings ({those}): compare with care.")
+    rates = {name: (config["training"]["learning_rate"], lowest(results.sweep[chooser]))
+             for name, config in configs.items() if (chooser := settings[name].rate_of or name) in results.sweep}
+    if other := ", ".join(f"{name} {rate:g}, not {best:g}" for name, (rate, best) in rates.items() if rate != best):
+        yield escaped(f"The learning rate is not the one that the sweep chose ({other}).")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
         if len(found) > 1:
@@ -113,7 +117,8 @@ def left_out(results):
     """Sentences about runs that are in no number."""
     alike = {}
     for run in results.all_runs:
-        why = ", ".join(f"{key} {part}" for key, part in (run.failure or {}).items() if key != "run_id")
+        found = run.failure or {}
+        why = f"{found.get('reason')} at step {found.get('step')}, beginning in {found.get('layer')}"
         what = {"failed": f"failed ({escaped(why)})", "unfinished": "is not finished",
                 "finished": "is no setting of this experiment"}
         if run not in results.runs and run not in results.sweep_runs:
@@ -131,11 +136,12 @@ def limits(results: Results) -> list[str]:
     corpus = sum(part["train_bytes"] for part in config["corpus"].values())
     slopes = [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
     falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
+    steepest = f" (steepest: {min(falling):.3f} nats in 100 steps)" if falling else ""
     rates = sorted({run.config["training"]["learning_rate"] for run in results.runs})
     said = [*(f"{steps:,} steps saw {steps * window:,} bytes, {steps * window / corpus:.2f} times the {corpus:,} bytes "
               "of training text." for steps in lengths),
-            f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings "
-            f"(steepest: {min(falling, default=0):.3f} nats in 100 steps). A longer run may change any difference.",
+            f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings"
+            f"{steepest}. A longer run may change any difference.",
             f"One text, learning rate {', '.join(map('{:g}'.format, rates))}" +
             (", chosen as the table of learning rates shows." if results.sweep else ": settings may prefer others.")]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text

@@ -124,7 +124,8 @@ class Primary:
         but = f" But the difference is smaller than the margin of {self.margin:g}." if found.within else \
             f" The difference may be smaller than the margin of {self.margin:g}." if found.overlaps else ""
         return {"different": different + but, "same": self.same, "not known": self.not_known,
-                "not tested": "Not tested: there are fewer than two common seeds."}[found.verdict]
+                "not tested": "Not tested: there are fewer than two common seeds, or a run lacks the number.",
+                }[found.verdict]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,10 @@ class Experiment:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
         if len(known) < len(self.settings):
             raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
+        starts = {s.id: s.start for s in self.settings}
+        if bad := [s for s in self.settings if starts.get(s.start)]:
+            raise ValueError(f"experiment {self.name}: {bad[0].id} starts from {bad[0].start}, which has a start of "
+                             "its own: name a setting without one")
         bad = [s.id for s in self.settings if s.rate_of and s.rate_of not in self.choosers or s.start and not s.rate_of]
         if self.rates and bad:
             raise ValueError(f"experiment {self.name}: {bad[0]} needs rate_of, the id of a setting that has no "

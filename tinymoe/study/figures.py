@@ -24,6 +24,7 @@ from ..files import write_atomically
 from .experiment import Experiment
 from .palette import COLOURS, MARKERS
 from .quantities import in_row, quantity, title
+from .report import mark
 from .results import Results
 from .statistics import MARGIN, VERDICTS, Contrast, t_interval
 from .wording import CURVES, INTERVALS
@@ -61,7 +62,7 @@ def draw_all(results: Results) -> list[Path]:
         for name, draw in results.experiment.figures.items() if results.ready else ():
             fig = draw(results)
             if fig is not None:
-                paths.append(save(fig, results.folder / "figures" / f"{name}.png", results.mark))
+                paths.append(save(fig, results.folder / "figures" / f"{name}.png", mark(results, name)))
     return paths
 
 
@@ -203,28 +204,22 @@ def frame_of(metric, curves):
     """(low, high) of the axis of a loss over the steps, from [(steps, numbers)] after the first fifth of the steps,
     before which differences are many times as large; None for another metric."""
     late = [values[steps >= steps[-1] / 5] for steps, values in curves if len(steps)]
-    if not late or not ("perplexity" in metric or quantity(metric).is_loss):
+    if not late or not has_frame(metric):
         return None
     low, high = min(map(np.min, late)), max(map(np.max, late))
     return low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
 
 
+def has_frame(metric):
+    return "perplexity" in metric or quantity(metric).is_loss
+
+
 def over_steps(reference, *metrics, names=None):
     """A panel for each metric, a curve for each setting (or for those named); losses less the reference setting's."""
-    def clips(results):
-        """Whether a point lies outside the frame."""
-        for metric in metrics:
-            base, _ = less_reference(reference, metric, results)
-            curves = [points_of(results, name, metric, reference=base) for name in names or results.groups
-                      if name in results.groups]
-            frame = frame_of(metric, curves)
-            if frame and any((values < frame[0]).any() or (values > frame[1]).any() for _, values in curves):
-                return True
-        return False
+    outside = " The first evaluations may lie outside the frame." if any(map(has_frame, metrics)) else ""
 
     @captioned(lambda r: f"{listed(metrics, reference, r)}, over the training steps{of_seeds(r, CURVES)}."
-                         f"{measured_on(r)}{' The first evaluations may lie outside the frame.' if clips(r) else ''}",
-               metrics)
+                         f"{measured_on(r)}{outside}", metrics)
     def draw(results):
         shown, leaky = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
@@ -249,14 +244,16 @@ def over_steps(reference, *metrics, names=None):
 
 def by_layer(*metrics):
     """Curves over steps: a row of panels for each metric that is not always 0, a column for each MoE layer."""
-    @captioned(lambda r: f"{listed(metrics)}, for each MoE layer over the training steps{of_seeds(r, CURVES)}."
+    def shown_of(results):
+        logs = [row for name in results.with_experts for run in results.groups[name] for row in run.log]
+        return [metric for metric in metrics if any(in_row(row, metric) for row in logs)] or metrics[:1]
+
+    @captioned(lambda r: f"{listed(shown_of(r))}, for each MoE layer over the training steps{of_seeds(r, CURVES)}."
                          f"{measured_on(r)}", metrics)
     def draw(results):
-        names = results.with_experts
+        names, shown = results.with_experts, shown_of(results)
         if not names:
             return None
-        logs = [row for name in names for run in results.groups[name] for row in run.log]
-        shown = [metric for metric in metrics if any(in_row(row, metric) for row in logs)] or metrics[:1]
         fig, grid = layer_grid(results, len(shown), 1.7, sharey="row")
         for row, metric in zip(grid, shown):
             for place, axes in enumerate(row):
@@ -277,13 +274,17 @@ def at_the_end(*metrics, reference=None, reference_of=None, experts_only=False):
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference;
     `reference` then says in words which that is. experts_only: only settings with experts, no figure without any.
     """
-    @captioned(lambda results: f"{listed(metrics, reference, None if reference_of else results)}, at the end of "
-                               "training, for each setting.", metrics)
-    def draw(results):
+    def chosen_of(results):
+        """The settings, and the metrics of which one of them has a number."""
         chosen = results.with_experts if experts_only else list(results.groups)
-        if not chosen:
+        return chosen, [metric for metric in metrics if any(np.isfinite(results.mean(metric, name)) for name in chosen)]
+
+    @captioned(lambda r: f"{listed(chosen_of(r)[1] or metrics, reference, None if reference_of else r)}, at the end of "
+                         "training, for each setting.", metrics)
+    def draw(results):
+        chosen, shown = chosen_of(results)
+        if not shown:
             return None
-        shown = [metric for metric in metrics if any(np.isfinite(results.mean(metric, name)) for name in chosen)]
         fig, (axes_of,) = panel_grid(1, len(shown), 1.0 + 0.3 * len(chosen), sharey=True)
         keys = dict.fromkeys(SEED_KEYS if results.several else ())
         for axes, metric in zip(axes_of, shown):

@@ -19,6 +19,7 @@ from .tables import (
     deciding_hours,
     how_sure,
     numbers_of,
+    p_value,
     settings_table,
     to_decide,
     total_hours,
@@ -76,7 +77,8 @@ def document(found, absent, published, section=None) -> list[str]:
     """
     study, others = ([r for r in found if r.experiment.adjustable is its] for its in (True, False))
     claims = sorted(([number, text, numbers, verdict, link(results)] for results in others
-                     for number, text, numbers, verdict, _ in claim_rows(results)), key=lambda row: int(row[0]))
+                     for number, text, numbers, verdict, _ in claim_rows(results) if number.isdigit()),
+                    key=lambda row: int(row[0]))
     waiting = sorted({claim.number for each in absent for claim in each.claims if claim.number})
     forest = Path(published, "figures", "primary.png").exists()
     answers_of_others = [f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "",
@@ -106,7 +108,7 @@ def over_all(found):
     tested = [(results, one) for results in found for one in results.primary if one.tested]
     strict = holm([one.interval.p for _, one in tested])
     different = [(results, one, p) for (results, one), p in zip(tested, strict) if one.verdict == "different"]
-    lost = [f"`{results.experiment.name}` (p = {p:.2g})" for results, one, p in different if p >= LEVEL]
+    lost = [f"`{results.experiment.name}` ({p_value(p)})" for results, one, p in different if p >= LEVEL]
     return (f"Corrections are made within each experiment. With Holm's correction over all {len(tested)} primary "
             f"comparisons {len(different) - len(lost)} of {len(different)} would still be *different*"
             f"{', without ' + ', '.join(lost) if lost else ''}.")
@@ -153,8 +155,10 @@ def cost(found):
     """What would decide all that is not known, why it was not run, and its core-hours; empty if all is decided."""
     needed = sum(deciding_hours(results, one) for results in found for one in results.primary)
     spent = sum(map(total_hours, found))
-    return (f"{TO_DECIDE} To decide all of it would take about {needed:,.0f} core-hours; all runs here took "
-            f"{spent:,.1f}." if needed else "")
+    bound = any(not one.needed or one.needed <= one.n for results in found for one in results.primary
+                if one.verdict == "not known")  # a comparison counts too little, or not at all
+    return (f"{TO_DECIDE} To decide all of it would take {'at least' if bound else 'about'} {needed:,.0f} core-hours; "
+            f"all runs here took {spent:,.1f}." if needed else "")
 
 
 def unit(found):

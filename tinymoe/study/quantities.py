@@ -226,6 +226,9 @@ QUANTITIES = {quantity.name: quantity for quantity in (
 FAMILIES = {  # quantities with a parameter: `causal_cross_entropy:python`, `seconds_to:1.8`, `tokens_to:1.8`
     LOSS: lambda name, domain: Quantity(name, f"causal loss, {domain}", "nats", per="row",
                                         of=lambda row: row.get("causal_by_domain", {}).get(domain, math.nan)),
+    "val_cross_entropy": lambda name, domain: Quantity(
+        name, f"loss routed as in training, {domain}", "nats", per="row",
+        of=lambda row: row.get("val_by_domain", {}).get(domain, math.nan)),
     "seconds_to": lambda name, loss: Quantity(name, f"training time to a causal loss of {loss}", "seconds", per="run",
                                               event=True,
                                               of=lambda run: reached(run, float(loss), lambda row: row["seconds"])),
@@ -267,7 +270,7 @@ def title(name: str) -> str:
 def in_row(row: dict, name: str, layer: int | None = None) -> float:
     """A quantity in a row of a log: the mean over its MoE layers, or the one at index `layer`; nan where it has none.
 
-    Raises ValueError for a name that is neither in the table nor in the row.
+    Raises ValueError for a name that `require_known` does not know and the row lacks.
     """
     one = quantity(name)
     if one.per == "row":
@@ -277,7 +280,7 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     numbers = [row[name]] if name in row else [_in_layer(one, each) for each in choosing]
     if numbers and None not in numbers:
         return float(np.mean(numbers))
-    if name in QUANTITIES or name in row or layers != choosing:
+    if name in (*QUANTITIES, *OTHERS, *LOSSES) or name in row or layers != choosing:
         return math.nan
     raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
 

@@ -3,6 +3,8 @@
 No outcome is written here: numbers are computed, and words of judgement follow from criteria that the document states.
 """
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def document(results: Results) -> list[str]:
     ids = ", ".join(f"`{each}`" for each in run_ids(results.runs))
     return [
         f"# {experiment.name}: {experiment.question}",
-        "Figures drawn before the last runs are left out: `--plot-only` draws them again." if stale else "",
+        "Figures of other runs, or with other captions, are left out: `--plot-only` draws them again." if stale else "",
         *opening, bullets(said[n:]),
         *chapter("Primary comparisons", PRIMARY if any(one.tested for one in results.primary) else "",
                  primary_table(results)),
@@ -111,13 +113,13 @@ def images(results, place="") -> list[str]:
 
 
 def drawn(results) -> dict[str, bool]:
-    """{name: whether it shows these runs, and not those of before} of the figures that are there.
+    """{name: whether it shows these runs, and what its caption says} of the figures that are there.
 
     A figure that says nothing of its runs, of an earlier version, counts as one of these.
     """
     paths = {name: results.folder / "figures" / f"{name}.png" for name in results.experiment.figures}
     heads = {name: path.read_bytes()[:1000] for name, path in paths.items() if path.exists()}
-    return {name: b"Description\0rows " not in head or f"Description\0{results.mark}".encode() in head
+    return {name: b"Description\0rows " not in head or f"Description\0{mark(results, name)}".encode() in head
             for name, head in heads.items()}
 
 
@@ -125,6 +127,13 @@ def caption(results, name) -> str:
     """The caption of a figure, or its name where the function that draws it has none."""
     draw = results.experiment.figures[name]
     return draw.caption(results) if hasattr(draw, "caption") else f"{name.replace('_', ' ')}."
+
+
+def mark(results, name) -> str:
+    """A hash of the runs and of the caption of a figure. The figure carries it, so that one of other runs, or drawn by
+    another version, is recognised."""
+    said = json.dumps([caption(results, name), [(run.run_id, run.summary) for run in results.runs]], sort_keys=True)
+    return f"rows {hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def imports(runs) -> str:

@@ -1,7 +1,5 @@
 """What an experiment makes of its runs: settings with their numbers, comparisons, and the rates of a sweep."""
 
-import hashlib
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -136,12 +134,6 @@ class Results:
         seeds = [{run.seed for run in runs} for runs in self.groups.values()]
         complete = len(self.groups) == len(self.experiment.settings) and bool(set.intersection(*seeds))
         return complete or self.experiment.adjustable
-
-    @property
-    def mark(self) -> str:
-        """A hash of these runs. Figures carry it, so that figures of other or shorter runs are recognised."""
-        said = json.dumps([(run.run_id, run.summary) for run in self.runs], sort_keys=True)
-        return f"rows {hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
     @property
     def several(self) -> bool:

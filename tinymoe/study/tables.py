@@ -8,7 +8,7 @@ from .caveats import changes
 from .markdown import escaped, table
 from .quantities import quantity, title
 from .results import Results, lowest
-from .statistics import MOST_SEEDS, enough_digits
+from .statistics import LEVEL, MOST_SEEDS, enough_digits
 
 CLAIM_COLUMNS = ["claim", "what it says (published by)", "measured here; condition", "verdict", "experiment"]
 COMPUTE = ["experiment", "runs finished", "sweep runs besides", "failed", "core-hours"]
@@ -53,7 +53,12 @@ def deciding_hours(results, found) -> float:
 
 
 def p_value(p):
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    return "p < 0.001" if p < 0.001 else f"p = {two_digits(p)}"
+
+
+def two_digits(p):
+    """A p value with two digits, or three where two would make it the level of 0.05."""
+    return f"{p:.3g}" if f"{p:.2g}" == f"{LEVEL:g}" else f"{p:.2g}"
 
 
 def verdict_of(found):
@@ -79,8 +84,8 @@ def primary_table(results):
                   "mean": mean, "95% interval": interval, "verdict": f"**{verdict_of(found)}**",
                   "margin": f"{found.margin:g}", "seeds": str(found.n)}
         if found.tested:
-            column |= {"corrected p": f"{found.corrected:.2g}", "sign flips": f"{found.p_flip:.3g}",
-                       "90% interval": numbers_of(found, found.interval90)[1], "same": f"{found.corrected_same:.2g}",
+            column |= {"corrected p": two_digits(found.corrected), "sign flips": f"{found.p_flip:.3g}",
+                       "90% interval": numbers_of(found, found.interval90)[1], "same": two_digits(found.corrected_same),
                        "SD": f"{found.sd:.4f}", "smallest effect": f"{found.smallest:.4f}"}
             if found.verdict == "not known":
                 column["to decide it"] = to_decide(results, found)
@@ -107,7 +112,7 @@ def domain_table(results):
 
 def exploratory_table(results):
     rows = [[title(one.contrast.metric), str(one.contrast), *numbers_of(one),
-             f"{one.corrected_same if one.verdict == 'same' else one.corrected:.2g}" if one.tested else "–",
+             two_digits(one.corrected_same if one.verdict == "same" else one.corrected) if one.tested else "–",
              verdict_of(one)] for one in results.exploratory]
     kept = 6 if any(one.tested for one in results.exploratory) else 3  # no interval and no test of one seed
     names = ["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"]
@@ -115,15 +120,16 @@ def exploratory_table(results):
 
 
 def sweep_table(results):
-    """The loss at each learning rate, the lowest in bold; says where the best is at an end of the range."""
+    """The loss at each learning rate, the lowest in bold; says where the rate taken is at an end of the range."""
     rates, rows = results.experiment.rates, []
     for name, losses in results.sweep.items():
-        best = lowest(losses)
+        best, runs = lowest(losses), results.groups.get(name)
+        taken = runs[0].config["training"]["learning_rate"] if runs else best
         shown = [f"{losses[rate]:.3f}" if math.isfinite(losses.get(rate, math.nan)) else
                  "not finite" if rate in losses else "–" for rate in rates]
-        at_end = ", at the end of the range" if best in (min(rates), max(rates)) else ""
+        at_end = ", at the end of the range" if taken in (min(rates), max(rates)) else ""
         rows.append([name, *(f"**{text}**" if rate == best else text for rate, text in zip(rates, shown)),
-                     f"{best:g}{at_end}", ", ".join(s.id for s in results.experiment.settings if s.rate_of == name)])
+                     f"{taken:g}{at_end}", ", ".join(s.id for s in results.experiment.settings if s.rate_of == name)])
     return table(["setting", *(f"{rate:g}" for rate in rates), "taken", "taken for it too"], rows) if rows else ""
 
 

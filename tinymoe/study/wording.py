@@ -24,7 +24,7 @@ perplexity. All other comparisons are *exploratory*: they suggest questions for 
 all comparisons of their kind in the experiment, primary or exploratory; no interval is. So an interval without 0, or \
 within the margin, need not decide. Where neither is shown the answer is *not known*. Then the document says which \
 effect would be seen with 80% power, and how many seeds would decide with 80% power between a true difference of 0 \
-and of the margin. *Not tested*: fewer than two common seeds.
+and of the margin. *Not tested*: fewer than two common seeds, or a run lacks the number.
 - ± and brackets are 95% intervals over seeds (Student's t) unless a column says otherwise. There is no ± for one \
 seed, or where all seeds agree. Differences are paired by seed."""
 METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
