@@ -19,7 +19,7 @@ from tinymoe.study.experiment import CANDIDATES, Claim, Effect, Experiment, Prim
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.results import Results, best_rates, sweep_losses
 from tinymoe.study.rows import RunRecord, load_runs
-from tinymoe.study.statistics import Contrast
+from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
 
 SMALL = dict(batch_size=2, n_evaluations=2, eval_windows=2, final_windows=3)
 ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}
@@ -358,7 +358,8 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
         Contrast(LOSS, "A", minus="B"), Contrast(LOSS, "C", minus="D"), Contrast("load_cv", "A", minus="B")))
     said = gathered.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
     assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).** The interval is [")
-    assert "largest of 2 exploratory differences" in said
+    assert "Of 2 exploratory differences of the causal loss" in said
+    assert " million parameters, and learning rates of 0.001 and 0.001." in said
     claim = Claim(3, "A is worse", "nobody", (Effect(LOSS, "B", "<", 0, minus="A"),))
     asked = dataclasses.replace(experiment, claims=(claim,))
     assert gathered.surprise([Results(asked, tmp_path)]).startswith("No exploratory difference")
@@ -380,9 +381,26 @@ def test_a_difference_of_settings_that_were_trained_otherwise_is_no_surprise(tmp
         assert other.startswith("No exploratory difference")
 
 
-def test_the_yardstick_is_the_first_comparison_of_mixture_and_dense_model(tmp_path):
-    results = Results(dataclasses.replace(STUDY, name="dense"), write_study(tmp_path))
-    assert gathered.yardstick([results]).endswith(" is -0.367 [-0.510, -0.223]: different.")
+def test_the_yardstick_says_what_routing_is_worth(tmp_path, monkeypatch):
+    settings = {s.id for name in gathered.YARDSTICKS for s in EXPERIMENTS[name].settings}
+    assert all({*contrast.settings} <= settings for _, contrast in gathered.YARDSTICKS.values())
+    monkeypatch.setattr(gathered, "YARDSTICKS", {
+        "study": ("C in place of A", Contrast(LOSS, "C", minus="A")), "dense": ("no run", Contrast(LOSS, "A"))})
+    said = gathered.yardstick([Results(STUDY, write_study(tmp_path))])
+    assert said.endswith("of perplexity. C in place of A changes the loss by -0.367 [-0.510, -0.223] nats.")
+
+
+def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
+    """p of 0.0042, 0.038 and 1, each alone in its experiment; of all three the second becomes 2 * 0.038."""
+    def among(name, *numbers):
+        comparisons = corrected([Comparison(Contrast(LOSS, "C", minus="A"), values, 0.01) for values in numbers], holm)
+        return types.SimpleNamespace(experiment=types.SimpleNamespace(name=name), primary=comparisons)
+
+    found = [among("one", (1.0, 1.1, 1.25)), among("two", (1.0, 1.7, 2.1)), among("three", (-1.0, 0.0, 1.0))]
+    assert [each.primary[0].verdict for each in found] == ["different", "different", "not known"]
+    assert gathered.over_all(found) == (
+        "Corrections are made within each experiment. With Holm's correction over all 3 primary comparisons 1 of 2 "
+        "would still be *different*, without `two` (p = 0.076).")
 
 
 @pytest.mark.slow
@@ -401,4 +419,4 @@ def test_the_axis_of_the_forest_ends_at_the_first_tick_beyond_the_data(tmp_path)
     with figures.default_style():
         (axes,) = figures.forest([Results(STUDY, write_study(tmp_path, losses=losses))]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [
-        "-100", "-50", "-20", "-10", "-5", "-2", "-1", "0", "1"] and axes.get_xlim() == (-100, 1)
+        "−100", "−50", "−20", "−10", "−5", "−2", "−1", "0", "1"] and axes.get_xlim() == (-100, 1)
