@@ -57,8 +57,8 @@ def test_temperature_and_top_shape_the_distribution():
     two = np.where(p >= np.sort(p)[-2], p, 0)
     np.testing.assert_allclose(next_probabilities(made, ids, top=2), two / two.sum())
     np.testing.assert_array_equal(next_probabilities(made, ids, top=99), p)
-    for top in (0, -1):
-        with pytest.raises(ValueError, match=f"top {top} must be at least 1"):
+    for top in (0, -1, 2.5, float("nan"), True, "3"):
+        with pytest.raises(ValueError, match=f"top {top!r} must be a whole number of at least 1"):
             generate(made, b"\1", 1, top=top)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ..autograd.tensor import no_grad
 from ..files import CheckpointError
 from ..moe.routing import largest
-from ..moe.settings import COUNT
+from ..moe.settings import COUNT, WHOLE
 from .transformer import Transformer
 
 
@@ -20,7 +20,7 @@ def generate(model: Transformer, prompt: bytes | str, length: int, temperature: 
     Each byte is drawn from softmax(logits / temperature), among the `top` most probable ones if top is given.
     Temperature 0 takes the most probable byte, the lowest of equals.
     Raises ValueError for an empty prompt, a byte that the model has no token for, a temperature that is negative or not
-    finite, a length below 0, and a top below 1.
+    finite, a length below 0, and a top that is no whole number of at least 1.
     While it yields, it raises CheckpointError where the model computes numbers that are not finite.
     """
     prompt = prompt.encode() if isinstance(prompt, str) else prompt
@@ -32,8 +32,7 @@ def generate(model: Transformer, prompt: bytes | str, length: int, temperature: 
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature {temperature} must be 0 or more, and finite")
     COUNT.require("length", length)
-    if top is not None and top < 1:
-        raise ValueError(f"top {top} must be at least 1")
+    WHOLE.or_none().require("top", top)
     return _generate(model, list(prompt), length, temperature, np.random.default_rng(0 if rng is None else rng), top)
 
 
