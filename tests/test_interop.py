@@ -116,8 +116,9 @@ def test_a_block_alone(tmp_path, kind, layer):
         y, routing = block(tm.Tensor(x), tm.RouteContext())
         np.testing.assert_allclose(y.data[0], expected, rtol=0, atol=1e-12)
         assert (routing is None) == ((kind, layer) in [("deepseek_v3", 0), ("qwen2_moe", 1)])
-    with pytest.raises(ValueError, match="layer 9 must be from 0 to"):
-        interop.load_block(tmp_path / "block", 9)
+    for wrong in (9, True, 1.0, "1", None):
+        with pytest.raises(ValueError, match=f"layer {wrong!r} must be a whole number from 0 to"):
+            interop.load_block(tmp_path / "block", wrong)
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -130,10 +131,77 @@ def test_several_files(tmp_path, index):
     if index:
         (folder / "model.safetensors.index.json").write_text(json.dumps(
             {"weight_map": {name: file for file, held in files.items() for name in held}}))
+        (folder / "consolidated.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
         (folder / "other.safetensors").write_bytes(b"not in the index")
+    else:
+        (folder / "consolidated.00.safetensors").write_bytes(b"the same weights under other names")
     np.testing.assert_array_equal(logits(interop.load(folder)), logits(whole))
     with pytest.raises(CheckpointError, match="missing"):
         interop.load(folder / "a.safetensors")
+
+
+def test_a_block_alone_reads_only_its_files(tmp_path):
+    config, folder = published.CONFIGS["olmoe"], tmp_path / "parts"
+    tensors, prefix = published.tensors(config), "model.layers.1."
+    files = {name: "b.safetensors" if name.startswith(prefix) else "a.safetensors" for name in tensors}
+    for file in ("a.safetensors", "b.safetensors"):
+        write(folder, config, {name: a for name, a in tensors.items() if files[name] == file}, file)
+    with pytest.raises(CheckpointError, match="b.safetensors holds no tensor of layer 0: give the folder"):
+        interop.load_block(folder / "b.safetensors", 0)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "a.safetensors").unlink()
+    assert interop.load_block(folder, 1).is_moe
+    with pytest.raises(CheckpointError, match="names a.safetensors: fetch it"):
+        interop.load_block(folder, 0)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "qwen2_moe", "deepseek_v3"])
+def test_experts_may_lie_in_one_array(tmp_path, kind):
+    """As transformers 5 holds them: gate_up_proj (E, 2F, D), gate first, and down_proj (E, D, F)."""
+    config, tensors, model = model_of(tmp_path, kind, {})
+    for i in range(config["num_hidden_layers"]):
+        here = f"model.layers.{i}.mlp."
+        layer = {name.replace(f"{i}.block_sparse_moe", f"{i}.mlp").removeprefix(here): name for name in tensors}
+        experts = [name for name in layer if name.startswith("experts.")]
+        gate, up, down = ([tensors[layer[name]] for name in experts if name.split(".")[2] in which]
+                          for which in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")))
+        if experts:
+            fused = {f"{here}experts.gate_up_proj": np.concatenate([gate, up], axis=1),
+                     f"{here}experts.down_proj": np.array(down),
+                     f"{here}gate.weight": tensors.pop(layer["gate.weight"])}
+            tensors = {name: a for name, a in tensors.items() if name not in [layer[e] for e in experts]} | fused
+    np.testing.assert_array_equal(logits(interop.load(write(tmp_path / "fused", config, tensors))), logits(model))
+
+
+@pytest.mark.parametrize("value, stored", [(np.nan, np.float32), (-np.inf, np.float32), (1e200, np.float64)])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, stored):
+    config = published.CONFIGS["olmoe"]
+    tensors, name = published.tensors(config, dtype=stored), "model.layers.1.mlp.gate.weight"
+    tensors[name][0, 0] = value
+    with pytest.raises(CheckpointError, match=f"{name} is not finite in float32"):
+        interop.load(write(tmp_path, config, tensors))
+
+
+def test_a_window_that_limits_nothing_is_dropped():
+    def windows(kind, **changes):
+        return interop.model_config(published.CONFIGS[kind] | changes).windows
+
+    assert windows("mixtral", sliding_window=12) == windows("gpt_oss", sliding_window=12) == ()
+    assert windows("gpt_oss", sliding_window=11) == (11, 0, 11)
+
+
+@pytest.mark.parametrize("kind", published.CONFIGS)
+def test_a_value_of_a_wrong_type_is_refused_in_one_line(kind):
+    config = published.CONFIGS[kind]
+    for key in [*config, "rope_parameters", "sliding_window", "layer_types", "num_nextn_predict_layers", "head_dim"]:
+        for value in ("8", "false", -2, 1.5, float("nan"), True, [1], ["a"], {"a": [1]}, None):
+            try:
+                interop.model_config(config | {key: value})
+            except ValueError as error:
+                assert "\n" not in str(error)
+    for wrong in ([], "x", None, 3):
+        with pytest.raises(ValueError, match="a model's config .* must be an object"):
+            interop.model_config(wrong)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "F64"])
@@ -181,6 +249,10 @@ def test_numbers_of_four_bits(tmp_path):
     rest = {name: a for name, a in tensors.items() if f"{name}_blocks" not in packed}
     np.testing.assert_array_equal(logits(interop.load(write(tmp_path / "packed", config, rest | packed))), plain)
     np.testing.assert_allclose(plain, published.logits(config, tensors, IDS), atol=1e-5)
+    packed["model.layers.0.mlp.experts.down_proj_scales"][0] = 255  # 2 to the power of 128
+    with pytest.raises(CheckpointError, match="layers.0.mlp.experts.down_proj is not finite"):
+        interop.load(write(tmp_path / "packed", config, rest | packed))
+    packed["model.layers.0.mlp.experts.down_proj_scales"][0] = 127
     del packed["model.layers.1.mlp.experts.down_proj_scales"]
     with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.down_proj_scales \(4, 32, 2\) is missing"):
         interop.load(write(tmp_path / "packed", config, rest | packed))
@@ -224,6 +296,7 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
         ("mixtral", dict(sliding_window=8), "sliding_window 8"),
         ("mixtral", dict(hidden_act="gelu"), "hidden_act 'gelu'"),
         ("mixtral", dict(quantization_config={"bits": 4}), "quantization_config"),
+        ("deepseek_v3", dict(quantization_config={"quant_method": "fp8"}, ep=1), "fp8.*eight bits or fewer cannot"),
         ("mixtral", dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
         ("olmoe", dict(attention_bias=True), "attention_bias True"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv 8.0"),
@@ -242,6 +315,21 @@ def test_what_changes_no_logits_may_be_there(tmp_path):
         ("gpt_oss", dict(swiglu_limit=6.0), "swiglu_limit 6.0"),
         ("gpt_oss", dict(rope_scaling=None), "rotary positions with .* for gpt_oss a rope_type of default or yarn"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "linear"),
+        *[("gpt_oss", dict(rope_scaling=dict(rope_type=kind, type="yarn", factor=2.0,
+                                             original_max_position_embeddings=6)), f"{kind}.* are not supported")
+          for kind in ("linear", "default")],
+        ("gpt_oss", dict(rope_scaling={"rope_type": "default", "type": "yarn"}), "yarn.* are not supported"),
+        *[("gpt_oss", dict(rope_scaling=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=6,
+                                             truncate=value)), f"truncate {value} must be") for value in (None, 0)],
+        ("gpt_oss", dict(layer_types=None, sliding_window=None), "sliding_window None must be a whole number"),
+        ("gpt_oss", dict(layer_types=None, sliding_window=0), "sliding_window 0 must be a whole number of at least 1"),
+        ("gpt_oss", dict(attention_bias=None), "attention_bias None must be true or false"),
+        *[("deepseek_v3", {key: "false"}, f"{key} 'false' must be true or false")
+          for key in ("norm_topk_prob", "rope_interleave", "tie_word_embeddings")],
+        *[("qwen2_moe", {key: 1}, f"{key} 1 must be true or false") for key in ("qkv_bias", "use_sliding_window")],
+        *[("deepseek_v3", dict(n_group=value), f"n_group {value!r} must be") for value in (-2, 0, True, "4")],
+        ("deepseek_v3", dict(routed_scaling_factor=None), "routed_scaling_factor None must be"),
+        ("qwen3_moe", dict(moe_intermediate_size=0), "moe_intermediate_size 0 must be"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}), "mscale"),
         ("gpt_oss", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn.* lack original_max_position_emb"),
         ("qwen3_moe", dict(is_causal=False), "is_causal False is not supported"),

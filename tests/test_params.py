@@ -137,6 +137,8 @@ def test_work_by_hand():
 
 
 def test_what_is_no_config_is_refused():
+    with pytest.raises(ValueError, match="a model's config .1. must be an object"):
+        params.architecture([1])
     with pytest.raises(ValueError, match="lacks .*hidden_size"):
         params.architecture({"num_hidden_layers": 3})
 
@@ -192,14 +194,14 @@ TINY_MIXTRAL = {
     "changes, match",
     [
         ({"num_attention_heads": 0}, "n_heads 0|division"),
-        ({"hidden_size": -8}, "d_model -8"),
+        ({"hidden_size": -8}, "hidden_size -8"),
         ({"num_hidden_layers": 2.5}, "n_layers 2.5"),
         ({"num_hidden_layers": True}, "n_layers True"),
         ({"vocab_size": float("nan")}, "vocab_size nan"),
         ({"vocab_size": 10**400}, "vocab_size"),
-        ({"num_local_experts": [4]}, "n_experts"),
+        ({"num_local_experts": [4]}, "num_local_experts"),
         ({"num_experts_per_tok": 9}, "top_k 9 .*at most n_experts 4"),
-        ({"num_experts_per_tok": None}, "top_k None"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok None"),
         ({"intermediate_size": 0}, "d_ff 0 must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads 3 must be a divisor of n_heads 4"),
         ({"model_type": "llama4"}, "model_type 'llama4' is not understood"),
@@ -208,6 +210,9 @@ TINY_MIXTRAL = {
         ({"moe_layer_freq": None}, "moe_layer_freq None must be"),
         ({"mlp_only_layers": [-1]}, "mlp_only_layers .* must be a list"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false' must be true or false"),
+        ({"sliding_window": "8"}, "sliding_window '8' must be a whole number"),
+        ({"model_type": "gpt_oss", "head_dim": 2}, "sliding_window None must be a whole number of at least 1"),
     ],
 )
 def test_a_published_config_that_makes_no_sense_is_refused(changes, match):
@@ -222,6 +227,15 @@ def test_a_published_config_that_lacks_a_size_is_not_counted_as_another_model(lo
     """Would have caught: Mixtral without its number of experts, counted as a dense model."""
     with pytest.raises(ValueError, match=f"lacks {lost}"):
         params.architecture({name: value for name, value in TINY_MIXTRAL.items() if name != lost})
+
+
+def test_a_deepseek_config_says_whether_its_queries_have_a_latent():
+    """Width 1536 or none: D r + r H 192 + r, or D H 192 weights in each of 61 layers."""
+    config = PUBLISHED["deepseek-v3"]
+    with pytest.raises(ValueError, match="lacks q_lora_rank"):
+        params.architecture({key: value for key, value in config.items() if key != "q_lora_rank"})
+    more = params.count(config | {"q_lora_rank": None})[-1].total - params.count(config)[-1].total
+    assert more == 61 * (7168 * 128 * 192 - 1536 * (7168 + 128 * 192 + 1))
 
 
 @pytest.mark.parametrize("changes, layers", [

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from ..autograd.functional import GATED
 from ..moe import routers as known_routers
-from ..moe.settings import COUNT, DEPTH, WHOLE
+from ..moe.settings import COUNT, DEPTH, FLAG, NOT_NEGATIVE, WHOLE, Check
 from .config import ModelConfig
-from .config_checks import LAYERS
+from .config_checks import LAYERS, NAMES
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ PRESETS = {
 KINDS = "mixtral olmoe qwen2_moe qwen3_moe gpt_oss grok-1 deepseek_v2 deepseek_v3 llama mistral".split()  # known
 KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size")
 LATENT = """num_experts_per_tok n_routed_experts n_shared_experts moe_intermediate_size kv_lora_rank qk_nope_head_dim
-    qk_rope_head_dim v_head_dim first_k_dense_replace"""
-SIZES = {  # further whole numbers that a published config.json needs
+    qk_rope_head_dim v_head_dim first_k_dense_replace q_lora_rank"""
+SIZES = {  # further keys that a published config.json needs: whole numbers, but for those of CHECKS
     "mixtral": "num_experts_per_tok num_key_value_heads num_local_experts", "olmoe": "num_experts_per_tok num_experts",
     "qwen2_moe": """num_experts_per_tok num_key_value_heads num_experts moe_intermediate_size
         shared_expert_intermediate_size""",
@@ -172,6 +172,17 @@ SIZES = {  # further whole numbers that a published config.json needs
     "gpt_oss": "num_experts_per_tok num_key_value_heads num_local_experts head_dim", "mistral": "num_key_value_heads",
     "deepseek_v2": LATENT, "deepseek_v3": LATENT}
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
+OBJECT = Check(lambda value: isinstance(value, dict), "an object: key to value")
+CHECKS = {  # key -> what it may hold where it is there; null where that is the default
+    key: check for keys, check in (
+        ("num_hidden_layers", DEPTH), ("hidden_size num_attention_heads vocab_size moe_intermediate_size", WHOLE),
+        ("decoder_sparse_step moe_layer_freq", WHOLE),
+        ("first_k_dense_replace max_position_embeddings", COUNT), ("q_lora_rank n_group topk_group", WHOLE.or_none()),
+        ("sliding_window num_nextn_predict_layers", COUNT.or_none()), ("routed_scaling_factor", NOT_NEGATIVE),
+        ("attention_bias qkv_bias norm_topk_prob rope_interleave", FLAG),
+        ("mlp_bias use_sliding_window tie_word_embeddings", FLAG.or_none()), ("mlp_only_layers", LAYERS.or_none()),
+        ("layer_types", NAMES.or_none()), ("rope_scaling rope_parameters quantization_config", OBJECT.or_none()))
+    for key in keys.split()}
 
 
 def architecture(config: ModelConfig | dict | str) -> ModelConfig:
@@ -183,9 +194,12 @@ def architecture(config: ModelConfig | dict | str) -> ModelConfig:
         if config not in PRESETS:
             raise ValueError(f"unknown model {config!r}: choose one of {', '.join(PRESETS)}")
         return PRESETS[config]
-    if isinstance(config, ModelConfig) or "d_model" in config:
-        return config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
-    config = renamed(config)
+    if isinstance(config, ModelConfig):
+        return config
+    OBJECT.require("a model's config", config)
+    if "d_model" in config:
+        return ModelConfig.from_dict(config)
+    config = checked(config)
     get, kind = config.get, config.get("model_type")
     if missing := [key for key in (*KEYS, *SIZES.get(str(kind), "").split()) if key not in config]:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
@@ -208,8 +222,16 @@ def architecture(config: ModelConfig | dict | str) -> ModelConfig:
         "activation": "swiglu", "tied": bool(get("tie_word_embeddings"))} | MODERN | sizes | _particulars(config, kind))
 
 
-def renamed(config: dict) -> dict:
-    """A published config.json with the name that most files give to a key that newer ones call otherwise."""
+def checked(config: dict) -> dict:
+    """A published config.json with the name that most files give to a key that newer ones call otherwise.
+
+    Raises ValueError for a value that its key cannot hold. Missing keys are not looked for.
+    """
+    OBJECT.require("a model's config", config)
+    sizes = (*KEYS, *SIZES.get(str(config.get("model_type")), "").split())
+    for key, check in (dict.fromkeys(sizes, COUNT) | CHECKS).items():
+        if key in config:
+            check.require(key, config[key])
     if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
         return {"num_experts": config["num_local_experts"]} | config
     return config
@@ -225,9 +247,11 @@ def _particulars(config, kind):
         return {"attention_bias": "all" if get("attention_bias") else "none", "qk_norm": "head"}
     if kind == "gpt_oss":
         types = get("layer_types") or ["sliding_attention", "full_attention"] * (config["num_hidden_layers"] // 2 + 1)
-        window = get("sliding_window") or 0
+        if "sliding_attention" in types:
+            WHOLE.require("sliding_window", get("sliding_window"))
         return {"attention_bias": "all" if get("attention_bias", True) else "none", "bias": True, "sinks": True,
-                "windows": [window * (name == "sliding_attention") for name in types[:config["num_hidden_layers"]]],
+                "windows": [get("sliding_window") if name == "sliding_attention" else 0
+                            for name in types[:config["num_hidden_layers"]]],
                 "router": "biased_top_k", "activation": "clamped_swiglu"}
     if kind in ("mistral", "mixtral") and get("sliding_window"):
         return {"windows": [get("sliding_window")] * config["num_hidden_layers"]}
@@ -236,13 +260,9 @@ def _particulars(config, kind):
 
 
 def _moe_layers(config, n_experts):
-    """The layers of a published config that have experts. Raises ValueError for settings that are no counts."""
+    """The layers of a published config that have experts."""
     n_layers, first = config["num_hidden_layers"], config.get("first_k_dense_replace", 0)
     step, rest = config.get("decoder_sparse_step", 1), config.get("moe_layer_freq", 1)
     dense = config.get("mlp_only_layers") or []
-    for name, check, value in (("num_hidden_layers", DEPTH, n_layers), ("first_k_dense_replace", COUNT, first),
-                               ("decoder_sparse_step", WHOLE, step), ("moe_layer_freq", WHOLE, rest),
-                               ("mlp_only_layers", LAYERS, dense)):
-        check.require(name, value)
     return tuple(i for i in range(first, n_layers)
                  if n_experts and (i + 1) % step == 0 and i % rest == 0 and i not in dense)

@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from ..files import CheckpointError, printable, read_json
-from ..moe.settings import COUNT, DEPTH, WHOLE
+from ..moe.settings import FLAG, Check, integer_from
 from .block import Block
 from .config import ModelConfig
-from .counting import KEYS, SIZES, architecture, renamed, require_size
+from .counting import KEYS, SIZES, architecture, checked, require_size
 from .transformer import Transformer
 
 OTHERS = {"mixtral": "", "olmoe": "norm_topk_prob", "qwen2_moe": "norm_topk_prob", "qwen3_moe": "norm_topk_prob",
           "gpt_oss": "sliding_window",  # keys that a config.json needs beside its sizes
-          "deepseek_v3": "q_lora_rank n_group topk_group norm_topk_prob routed_scaling_factor"}
+          "deepseek_v3": "n_group topk_group norm_topk_prob routed_scaling_factor"}
 YARN = {"original_length": "original_max_position_embeddings"} | {
     name: name for name in ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor")}
 QWEN = "decoder_sparse_step mlp_only_layers use_sliding_window max_window_layers"
@@ -44,6 +44,7 @@ IGNORED = """model_type architectures auto_map dtype torch_dtype transformers_ve
     label2id chunk_size_feed_forward max_length _attn_implementation_autoset""".split()
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 MXFP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # the numbers of four bits
+INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LATENT = {"query_down": "q_a_proj", "query_norm": "q_a_layernorm", "query": "q_b_proj", "latent": "kv_a_proj_with_mqa",
           "latent_norm": "kv_a_layernorm", "key_value": "kv_b_proj", "out": "o_proj"}
@@ -55,23 +56,26 @@ def model_config(config: dict) -> ModelConfig:
     """The ModelConfig of a published config.json, given as a dict, with aux_coef 0.
 
     model_type: mixtral, olmoe, qwen2_moe, qwen3_moe, gpt_oss or deepseek_v3.
-    Raises ValueError for another model_type, a missing or unknown key, and an unsupported setting. Stretched rotary
-    positions (YaRN), sliding windows below the longest sequence and quantised weights are read for gpt_oss alone.
+    Raises ValueError for another model_type, a missing or unknown key, a wrong value, and an unsupported setting.
+    Stretched rotary positions (YaRN), sliding windows below the longest sequence and quantised weights are read for
+    gpt_oss alone.
     """
+    config = checked(config)
     kind = config.get("model_type")
-    if kind not in OTHERS:
+    if str(kind) not in OTHERS:
         raise ValueError(f"model_type {kind!r} cannot be read: those that can are {', '.join(OTHERS)}")
-    config = renamed(config)
     _refuse(config, kind)
     eps, theta = DEFAULTS[kind]
-    options = {"renormalise": kind in ("mixtral", "gpt_oss") or bool(config["norm_topk_prob"])}
+    options = {"renormalise": kind in ("mixtral", "gpt_oss") or config["norm_topk_prob"]}
     if kind == "deepseek_v3":
         options["gate_scale"] = float(config["routed_scaling_factor"])
         if (config["n_group"] or 1) > 1:
             options |= {"n_groups": config["n_group"], "group_limit": config["topk_group"]}
     theta, yarn = _rope(config, kind, theta)
+    made, longest = architecture(config), config["max_position_embeddings"]
+    windows = [window if window < longest else 0 for window in made.windows]  # the others limit nothing
     return dataclasses.replace(
-        architecture(config), seq_len=config["max_position_embeddings"], norm_eps=config.get("rms_norm_eps", eps),
+        made, windows=windows if any(windows) else (), seq_len=longest, norm_eps=config.get("rms_norm_eps", eps),
         rope_theta=theta, yarn=yarn, latent_eps=eps if kind == "deepseek_v3" else None,
         router_options=options, aux_coef=0.0)
 
@@ -81,9 +85,10 @@ def _refuse(config, kind):
     sizes, others = (*KEYS, "max_position_embeddings", *SIZES[kind].split()), OTHERS[kind].split()
     if missing := [key for key in (*sizes, *others) if key not in config]:
         raise ValueError(f"the config of this {kind} lacks {', '.join(missing)}: add them")
-    for key in sizes:
-        {"num_attention_heads": WHOLE, "num_hidden_layers": DEPTH}.get(key, COUNT).require(key, config[key])
-    COUNT.or_none().require("num_nextn_predict_layers", config.get("num_nextn_predict_layers"))
+    quantised = config.get("quantization_config")
+    if quantised and (kind != "gpt_oss" or quantised.get("quant_method") != "mxfp4"):
+        raise ValueError(f"quantization_config {printable(str(quantised))[:80]}: weights of eight bits or fewer cannot "
+                         "be read, only quant_method mxfp4 of gpt_oss: save them as bfloat16, without this key")
     only = {"hidden_act": "silu", "is_causal": True} | ONLY.get(kind, {})
     for key, value in only.items():
         if config.get(key, value) != value:
@@ -93,9 +98,6 @@ def _refuse(config, kind):
             value is None or value is False or value in ("", [], {}))]:  # a 0 may change the logits
         raise ValueError(f"not supported: {printable(', '.join(other))}; remove it from the config if it changes "
                          f"nothing for this {kind}")
-    quantised = config.get("quantization_config") or {"quant_method": "mxfp4"}
-    if not isinstance(quantised, dict) or quantised.get("quant_method") != "mxfp4":
-        raise ValueError(f"quantization_config {printable(str(quantised))[:80]}: only quant_method mxfp4 can be read")
     _refuse_windows(config, kind)
     heads = config["num_attention_heads"]
     if kind == "deepseek_v3" and config.get("num_key_value_heads", heads) not in (heads, None):
@@ -108,14 +110,12 @@ def _refuse_windows(config, kind):
     window, longest = config.get("sliding_window"), config["max_position_embeddings"]
     if kind.startswith("qwen") and not config.get("use_sliding_window"):
         window = None
-    if kind == "gpt_oss":
-        COUNT.or_none().require("sliding_window", window)
-    elif window and window < longest:
+    if kind != "gpt_oss" and window and window < longest:
         raise ValueError(f"sliding_window {window} is not supported: lower max_position_embeddings {longest} to it, so "
                          "that no sequence is longer than the window")
     types, layers = {"full_attention", *(["sliding_attention"] if window else [])}, config.get("layer_types") or ()
     if other := set(layers) - types:
-        raise ValueError(f"layer_types {printable(', '.join(map(str, other)))}: only {' and '.join(sorted(types))} "
+        raise ValueError(f"layer_types {printable(', '.join(sorted(other)))}: only {' and '.join(sorted(types))} "
                          "can be computed here")
     if kind == "gpt_oss" and layers and len(layers) < config["num_hidden_layers"]:
         raise ValueError(f"layer_types must name each of the {config['num_hidden_layers']} layers, not {len(layers)}")
@@ -130,31 +130,37 @@ def _rope(config, kind, default):
     theta = rope.pop("rope_theta", config.get("rope_theta", default))
     rest = {name: value for name, value in rope.items() if name not in ("rope_type", "type") and value is not None
             and (name, value) != ("partial_rotary_factor", 1)}
-    kinds = [rope[name] for name in ("rope_type", "type") if name in rope] or ["default"] * (kind != "gpt_oss")
-    if kind == "gpt_oss" and "yarn" in kinds and rest.keys() <= set(YARN.values()):
+    kinds = {str(rope[name]) for name in ("rope_type", "type") if name in rope}  # a second one must be the same
+    if kind != "gpt_oss":
+        kinds = kinds or {"default"}
+    if kind == "gpt_oss" and kinds == {"yarn"} and rest.keys() <= set(YARN.values()):
         if lacking := [key for key in ("factor", YARN["original_length"]) if key not in rest]:
             raise ValueError(f"its rotary positions {rope} lack {' and '.join(lacking)}")
+        FLAG.require("truncate", rope.get("truncate", True))  # null is not the default for transformers
         return theta, {name: rest[key] for name, key in YARN.items() if key in rest}
-    if set(map(str, kinds)) != {"default"} or rest:
+    if kinds != {"default"} or rest:
         raise ValueError(f"rotary positions with {rope} are not supported: only plain ones are, without rope_scaling, "
                          "and for gpt_oss a rope_type of default or yarn")
     return theta, None
 
 
-def _read(path):
-    """(dict of config.json, its ModelConfig, tensors: name -> {"shape", "dtype", "data"}) of a folder or one file."""
+def _read(path, layer="all"):
+    """(dict of config.json, its ModelConfig, tensors: name -> {"shape", "dtype", "data"}) of a folder or one file.
+
+    layer: the only one that is needed; files that the index names for others are not read.
+    """
     try:
         from safetensors import SafetensorError, deserialize
     except ImportError:
         raise ImportError("reading published weights needs a package that is not installed: "
                           "pip install safetensors") from None
     path, tensors = Path(path), {}
-    folder, files = path if path.is_dir() else path.parent, _files(path)
+    folder, files = path if path.is_dir() else path.parent, _files(path, layer)
     published = _json(folder / "config.json")
-    try:
-        config = model_config(published)  # raises before anything large is read
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} holds a value of a wrong type ({error})") from None
+    config = model_config(published)  # raises before anything large is read
+    if layer != "all":
+        last = config.n_layers - 1
+        Check(integer_from(0, last + 1), f"a whole number from 0 to {last}").require("layer", layer)
     for file in files:
         try:
             found = dict(deserialize(file.read_bytes()))
@@ -169,9 +175,9 @@ def _read(path):
     return published, config, tensors
 
 
-def _files(path):
+def _files(path, layer):
     """The .safetensors files of a path: the path itself, or of a folder model.safetensors, else those that its index
-    names, else all."""
+    names (for a layer, or "all"), else all. A consolidated*.safetensors has other names for the same weights."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: check the path")
     if not path.is_dir():
@@ -180,10 +186,12 @@ def _files(path):
         return [path]
     if (path / "model.safetensors").is_file():  # an index beside it is of before, for transformers too
         return [path / "model.safetensors"]
-    index = sorted(path.glob("*.safetensors.index.json"))
+    index = sorted(path.glob("*.safetensors.index.json"), key=lambda file: (file.name != INDEX, file.name))
     if index:
         there = _json(index[0]).get("weight_map")
-        names = sorted(set(map(str, there.values()))) if isinstance(there, dict) else []
+        there = there if isinstance(there, dict) else {}
+        names = {str(file) for name, file in there.items() if name.startswith(f"model.layers.{layer}.")}
+        names = sorted(names or set(map(str, there.values())))
         if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
             raise CheckpointError(f"{index[0]} names {printable(names)[:200]}: it must name .safetensors files of its "
                                   "own folder")
@@ -195,7 +203,7 @@ def _files(path):
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLED)
         only = f", only pickles ({', '.join(pickled)}), which tinymoe never reads: convert them" if pickled else ""
         raise CheckpointError(f"{path} holds no .safetensors file{only or ': check the path'}")
-    return files
+    return [file for file in files if not file.name.startswith("consolidated")] or files
 
 
 def _json(path):
@@ -236,8 +244,16 @@ class _Weights:
             array = np.frombuffer(found["data"], dtypes[found["dtype"]]).reshape(shape)
             if found["dtype"] == "BF16":  # the upper half of a float32, a type that NumPy lacks
                 array = (array.astype(np.uint32) << 16).view(np.float32)
-            return array.astype(self.dtype)
+            return self._finite(name, array)
         return np.zeros(shape, self.dtype)
+
+    def _finite(self, name, array):
+        """The array in the model's dtype. Raises CheckpointError for NaN, and for what is too large."""
+        with np.errstate(over="ignore"):
+            array = array.astype(self.dtype)
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{self.path}: {name} is not finite in {self.dtype}: fetch the file again")
+        return array
 
     def take_packed(self, name, shape):
         """The named array (E, I, O), plain or in MXFP4: 32 numbers of a row share a scale (OCP 2023, section 5.1).
@@ -251,7 +267,7 @@ class _Weights:
         blocks, scales = (self.take(f"{name}_{part}", (E, O, I // 32, *rest), {"U8": "u1"}).astype(np.uint8)
                           for part, rest in (("blocks", (16,)), ("scales", ())))
         numbers = MXFP4[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(E, O, I // 32, 32)
-        exact = np.ldexp(numbers.astype(self.dtype), scales[..., None].astype(int) - 127)
+        exact = self._finite(name, np.ldexp(numbers, scales[..., None].astype(int) - 127))
         return np.ascontiguousarray(exact.reshape(E, O, I).transpose(0, 2, 1))
 
     def fill(self, parameter, name):
@@ -298,13 +314,14 @@ def load_block(path: str | Path, layer: int = 0, dtype=np.float32) -> Block:
     path: as in `load`, but only the tensors of this layer are needed. Their names may start with model.layers.N. or
     without a prefix. Raises as `load` does, and ValueError for a layer that the config does not have.
     """
-    published, config, tensors = _read(path)
-    if layer not in range(config.n_layers):
-        raise ValueError(f"layer {layer!r} must be from 0 to {config.n_layers - 1}")
-    prefix = f"model.layers.{layer}." if any(name.startswith("model.layers.") for name in tensors) else ""
+    published, config, tensors = _read(path, layer)
+    prefix = f"model.layers.{layer}." if any(name.startswith(("model.", "lm_head.")) for name in tensors) else ""
+    tensors = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensor of layer {layer}: give the folder, or the file that holds them")
     alone = dataclasses.replace(config, vocab_size=1, n_layers=1, moe_layers=(0,) if config.router_of(layer) else (),
                                 windows=())
-    weights = _Weights(path, alone, {name: t for name, t in tensors.items() if name.startswith(prefix)}, dtype)
+    weights = _Weights(path, alone, tensors, dtype)
     block = Block(config, config.router_of(layer), np.random.default_rng(0), dtype, config.window_of(layer))
     _fill(block, weights, prefix, config, published)
     weights.finish()
@@ -324,7 +341,8 @@ def _fill(block, weights, prefix, config, published):
                 weights.fill(getattr(part, name), f"{prefix}self_attn.{theirs}.{name}")
     if latent and published.get("rope_interleave", True):
         _pair_halves(block.attention)
-    mlp, layer = f"{prefix}{'block_sparse_moe' if kind == 'mixtral' else 'mlp'}.", block.feed_forward
+    fused = f"{prefix}mlp.experts.gate_up_proj" in weights.tensors  # all experts in one array, as in transformers 5
+    mlp, layer = f"{prefix}{'block_sparse_moe' if kind == 'mixtral' and not fused else 'mlp'}.", block.feed_forward
     if not block.is_moe:
         layer.up.weight.data, layer.down.weight.data = _gated(weights, mlp, config.d_model, config.d_ff)
         return
@@ -334,9 +352,15 @@ def _fill(block, weights, prefix, config, published):
     weights.fill(layer.router.weight, f"{mlp}gate.weight")
     if latent:
         weights.fill(layer.router.bias, f"{mlp}gate.e_score_correction_bias")
-    experts = [_gated(weights, f"{mlp}experts.{e}.", config.d_model, config.d_expert, kind == "mixtral")
-               for e in range(config.n_experts)]
-    layer.experts.w1.data, layer.experts.w2.data = map(np.stack, zip(*experts))
+    bank = layer.experts
+    if fused:
+        for matrices, name in ((bank.w1, "gate_up_proj"), (bank.w2, "down_proj")):
+            E, I, O = matrices.shape  # noqa: E741
+            matrices.data = np.ascontiguousarray(weights.take(f"{mlp}experts.{name}", (E, O, I)).transpose(0, 2, 1))
+    else:
+        experts = [_gated(weights, f"{mlp}experts.{e}.", config.d_model, config.d_expert, kind == "mixtral")
+                   for e in range(config.n_experts)]
+        bank.w1.data, bank.w2.data = map(np.stack, zip(*experts))
     if layer.shared is not None:
         name = "shared_experts" if latent else "shared_expert"
         layer.shared.up.weight.data, layer.shared.down.weight.data = _gated(
