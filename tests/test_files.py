@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -152,6 +153,19 @@ def test_a_small_file_cannot_become_large_in_memory(tmp_path, monkeypatch):
         files.load_arrays(tmp_path / "c.npz", "model")
     files.save_arrays(tmp_path / "c.npz", {"w": np.zeros(1 << 20)}, {"kind": "model"})  # as large as it is in memory
     assert files.load_arrays(tmp_path / "c.npz", "model")[0]["w"].shape == (1 << 20,)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_member_takes_no_more_memory_than_it_declares(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+        archive.writestr("w.npy", bytes(1 << 24), compress_type=method)
+        archive.getinfo("w.npy").file_size = 100  # the table at the end of the file says so
+    tracemalloc.start()
+    with pytest.raises(files.CheckpointError, match="not a complete tinymoe model"):
+        files.load_arrays(tmp_path / "c.npz", "model")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize("array",

@@ -181,9 +181,11 @@ def load_arrays(path, kind):
     try:
         with zipfile.ZipFile(path) as stored:
             members = stored.infolist()
+            if any(one.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for one in members):
+                raise ValueError("a compression that numpy does not write")
             if sum(one.file_size for one in members if one.compress_type != zipfile.ZIP_STORED) > MAX_INFLATED:
                 raise CheckpointError(f"{path} would need more than {MAX_INFLATED >> 20} MiB: it is no tinymoe {kind}")
-            arrays = {one.filename.removesuffix(".npy"): _array(stored.read(one)) for one in members}
+            arrays = {one.filename.removesuffix(".npy"): _array(_content(stored, one)) for one in members}
         header = from_json(str(arrays.pop("__header__")))
         found = header["kind"]
     except FileNotFoundError:
@@ -209,6 +211,12 @@ def load_arrays_into(targets, arrays):
             raise ValueError(f"{name} has the shape {arrays[name].shape}, not {targets[name].shape}")
     for name, array in arrays.items():
         targets[name][...] = array
+
+
+def _content(stored, member):
+    """The bytes of a member, as many as it declares. Raises BadZipFile where its checksum is of others."""
+    with stored.open(member) as f:
+        return f.read(member.file_size)  # without a size it would be inflated to its end
 
 
 def _array(raw):
