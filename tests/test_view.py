@@ -208,6 +208,11 @@ def test_a_run_without_routings_is_shown_on_the_text_it_was_trained_on(tmp_path,
         view.page(tmp_path / "other")
 
 
+def test_a_router_that_is_told_the_domain_has_a_page(tmp_path, corpus):
+    train.train(tiny("D", steps=1, model={"router": "oracle", "top_k": 1}), corpus, tmp_path)
+    assert data_of(view.page(tmp_path))["router"] == "oracle"
+
+
 def test_routings_of_two_runs_make_no_page(tmp_path, corpus):
     train.train(tiny("D"), corpus, tmp_path)
     train.train(tiny("D", model={"moe_layers": [0, 1]}), corpus, tmp_path / "other")

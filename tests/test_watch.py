@@ -117,7 +117,12 @@ def test_what_cannot_be_read_is_said_on_the_page(done, tmp_path, spoil, said):
 def test_rows_of_another_version_are_said_on_the_page(done, tmp_path):
     begin(done, tmp_path)
     files.write_rows(tmp_path / "runs/D-seed0/log.jsonl", [{"step": 0}])
-    assert "another version" in watch.state(tmp_path)["error"]
+    shutil.copytree(done / "runs/D-seed0", tmp_path / "runs/E-seed0")
+    for name in ("config", "summary"):
+        path = tmp_path / f"runs/E-seed0/{name}.json"
+        path.write_text(path.read_text().replace("D-seed0", "E-seed0"))
+    state = watch.state(tmp_path)
+    assert state["error"] == "D-seed0: rows of another version" and [run["id"] for run in state["runs"]] == ["E-seed0"]
 
 
 def test_a_run_without_rows_or_routes_is_shown_too(done, tmp_path):

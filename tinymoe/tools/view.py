@@ -208,7 +208,7 @@ def _inside(folder, final):
         return {}
     parts = model.moe_parts()
     with observed(*parts) as seen, no_grad():
-        model.forward(final["ids"].astype(np.int64), rng=np.random.default_rng([0, 0]))
+        model.forward(final["ids"].astype(np.int64), rng=np.random.default_rng([0, 0]), domain=final["domain"])
         sizes, total = zip(*(_outputs(part, x, routing) for part, (routing, x) in zip(parts, seen)))
     same = (np.stack([r.mask() for r, _ in seen]) == final["chosen"]).all(axis=2)
     arrays = {"logits": np.stack([r.logits.data for r, _ in seen]), "sizes": np.stack(sizes), "total": np.stack(total)}

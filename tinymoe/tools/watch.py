@@ -20,15 +20,19 @@ from . import view
 
 
 def state(folder) -> dict:
-    """What the page shows of a results folder, ready for JSON: its runs, by id, or `error`, why they cannot be read."""
+    """What the page shows of a results folder, ready for JSON: its runs, by id, and `error`, what cannot be read."""
+    runs, strange = [], []
     try:
         progress = {row["run"]: row for row in overview(folder)}
-        runs = [_run(Path(folder), run, progress.get(run.run_id)) for run in load_runs(folder)]
-        return {"folder": str(folder), "runs": runs, "error": "" if runs else "no run yet"}
-    except (OSError, ValueError) as error:
-        return {"folder": str(folder), "runs": [], "error": printable(error)}
-    except (KeyError, TypeError, IndexError, AttributeError):
-        return {"folder": str(folder), "runs": [], "error": "its rows are of another version"}
+        for run in load_runs(folder):
+            try:
+                runs.append(_run(Path(folder), run, progress.get(run.run_id)))
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError):
+                strange.append(printable(run.run_id))
+        error = f"{', '.join(strange)}: rows of another version" if strange else "" if runs else "no run yet"
+    except (OSError, ValueError) as problem:
+        runs, error = [], printable(problem)
+    return {"folder": str(folder), "runs": runs, "error": error}
 
 
 def _run(folder, run, progress):
