@@ -3,6 +3,8 @@
 `python tests/cluster_show.py` does the same on two hosts that are network namespaces, for longer.
 """
 
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -18,8 +20,10 @@ import pytest
 from test_lease import left
 from test_study import outcome, tiny, wait_for
 from test_train import MODEL, TRAINING, WORDS, results, snapshot
+from tinymoe import files, kernels
 from tinymoe.study import runner
 from tinymoe.training import lease
+from tinymoe.training.data import CorpusError, load_corpus
 
 cluster = pytest.importorskip("tinymoe.study.cluster", reason="distributed is not installed", exc_type=ImportError)
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +221,56 @@ def test_certificates_guard_the_scheduler(text, tmp_path, monkeypatch):
 def test_a_dict_of_texts_is_read_once():
     texts = {"words": WORDS.encode()}
     assert cluster._corpus(texts, 16) is cluster._corpus(dict(texts), 16) is not cluster._corpus(texts, 8)
+
+
+class Worker:
+    """What `_work` asks its worker for."""
+
+    address = "tcp://1.2.3.4:5"
+
+    def get_current_task(self):
+        return "key"
+
+
+def test_a_worker_that_joins_with_other_code_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "get_worker", Worker)
+    event = cluster._work(None, None, 16, {}, "numpy", "another", tiny(), tmp_path, False)
+    assert (event.kind, event.run_id) == ("failed", "F-seed0") and "other code of tinymoe" in event.message
+
+
+def test_a_text_that_changed_since_a_worker_read_it_is_read_again(text, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text(WORDS)
+    cluster._corpus(str(path), 16)
+    path.write_text(WORDS.upper())
+    new, found = load_corpus(path, 16), []
+    monkeypatch.setattr(cluster, "get_worker", Worker)
+    for described in (new.describe(), {}):
+        with contextlib.suppress(CorpusError):
+            cluster._work(lambda plan, corpus, *rest: found.append(corpus()), str(path), 16, described,
+                          kernels.active(), cluster._code(), tiny(), tmp_path, False)
+    assert [corpus.describe() for corpus in found] == [new.describe()]
+
+
+def test_a_log_that_cannot_be_read_is_looked_at_again(tmp_path, monkeypatch):
+    """Other machines replace it, and on NFS reading it may fail meanwhile."""
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    pool = cluster.Cluster.__new__(cluster.Cluster)
+    pool._sent, pool._reached, pool._changed, pool._news = {1: (tiny(), tmp_path)}, {"F-seed0": 0}, {"F-seed0": 0}, []
+
+    def steps():
+        pool._due = 0.0
+        return [event.step for event in pool.events()]
+
+    files.write_rows(tmp_path / "log.jsonl", [{"a row": "of another program"}])
+    assert steps() == []
+    files.write_rows(tmp_path / "log.jsonl", [{"step": 3, "cross_entropy": None, "seconds": 1.0}])
+    monkeypatch.setattr(cluster, "read_rows", stale)
+    assert steps() == []
+    monkeypatch.undo()
+    assert steps() == [3] and steps() == []
 
 
 def test_a_run_whose_workers_die_without_progress_fails():

@@ -27,6 +27,7 @@ from ..training.plan import Event
 BATCH = 1000  # tasks that the scheduler has at a time
 PATIENCE = 60  # seconds to wait for the scheduler, and for the first worker
 LOST = 300  # seconds to wait for a scheduler that was there before
+OTHER_CODE = "the worker {} has other code of tinymoe: install the same version there, and start the worker again"
 KEPT = []  # (text, seq_len, Corpus) of the last two texts that a worker has read
 ONE_RUN = threading.Lock()  # a worker with several threads trains one run at a time: kernels may need the process alone
 
@@ -58,7 +59,7 @@ class Cluster(futures.Executor):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are told in one line
         self._address, self._command, self._client = address, uuid.uuid4().hex[:8], None
         text = os.path.abspath(text) if isinstance(text, (str, Path)) and text and os.path.exists(text) else text
-        self._work = functools.partial(_work, attempt, text, seq_len, corpus.describe(), kernels.active())
+        self._work = functools.partial(_work, attempt, text, seq_len, corpus.describe(), kernels.active(), _code())
         self._sent, self._n_sent, self._news, self._due = {}, 0, [], 0.0
         self._reached, self._changed, self._died_at = {}, {}, {}  # by run id: step, time of its log, step of its kill
         self._connect(PATIENCE)
@@ -74,8 +75,8 @@ class Cluster(futures.Executor):
             self.shutdown()
             self._connect(LOST)
         if plan.run_id not in self._reached:
-            self._changed[plan.run_id], rows = _time(folder), [] if fresh else read_rows(folder / "log.jsonl")
-            self._reached[plan.run_id] = step = rows[-1]["step"] if rows else 0
+            self._changed[plan.run_id] = _time(folder)
+            self._reached[plan.run_id] = step = 0 if fresh else (_progress(folder) or [0])[0]
             if step:
                 self._news.append(Event("resumed", plan.run_id, step, steps=plan.training.steps))
         self._n_sent += 1
@@ -94,12 +95,11 @@ class Cluster(futures.Executor):
         if started < self._due:
             return
         for plan, folder in list(self._sent.values()):
-            if (changed := _time(folder)) != self._changed[plan.run_id] and (rows := read_rows(folder / "log.jsonl")):
-                self._changed[plan.run_id], row = changed, rows[-1]
-                if row["step"] > self._reached[plan.run_id]:
-                    self._reached[plan.run_id] = row["step"]
-                    yield Event("step", plan.run_id, row["step"], row["cross_entropy"] or 0.0,
-                                steps=plan.training.steps, seconds=row["seconds"])
+            if (changed := _time(folder)) != self._changed[plan.run_id] and (found := _progress(folder)):
+                self._changed[plan.run_id], (step, loss, seconds) = changed, found
+                if step > self._reached[plan.run_id]:
+                    self._reached[plan.run_id] = step
+                    yield Event("step", plan.run_id, step, loss, steps=plan.training.steps, seconds=seconds)
         self._due = time.monotonic() + 1 + 20 * (time.monotonic() - started)
 
     def ended(self, future):
@@ -152,8 +152,7 @@ class Cluster(futures.Executor):
                 raise ClusterError(f"the worker {worker} cannot take part ({type(seen).__name__}: {seen}): "
                                    "install tinymoe there")
             if seen[0] != _code():
-                raise ClusterError(f"the worker {worker} has other code of tinymoe: install the same version there, "
-                                   "and start the worker again")
+                raise ClusterError(OTHER_CODE.format(worker))
             if seen[1] != self._command:
                 raise ClusterError(f"the worker {worker} does not see {out} ({seen[1]}): --out must be a folder that "
                                    "all machines share")
@@ -163,6 +162,13 @@ def _time(folder):
     """When the log of a run was changed; None if there is none."""
     with contextlib.suppress(OSError):
         return os.stat(folder / "log.jsonl").st_mtime_ns
+
+
+def _progress(folder):
+    """(step, loss, seconds) of the last row of a run's log; None if there is none, or while it cannot be read."""
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError):
+        row = read_rows(folder / "log.jsonl")[-1]
+        return int(row["step"]), float(row["cross_entropy"] or 0), float(row["seconds"])
 
 
 @functools.cache
@@ -183,7 +189,7 @@ def _look(path):
         return _code(), error.strerror
 
 
-def _work(attempt, text, seq_len, described, kind, plan, folder, fresh):
+def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
     """Train a run; returns its last Event. It is "busy" if another process trains it, or the run was cancelled."""
     worker = get_worker()
     key, last = worker.get_current_task(), None
@@ -195,11 +201,14 @@ def _work(attempt, text, seq_len, described, kind, plan, folder, fresh):
             raise Unwanted
 
     def corpus():
-        found = _corpus(text, seq_len)
-        if found.describe() != described:
-            raise CorpusError(f"the worker {worker.address} reads other texts than this machine: give it the same")
-        return found
+        for _ in range(2):
+            if (found := _corpus(text, seq_len)).describe() == described:
+                return found
+            KEPT.clear()  # the text may have changed since it was read
+        raise CorpusError(f"the worker {worker.address} reads other texts than this machine: give it the same")
 
+    if _code() != code:  # it came after the study had looked at the workers
+        return Event("failed", plan.run_id, message=OTHER_CODE.format(worker.address))
     if not folder.exists():
         return Event("failed", plan.run_id, message=f"the worker {worker.address} does not see {folder}")
     with ONE_RUN, contextlib.suppress(Unwanted):
