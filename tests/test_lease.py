@@ -1,5 +1,6 @@
 """The lease of a run's folder: one process writes, on whatever host it is; a lease of the dead is taken over."""
 
+import errno
 import json
 import os
 import shutil
@@ -229,5 +230,34 @@ def test_a_resume_on_another_processor_is_noted(corpus, stopped, monkeypatch):  
     monkeypatch.setattr(t, "machine", lambda: identity.machine() | {"processor": "other"})
     t.train(tiny(), corpus, stopped)
     config = files.read_json(stopped / "config.json")
-    assert identity.processors(config) == [before["processor"], "other"]
+    assert identity.noted(config, "processor") == [before["processor"], "other"]
     assert config == before | {"processors": [before["processor"], "other"]}
+
+
+def test_a_resume_with_other_versions_is_noted(corpus, stopped, monkeypatch):  # noqa: F811
+    before, newer = files.read_json(stopped / "config.json"), {"python": "3.99"}
+    monkeypatch.setattr(t, "machine", lambda: identity.machine() | {"versions": newer})
+    t.train(tiny(), corpus, stopped)
+    assert files.read_json(stopped / "config.json") == before | {"all_versions": [before["versions"], newer]}
+
+
+def test_a_lock_is_free_after_a_lease_that_could_not_be_removed(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(lease.Lease, "release", broken)
+    with pytest.raises(OSError, match="Input/output"), run_folder.RunFolder(tmp_path).locked():
+        pass
+    monkeypatch.undo()
+    with run_folder.RunFolder(tmp_path).locked():
+        pass
+
+
+def test_a_lease_that_vanishes_while_it_is_read_is_absent(tmp_path, monkeypatch):
+    """On NFS that is ESTALE, where another host has removed the file."""
+    def stale(*how):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    left(tmp_path)
+    monkeypatch.setattr(lease, "open", stale, raising=False)
+    assert lease.holder(tmp_path) is None

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from ..training.identity import processors
+from ..training.identity import NOTED, noted
 from .experiment import SCALES
 from .markdown import escaped, run_ids
 from .quantities import LOSS
@@ -104,11 +104,12 @@ def differing_settings(results):
     if other := ", ".join(f"{name} {rate:g}, not {best:g}" for name, (rate, best) in rates.items() if rate != best):
         yield escaped(f"The learning rate is not the one that the sweep chose ({other}).")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
-        found = {json.dumps(run.config.get(key, old)): run.run_id for run in results.runs}
+        found = {json.dumps(one): run.run_id for run in results.runs
+                 for one in (noted(run.config, key) if key in NOTED else [run.config.get(key, old)])}
         if len(found) > 1:
             those = "; ".join(f"{run_id}: {shown}" for shown, run_id in found.items())
             yield escaped(f"The runs do not share the same {key} ({those}).")
-    kinds = sorted({kind for run in results.runs for kind in processors(run.config)})
+    kinds = sorted({str(kind) for run in results.runs for kind in noted(run.config, "processor")})
     if len(kinds) > 1:
         yield escaped(f"The runs used {len(kinds)} kinds of processor, so last bits can differ ({'; '.join(kinds)}).")
 

@@ -33,13 +33,14 @@ def _identity(config):
              "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
              "training bytes of": {name: text.get("train_bytes") for name, text in config.get("corpus", {}).items()},
              "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
-    return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba")} | {
+    return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba"),
+            "order of the domains": config.get("domains")} | {
         f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def differing(found: dict, wanted: dict) -> list[str]:
     """What distinguishes two runs, from the contents of their config.json: `steps is 5, not 6`; [] for one run."""
-    found, wanted = _identity(found), _identity(wanted)
+    found, wanted = _identity({"domains": wanted.get("domains")} | found), _identity(wanted)
     return [f"{name} is {found.get(name)}, not {wanted.get(name)}"
             for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
 
@@ -74,10 +75,13 @@ def machine() -> dict:
             "thread_info": kernels.thread_info(), "versions": versions}
 
 
-def processors(config: dict) -> list:
-    """The kinds of processor that a run was trained on, from its config.json; empty where it does not say."""
-    found = config.get("processors") or [config.get("processor")]
-    return [str(kind) for kind in found if kind] if isinstance(found, list) else []
+NOTED = {"processor": "processors", "versions": "all_versions"}  # of config.json: at the start; if others followed, all
+
+
+def noted(config: dict, name: str) -> list:
+    """The processors or versions that a run was trained with, from its config.json; empty where it does not say."""
+    found = config.get(NOTED[name]) or [config.get(name)]
+    return [one for one in found if one] if isinstance(found, list) else []
 
 
 @functools.cache

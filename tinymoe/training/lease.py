@@ -5,7 +5,7 @@ it may hold within one host only. So the process that has the lock also makes a 
 and its host, and a thread renews its time. Why only one process writes the folder:
 
 1. The file is made with O_EXCL: of several hosts one succeeds, on NFS (version 3 and later) too.
-2. A lease of this host is stale when its process is gone, one of another host when it was not renewed for SECONDS.
+2. A lease is stale when it was not renewed for SECONDS; one of this host also when its process is gone.
    Both times are the file server's: the second is that of a file just written there. So clocks need not agree.
 3. A stale lease is not removed first, since by then another host may have put its own in that place. Who takes it over
    makes the file of the next number, looks again, and withdraws unless its own is the only change. Of two that took
@@ -15,6 +15,7 @@ and its host, and a thread renews its time. Why only one process writes the fold
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -138,6 +139,10 @@ def _leases(folder):
 
 def _read(path):
     """(content, time of change) of a file, None if there is none. Opening it makes NFS ask the server."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(1000), os.fstat(file.fileno()).st_mtime
-    return None
+    try:
+        with open(path, "rb") as file:
+            return file.read(1000), os.fstat(file.fileno()).st_mtime
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: another host has removed it meanwhile
+            return None
+        raise

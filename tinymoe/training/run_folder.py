@@ -19,7 +19,7 @@ except ImportError:  # not a POSIX system: runs are not locked
 from .. import files
 from ..files import CheckpointError
 from . import checkpoint
-from .identity import RunError, describe, differing, processors, with_defaults
+from .identity import NOTED, RunError, describe, differing, noted, with_defaults
 from .lease import Lease
 
 FILES = ("summary.json", "checkpoint.npz", "log.jsonl", "failure.json", "config.json")
@@ -88,8 +88,10 @@ class RunFolder:
             yield
         finally:
             self.lease = None
-            lease.release()
-            os.close(handle)
+            try:
+                lease.release()
+            finally:
+                os.close(handle)
 
     def _wait_for_lock(self, handle, lease):
         locked = False
@@ -117,7 +119,7 @@ class RunFolder:
         """Write config.json, or check that it describes the same run; remove what belongs to no checkpoint.
 
         fresh: first remove the files of the run that is there, see `train`. Raises RunError if the folder holds another
-        run. A run that continues on another kind of processor notes that in config.json.
+        run. A run that continues on another kind of processor, or with other versions, notes that in config.json.
         """
         path = self.path / "config.json"
         if self.discards(fresh):
@@ -126,9 +128,10 @@ class RunFolder:
         if path.exists():
             self.require_same(config)
             found = files.read_json(path)
-            kinds = processors(found)
-            if kinds and config["processor"] not in kinds:
-                files.write_json(path, found | {"processors": [*kinds, config["processor"]]})
+            more = {several: [*before, config[name]] for name, several in NOTED.items()
+                    if (before := noted(found, name)) and config[name] not in before}
+            if more:
+                files.write_json(path, found | more)
         else:
             files.write_json(path, config | ({"fresh": fresh} if isinstance(fresh, str) else {}))
         (self.path / "failure.json").unlink(missing_ok=True)
