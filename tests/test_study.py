@@ -146,6 +146,27 @@ def test_fresh_leaves_a_run_alone_that_another_process_writes(text, tmp_path, mo
     assert "is being written by another process" in failures["F-seed0"] and snapshot(folder) == before
 
 
+def test_a_run_whose_start_failed_is_not_trained(text, tmp_path):
+    """Else it would start from what an earlier command left."""
+    def dense_and_after(**training):
+        return [replace(tiny("D", model={"moe_layers": []}, **training), config_id="dense"),
+                replace(tiny("D", **training), config_id="up", start="dense")]
+
+    study.run_study(dense_and_after()[:1], tmp_path, text)
+    failures = study.run_study(dense_and_after(learning_rate=0.01), tmp_path, text)
+    assert "other settings" in failures["dense-seed0"]
+    assert failures["up-seed0"] == "its start, the run dense-seed0, failed"
+    assert list((tmp_path / "runs/up-seed0").iterdir()) == []
+
+
+def test_domains_in_another_order_are_another_run(tmp_path):
+    """They would draw other batches."""
+    texts = {"words": WORDS.encode(), "backwards": WORDS[::-1].encode()}
+    assert study.run_study([tiny()], tmp_path, texts) == study.run_study([tiny()], tmp_path, texts) == {}
+    failures = study.run_study([tiny()], tmp_path, dict(reversed(texts.items())))
+    assert "order of the domains is ['words', 'backwards'], not ['backwards', 'words']" in failures["F-seed0"]
+
+
 def test_a_missing_text_loses_nothing_even_with_fresh(text, tmp_path):
     study.run_study([tiny()], tmp_path, text)
     before = snapshot(tmp_path)

@@ -61,7 +61,8 @@ class Results:
     primary: a Comparison for each Primary of the experiment, in their order. exploratory: Comparisons of those that
     have runs. sweep: see `sweep_losses`; its runs are in `sweep_runs`.
 
-    Raises ValueError where runs that would be averaged differ in more than the seed; NothingFinished, one, where no run
+    Raises ValueError where runs that would be averaged differ in more than the seed, and where a sweep was of another
+    model or text; NothingFinished, one, where no run
     is finished.
     """
 
@@ -78,7 +79,7 @@ class Results:
                 f"its runs are of {others}, so name their experiment (report --experiment)" if others else
                 "train some first"))
         for runs in self.groups.values():
-            _require_equal(runs, "model", "training", "start")
+            _require_equal(runs, "model", "training", "start", "imports")
         _require_equal(self.runs, "corpus", "measured")
         self.primary = corrected([self.compared(one.contrast, one.margin) for one in experiment.primary],
                                  statistics.holm)
@@ -87,6 +88,9 @@ class Results:
                                      statistics.benjamini_hochberg)
         ids = {sweep_id(name, rate) for name in experiment.choosers for rate in experiment.rates}
         self.sweep_runs = [run for run in self.all_runs if run.config_id in ids]
+        for name, runs in self.groups.items():
+            chosen = [run for run in self.sweep_runs if run.summary and run.config_id.split("@")[0] == name]
+            _require_equal([runs[0], *chosen], "model", "corpus", "imports")
         self.sweep = sweep_losses(experiment, self.sweep_runs)
 
     def compared(self, contrast: Contrast, margin: float | None = None) -> Comparison:
@@ -214,7 +218,8 @@ def _state(layer):
 
 def _require_equal(runs, *parts):
     """ValueError where runs that are averaged or compared differ in a part of config.json, or in what is measured."""
-    configs = [run.config | {"measured": dict.fromkeys(run.measured, "yes")} for run in runs]
+    configs = [run.config | {"measured": dict.fromkeys(run.measured, "yes"), "imports": {
+        Path(file["path"]).name: file["sha256"][:12] for file in run.config.get("imports", ())}} for run in runs]
     for part in parts:
         first, *others = (found if isinstance(found := config.get(part), dict) else {part: found} for config in configs)
         for run, other in zip(runs[1:], others):

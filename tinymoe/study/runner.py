@@ -63,6 +63,10 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
         on_event(event)
 
     for stage in ([plan for plan in all_runs if not plan.start], [plan for plan in all_runs if plan.start]):
+        for plan in stage:
+            if plan.start_id in failures:
+                note(Event("failed", plan.run_id, message=f"its start, the run {plan.start_id}, failed"))
+        stage = [plan for plan in stage if plan.run_id not in failures]
         todo = [plan for plan in stage if fresh or RunFolder(folders[plan.run_id]).summary() is None]
         elsewhere = {plan.run_id for plan in todo if scheduler or min(jobs, len(todo)) > 1}
         for plan in stage:
