@@ -342,7 +342,10 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
 
 
 def _train_all(experiment, scale, seeds, out, fields, **how):
-    """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}; None if none finished."""
+    """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}; None if there is no result.
+
+    A sweep run may fail because its loss did not stay finite. After any other failure no rate is chosen.
+    """
     from tinymoe.study.results import best_rates
     from tinymoe.study.rows import load_runs
     rates, chooses = {}, scale == "full" and "learning_rate" not in fields.get("training", {})
@@ -352,7 +355,9 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
         runs = experiment.runs(size, seeds, **fields)
         sweep = experiment.sweep(size, **fields) if chooses else []
     if sweep:
-        _train(sweep, out, **how)
+        failures = _train(sweep, out, **how)
+        if not all((out / "runs" / run_id / "failure.json").exists() for run_id in failures):
+            return None
         with _refusing(ValueError):
             rates = best_rates(experiment, load_runs(out), fields.get("only"))
         click.echo("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
@@ -366,7 +371,7 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     import dataclasses
 
     from tinymoe import kernels
-    from tinymoe.study.rows import remaining
+    from tinymoe.study.rows import remaining, rows_aside
     from tinymoe.study.runner import run_study
     from tinymoe.tools.progress import Progress
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
@@ -390,7 +395,7 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     how = "Leave --fresh out to resume." if fresh else "The same command resumes from the last checkpoints."
     with (_ending_if_interrupted(f"\nInterrupted. {how}"),
-          _refusing(OSError), progress.bar):
+          _refusing(OSError), rows_aside(todo if fresh else (), out), progress.bar):
         failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
     _say_failures(failures)
     if failures and fresh:
@@ -580,13 +585,13 @@ def rows(folder, form, out):
     """
     from tinymoe.files import as_csv, write_atomically
     from tinymoe.study import compare as c
-    flat, out = c.flat_rows(folder), out or folder / f"rows.{form}"
+    flat, path = c.flat_rows(folder), out or folder / f"rows.{form}"
     try:
         content = as_csv(flat) if form == "csv" else c.as_parquet(flat)
     except ImportError:
         raise click.ClickException("--parquet needs the package pyarrow: pip install pyarrow, or use --csv") from None
-    write_atomically(out, content, follow=True)
-    click.echo(f"{len(flat)} rows of {len(flat[0])} columns in {out}")
+    write_atomically(path, content, follow=bool(out))  # a link in the folder may have come with it
+    click.echo(f"{len(flat)} rows of {len(flat[0])} columns in {path}")
 
 
 @main.command()
@@ -828,9 +833,9 @@ def view(run, text, out, imports):
     """
     from tinymoe.files import write_atomically
     from tinymoe.tools import view as v
-    out, page = out or run / "view.html", v.page(run, text)
-    write_atomically(out, page, follow=True)
-    click.echo(f"{out} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser")
+    path, page = out or run / "view.html", v.page(run, text)
+    write_atomically(path, page, follow=bool(out))  # a link in the folder may have come with it
+    click.echo(f"{path} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser")
 
 
 @main.command()

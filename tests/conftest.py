@@ -8,6 +8,7 @@ import os
 import pytest
 
 from tinymoe import kernels
+from tinymoe.moe.routers import user_files
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,6 +16,12 @@ def kernels_of_the_tests(request):
     if "not slow" in request.config.getoption("markexpr") and not os.environ.get("TINYMOE_KERNELS"):
         kernels.use("numpy")
     kernels.set_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_of_the_tests(tmp_path_factory):
+    """The list of the files that a user imported stays as it is."""
+    user_files.LIST = tmp_path_factory.mktemp("cache") / "imports"
 
 
 @pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.slow)])

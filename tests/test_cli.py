@@ -24,6 +24,8 @@ from tinymoe.moe.losses import LOSSES
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.study import caveats, report
 from tinymoe.study import figures as plots
+from tinymoe.study.experiment import Experiment, Scale, Setting
+from tinymoe.study.results import Results
 from tinymoe.study.runner import Event
 from tinymoe.tools.progress import Progress, duration
 from tinymoe.training import trainer as train
@@ -253,7 +255,7 @@ def test_nothing_is_extended_unless_all_can_be(text, tmp_path):
             name[len("F-seed0/"):]: content for name, content in before.items() if name.startswith("F-seed0/")}
 
 
-def test_fresh_drops_no_row_before_its_text_is_read(text, tmp_path):
+def test_fresh_drops_no_row_before_its_run_begins(text, tmp_path, monkeypatch):
     assert study(text, tmp_path, "--config", "F")[0] == 0
     assert CliRunner().invoke(cli.main, ["compact", str(tmp_path)]).exit_code == 0
     shutil.rmtree(tmp_path / "runs")
@@ -264,6 +266,33 @@ def test_fresh_drops_no_row_before_its_text_is_read(text, tmp_path):
     (tmp_path / "runs").write_text("a file")
     assert study(text, tmp_path, "--config", "F", "--fresh")[0] == 1
     assert (tmp_path / "runs.jsonl").read_text() == before
+    (tmp_path / "runs").unlink()
+    monkeypatch.setitem(sys.modules, "tinymoe.study.cluster", None)  # Dask is missing
+    assert study(text, tmp_path, "--config", "F", "--fresh", "--scheduler", "tcp://127.0.0.1:9")[0] == 1
+    assert (tmp_path / "runs.jsonl").read_text() == before
+    assert study(text, tmp_path, "--config", "F", "--fresh")[0] == 0
+    assert (tmp_path / "runs.jsonl").read_text() == "" and (tmp_path / "runs/F-seed0/summary.json").exists()
+
+
+def test_no_rate_is_chosen_after_a_sweep_that_failed(text, tmp_path, capsys):
+    """As one of other settings, where an earlier sweep lies. One whose loss does not stay finite has failed rightly."""
+    training = {name: value for name, value in TRAINING.items() if name != "steps"}
+    question = Experiment(name="q", question="?", settings=(Setting("a", "a"),), metrics=("causal_cross_entropy",),
+                          figures={}, seeds=1, steps=2, rates=(1e-3, 1e11), training=training, adjustable=True,
+                          scales={"default": Scale(MODEL, 2, 1)})
+    how = {"text": str(text), "jobs": 1, "fresh": False, "imports": (), "scheduler": None}
+    assert cli._train_all(question, "full", None, tmp_path, fields={}, **how) == {}
+    assert "learning rates: a 0.001" in capsys.readouterr().out
+    other = {"model": {"d_ff": 64}}
+    assert cli._train_all(question, "full", None, tmp_path / "no", fields=other, **how) == {}
+    for run in (tmp_path / "no/runs").glob("a@0.001-*"):
+        shutil.rmtree(tmp_path / "runs" / run.name)
+        shutil.copytree(run, tmp_path / "runs" / run.name)
+    with pytest.raises(ValueError, match=r"a-seed0 and a@0.001-seed100 differ in their model \(d_ff: 32, 64\)"):
+        Results(question, tmp_path)
+    capsys.readouterr()
+    assert cli._train_all(question, "full", None, tmp_path, fields={}, **how) is None
+    assert "learning rates" not in capsys.readouterr().out
 
 
 def in_compiled_code(*args):
@@ -801,6 +830,17 @@ def test_view_writes_a_page_into_the_run_or_elsewhere(run, text, tmp_path):
     out.write_text("old")
     assert invoke("view", run, "--text", text, "--out", tmp_path / "link")[0] == 0
     assert (tmp_path / "link").is_symlink() and out.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_link_that_came_with_a_folder_is_not_followed(run, tmp_path):
+    shutil.copytree(run, tmp_path / "out/runs/B-seed0")
+    page, table, mine = tmp_path / "out/runs/B-seed0/view.html", tmp_path / "out/rows.csv", tmp_path / "mine"
+    mine.write_text("mine")
+    for link in (page, table):
+        link.unlink(missing_ok=True)
+        link.symlink_to(mine)
+    assert invoke("view", page.parent)[0] == invoke("rows", table.parent)[0] == 0
+    assert mine.read_text() == "mine" and not page.is_symlink() and table.read_text().startswith("run_id")
 
 
 def test_generate_continues_a_prompt_and_repeats_itself(run):

@@ -23,6 +23,7 @@ from tinymoe.files import read_rows, save_arrays, write_rows
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
 from tinymoe.moe.routers import ROUTERS
+from tinymoe.moe.routers.user_files import IMPORTED
 from tinymoe.study import caveats, compare, figures, gathered, maps, markdown, palette, quantities, report, rows, tables
 from tinymoe.study.experiment import Claim, Effect
 from tinymoe.study.results import Results
@@ -503,6 +504,16 @@ def test_runs_of_one_letter_with_other_models_are_refused(tmp_path):
     assert refused.exit_code == 1 and "differ in their model" in refused.output
 
 
+def test_seeds_of_two_versions_of_a_users_file_are_refused(tmp_path):
+    write_study(tmp_path, losses={"B": LOSSES["B"]})
+    for seed in range(3):
+        change(tmp_path / f"runs/B-seed{seed}", None, imports=[{"path": f"/{seed}/own.py", "sha256": "a" * 64}])
+    Results(STUDY, tmp_path)
+    change(tmp_path / "runs/B-seed1", None, imports=[{"path": "/1/own.py", "sha256": "b" * 64}])
+    with pytest.raises(ValueError, match=r"B-seed0 and B-seed1 differ in their imports \(own.py: a{12}, b{12}\)"):
+        Results(STUDY, tmp_path)
+
+
 @pytest.mark.parametrize("name, other", [
     ("corpus", dict.fromkeys(("prose", "verse"), {"bytes": 1000, "train_bytes": 800, "sha256": "0"})), ("start", "A")])
 def test_runs_of_another_text_or_start_are_refused(tmp_path, name, other):
@@ -519,7 +530,7 @@ def test_settings_that_differ_between_letters_are_said(tmp_path):
         change(tmp_path / f"runs/C-seed{seed}", "model", seq_len=32)
         change(tmp_path / f"runs/C-seed{seed}", "training", learning_rate=2e-3)
         change(tmp_path / f"runs/D-seed{seed}", "model", router="hash")
-    change(tmp_path / "runs/B-seed1", "versions", numpy="1.0")
+    change(tmp_path / "runs/B-seed1", None, all_versions=[{"python": "3.11"}, {"python": "3.12"}])  # when it resumed
     change(tmp_path / "runs/B-seed1", None, kernels="numpy", threads=2)
     for run, kinds in (("B-seed0", {"processor": "one"}), ("B-seed1", {"processors": ["one", "two"]})):
         path = tmp_path / "runs" / run / "config.json"
@@ -557,7 +568,8 @@ class OfAFile(LinearRouter, name="of_a_file"):
 
 
 def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
-    """As long as the file is as it was, and not among the results: a folder from elsewhere brings no code along."""
+    """As long as the file is as it was, and was imported here before: a folder from elsewhere brings no code along."""
+    IMPORTED.add(hashlib.sha256(ROUTER.encode()).hexdigest())
     path, study = tmp_path / "of_a_file.py", tmp_path / "study"
     folder = write_run(study, "A", 0, 2.0)
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {
@@ -580,8 +592,8 @@ def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
         assert said not in findings(study)  # from runs.jsonl alone
         ROUTERS.pop("of_a_file")
         identity.execute_files.cache_clear()
-        shutil.move(study / "runs.jsonl", tmp_path)  # now the file lies beside it
-        assert said in findings(tmp_path) and "of_a_file" not in ROUTERS
+        IMPORTED.clear()
+        assert said in findings(study) and "of_a_file" not in ROUTERS
     finally:
         ROUTERS.pop("of_a_file", None)
         identity.execute_files.cache_clear()

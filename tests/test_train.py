@@ -15,6 +15,7 @@ import pytest
 import tinymoe as tm
 from tinymoe import files, kernels
 from tinymoe.experiments import STUDY, Scale
+from tinymoe.moe.routers import user_files
 from tinymoe.study.rows import load_runs
 from tinymoe.tools import view
 from tinymoe.training import evaluation, identity, loading, plan, run_folder
@@ -660,21 +661,38 @@ def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
         t.train(plan, corpus, tmp_path / "run")
 
 
-@pytest.mark.parametrize("path", ["{run}/evil.py", "evil.py", "{run}/routings/../evil.py", "{link}/evil.py"])
-def test_a_run_folder_brings_no_code_along(corpus, stopped, tmp_path_factory, path, monkeypatch):
-    """As one of a stranger would, with the hash that fits. A relative path would depend on the current folder."""
-    link = tmp_path_factory.mktemp("elsewhere") / "link"
-    link.symlink_to(stopped)
+@pytest.mark.parametrize("path", ["{run}/evil.py", "evil.py", "{run}/../evil.py", "/proc/self/cwd/evil.py"])
+def test_a_run_folder_brings_no_code_along(corpus, stopped, path, monkeypatch):
+    """As one of a stranger would, with the hash that fits, whether the file lies in the run's folder or beside it."""
     code = f"open({str(stopped / 'executed')!r}, 'w')"
+    (stopped.parent / "evil.py").write_text(code)
     (stopped / "evil.py").write_text(code)
     monkeypatch.chdir(stopped)
-    recorded = {"path": path.format(run=stopped, link=link), "sha256": hashlib.sha256(code.encode()).hexdigest()}
+    recorded = {"path": path.format(run=stopped), "sha256": hashlib.sha256(code.encode()).hexdigest()}
     config = json.loads((stopped / "config.json").read_text())
     (stopped / "config.json").write_text(json.dumps(config | {"imports": [recorded]}))
     for load in (loading.load_model, loading.execute_recorded_of):
-        with pytest.raises(files.CheckpointError, match="not an absolute path outside the run's folder"):
+        with pytest.raises(files.CheckpointError, match="evil.py was never imported .*--import"):
             load(stopped)
     assert not (stopped / "executed").exists()
+
+
+def test_a_file_that_was_imported_once_is_known_to_later_processes(tmp_path, monkeypatch):
+    """A list that cannot be written is no error, and then counts in its own process alone."""
+    monkeypatch.setattr(user_files, "LIST", tmp_path / "cache/imports")
+    path, other = own_router(tmp_path, 3)[0], tmp_path / "other.py"
+    digest = user_files.load_file(path)
+    monkeypatch.setattr(user_files, "IMPORTED", set())
+    assert user_files.imported_before(digest) and not user_files.imported_before("0" * 64)
+    del tm.routers.ROUTERS["own_3"]
+    user_files.load_file(path)
+    assert user_files.LIST.read_text() == f"{digest}\n"
+    monkeypatch.setattr(user_files, "LIST", path / "imports")  # within a file
+    other.write_text("x = 1")
+    assert user_files.imported_before(user_files.load_file(other))
+    monkeypatch.setattr(user_files, "IMPORTED", set())
+    assert not user_files.imported_before(digest)
+    del tm.routers.ROUTERS["own_3"]
 
 
 @pytest.mark.parametrize("imports", [3, [3], [{}], [{"path": 3, "sha256": ""}], [{"path": "/a\0", "sha256": ""}],

@@ -1,6 +1,6 @@
 """Result rows: the runs that a study left on disk, read back and checked, and how far runs are that still train."""
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -172,16 +172,12 @@ def _progress(place):
 def remaining(plans, out, text=None, fresh: bool = False) -> list:
     """The RunPlans that are to be trained, or looked at: all but those that out/runs.jsonl holds as finished.
 
-    A sweep run that failed counts as finished: at its rate training does not stay finite. fresh: all, and their rows
-    are taken out of the file. Raises ValueError where a row is of other settings, and for a run that starts from one
-    whose folder is gone; CorpusError for a text that cannot be read.
+    A sweep run that failed counts as finished: at its rate training does not stay finite. fresh: all. Raises ValueError
+    where a row is of other settings, and for a run that starts from one whose folder is gone; CorpusError for a text
+    that cannot be read.
     """
-    rows, ids, runs = list(_compact_runs(Path(out, COMPACT))), {plan.run_id for plan in plans}, Path(out, "runs")
+    rows, runs = list(_compact_runs(Path(out, COMPACT))), Path(out, "runs")
     if fresh:
-        if any(run.run_id in ids for run in rows):
-            load_corpus(text, plans[0].model.seq_len)  # what training needs: rows that are gone do not come back
-            runs.mkdir(parents=True, exist_ok=True)
-            _write_compact(out, [run for run in rows if run.run_id not in ids])
         return list(plans)
     failed = [_folder_run(runs / plan.run_id) for plan in plans
               if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
@@ -200,17 +196,32 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
     return todo
 
 
+@contextmanager
+def rows_aside(plans, out):
+    """Take the rows of these RunPlans out of out/runs.jsonl. Afterwards those whose run did not begin come back."""
+    path, ids = Path(out, COMPACT), {plan.run_id for plan in plans}
+    rows = list(_compact_runs(path)) if ids else []
+    if aside := [run for run in rows if run.run_id in ids]:
+        _write_compact(out, [run for run in rows if run.run_id not in ids])
+    try:
+        yield
+    finally:
+        if back := [run for run in aside if not Path(out, "runs", run.run_id, "config.json").exists()]:
+            _write_compact(out, [*_compact_runs(path), *back])
+
+
 def _unknown_names(model):
     """`router x` or `loss x` for each of a stored ModelConfig that is not known in this process."""
     return [*(f"router {name}" for name in dict.fromkeys(router_names(model)) if name not in ROUTERS),
             *(f"loss {name}" for name in model.get("losses") or () if name not in LOSSES)]
 
 
-def _execute_imports(config, study_dir):
-    """Execute what a run with an unknown router or loss imported: no file that has changed, or lies in the results."""
+def _execute_imports(config):
+    """Execute what a run with an unknown router or loss imported: no file that has changed, or is new to this machine.
+    """
     if _fits(config, CONFIG) and _unknown_names(config["model"]):
         with suppress(*UNUSABLE):
-            execute_recorded(config, study_dir)
+            execute_recorded(config)
 
 
 def unknown(runs) -> list[str]:
@@ -222,7 +233,7 @@ def unknown(runs) -> list[str]:
 
 def _folder_run(place):
     config, summary, failure = (_json(place / f"{name}.json") for name in ("config", "summary", "failure"))
-    _execute_imports(config, place.parent.parent)
+    _execute_imports(config)
     return _record(place, config, read_rows(place / "log.jsonl"), summary, failure)
 
 
@@ -240,7 +251,7 @@ def _compact_runs(path):
             parts = from_json(line)
             if not _fits(parts, PARTS):
                 raise ValueError
-            _execute_imports(parts["config"], path.parent)
+            _execute_imports(parts["config"])
             yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
         except (ValueError, KeyError, RecursionError):
             raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None

@@ -8,6 +8,7 @@ from .. import files
 from ..files import CheckpointError
 from ..model.transformer import Transformer
 from ..model.upcycling import upcycle
+from ..moe.routers.user_files import imported_before
 from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
 from .identity import RunError, execute_files
 
@@ -18,21 +19,22 @@ def execute_recorded_of(folder: str | Path) -> None:
     """Execute the files that a run's config.json names, by `execute_recorded`. Raises CheckpointError for others."""
     place = Path(folder, "config.json")
     try:
-        execute_recorded(files.read_json(place) if place.exists() else {}, folder)
+        execute_recorded(files.read_json(place) if place.exists() else {})
     except UNUSABLE as error:
-        raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put them back") from None
+        raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put back the files of "
+                              "the run, or read them and give them by --import") from None
 
 
-def execute_recorded(config: dict, folder: str | Path) -> None:
+def execute_recorded(config: dict) -> None:
     """Execute the files that a run's config names, so that its routers and losses are known.
 
-    Only files with an absolute path outside `folder` are executed, and only if their hash is the recorded one: results
-    from elsewhere cannot bring code with them. Raises one of UNUSABLE for any other file.
+    A file is executed if its hash is the recorded one and this user has imported a file of that hash on this machine:
+    results from elsewhere cannot bring code with them. Raises one of UNUSABLE for any other file.
     """
     recorded = config.get("imports", [])
     for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
-        if not path.is_absolute() or path.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"{path} is not an absolute path outside the run's folder, so it is not executed")
+        if not imported_before(sha256):
+            raise ValueError(f"{path} was never imported on this machine")
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path} has changed since this run")
     execute_files(tuple(file["path"] for file in recorded))

@@ -1,5 +1,6 @@
 """Files of the user's that define routers, losses or experiments."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -10,6 +11,25 @@ from ..losses import LOSSES, Loss
 from .base import ROUTERS, Router
 
 OWN_LOSSES = dict(LOSSES)
+IMPORTED = set()  # hashes of what this process has run
+LIST = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinymoe", "imports")  # and others
+
+
+def imported_before(sha256: str) -> bool:
+    """Whether this user has run a file of this hash by `run_file`, in this process or another of this machine."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # "~" stays without a home
+        return sha256 in IMPORTED or LIST.is_absolute() and sha256 in LIST.read_text().split()
+    return False
+
+
+def _remember(sha256):
+    """Let `imported_before` know of a file that was run. A list that cannot be written counts in this process alone."""
+    with contextlib.suppress(OSError):
+        if not imported_before(sha256) and LIST.is_absolute():
+            LIST.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(LIST, "a") as file:
+                file.write(f"{sha256}\n")
+    IMPORTED.add(sha256)
 
 
 def load_file(path: str | Path) -> str:
@@ -33,6 +53,7 @@ def run_file(path: str | Path) -> tuple[ModuleType, str]:
         module, before = importlib.util.module_from_spec(spec), dict(ROUTERS)
         spec.loader.exec_module(module)
         _require_tables(before)
+        _remember(digest)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a file that ends the program has not said what it defines
