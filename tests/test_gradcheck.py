@@ -67,11 +67,20 @@ def test_the_step_along_a_random_direction_grows_with_the_entries(size):
     assert not gradcheck(squares(0.5), size * LARGE) and not gradcheck(squares(0.0), size * LARGE)
 
 
+def test_one_large_entry_does_not_hide_the_others_of_a_large_input():
+    """Would have caught: each entry's step by its own size, so that 1e4 among 100 normals outweighs them."""
+    x, fault = np.random.default_rng(0).standard_normal(100), np.ones(100)
+    x[0], fault[50:] = 1e4, 1.1
+    assert gradcheck(squares(1.0), x)
+    assert not gradcheck(squares(fault), x)
+
+
 @pytest.mark.parametrize("x", [SMALL, LARGE], ids=["small", "large"])
 def test_entries_that_are_not_finite_have_a_step_too(x):
     x = x.copy()
     x[1] = -np.inf
     assert gradcheck(lambda x: F.where(np.isinf(x.data), 0.0, x), x)
+    assert gradcheck(lambda x: F.where(np.isinf(x.data), 0.0, x), np.full(x.shape, np.inf))
 
 
 def test_an_entry_below_a_hundredth_of_the_largest_is_measured_by_it():

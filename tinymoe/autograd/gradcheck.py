@@ -39,7 +39,8 @@ def gradcheck(function: Callable[..., Tensor], *inputs: Tensor | ArrayLike, eps:
         that it reads (a model's parameter, say), list it among the inputs.
     inputs: Tensors or arrays. Those with requires_grad are checked, or every floating one if none has it. Floating
         data become float64 during the check. Afterwards data and gradients are as before.
-    eps: the step, relative to entries larger than 1. rtol: the largest relative error that passes.
+    eps: the step, relative to entries larger than 1; in a large input to the median entry. rtol: the largest relative
+        error that passes.
 
     Raises TypeError if the function returns no Tensor. Raises ValueError if no input is floating, or if two calls
     differ: a random function must make its generator anew in each call.
@@ -99,15 +100,17 @@ def _gradients(output, weights, tensors):
 
 
 def _directions(tensor):
-    """(place, direction) pairs, scaled by entries larger than 1: axes of a small tensor, random ones of a large."""
-    scale = np.where(np.isfinite(tensor.data), np.maximum(1, np.abs(tensor.data)), 1)
+    """(place, direction) pairs: axes of a small tensor, each scaled by its entry if that is larger than 1; random ones
+    of a large, all scaled by the median entry, so that one far larger does not hide the errors of the others."""
     if tensor.size <= MAX_ENTRIES:
+        scale = np.where(np.isfinite(tensor.data), np.maximum(1, np.abs(tensor.data)), 1)
         for index in np.ndindex(tensor.shape):
             unit = np.zeros(tensor.shape)
             unit[index] = scale[index]
             yield f"at {index}", unit
     else:
-        rng = np.random.default_rng(1)
+        finite = np.abs(tensor.data[np.isfinite(tensor.data)])
+        scale, rng = max(1, np.median(finite)) if finite.size else 1, np.random.default_rng(1)
         for i in range(N_DIRECTIONS):
             yield f"along random direction {i}", rng.standard_normal(tensor.shape) * scale
 
