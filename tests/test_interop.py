@@ -116,7 +116,7 @@ def test_a_block_alone(tmp_path, kind, layer):
         y, routing = block(tm.Tensor(x), tm.RouteContext())
         np.testing.assert_allclose(y.data[0], expected, rtol=0, atol=1e-12)
         assert (routing is None) == ((kind, layer) in [("deepseek_v3", 0), ("qwen2_moe", 1)])
-    for wrong in (9, True, 1.0, "1", None):
+    for wrong in (9, True, 1.0, "1", None, "all"):
         with pytest.raises(ValueError, match=f"layer {wrong!r} must be a whole number from 0 to"):
             interop.load_block(tmp_path / "block", wrong)
 

@@ -196,10 +196,13 @@ def architecture(config: ModelConfig | dict | str) -> ModelConfig:
         return PRESETS[config]
     if isinstance(config, ModelConfig):
         return config
-    OBJECT.require("a model's config", config)
-    if "d_model" in config:
+    if isinstance(config, dict) and "d_model" in config:
         return ModelConfig.from_dict(config)
-    config = checked(config)
+    return architecture_of_published(checked(config))
+
+
+def architecture_of_published(config: dict) -> ModelConfig:
+    """The ModelConfig of a config.json that is `checked`. Raises ValueError for missing keys and unknown kinds."""
     get, kind = config.get, config.get("model_type")
     if missing := [key for key in (*KEYS, *SIZES.get(str(kind), "").split()) if key not in config]:
         raise ValueError(f"not a model's config: it lacks {', '.join(missing)} (or, for a tinymoe model, d_model)")
@@ -223,7 +226,7 @@ def architecture(config: ModelConfig | dict | str) -> ModelConfig:
 
 
 def checked(config: dict) -> dict:
-    """A published config.json with the name that most files give to a key that newer ones call otherwise.
+    """A published config.json, its values checked, with the name that most files give to a key of newer ones.
 
     Raises ValueError for a value that its key cannot hold. Missing keys are not looked for.
     """

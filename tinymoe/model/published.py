@@ -21,7 +21,7 @@ from ..files import CheckpointError, printable, read_json
 from ..moe.settings import FLAG, Check, integer_from
 from .block import Block
 from .config import ModelConfig
-from .counting import KEYS, SIZES, architecture, checked, require_size
+from .counting import KEYS, SIZES, architecture_of_published, checked, require_size
 from .transformer import Transformer
 
 OTHERS = {"mixtral": "", "olmoe": "norm_topk_prob", "qwen2_moe": "norm_topk_prob", "qwen3_moe": "norm_topk_prob",
@@ -72,7 +72,7 @@ def model_config(config: dict) -> ModelConfig:
         if (config["n_group"] or 1) > 1:
             options |= {"n_groups": config["n_group"], "group_limit": config["topk_group"]}
     theta, yarn = _rope(config, kind, theta)
-    made, longest = architecture(config), config["max_position_embeddings"]
+    made, longest = architecture_of_published(config), config["max_position_embeddings"]
     windows = [window if window < longest else 0 for window in made.windows]  # the others limit nothing
     return dataclasses.replace(
         made, windows=windows if any(windows) else (), seq_len=longest, norm_eps=config.get("rms_norm_eps", eps),
@@ -144,10 +144,10 @@ def _rope(config, kind, default):
     return theta, None
 
 
-def _read(path, layer="all"):
+def _read(path, *layer):
     """(dict of config.json, its ModelConfig, tensors: name -> {"shape", "dtype", "data"}) of a folder or one file.
 
-    layer: the only one that is needed; files that the index names for others are not read.
+    layer: the only one that is needed, if it is given; files that the index names for others are not read.
     """
     try:
         from safetensors import SafetensorError, deserialize
@@ -155,12 +155,12 @@ def _read(path, layer="all"):
         raise ImportError("reading published weights needs a package that is not installed: "
                           "pip install safetensors") from None
     path, tensors = Path(path), {}
-    folder, files = path if path.is_dir() else path.parent, _files(path, layer)
+    folder, files = path if path.is_dir() else path.parent, _files(path, *layer)
     published = _json(folder / "config.json")
     config = model_config(published)  # raises before anything large is read
-    if layer != "all":
+    for number in layer:
         last = config.n_layers - 1
-        Check(integer_from(0, last + 1), f"a whole number from 0 to {last}").require("layer", layer)
+        Check(integer_from(0, last + 1), f"a whole number from 0 to {last}").require("layer", number)
     for file in files:
         try:
             found = dict(deserialize(file.read_bytes()))
@@ -175,9 +175,9 @@ def _read(path, layer="all"):
     return published, config, tensors
 
 
-def _files(path, layer):
+def _files(path, *layer):
     """The .safetensors files of a path: the path itself, or of a folder model.safetensors, else those that its index
-    names (for a layer, or "all"), else all. A consolidated*.safetensors has other names for the same weights."""
+    names (for a layer, if it is given), else all. A consolidated*.safetensors has other names for the same weights."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: check the path")
     if not path.is_dir():
@@ -189,8 +189,10 @@ def _files(path, layer):
     index = sorted(path.glob("*.safetensors.index.json"), key=lambda file: (file.name != INDEX, file.name))
     if index:
         there = _json(index[0]).get("weight_map")
-        there = there if isinstance(there, dict) else {}
-        names = {str(file) for name, file in there.items() if name.startswith(f"model.layers.{layer}.")}
+        if not isinstance(there, dict):
+            there = {}
+        needed = tuple(f"model.layers.{number}." for number in layer)
+        names = {str(file) for name, file in there.items() if name.startswith(needed)}
         names = sorted(names or set(map(str, there.values())))
         if not names or not all(name.endswith(".safetensors") and Path(name).name == name for name in names):
             raise CheckpointError(f"{index[0]} names {printable(names)[:200]}: it must name .safetensors files of its "
