@@ -62,7 +62,7 @@ def test_a_product_of_turned_vectors_depends_on_their_distance_alone():
     np.testing.assert_allclose(turned[5, 1], turn(k, 5))
     assert gradcheck(F.rotary, Tensor(states(2, 3, 2, 4)))
     for shape, base in (((1, 2, 1, 3), 10.0), ((1, 2, 1, 4), np.ones(1)), ((1, 2, 1, 4), np.ones(3))):
-        with pytest.raises(ValueError, match="pairs of .* not " + re.escape(f"{shape}, {np.shape(base)}")):
+        with pytest.raises(ValueError, match="a number or .* not " + re.escape(f"x {shape} and base {np.shape(base)}")):
             F.rotary(Tensor(states(*shape)), base)
 
 

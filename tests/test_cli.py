@@ -731,7 +731,7 @@ def mixed(text, tmp_path_factory):
 def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
     code, output = invoke("route", mixed, "one two three four", "--entropy")
     assert code == 0 and "layer 0, 4 experts" in output and "layer 1, 4 experts" in output
-    assert "Otherwise: expert_choice chooses over later bytes too" in output.splitlines()[-1]
+    assert "Otherwise: expert_choice looks at later bytes too" in output.splitlines()[-1]
     code, output = invoke("route", mixed, "one one one", "--layer", 0)
     expert = output.splitlines()[2][8:]
     assert code == 0 and expert[:3] == expert[4:7] == expert[8:]  # hash: the same byte, the same expert
@@ -743,7 +743,7 @@ def test_commands_show_a_run_with_a_router_for_each_layer(mixed, tmp_path):
     for page in (tmp_path / "saved.html", tmp_path / "run" / "view.html"):
         data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
         assert data["router"] == "hash, expert_choice" and data["layers"] == [0, 1] and not data["limited"]
-        assert "expert_choice chooses over later bytes too" in data["note"]
+        assert "expert_choice looks at later bytes too" in data["note"]
     assert re.search(r"\| D .*hash.*expert_choice", (mixed.parent.parent / "FINDINGS.md").read_text(encoding="utf-8"))
 
 

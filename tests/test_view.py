@@ -123,7 +123,7 @@ def test_the_terminal_needs_no_matplotlib():
 
 @pytest.mark.parametrize("model, said", [
     ({}, ""), ({"router": "expert_choice"}, "later bytes too, so"),
-    ({"router": "sinkhorn"}, "sinkhorn chooses over later bytes too while training"),
+    ({"router": "sinkhorn"}, "sinkhorn looks at later bytes too while training"),
     ({"capacity_factor": 1.0}, "capacity limit")])
 def test_a_note_says_where_the_route_is_not_causal(model, said):
     assert (said in view.note(tiny("D", model=model).model)) and (said or not view.note(tiny("D").model))

@@ -1,8 +1,8 @@
 """Functions of Tensors: activations, the softmax family, losses, normalisation, lookups.
 
 Each makes one node of the graph (but for clamped SwiGLU and `gather` of all axes), with its VJP beside it. Those that
-take most of a step call a kernel (reference.py). They take arrays in place of Tensors. Activations, linear, norms,
-attention, rotary and embedding raise TypeError unless all their inputs are float32, or all are float64.
+take most of a step call a kernel (reference.py). All take arrays for Tensors. Unless all inputs are float32, or all are
+float64, activation, gelu, silu, relu, linear, the norms, causal_attention, rotary and embedding raise TypeError.
 """
 
 import math
@@ -79,9 +79,9 @@ def normal_cdf(x: Tensor) -> Tensor:
 
 
 def _largest(x, axis):
-    """x.max(axis, keepdims=True). Along a short last axis NumPy is up to ten times faster on the transpose."""
+    """x.max(axis, keepdims=True), in float64 for integers; -inf along an empty axis."""
     x = x if x.dtype.kind == "f" else x.astype(np.float64)  # so that x - largest is float64 too: in uint8 it would wrap
-    if axis == -1 and x.ndim == 2 and x.shape[1] <= 64:
+    if axis == -1 and x.ndim == 2 and x.shape[1] <= 64:  # NumPy is up to ten times faster on the transpose
         return np.ascontiguousarray(x.T).max(axis=0, initial=-np.inf)[:, None]
     return x.max(axis=axis, keepdims=True, initial=-np.inf)
 
@@ -90,7 +90,8 @@ def _exponentials(x, axis):
     """(top, exp(x - top)), where top is the largest entry."""
     top = _largest(x, axis)
     top = np.where(np.isinf(top), 0, top)  # a row of -inf has the sum 0, not NaN
-    return top, np.exp(e := np.asarray(x - top), out=e)
+    e = np.asarray(x - top)
+    return top, np.exp(e, out=e)
 
 
 def _shift(x, axis):
@@ -135,8 +136,7 @@ def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:
     rows = np.arange(n)
     top, e = _exponentials(logits.data, -1)
     total = e.sum(axis=1, keepdims=True)
-    picked = logits.data[rows, targets] - top[:, 0]
-    nats = np.log(total[:, 0]) - picked  # -log softmax(logits)[target]
+    nats = np.log(total[:, 0]) - (logits.data[rows, targets] - top[:, 0])  # -log softmax(logits)[target]
 
     def vjp(g):  # (softmax - one hot) g / n
         d = e * (g / n / total)
@@ -221,11 +221,11 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
     base: the number in the formula; or an array (d/2,) of angles, which then take the place of base^(-2i/d).
     """
     if x.ndim != 4 or x.shape[-1] % 2 or np.shape(base) not in ((), (x.shape[-1] // 2,)):
-        raise ValueError(f"rotary turns pairs of x (B, T, H, 2n) by a base () or (n,), not {x.shape}, {np.shape(base)}")
+        raise ValueError("rotary takes x (B, T, H, d), d even, and a base that is a number or (d/2,); not "
+                         f"x {x.shape} and base {np.shape(base)}")
     check_dtypes("rotary", x)
     T, d = x.shape[1], x.shape[-1]
-    angles = base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d)
-    angle = np.arange(T)[:, None] * angles  # (T, d/2)
+    angle = np.arange(T)[:, None] * (base if np.ndim(base) else base ** (-np.arange(0, d, 2) / d))  # (T, d/2)
     cos, sin = (f(angle)[:, None, :].astype(x.dtype) for f in (np.cos, np.sin))
 
     def turn(z, sin):

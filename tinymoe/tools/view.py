@@ -34,9 +34,9 @@ def note(config):
     for name in config.routers:
         causal, causal_training = ROUTERS[name].causal_with(config.options_of(name))
         if not causal:
-            said.append(f"{name} chooses over later bytes too, so a byte's expert may depend on them.")
+            said.append(f"{name} looks at later bytes too, so a byte's expert may depend on them.")
         elif not causal_training:
-            said.append(f"{name} chooses over later bytes too while training.")
+            said.append(f"{name} looks at later bytes too while training.")
     if config.capacity_factor is not None:
         said.append("Which bytes lose an expert to the capacity limit depends on the whole batch.")
     return " ".join(said)

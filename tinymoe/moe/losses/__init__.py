@@ -69,6 +69,6 @@ LOSSES = {
     "device": Loss("load balance over devices (DeepSeek-V2)", lambda r, c: device_balance_loss(r, c.n_devices)),
     "communication": Loss("balance of what devices receive (DeepSeek-V2)",
                           lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),
-    "policy": Loss("REINFORCE (Williams 1992), for routers that draw; 1 by default there, exact with L for L layers",
-                   lambda r, c: policy_loss(r, c.token_nats()) if c.router.sampled else None),
+    "policy": Loss("REINFORCE (Williams 1992), for routers that draw; coefficient 1 by default, and L for the exact "
+                   "gradient of L layers", lambda r, c: policy_loss(r, c.token_nats()) if c.router.sampled else None),
 }

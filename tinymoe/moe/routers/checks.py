@@ -31,7 +31,9 @@ def check_input(router: str, x, context) -> None:
                          f"B * T = {len(x)}")
     if domain is None:
         return
-    if domain.ndim != 1 or (len(x) % (len(domain) or len(x) + 1) if ids is None else len(domain) != len(ids)):
+    n = len(domain) if domain.ndim == 1 else -1
+    fits = n == len(ids) if ids is not None else n == len(x) or n > 0 and len(x) % n == 0
+    if not fits:
         raise RouteError(f"router {router} has RouteContext.domain {domain.shape} for {len(x)} tokens"
                          f"{'' if ids is None else f' of {len(ids)} sequences'}: give it one domain for each sequence")
     if domain.dtype.kind not in "iu" or domain.min(initial=0) < 0:
