@@ -266,7 +266,7 @@ def test_the_seeds_that_would_decide_have_a_price(tmp_path):
     """102 seeds of two settings, at 20 seconds a run; one slow run does not change the median."""
     results = Results(STUDY, write_study(tmp_path))
     results.groups["A"][1].summary["wall_seconds"] = 3600.0
-    found = types.SimpleNamespace(verdict="not known", needed=102, needed_range=(50, None), n=2,
+    found = types.SimpleNamespace(verdict="not known", needed=102, needed_range=(50, None), between=False,
                                   contrast=Contrast(LOSS, "C", minus="A"))
 
     def said(**changed):
@@ -276,14 +276,16 @@ def test_the_seeds_that_would_decide_have_a_price(tmp_path):
     assert said() == (pytest.approx(102 * 40 / 3600), "102 seeds (50 to over 1,000), 1.1 core-hours")
     assert said(needed=None, needed_range=(None, None)) == (
         pytest.approx(1000 * 40 / 3600), "over 1,000 seeds (over 1,000), over 11.1 core-hours")
-    assert said(needed=2)[1] == "no number of seeds is known, as the difference seems to lie between 0 and the margin"
-    assert said(needed=2)[0] == said(verdict="same")[0] == 0
+    assert said(between=True) == (
+        0, "no number of seeds is known, as the difference seems to lie between 0 and the margin")
+    assert said(verdict="same")[0] == 0
 
 
 def test_the_price_of_a_seed_has_the_run_that_it_starts_from(tmp_path):
     settings = tuple(dataclasses.replace(s, start="A") if s.id == "C" else s for s in STUDY.settings)
     results = Results(dataclasses.replace(STUDY, settings=settings, rates=()), write_study(tmp_path))
-    found = types.SimpleNamespace(verdict="not known", needed=102, n=2, contrast=Contrast(LOSS, "C", minus="B"))
+    found = types.SimpleNamespace(verdict="not known", needed=102, between=False,
+                                  contrast=Contrast(LOSS, "C", minus="B"))
     assert tables.deciding_hours(results, found) == pytest.approx(102 * 60 / 3600)
 
 
@@ -359,7 +361,7 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
     said = gathered.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
     assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).** The interval is [")
     assert "Of 2 exploratory differences of the causal loss" in said
-    assert " million parameters, and learning rates of 0.001 and 0.001." in said
+    assert " million parameters, and learning rates of 0.001. No" in said
     claim = Claim(3, "A is worse", "nobody", (Effect(LOSS, "B", "<", 0, minus="A"),))
     asked = dataclasses.replace(experiment, claims=(claim,))
     assert gathered.surprise([Results(asked, tmp_path)]).startswith("No exploratory difference")
@@ -399,8 +401,11 @@ def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
     found = [among("one", (1.0, 1.1, 1.25)), among("two", (1.0, 1.7, 2.1)), among("three", (-1.0, 0.0, 1.0))]
     assert [each.primary[0].verdict for each in found] == ["different", "different", "not known"]
     assert gathered.over_all(found) == (
-        "Corrections are made within each experiment. With Holm's correction over all 3 primary comparisons 1 of 2 "
-        "would still be *different*, without `two` (p = 0.076).")
+        "Corrections are made within each experiment. With Holm's correction over all 3 primary comparisons, all but "
+        "`two` (p = 0.076) of the 2 that are *different* would stay so.")
+    assert gathered.over_all(found[:1]).endswith("over all 1 primary comparisons, all of the 1 that are *different* "
+                                                 "would stay so.")
+    assert gathered.over_all(found[2:]) == gathered.over_all([]) == ""
 
 
 @pytest.mark.slow

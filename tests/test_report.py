@@ -365,6 +365,7 @@ def test_the_rate_that_was_taken_is_that_of_the_runs(tmp_path):
 
 def test_a_p_value_never_looks_like_the_level():
     assert [tables.two_digits(p) for p in (0.0503, 0.0497, 0.051, 0.5)] == ["0.0503", "0.0497", "0.051", "0.5"]
+    assert [tables.two_digits(p) for p in (0.04997, 0.05002, 0.05, math.nan)] == ["0.04997", "0.05002", "0.05", "nan"]
 
 
 def test_a_loss_that_falls_nowhere_has_no_steepest_slope(tmp_path):
@@ -387,16 +388,16 @@ def test_a_claim_without_a_number_is_in_no_gathered_table(tmp_path):
 def test_what_decides_all_is_a_lower_bound_where_a_number_of_seeds_is_unknown():
     """One comparison is not known in 3 seeds; 100 seeds would decide it, or over 1,000, or an unknown number."""
     run = types.SimpleNamespace(config={}, wall_seconds=36.0, state="finished", summary={})  # 0.01 core-hours
-    def said(needed):
-        one = types.SimpleNamespace(verdict="not known", needed=needed, n=3, contrast=Contrast("load_cv", "A"))
-        other = types.SimpleNamespace(verdict="not known", needed=100, n=3, contrast=Contrast("load_cv", "A"))
+    def said(needed, between=False):
+        one, other = (types.SimpleNamespace(verdict="not known", needed=n, between=between and n == needed,
+                                            contrast=Contrast("load_cv", "A")) for n in (needed, 100))
         setting = types.SimpleNamespace(id="A", start=None)
         return gathered.cost([types.SimpleNamespace(
             primary=[one, other], experiment=types.SimpleNamespace(settings=[setting]), groups={"A": [run]}, runs=[run],
             sweep_runs=[], all_runs=[run])])
 
     assert "would take about 2 core-hours" in said(100)
-    assert "would take at least 11 core-hours" in said(None) and "would take at least 1 core-hours" in said(2)
+    assert "would take at least 11 core-hours" in said(None) and "would take at least 1 core-hours" in said(2, True)
 
 
 def test_nothing_measured_may_be_written_as_null(tmp_path):

@@ -204,6 +204,7 @@ def test_the_seeds_needed_have_the_range_of_their_sd():
     one = compared(*(values / values.std(ddof=1)), margin=1.0)
     assert one.needed_range == (seeds_needed(math.sqrt(7 / 16.013)), seeds_needed(math.sqrt(7 / 1.690)))
     assert one.needed_range[0] < one.needed < one.needed_range[1]
+    assert not one.between and compared(0.0049, 0.005, 0.0051, margin=0.01).between  # half the margin, little scatter
 
 
 def test_a_factor_of_the_second_setting_by_hand():

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..files import write_atomically
 from .experiment import Experiment
+from .markdown import joined
 from .palette import COLOURS, MARKERS
 from .quantities import in_row, quantity, title
 from .report import mark
@@ -66,10 +67,10 @@ def draw_all(results: Results) -> list[Path]:
     return paths
 
 
-def save(fig: Figure, path, mark: str | None = None, follow: bool = False) -> Path:
-    """Write a figure as PNG: the same bytes for the same figure. mark: a text in its metadata. follow: see files.py."""
+def save(fig: Figure, path, text: str | None = None, follow: bool = False) -> Path:
+    """Write a figure as PNG: the same bytes for the same figure. text: for its metadata. follow: see files.py."""
     image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=200, metadata={"Software": None, "Description": mark})
+    fig.savefig(image, format="png", dpi=200, metadata={"Software": None, "Description": text})
     write_atomically(path, image.getvalue(), follow)
     return path
 
@@ -80,16 +81,16 @@ def captioned(text, metrics=()):
     text: a str, or a function of Results where the caption depends on the runs; `draw.caption` is always a function.
     metrics: the quantities that it draws, so that an Experiment can refuse a name that is unknown.
     """
-    def mark(draw):
+    def decorate(draw):
         draw.caption, draw.metrics = text if callable(text) else lambda results: text, metrics
         return draw
-    return mark
+    return decorate
 
 
 def listed(metrics, reference=None, results=None) -> str:
     """The titles of metrics as the beginning of a sentence; of losses with the reference whose loss is taken off."""
     said = [less_reference(reference, metric, results)[1].replace("\n", " ") for metric in metrics]
-    text = " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
+    text = joined(said)
     return text[0].upper() + text[1:]
 
 
@@ -174,7 +175,10 @@ def half_widths(intervals):
 
 def points_of(results, name, metric, *, reference=None, layer=None):
     """(steps, numbers (steps, seeds)) of a setting's log, less the reference's of the same seed if there is one; of a
-    grey setting the mean over the seeds, (steps, 1). layer: index of one MoE layer, None for the mean."""
+    grey setting the mean over the seeds, (steps, 1).
+
+    layer: index of one MoE layer, None for the mean.
+    """
     logs = {run.run_id: {row["step"]: row for row in run.log}
             for setting in (name, reference) if setting for run in results.groups[setting]}
 
@@ -349,8 +353,8 @@ def forest(found: list[Results]) -> Figure | None:
     ticks = [*(-x for x in reversed(below)), 0, *above]
     axes.set_xticks(ticks, [str(x).replace("-", "−") for x in ticks])
     axes.minorticks_off()
-    axes.set(xlabel="(first − second) / margin; of a loss, left: the first is better", xlim=(ticks[0], ticks[-1]),
-             ylim=(len(rows) - 0.4, -0.6))
+    axes.set(xlabel="(first − second) / margin; left of 0 the first is lower, which for a loss is better",
+             xlim=(ticks[0], ticks[-1]), ylim=(len(rows) - 0.4, -0.6))
     fig.legend(handles=[*SEED_KEYS, MARGIN_KEY], loc="outside lower center", ncols=3)
     axes.set_yticks(range(len(rows)), [fill(f"{name}: {one.contrast}{_what(one)}".replace("`", ""), 52)
                                        for name, one in rows])
@@ -359,7 +363,7 @@ def forest(found: list[Results]) -> Figure | None:
 
 def _what(found):
     one = quantity(found.contrast.metric)
-    return "" if one.is_loss else f" ({one.label or one.name}; margin {found.margin:g})"
+    return "" if one.is_loss else f" ({one.words}; margin {found.margin:g})"
 
 
 def draw_forest(found: list[Results], published) -> Path | None:

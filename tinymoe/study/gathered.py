@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .caveats import warnings
 from .experiment import Experiment
-from .markdown import WORDS, bold, chapter, enumerated, table, write_paragraphs
+from .markdown import WORDS, bold, chapter, enumerated, joined, table, write_paragraphs
 from .quantities import LOSS, quantity
 from .report import about, images, verdicts
 from .results import NothingFinished, Results
@@ -104,14 +104,16 @@ def place_of(experiment):
 
 
 def over_all(found):
-    """What a correction over the primary comparisons of all experiments would change, in a sentence."""
+    """What a correction over the primary comparisons of all experiments would change; empty if none is different."""
     tested = [(results, one) for results in found for one in results.primary if one.tested]
     strict = holm([one.interval.p for _, one in tested])
     different = [(results, one, p) for (results, one), p in zip(tested, strict) if one.verdict == "different"]
     lost = [f"`{results.experiment.name}` ({p_value(p)})" for results, one, p in different if p >= LEVEL]
+    if not different:
+        return ""
     return (f"Corrections are made within each experiment. With Holm's correction over all {len(tested)} primary "
-            f"comparisons {len(different) - len(lost)} of {len(different)} would still be *different*"
-            f"{', without ' + ', '.join(lost) if lost else ''}.")
+            f"comparisons, all {f'but {joined(lost)} ' if lost else ''}of the {len(different)} that are *different* "
+            "would stay so.")
 
 
 def link(results):
@@ -155,8 +157,8 @@ def cost(found):
     """What would decide all that is not known, why it was not run, and its core-hours; empty if all is decided."""
     needed = sum(deciding_hours(results, one) for results in found for one in results.primary)
     spent = sum(map(total_hours, found))
-    bound = any(not one.needed or one.needed <= one.n for results in found for one in results.primary
-                if one.verdict == "not known")  # a comparison counts too little, or not at all
+    bound = any(not one.needed or one.between for results in found for one in results.primary
+                if one.verdict == "not known")
     return (f"{TO_DECIDE} To decide all of it would take {'at least' if bound else 'about'} {needed:,.0f} core-hours; "
             f"all runs here took {spent:,.1f}." if needed else "")
 
@@ -164,7 +166,7 @@ def cost(found):
 def unit(found):
     """What the difference of a Comparison is in: the unit, and in brackets the quantity if it is no loss."""
     one = quantity(found.contrast.metric)
-    return one.unit if one.is_loss else f"{one.unit} ({one.label or one.name})".strip()
+    return one.unit if one.is_loss else f"{one.unit} ({one.words})".strip()
 
 
 def surprise(found):
@@ -177,11 +179,12 @@ def surprise(found):
     what = {s.id: s.what for s in results.experiment.settings}
     first, second = one.contrast.settings
     better = "better" if one.mean < 0 else "worse"
-    sizes, rates = (" and ".join(f"{of(results.groups[name][0].config):.2g}" for name in (first, second)) for of in (
-        lambda config: config["parameters"]["total"] / 1e6, lambda config: config["training"]["learning_rate"]))
+    configs = [results.groups[name][0].config for name in one.contrast.settings]
+    sizes = dict.fromkeys(f"{config['parameters']['total'] / 1e6:.2g}" for config in configs)  # each text once
+    rates = dict.fromkeys(f"{config['training']['learning_rate']:.2g}" for config in configs)
     return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
-            f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. They have {sizes} million "
-            f"parameters, and learning rates of {rates}. No question asked for it. Of {len(fair)} exploratory "
+            f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. They have {joined(sizes)} million "
+            f"parameters, and learning rates of {joined(rates)}. No question asked for it. Of {len(fair)} exploratory "
             "differences of the causal loss between models of equal active size that were trained for as many steps, "
             "it is the largest that is shown, so it is probably too large.")
 

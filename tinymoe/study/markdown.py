@@ -29,6 +29,12 @@ def chapter(heading, *parts):
     return [f"## {heading}", *parts] if parts[-1] else []
 
 
+def joined(words):
+    """`a`, `a and b` or `a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def enumerated(numbers):
     """`0 to 11` for whole numbers that follow each other, else `0, 2, 5`."""
     if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:

@@ -45,9 +45,14 @@ class Quantity:
             or self.name in ("leak", "excess", "prefix_cost")
 
     @property
+    def words(self) -> str:
+        """The label, or without one the name."""
+        return self.label or self.name.replace("_", " ")
+
+    @property
     def title(self) -> str:
-        """The label with its unit, as tables and axes show it."""
-        return (self.label or self.name.replace("_", " ")) + (f" ({self.unit})" if self.unit else "")
+        """The words with the unit, as tables and axes show it."""
+        return self.words + (f" ({self.unit})" if self.unit else "")
 
     @property
     def heading(self) -> str:
@@ -243,9 +248,13 @@ OTHERS = ("train_loss", "gradient_norm", "learning_rate", "penalty", "multi_toke
           "byte_information_null")
 
 
+def _known():
+    return (*QUANTITIES, *OTHERS, *LOSSES)  # a user's file may add to them
+
+
 def require_known(names) -> None:
     """ValueError for the first name that is neither in the table, nor a number of rows or a loss."""
-    known = (*QUANTITIES, *OTHERS, *LOSSES)
+    known = _known()
     for name in names:
         family, _, parameter = name.partition(":")
         if name not in known and not (parameter and family in FAMILIES):
@@ -280,7 +289,7 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     numbers = [row[name]] if name in row else [_in_layer(one, each) for each in choosing]
     if numbers and None not in numbers:
         return float(np.mean(numbers))
-    if name in (*QUANTITIES, *OTHERS, *LOSSES) or name in row or layers != choosing:
+    if name in _known() or name in row or layers != choosing:
         return math.nan
     raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
 

@@ -154,6 +154,11 @@ class Comparison:
         return tuple(self._seeds_of(self.sd * math.sqrt((self.n - 1) / end))
                      for end in stats.chi2.ppf([0.975, 0.025], self.n - 1))
 
+    @property
+    def between(self) -> bool:
+        """Whether it has the seeds that are `needed`: undecided, it then seems to lie between 0 and the margin."""
+        return self.needed is not None and self.needed <= self.n
+
     def _seeds_of(self, sd):
         return None if self.margin is None else seeds_needed(sd / self.margin, LEVEL / self.family)
 
@@ -169,7 +174,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """One of VERDICTS; the last without two seeds."""
+        """One of VERDICTS; the last without two seeds, or where a run lacks the number."""
         if not self.tested:
             return "not tested"
         return "different" if self.corrected < LEVEL else "same" if self.within else "not known"

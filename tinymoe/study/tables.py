@@ -34,7 +34,7 @@ def how_sure(found) -> str:
 
 def to_decide(results, found) -> str:
     """How many seeds would decide a comparison that is not known, the range that its SD leaves open, and their cost."""
-    if found.needed and found.needed <= found.n:
+    if found.between:
         return "no number of seeds is known, as the difference seems to lie between 0 and the margin"
     needed, *ends = (f"{n:,}" if n else f"over {MOST_SEEDS:,}" for n in (found.needed, *found.needed_range))
     hours = f"{'' if found.needed else 'over '}{deciding_hours(results, found):,.1f} core-hours"
@@ -44,7 +44,7 @@ def to_decide(results, found) -> str:
 def deciding_hours(results, found) -> float:
     """Core-hours of the seeds that would decide a comparison, at the median of each setting's runs and of those that
     it starts from; 0 where it is decided or no number of seeds is known. Over 1,000 seeds count as 1,000."""
-    if found.verdict != "not known" or found.needed and found.needed <= found.n:
+    if found.verdict != "not known" or found.between:
         return 0.0
     starts = {s.id: s.start for s in results.experiment.settings}
     names = {each for name in found.contrast.settings for each in (name, starts.get(name)) if each in results.groups}
@@ -57,8 +57,8 @@ def p_value(p):
 
 
 def two_digits(p):
-    """A p value with two digits, or three where two would make it the level of 0.05."""
-    return f"{p:.3g}" if f"{p:.2g}" == f"{LEVEL:g}" else f"{p:.2g}"
+    """A p value with two digits, or as many more as tell it from the level of 0.05."""
+    return next(said for n in range(2, 18) if float(said := f"{p:.{n}g}") != LEVEL or p == LEVEL)
 
 
 def verdict_of(found):

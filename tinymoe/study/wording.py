@@ -30,17 +30,17 @@ seed, or where all seeds agree. Differences are paired by seed."""
 METHODS = """Information is the mutual information of expert and label, estimated from counts, minus its mean under \
 shuffled labels. Domains are shuffled over windows, bytes over positions. Shuffled domains lose their link to the \
 bytes too, so domain information beyond the byte is too low: with 1,000 windows a domain by 0.001 nats, with 64 by \
-0.01, and in curves over steps, which have 16, by up to 0.04. The more of the domain the experts tell, the more it \
-misses: 0.12 in curves where the route is the domain. Weight divergence is the mean of 1 - cosine over pairs of \
-experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE layers, measured \
-with the routing of training, without router noise. For expert choice this routes a whole batch, so its load and \
-coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, which is the \
-same for all settings. Intervals cover the seed and not the choice of text, except those over seeds and text. Their \
-variance is that of the mean over seeds plus that of the text, from a bootstrap of stretches within each domain. Their \
-half width is the root of the summed squares of the half widths of the two t intervals. Intervals take the chosen \
-learning rates as fixed. They assume that seeds scatter normally, which so few seeds cannot check. They may pass a \
-bound that a number cannot, such as a coverage of 1. Training times and core-hours are wall time, so they depend on \
-what else ran on the machine."""
+0.01, and in curves over steps, which have 16, by up to 0.04. The estimate is further off the more the experts say \
+about the domain: by 0.12 nats in curves where the route is the domain. Weight divergence is the mean of 1 - cosine \
+over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
+layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
+its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
+which is the same for all settings. Intervals cover the seed and not the choice of text, except those over seeds and \
+text. Their variance is that of the mean over seeds plus that of the text, from a bootstrap of stretches within each \
+domain. Their half width is the root of the summed squares of the half widths of the two t intervals. Intervals take \
+the chosen learning rates as fixed. They assume that seeds scatter normally, which so few seeds cannot check. They may \
+pass a bound that a number cannot, such as a coverage of 1. Training times and core-hours are wall time, so they \
+depend on what else ran on the machine."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \
