@@ -5,6 +5,7 @@ The fast tests (-m "not slow") run on the NumPy kernels unless TINYMOE_KERNELS s
 
 import os
 
+import matplotlib
 import pytest
 
 from tinymoe import kernels
@@ -20,8 +21,13 @@ def kernels_of_the_tests(request):
 
 @pytest.fixture(autouse=True, scope="session")
 def imports_of_the_tests(tmp_path_factory):
-    """The list of the files that a user imported stays as it is."""
-    user_files.LIST = tmp_path_factory.mktemp("cache") / "imports"
+    """The list of the files that a user imported stays as it is, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # else each of them would look for fonts again
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setattr(user_files, "LIST", cache / "tinymoe/imports")
+        yield
 
 
 @pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.slow)])
