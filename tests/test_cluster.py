@@ -14,6 +14,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ from tinymoe import files, kernels
 from tinymoe.study import runner
 from tinymoe.training import lease
 from tinymoe.training.data import CorpusError, load_corpus
+from tinymoe.training.plan import Event
 
 cluster = pytest.importorskip("tinymoe.study.cluster", reason="distributed is not installed", exc_type=ImportError)
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,8 +236,32 @@ class Worker:
 
 def test_a_worker_that_joins_with_other_code_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "get_worker", Worker)
-    event = cluster._work(None, None, 16, {}, "numpy", "another", tiny(), tmp_path, False)
-    assert (event.kind, event.run_id) == ("failed", "F-seed0") and "other code of tinymoe" in event.message
+    assert cluster._work(None, None, 16, {}, "numpy", "another", tiny(), tmp_path, False) == Worker.address
+    retired, done, pool = [], cluster.futures.Future(), cluster.Cluster.__new__(cluster.Cluster)
+    done.set_result(Worker.address)
+    pool._client, pool._sent = SimpleNamespace(retire_workers=retired.extend), {done: (tiny(), None)}
+    assert pool.ended(done) == Event("busy", "F-seed0") and retired == [Worker.address]
+
+
+def test_a_worker_that_joins_late_with_other_code_leaves_and_the_others_train_all(text, tmp_path):
+    """It answers at once, so it would be the free one again and again."""
+    shutil.copytree(ROOT / "tinymoe", tmp_path / "other/tinymoe", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "other/tinymoe/more.py").write_text("other = 1")
+    dask, joined = Dask(1), []
+
+    def join(event):
+        if not joined:
+            dask.environment |= {"PYTHONPATH": str(tmp_path / "other"), "PYTHONSAFEPATH": "1"}
+            joined.append(dask.start_worker())
+
+    try:
+        failures = runner.run_study(several(6, steps=300), tmp_path / "out", text, on_event=join,
+                                    scheduler=dask.address)
+        assert failures == {} and len(list(tmp_path.glob("out/runs/*/summary.json"))) == 6
+        wait_for(lambda: dask.workers[1].poll() is not None)
+        assert dask.workers[0].poll() is None
+    finally:
+        dask.end()
 
 
 def test_a_text_that_changed_since_a_worker_read_it_is_read_again(text, tmp_path, monkeypatch):

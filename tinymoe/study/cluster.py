@@ -106,7 +106,11 @@ class Cluster(futures.Executor):
         """The last Event of a run; "busy" if it is to be sent again."""
         run_id = self._sent.pop(future)[0].run_id
         try:
-            return future.result()
+            if isinstance(found := future.result(), Event):
+                return found
+            with contextlib.suppress(Exception):  # the scheduler has gone, and so has this worker
+                self._client.retire_workers([found])
+            return Event("busy", run_id)
         except futures.CancelledError:  # the scheduler has gone
             return Event("busy", run_id)
         except KilledWorker:
@@ -190,7 +194,10 @@ def _look(path):
 
 
 def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
-    """Train a run; returns its last Event. It is "busy" if another process trains it, or the run was cancelled."""
+    """Train a run; returns its last Event. It is "busy" if another process trains it, or the run was cancelled.
+
+    A worker with other code trains nothing, and returns its address.
+    """
     worker = get_worker()
     key, last = worker.get_current_task(), None
 
@@ -208,7 +215,8 @@ def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
         raise CorpusError(f"the worker {worker.address} reads other texts than this machine: give it the same")
 
     if _code() != code:  # it came after the study had looked at the workers
-        return Event("failed", plan.run_id, message=OTHER_CODE.format(worker.address))
+        logging.getLogger("distributed.worker").error(OTHER_CODE.format(worker.address))
+        return worker.address
     if not folder.exists():
         return Event("failed", plan.run_id, message=f"the worker {worker.address} does not see {folder}")
     with ONE_RUN, contextlib.suppress(Unwanted):
@@ -223,8 +231,8 @@ def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
 
 def _corpus(text, seq_len):
     """The Corpus that load_corpus reads, kept for the next runs. A text may be a dict, so it is no key of a cache."""
-    for (*key, corpus) in KEPT:
-        if key == [text, seq_len]:
+    for its_text, its_len, corpus in KEPT:
+        if (its_text, its_len) == (text, seq_len):
             return corpus
     KEPT[:] = [*KEPT[-1:], (text, seq_len, corpus := load_corpus(text, seq_len))]
     return corpus
