@@ -6,7 +6,8 @@ and its host, and a thread renews its time. Why only one process writes the fold
 
 1. The file is made with O_EXCL: of several hosts one succeeds, on NFS (version 3 and later) too.
 2. A lease is stale when it was not renewed for SECONDS; one of this host also when its process is gone.
-   Both times are the file server's: the second is that of a file just written there. So clocks need not agree.
+   The time of renewal and the present are both the file server's; the present is that of a file just written there.
+   So clocks need not agree.
 3. A stale lease is not removed first, since by then another host may have put its own in that place. Who takes it over
    makes the file of the next number, looks again, and withdraws unless its own is the only change. Of two that took
    over at the same time the later one sees the earlier one's file. Then the stale files are removed.

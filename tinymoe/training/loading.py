@@ -8,7 +8,7 @@ from .. import files
 from ..files import CheckpointError
 from ..model.transformer import Transformer
 from ..model.upcycling import upcycle
-from ..moe.routers.user_files import imported_before
+from ..moe.routers import user_files
 from .data import SYNTHETIC, Corpus, CorpusError, load_corpus
 from .identity import RunError, execute_files
 
@@ -22,7 +22,7 @@ def execute_recorded_of(folder: str | Path) -> None:
         execute_recorded(files.read_json(place) if place.exists() else {})
     except UNUSABLE as error:
         raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put back the files of "
-                              "the run, or read them and give them by --import") from None
+                              "the run, or read them and give them once by --import") from None
 
 
 def execute_recorded(config: dict) -> None:
@@ -33,8 +33,8 @@ def execute_recorded(config: dict) -> None:
     """
     recorded = config.get("imports", [])
     for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
-        if not imported_before(sha256):
-            raise ValueError(f"{path} was never imported on this machine")
+        if not user_files.imported_before(sha256):
+            raise ValueError(f"{path} is not in the list of imported files, {user_files.LIST}")
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise ValueError(f"{path} has changed since this run")
     execute_files(tuple(file["path"] for file in recorded))

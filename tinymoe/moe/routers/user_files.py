@@ -12,7 +12,8 @@ from .base import ROUTERS, Router
 
 OWN_LOSSES = dict(LOSSES)
 IMPORTED = set()  # hashes of what this process has run
-LIST = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinymoe", "imports")  # and others
+# hashes of what this user's other processes have run
+LIST = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinymoe", "imports")
 
 
 def imported_before(sha256: str) -> bool:
