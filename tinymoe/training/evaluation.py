@@ -164,6 +164,6 @@ def measured(measure, trainer) -> dict:
     except SystemError:  # Ctrl-C in compiled code
         raise
     except Exception as error:
-        what = "" if name is None else f" at {name!r}, {found[name]!r}"
-        raise RunError(printable(f"measure failed{what} ({type(error).__name__}: {error}): it must return a dict of "
-                                 "finite numbers or None; correct it and run the same command again")) from None
+        what = "" if name is None else f" at {name!r:.80}, {found[name]!r:.80}"
+        raise RunError(printable(f"measure failed{what} ({type(error).__name__}: {error!s:.200}): it must return a "
+                                 "dict that JSON takes, without NaN or inf: correct it and start again")) from None
