@@ -356,7 +356,8 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
         sweep = experiment.sweep(size, **fields) if chooses else []
     if sweep:
         failures = _train(sweep, out, **how)
-        if not all((out / "runs" / run_id / "failure.json").exists() for run_id in failures):
+        if not all(" is not finite at step " in message for message in failures.values()):  # see NonFiniteLoss
+            _say("No learning rate was chosen, so nothing else was trained: correct what failed first.")
             return None
         with _refusing(ValueError):
             rates = best_rates(experiment, load_runs(out), fields.get("only"))
@@ -371,12 +372,12 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     import dataclasses
 
     from tinymoe import kernels
-    from tinymoe.study.rows import remaining, rows_aside
+    from tinymoe.study.rows import remaining, rows_replaced
     from tinymoe.study.runner import run_study
     from tinymoe.tools.progress import Progress
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
     with _refusing(ValueError, OSError):
-        todo = remaining(runs, out, text, fresh)
+        todo = runs if fresh else remaining(runs, out, text)
         if extend and todo:
             _lengthen(todo, out, text)
     if len(todo) < len(runs):
@@ -395,11 +396,11 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     how = "Leave --fresh out to resume." if fresh else "The same command resumes from the last checkpoints."
     with (_ending_if_interrupted(f"\nInterrupted. {how}"),
-          _refusing(OSError), rows_aside(todo if fresh else (), out), progress.bar):
+          _refusing(OSError), rows_replaced(todo if fresh else (), out), progress.bar):
         failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
     _say_failures(failures)
     if failures and fresh:
-        _say("--fresh deletes finished runs too: leave it out to run the same command again.")
+        _say("To go on, run the command without --fresh, which deletes finished runs too.")
     return failures
 
 
@@ -491,8 +492,8 @@ def findings(folder, imports):
     """Gather the study and the experiments into one document.
 
     It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the answers, the claims, and a section
-    for each experiment, but for those of your own files. It also draws FOLDER/figures/primary.png. For your own runs
-    give results; runs of --full must have been put there by --out FOLDER/full and --out FOLDER/experiments/NAME.
+    for each experiment, except those defined in your own files. It also draws FOLDER/figures/primary.png. For your own
+    runs give results; runs of --full must have been put there by --out FOLDER/full and --out FOLDER/experiments/NAME.
 
     [default: results/published]
     """

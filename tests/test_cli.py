@@ -270,6 +270,9 @@ def test_fresh_drops_no_row_before_its_run_begins(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tinymoe.study.cluster", None)  # Dask is missing
     assert study(text, tmp_path, "--config", "F", "--fresh", "--scheduler", "tcp://127.0.0.1:9")[0] == 1
     assert (tmp_path / "runs.jsonl").read_text() == before
+    real = train.Trainer.learn
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if before == (
+        tmp_path / "runs.jsonl").read_text() else None)  # a process that is killed while it trains leaves the row
     assert study(text, tmp_path, "--config", "F", "--fresh")[0] == 0
     assert (tmp_path / "runs.jsonl").read_text() == "" and (tmp_path / "runs/F-seed0/summary.json").exists()
 
@@ -285,14 +288,24 @@ def test_no_rate_is_chosen_after_a_sweep_that_failed(text, tmp_path, capsys):
     assert "learning rates: a 0.001" in capsys.readouterr().out
     other = {"model": {"d_ff": 64}}
     assert cli._train_all(question, "full", None, tmp_path / "no", fields=other, **how) == {}
-    for run in (tmp_path / "no/runs").glob("a@0.001-*"):
-        shutil.rmtree(tmp_path / "runs" / run.name)
+    for run in (tmp_path / "no/runs").glob("a@1e+11-*"):
+        shutil.move(tmp_path / "runs" / run.name, tmp_path / run.name)
         shutil.copytree(run, tmp_path / "runs" / run.name)
+    with pytest.raises(ValueError, match=r"a-seed0 and a@1e\+11-seed100 differ in their model \(d_ff: 32, 64\)"):
+        Results(question, tmp_path)
+    for run in (tmp_path / "no/runs").glob("a@*"):
+        shutil.rmtree(tmp_path / "runs" / run.name)
+        shutil.copytree(run if "@0.001" in run.name else tmp_path / run.name, tmp_path / "runs" / run.name)
     with pytest.raises(ValueError, match=r"a-seed0 and a@0.001-seed100 differ in their model \(d_ff: 32, 64\)"):
         Results(question, tmp_path)
     capsys.readouterr()
     assert cli._train_all(question, "full", None, tmp_path, fields={}, **how) is None
-    assert "learning rates" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "learning rates" not in said.out and "No learning rate was chosen, so nothing else" in said.err
+    (tmp_path / "no/runs/a@1e+11-seed101/log.jsonl").unlink()
+    (tmp_path / "no/runs/a@1e+11-seed101/log.jsonl").symlink_to(tmp_path)
+    assert cli._train_all(question, "full", None, tmp_path / "no", fields=other, **how | {"fresh": True}) is None
+    assert (tmp_path / "no/runs/a@1e+11-seed101/failure.json").exists()  # of before
 
 
 def in_compiled_code(*args):

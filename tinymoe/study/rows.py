@@ -46,6 +46,10 @@ SUMMARY = {"run_id": str, "steps": SIZE, "seconds": NUMBER, "wall_seconds": (NUM
 BY_DOMAIN = {"val_by_domain": NUMBER, "causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}
 
 
+class Damaged(ValueError):
+    """A file of rows that cannot be read."""
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """One training run: its settings, its log rows by step, and how it ended."""
@@ -60,7 +64,7 @@ class RunRecord:
     seed = property(lambda self: self.config["seed"])
     model = property(lambda self: self.config["model"])
     final = property(lambda self: self.summary["final"])  # the last measurement, on the larger validation set
-    measured = property(lambda self: self.summary.get("measured") or {})  # what an experiment asked of the model
+    measured = property(lambda self: (self.summary or {}).get("measured") or {})  # what its experiment asked for
     rules = property(lambda self: self.config.get("rules", ""))  # by which its routers choose, see Router.rules
     is_moe = property(lambda self: bool(self.final["layers"]))
 
@@ -169,16 +173,14 @@ def _progress(place):
     return found
 
 
-def remaining(plans, out, text=None, fresh: bool = False) -> list:
+def remaining(plans, out, text=None) -> list:
     """The RunPlans that are to be trained, or looked at: all but those that out/runs.jsonl holds as finished.
 
-    A sweep run that failed counts as finished: at its rate training does not stay finite. fresh: all. Raises ValueError
-    where a row is of other settings, and for a run that starts from one whose folder is gone; CorpusError for a text
-    that cannot be read.
+    A sweep run that failed counts as finished: at its rate training does not stay finite. Raises ValueError where a row
+    is of other settings, and for a run that starts from one whose folder is gone; CorpusError for a text that cannot be
+    read.
     """
     rows, runs = list(_compact_runs(Path(out, COMPACT))), Path(out, "runs")
-    if fresh:
-        return list(plans)
     failed = [_folder_run(runs / plan.run_id) for plan in plans
               if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
     stand = {run.run_id: run for run in (*rows, *failed)
@@ -197,17 +199,18 @@ def remaining(plans, out, text=None, fresh: bool = False) -> list:
 
 
 @contextmanager
-def rows_aside(plans, out):
-    """Take the rows of these RunPlans out of out/runs.jsonl. Afterwards those whose run did not begin come back."""
+def rows_replaced(plans, out):
+    """Afterwards, take the rows of these RunPlans out of out/runs.jsonl whose run has begun again in its folder.
+
+    Raises Damaged, before anything is trained, where the file is.
+    """
     path, ids = Path(out, COMPACT), {plan.run_id for plan in plans}
-    rows = list(_compact_runs(path)) if ids else []
-    if aside := [run for run in rows if run.run_id in ids]:
-        _write_compact(out, [run for run in rows if run.run_id not in ids])
+    there = ids and ids & {run.run_id for run in _compact_runs(path)}
     try:
         yield
     finally:
-        if back := [run for run in aside if not Path(out, "runs", run.run_id, "config.json").exists()]:
-            _write_compact(out, [*_compact_runs(path), *back])
+        if begun := {run_id for run_id in there if Path(out, "runs", run_id, "config.json").exists()}:
+            _write_compact(out, [run for run in _compact_runs(path) if run.run_id not in begun])
 
 
 def _unknown_names(model):
@@ -254,7 +257,7 @@ def _compact_runs(path):
             _execute_imports(parts["config"])
             yield _record(Path(str(parts["config"].get("run_id"))), **{part: parts[part] for part in PARTS})
         except (ValueError, KeyError, RecursionError):
-            raise ValueError(f"{path}: line {number} is damaged: fetch the file again") from None
+            raise Damaged(f"{path}: line {number} is damaged: fetch the file again") from None
 
 
 def _record(place, config, log, summary, failure):
@@ -287,14 +290,16 @@ def _is_whole(name, config, log, summary):
     def layers(row):
         return [(layer["layer"], len(layer["load"])) for layer in row["layers"]]
 
-    def within(row):  # rows of before a newer version resumed the run lack the newer numbers
-        return row.keys() <= log[-1].keys() and layers(row) == layers(final) and all(
-            layer.keys() <= last.keys() for layer, last in zip(row["layers"], final["layers"]))
-
     final = summary["final"]
     rows = final, *log
+
+    def within(row):  # rows of before a newer version resumed the run lack the newer numbers
+        numbers = {name for name in row if name.startswith(("val", "causal"))}
+        return row.keys() <= log[-1].keys() and numbers <= final.keys() and layers(row) == layers(final) and all(
+            layer.keys() <= last.keys() for layer, last in zip(row["layers"], final["layers"]))
+
     those = [layer for row in rows for layer in row["layers"]]
-    alike = final.keys() <= log[-1].keys() and all(map(within, log))
+    alike = all(map(within, log))
     loads = all(layer["load"] and [len(one) for one in layer["domain_load"]] == [len(layer["load"])] * len(
         config["domains"]) for layer in those)
     numbers = all(_fits(part[metric], (float if metric.endswith("perplexity") else NUMBER, None))  # exp(700) is 1e304
