@@ -22,8 +22,7 @@ from tinymoe.experiments import STUDY
 from tinymoe.files import read_rows, save_arrays, write_rows
 from tinymoe.model.config import ModelConfig
 from tinymoe.model.counting import architecture, count
-from tinymoe.moe.routers import ROUTERS
-from tinymoe.moe.routers.user_files import IMPORTED
+from tinymoe.moe.routers import ROUTERS, user_files
 from tinymoe.study import caveats, compare, figures, gathered, maps, markdown, palette, quantities, report, rows, tables
 from tinymoe.study.experiment import Claim, Effect
 from tinymoe.study.results import Results
@@ -337,6 +336,14 @@ def test_rows_of_before_a_metric_existed_lack_its_numbers(tmp_path):
     (run,) = load_runs(tmp_path)
     assert [quantities.in_row(one, "drop_rate") for one in run.log] == pytest.approx([math.nan, 0, 0], nan_ok=True)
     assert "A-seed0" in findings(tmp_path)
+    for one in (rows := read_rows(path)):  # it was stopped after its last row
+        one.pop("causal_by_domain", None)
+    write_rows(path, rows)
+    assert "A-seed0" in findings(tmp_path)
+    rows[-1]["causal_by_Domain"] = {}
+    write_rows(path, rows)
+    with pytest.raises(ValueError, match="A-seed0 is a finished run with damaged files"):
+        findings(tmp_path)
 
 
 def test_a_loss_that_only_some_settings_have_is_a_dash_for_the_others(tmp_path):
@@ -360,7 +367,11 @@ def test_the_rate_that_was_taken_is_that_of_the_runs(tmp_path):
     results.sweep = {"A": {0.001: 1.0, 0.002: 2.0}, "B": {0.001: 2.0, 0.002: 1.0}, "C": {0.001: 2.0, 0.002: 1.0}}
     taken = [line.split(" | ")[-2].split(",")[0] for line in tables.sweep_table(results).splitlines()[2:]]
     assert taken == ["0.001", "0.001", "0.002"]
+    results.experiment = dataclasses.replace(STUDY, rates=(0.001, 0.002))
     assert "The learning rate is not the one that the sweep chose (B 0.001, not 0.002)." in caveats.warnings(results)
+    for chose_nothing in ({0.002: 1.0}, {0.001: math.inf, 0.002: math.inf}):
+        results.sweep = {"B": chose_nothing}
+        assert "sweep chose" not in "".join(caveats.warnings(results))
 
 
 def test_a_p_value_never_looks_like_the_level():
@@ -568,9 +579,9 @@ class OfAFile(LinearRouter, name="of_a_file"):
 """
 
 
-def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
+def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path, monkeypatch):
     """As long as the file is as it was, and was imported here before: a folder from elsewhere brings no code along."""
-    IMPORTED.add(hashlib.sha256(ROUTER.encode()).hexdigest())
+    monkeypatch.setattr(user_files, "IMPORTED", {hashlib.sha256(ROUTER.encode()).hexdigest()})
     path, study = tmp_path / "of_a_file.py", tmp_path / "study"
     folder = write_run(study, "A", 0, 2.0)
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {
@@ -593,7 +604,7 @@ def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path):
         assert said not in findings(study)  # from runs.jsonl alone
         ROUTERS.pop("of_a_file")
         identity.execute_files.cache_clear()
-        IMPORTED.clear()
+        monkeypatch.setattr(user_files, "IMPORTED", set())
         assert said in findings(study) and "of_a_file" not in ROUTERS
     finally:
         ROUTERS.pop("of_a_file", None)
@@ -803,8 +814,8 @@ def test_figures_of_other_runs_are_left_out_and_that_is_said(tmp_path):
     write_run(tmp_path, "A", 2, 2.1)
     text = findings(tmp_path)
     assert image not in text and "No figures yet" not in text
-    assert text.splitlines()[2] == ("Figures of other runs, or with other captions, are left out: `--plot-only` draws "
-                                     "them again.")
+    assert text.splitlines()[2] == ("Figures without the mark of these runs and captions are left out: `--plot-only` "
+                                     "draws them again.")
     path.write_bytes(path.read_bytes().replace(b"Description", b"description"))
     assert image in findings(tmp_path) and "left out" not in findings(tmp_path)
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import numpy as np
 
-from ..training.identity import NOTED, noted
+from ..training.identity import noted
 from .experiment import SCALES
 from .markdown import escaped, run_ids
 from .quantities import LOSS
-from .results import Results, lowest
+from .results import Results, chosen
 from .rows import unknown
 from .statistics import t_interval
 
@@ -91,21 +91,22 @@ def differing_settings(results):
         if those:
             yield escaped(f"{name} changed: {'; '.join(those)}.")
     for part in ("model", "training"):
-        chosen = ["learning_rate"] if results.sweep else []
-        intended = set().union(chosen, *(s.changed[part] for s in settings.values()))
+        swept = ["learning_rate"] if results.sweep else []
+        intended = set().union(swept, *(s.changed[part] for s in settings.values()))
         for field in sorted({field for config in configs.values() for field in config[part]} - intended):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
                 verb = "differ" if field.endswith("s") else "differs"
                 yield escaped(f"{field} {verb} between settings ({those}): compare with care.")
-    rates = {name: (config["training"]["learning_rate"], lowest(results.sweep[chooser]))
-             for name, config in configs.items() if (chooser := settings[name].rate_of or name) in results.sweep}
+    best = {name: chosen(results.experiment, losses) for name, losses in results.sweep.items()}
+    rates = {name: (config["training"]["learning_rate"], best[chooser]) for name, config in configs.items()
+             if best.get(chooser := settings[name].rate_of or name)}
     if other := ", ".join(f"{name} {rate:g}, not {best:g}" for name, (rate, best) in rates.items() if rate != best):
         yield escaped(f"The learning rate is not the one that the sweep chose ({other}).")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(one): run.run_id for run in results.runs
-                 for one in (noted(run.config, key) if key in NOTED else [run.config.get(key, old)])}
+                 for one in noted(run.config, key, old)}
         if len(found) > 1:
             those = "; ".join(f"{run_id}: {shown}" for shown, run_id in found.items())
             yield escaped(f"The runs do not share the same {key} ({those}).")

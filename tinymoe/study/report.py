@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 from ..files import as_csv, require_ours, write_atomically
+from ..training.identity import imports_of
 from .caveats import limits, warnings
 from .markdown import WORDS, bold, bullets, chapter, enumerated, escaped, run_ids, table, write_paragraphs
 from .quantities import QUANTITIES, value
@@ -58,7 +59,8 @@ def document(results: Results) -> list[str]:
     ids = ", ".join(f"`{each}`" for each in run_ids(results.runs))
     return [
         f"# {experiment.name}: {experiment.question}",
-        "Figures of other runs, or with other captions, are left out: `--plot-only` draws them again." if stale else "",
+        "Figures without the mark of these runs and captions are left out: `--plot-only` draws them again."
+        if stale else "",
         *opening, bullets(said[n:]),
         *chapter("Primary comparisons", PRIMARY if any(one.tested for one in results.primary) else "",
                  primary_table(results)),
@@ -130,16 +132,15 @@ def caption(results, name) -> str:
 
 
 def mark(results, name) -> str:
-    """A hash of the runs and of the caption of a figure. The figure carries it, so that one of other runs, or drawn by
-    another version, is recognised."""
+    """A hash of the runs and of the caption of a figure. The figure carries it, so that one of other runs, or with
+    another caption, is recognised."""
     said = json.dumps([caption(results, name), [(run.run_id, run.summary) for run in results.runs]], sort_keys=True)
     return f"rows {hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
 def imports(runs) -> str:
     """A sentence: the files that the runs imported, with the beginnings of their hashes; empty without any."""
-    files = dict.fromkeys((Path(str(file.get("path"))).name, str(file.get("sha256"))[:12]) for run in runs
-                          for file in run.config.get("imports") or () if isinstance(file, dict))
+    files = dict.fromkeys(file for run in runs for file in imports_of(run.config).items())
     return f" Imports: {escaped(', '.join(f'{name} (sha256 {sha256})' for name, sha256 in files))}." if files else ""
 
 

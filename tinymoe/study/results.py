@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import printable
+from ..training.identity import imports_of
 from ..training.run_folder import ROUTINGS, saved_routings
 from . import statistics
 from .experiment import SWEEP_SEEDS, Claim, Experiment, sweep_id
@@ -39,11 +40,17 @@ def best_rates(experiment: Experiment, runs, only=None) -> dict[str, float]:
     for setting in experiment.settings:
         chooser = setting.rate_of or setting.id
         if chooser in experiment.choosers and (not only or setting.id in only):
-            found = losses.get(chooser, {})
-            if len(found) < len(experiment.rates) or not np.isfinite(min(found.values())):
+            rates[setting.id] = chosen(experiment, losses.get(chooser, {}))
+            if rates[setting.id] is None:
                 raise ValueError(f"the sweep of {chooser} gives no learning rate: its runs are missing, or all failed")
-            rates[setting.id] = lowest(found)
     return rates
+
+
+def chosen(experiment: Experiment, losses: dict[float, float]) -> float | None:
+    """The rate that a sweep with these losses chooses; None where a rate is not finished, or all failed."""
+    if len(losses) < len(experiment.rates) or not np.isfinite(min(losses.values())):
+        return None
+    return lowest(losses)
 
 
 def lowest(losses: dict[float, float]) -> float:
@@ -62,8 +69,7 @@ class Results:
     have runs. sweep: see `sweep_losses`; its runs are in `sweep_runs`.
 
     Raises ValueError where runs that would be averaged differ in more than the seed, and where a sweep was of another
-    model or text; NothingFinished, one, where no run
-    is finished.
+    model or text, and its subclass NothingFinished where no run is finished.
     """
 
     def __init__(self, experiment: Experiment, folder):
@@ -86,11 +92,11 @@ class Results:
         self.exploratory = corrected([self.compared(one, statistics.MARGIN if quantity(one.metric).is_loss else None)
                                       for one in experiment.exploratory if self.has(one)],
                                      statistics.benjamini_hochberg)
-        ids = {sweep_id(name, rate) for name in experiment.choosers for rate in experiment.rates}
+        ids = {sweep_id(name, rate): name for name in experiment.choosers for rate in experiment.rates}
         self.sweep_runs = [run for run in self.all_runs if run.config_id in ids]
         for name, runs in self.groups.items():
-            chosen = [run for run in self.sweep_runs if run.summary and run.config_id.split("@")[0] == name]
-            _require_equal([runs[0], *chosen], "model", "corpus", "imports")
+            ended = [run for run in self.sweep_runs if run.state != "unfinished" and ids[run.config_id] == name]
+            _require_equal([runs[0], *ended], "model", "corpus", "imports")
         self.sweep = sweep_losses(experiment, self.sweep_runs)
 
     def compared(self, contrast: Contrast, margin: float | None = None) -> Comparison:
@@ -218,8 +224,8 @@ def _state(layer):
 
 def _require_equal(runs, *parts):
     """ValueError where runs that are averaged or compared differ in a part of config.json, or in what is measured."""
-    configs = [run.config | {"measured": dict.fromkeys(run.measured, "yes"), "imports": {
-        Path(file["path"]).name: file["sha256"][:12] for file in run.config.get("imports", ())}} for run in runs]
+    configs = [run.config | {"measured": dict.fromkeys(run.measured, "yes"), "imports": imports_of(run.config)}
+               for run in runs]
     for part in parts:
         first, *others = (found if isinstance(found := config.get(part), dict) else {part: found} for config in configs)
         for run, other in zip(runs[1:], others):

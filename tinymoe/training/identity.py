@@ -32,10 +32,15 @@ def _identity(config):
              "training": training_with_defaults(config.get("training", {})),
              "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
              "training bytes of": {name: text.get("train_bytes") for name, text in config.get("corpus", {}).items()},
-             "import": {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}}
+             "import": imports_of(config)}
     return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba"),
             "order of the domains": config.get("domains")} | {
         f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def imports_of(config: dict) -> dict[str, str]:
+    """{name: beginning of its sha256} of the user's files that a run imported, from its config.json."""
+    return {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}
 
 
 def differing(found: dict, wanted: dict) -> list[str]:
@@ -75,12 +80,13 @@ def machine() -> dict:
             "thread_info": kernels.thread_info(), "versions": versions}
 
 
-NOTED = {"processor": "processors", "versions": "all_versions"}  # of config.json: at the start; if others followed, all
+# key of the first value: key of the list, which is there if a resume had another
+NOTED = {"processor": "processors", "versions": "all_versions"}
 
 
-def noted(config: dict, name: str) -> list:
-    """The processors or versions that a run was trained with, from its config.json; empty where it does not say."""
-    found = config.get(NOTED[name]) or [config.get(name)]
+def noted(config: dict, name: str, old=None) -> list:
+    """What a run was trained with, such as its processors, from its config.json. old: where it does not say."""
+    found = config.get(NOTED.get(name)) or [config.get(name, old)]
     return [one for one in found if one] if isinstance(found, list) else []
 
 
