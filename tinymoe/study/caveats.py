@@ -99,9 +99,9 @@ def differing_settings(results):
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
                 verb = "differ" if field.endswith("s") else "differs"
                 yield escaped(f"{field} {verb} between settings ({those}): compare with care.")
-    best = {name: chosen(results.experiment, losses) for name, losses in results.sweep.items()}
-    rates = {name: (config["training"]["learning_rate"], best[chooser]) for name, config in configs.items()
-             if best.get(chooser := settings[name].rate_of or name)}
+    sweep = {name: chosen(results.experiment, losses) for name, losses in results.sweep.items()}
+    rates = {name: (config["training"]["learning_rate"], sweep[chooser]) for name, config in configs.items()
+             if sweep.get(chooser := settings[name].rate_of or name)}
     if other := ", ".join(f"{name} {rate:g}, not {best:g}" for name, (rate, best) in rates.items() if rate != best):
         yield escaped(f"The learning rate is not the one that the sweep chose ({other}).")
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
