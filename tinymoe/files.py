@@ -40,6 +40,12 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(text).split()))
 
 
+def cache_folder() -> Path | None:
+    """The user's folder for what tinymoe keeps between runs: in XDG_CACHE_HOME, or in ~/.cache; None without a home."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinymoe")
+    return path if path.is_absolute() else None  # without a home "~" stays
+
+
 def write_atomically(path, content, follow=False):
     """Write str or bytes to a file: readers see old or new content, never a part. Makes its folder.
 

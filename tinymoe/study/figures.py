@@ -215,6 +215,7 @@ def frame_of(metric, curves):
 
 
 def has_frame(metric):
+    """Whether the axis of a metric over the steps is that of `frame_of`: a loss or a perplexity."""
     return "perplexity" in metric or quantity(metric).is_loss
 
 

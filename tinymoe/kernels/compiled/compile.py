@@ -20,6 +20,7 @@ import numpy as np
 from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
 
+from ...files import cache_folder
 from .. import KernelsError, reference
 
 ROOT = Path(__file__).parents[3]                            # tinymoe is imported from here
@@ -33,8 +34,7 @@ def _cache_folder():
     cpu = cpu_target.target_context.codegen().magic_tuple()             # NUMBA_CPU_NAME counts
     settings = [getattr(numba.config, name, None) for name in SETTINGS]
     hashed.update(repr((sys.implementation.cache_tag, numba.__version__, cpu, settings)).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))    # "~" stays without a home
-    places = [cache / "tinymoe"] if cache.is_absolute() else []
+    places = [cache] if (cache := cache_folder()) else []
     if numba.config.CACHE_DIR:
         places = [Path(numba.config.CACHE_DIR)]
     elif (ROOT / "pyproject.toml").exists():                            # in an installed package, pip would leave it

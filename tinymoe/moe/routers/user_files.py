@@ -7,26 +7,26 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+from ...files import cache_folder
 from ..losses import LOSSES, Loss
 from .base import ROUTERS, Router
 
 OWN_LOSSES = dict(LOSSES)
 IMPORTED = set()  # hashes of what this process has run
-# hashes of what this user's other processes have run
-LIST = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tinymoe", "imports")
+LIST = (cache_folder() or Path(os.devnull)) / "imports"  # hashes of what this user's other processes have run
 
 
 def imported_before(sha256: str) -> bool:
     """Whether this user has run a file of this hash by `run_file`, in this process or another of this machine."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # "~" stays without a home
-        return sha256 in IMPORTED or LIST.is_absolute() and sha256 in LIST.read_text().split()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return sha256 in IMPORTED or sha256 in LIST.read_text().split()
     return False
 
 
 def _remember(sha256):
     """Let `imported_before` know of a file that was run. A list that cannot be written counts in this process alone."""
     with contextlib.suppress(OSError):
-        if not imported_before(sha256) and LIST.is_absolute():
+        if not imported_before(sha256):
             LIST.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(LIST, "a") as file:
                 file.write(f"{sha256}\n")
