@@ -297,7 +297,7 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     if how["extend"] and (scale == "full" or how["fresh"]):
         raise click.UsageError("--extend continues existing runs: leave --full and --fresh out")
     model, training = _settings(overrides)
-    fields = {"only": list(dict.fromkeys(map(str.upper, configs))), "model": model,
+    fields = {"only": list(dict.fromkeys(configs)), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
     out = out or RESULTS / {"quick": "quick", "default": "full", "full": "planned"}[scale]
     _conduct(STUDY, None if plot_only else scale, seeds, out, plot=plot or plot_only, show=_print_study, fields=fields,
@@ -325,30 +325,29 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
     if scale is None and (how["fresh"] or how.get("extend")):
         raise click.UsageError("--plot-only trains nothing: leave --fresh and --extend out")
     failures = _train_all(experiment, scale, seeds, out, fields=fields or {}, **how) if scale else {}
-    if failures is not None:
-        with _refusing(ValueError, OSError):
-            results = Results(experiment, out)
-            try:
-                if plot:
-                    from tinymoe.study.figures import draw_all
-                    click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
-            finally:  # the document shows the figures that are there
-                report.write_findings(results)
-                report.write_summary_csv(out)
-        show(results)
-        click.echo(f"findings in {out / 'FINDINGS.md'}")
-    if failures != {}:
+    with _refusing(ValueError, OSError):
+        results = Results(experiment, out)
+        try:
+            if plot:
+                from tinymoe.study.figures import draw_all
+                click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
+        finally:  # the document shows the figures that are there
+            report.write_findings(results)
+            report.write_summary_csv(out)
+    show(results)
+    click.echo(f"findings in {out / 'FINDINGS.md'}")
+    if failures:
         raise SystemExit(1)
 
 
 def _train_all(experiment, scale, seeds, out, fields, **how):
-    """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}; None if there is no result.
+    """Train the sweep, if the scale has one, and then the runs: {run id: why it failed}. Exits if there is no result.
 
     A sweep run may fail because its loss did not stay finite. After any other failure no rate is chosen.
     """
     from tinymoe.study.results import best_rates
     from tinymoe.study.rows import load_runs
-    rates, chooses = {}, scale == "full" and "learning_rate" not in fields.get("training", {})
+    chooses = scale == "full" and "learning_rate" not in fields.get("training", {})
     with _refusing(ValueError, TypeError, usage=True):
         size = experiment.scale(scale)
         seeds = seeds or size.seeds
@@ -357,14 +356,16 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
     if sweep:
         failures = _train(sweep, out, **how)
         if not all(" is not finite at step " in message for message in failures.values()):  # see NonFiniteLoss
-            _say("No learning rate was chosen, so nothing else was trained: correct what failed first.")
-            return None
+            message = "No learning rate was chosen, so nothing else was trained: correct what failed first."
+            raise SystemExit(_say(message))
         with _refusing(ValueError):
             rates = best_rates(experiment, load_runs(out), fields.get("only"))
         click.echo("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
         runs = experiment.runs(size, seeds, rates=rates, **fields)
     failures = _train(runs, out, **how)
-    return failures if len(failures) < len(runs) else None
+    if len(failures) == len(runs):
+        raise SystemExit(1)
+    return failures
 
 
 def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
@@ -527,8 +528,7 @@ def report_page(folder, name, imports):
         found, absent = gathered.published_results(folder, STUDY, EXPERIMENTS.values())
         click.echo(page.write_page(found, folder, absent))
     else:
-        known = folder.resolve().name in EXPERIMENTS
-        chosen = _experiment(name or folder.resolve().name) if name or known else STUDY
+        chosen = _experiment(name) if name else EXPERIMENTS.get(folder.resolve().name, STUDY)
         click.echo(page.write_page([Results(chosen, folder)]))
 
 
@@ -557,7 +557,6 @@ def compare(paths, out, imports):
     Give run folders and results folders. Runs that differ only in their seed are one line, their mean. The figure shows
     the loss and the load of the busiest expert over the steps, and one against the other.
     """
-    from tinymoe.experiments import EXPERIMENTS, STUDY
     from tinymoe.study import compare as c
     from tinymoe.study.figures import save
     found = c.groups(paths)
@@ -567,7 +566,7 @@ def compare(paths, out, imports):
     _table(dict(zip(columns, forms)), rows)
     for line in c.cautions(found):
         click.echo(f"Careful: {line}")
-    save(c.draw(found, (STUDY, *EXPERIMENTS.values())), out, follow=True)
+    save(c.draw(found), out, follow=True)
     click.echo(f"figure in {out}")
 
 
@@ -986,12 +985,10 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
             kernels.set_threads(threads)
     compiled = kernels.compile_all("float32")
     if warning:
-        _say(f"Warning: {warning}", code=0)
+        _say(f"Warning: {warning}")
     if not as_json:
         click.echo(f"compiled in {compiled:.1f} s (kept for the next time); {b.describe(b.machine())}")
-    wanted = ("ladder",) if sizes else ("profile",) if profile else ("step", "profile") if overrides else \
-        ("ladder", "step", "profile") if quick else ("ladder", "step", "profile", "scaling")
-    if "ladder" in wanted:
+    if not (profile or overrides):
         rows = measured("ladder", b.ladder(sizes or (b.LADDER[:2] if quick else b.LADDER), repeats), {
             "n_tokens": "8", "d_model": "7", "n_experts": "9", "top_k": "5", "backend": "<8", "pass": "<18",
             "first_ms": "9.1f", "ms": "9.2f", "relative": "8.3f", "difference": "10.1e"}, b.draw_ladder)
@@ -1000,17 +997,17 @@ def bench(quick, profile, sizes, threads, repeats, as_json, out, overrides):
                        "faster.\ndifference: the largest from naive. The loop is timed at the first size alone.")
         if max(row["difference"] or 0 for row in rows) > 1e-3:
             raise click.ClickException("the backends disagree: see the column difference")
-    if "step" in wanted:
+    if not (profile or sizes):
         measured("step", b.three_ways(*step, repeats), {"step": "<28", "ms": "9.1f", "relative": "8.3f"})
         if beyond := b.beyond_pytorch(step[0]):
             _say(f"No row for PyTorch: the model in bench_pytorch.py has no {', '.join(beyond)}")
-    if "profile" in wanted:
+    if not sizes:
         peak = b.sgemm_gflops()
         rows = [row | {"sgemm_gflops": peak, "sgemm_threads": kernels.get_threads()}
                 for row in b.step_profile(*step, 3 * repeats)]
         measured("profile", rows, {"operation": "<28", "calls": "6.0f", "ms": "9.2f", "share": "6.1%",
                                    "gflops": "8.1f", "sgemm_gflops": "12.0f"}, b.draw_profile)
-    if "scaling" in wanted:
+    if not (profile or overrides or sizes or quick):
         measured("scaling", b.scaling(repeats=repeats),
                  {"against": "<10", "value": "6g", "ms": "9.1f", "relative": "8.2f"}, b.draw_scaling)
     if not as_json:

@@ -291,6 +291,12 @@ def test_heads_that_do_not_divide_the_width_are_refused(layer, d_model):
     assert layer(d_model, 4, 0, head_dim=2).head_dim == 2
 
 
+@pytest.mark.parametrize("options", [dict(biases="QKV"), dict(qk_norm="heads")])
+def test_words_that_attention_does_not_know_are_refused(options):
+    with pytest.raises(ValueError, match=r"biases .* must be all, qkv or none, and qk_norm .* true, false or head"):
+        CausalSelfAttention(4, 2, 0, **options)
+
+
 def test_attention_without_a_width_is_refused():
     with pytest.raises(ValueError, match="d > 0"):
         CausalSelfAttention(0, 2, np.random.default_rng(0))(Tensor(np.zeros((1, 4, 0), np.float32)))

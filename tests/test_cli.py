@@ -299,12 +299,14 @@ def test_no_rate_is_chosen_after_a_sweep_that_failed(text, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"a-seed0 and a@0.001-seed100 differ in their model \(d_ff: 32, 64\)"):
         Results(question, tmp_path)
     capsys.readouterr()
-    assert cli._train_all(question, "full", None, tmp_path, fields={}, **how) is None
+    with pytest.raises(SystemExit):
+        cli._train_all(question, "full", None, tmp_path, fields={}, **how)
     said = capsys.readouterr()
     assert "learning rates" not in said.out and "No learning rate was chosen, so nothing else" in said.err
     (tmp_path / "no/runs/a@1e+11-seed101/log.jsonl").unlink()
     (tmp_path / "no/runs/a@1e+11-seed101/log.jsonl").symlink_to(tmp_path)
-    assert cli._train_all(question, "full", None, tmp_path / "no", fields=other, **how | {"fresh": True}) is None
+    with pytest.raises(SystemExit):
+        cli._train_all(question, "full", None, tmp_path / "no", fields=other, **how | {"fresh": True})
     assert (tmp_path / "no/runs/a@1e+11-seed101/failure.json").exists()  # of before
 
 

@@ -13,11 +13,9 @@ import pytest
 from test_cli import invoke, study
 from test_train import WORDS
 from tinymoe import files
-from tinymoe.experiments import STUDY
 from tinymoe.files import as_csv
 from tinymoe.study import compare as c
 from tinymoe.study import quantities
-from tinymoe.study.palette import COLOURS
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +62,6 @@ def test_the_figure_shows_the_rows(folders):
         loads = [np.array(row["layers"][0]["load"]) for row in rows]
         assert point == pytest.approx([np.mean([row["causal_cross_entropy"] for row in rows]),
                                        np.mean([load.max() / load.mean() for load in loads])])
-
-
-def test_a_run_has_the_colour_of_its_experiment_and_no_two_lines_look_alike(folders):
-    """B and D are the second and the fourth setting of the study; A of another folder has another dash and marker."""
-    found = c.groups([folders / "one", folders / "two"])
-    study = c.looks(found, [STUDY])
-    assert [study[label]["color"] for label in found] == [COLOURS[i] for i in (1, 3, 0)]
-    assert [look["color"] for look in c.looks(found).values()] == list(COLOURS[:3])
-    twice = c.looks({**found, "again": found["one/D"]}, [STUDY])
-    assert twice["again"]["color"] == twice["one/D"]["color"]
-    assert all(twice["again"][part] != twice["one/D"][part] for part in ("marker", "linestyle"))
-    assert {look["linestyle"] for look in study.values()} == {"-"}
 
 
 def test_seeds_give_the_mean_of_k_and_an_interval(folders):

@@ -103,6 +103,8 @@ def test_global_balance_by_hand():
     assert losses.global_balance_loss(now, np.zeros(2), 4).item() == pytest.approx(1.6)
     assert losses.global_balance_loss(now, np.array([1., 0]), 1).item() == pytest.approx(
         losses.load_balancing_loss(now).item())
+    none = routing(np.zeros((2, 2)), [[.5, .5], [.5, .5]])  # a batch without assignments leaves the share as it was
+    assert losses.running_share(none, np.array([.75, .25]), 4).tolist() == [.75, .25]
 
 
 def test_global_balance_in_a_model_follows_the_batches(tmp_path):
@@ -186,6 +188,20 @@ def test_entropy_by_hand():
     assert losses.entropy_loss(r).item() == pytest.approx(np.log(2) / 2)
     p = np.random.default_rng(0).dirichlet(np.ones(4), 6)
     assert losses.entropy_loss(routing(p, logits=np.log(p))).item() == pytest.approx(naive_routing.mean_entropy(p))
+
+
+def test_an_expert_that_is_masked_by_minus_infinity_leaves_losses_finite():
+    """Of two equal logits and one of -inf: entropy ln 2, whose gradient is 0; -ln p of the chosen expert is ln 2."""
+    r = routing([[1, 0, 0]], logits=Tensor(np.array([[0., 0, -np.inf]]), True), probs=[[.5, .5, 0]])
+    entropy = losses.entropy_loss(r)
+    entropy.backward()
+    assert entropy.item() == pytest.approx(np.log(2)) and np.abs(r.logits.grad).max() < 1e-12
+    logits = Tensor(np.array([[0., 0, -np.inf]] * 2), True)
+    two = routing([[1, 0, 0], [0, 1, 0]], logits=logits, probs=[[.5, .5, 0]] * 2)
+    policy = losses.policy_loss(two, np.array([1., 2]))  # advantages -1 and 1
+    policy.backward()
+    assert policy.item() == pytest.approx(0)
+    np.testing.assert_allclose(logits.grad, np.array([[-.5, .5, 0], [-.5, .5, 0]]) / 2)
 
 
 def test_similarity_by_hand():

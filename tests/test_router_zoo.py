@@ -300,6 +300,9 @@ def test_hash_goes_by_the_id_alone():
     assert len(np.unique(router.table.data, axis=0)) > 20                    # of 28 pairs, by 256 ids
     with pytest.raises(ValueError, match="ids"):
         router(Tensor(np.ones((6, 3))), RouteContext())
+    for unknown in (-1, 256):
+        with pytest.raises(IndexError, match=f"{unknown}"):
+            router(Tensor(np.ones((1, 3))), RouteContext([[unknown]]))
 
 
 def test_the_hash_table_is_saved_with_the_model(tmp_path):
@@ -592,6 +595,8 @@ def test_cosines_by_hand():
     np.testing.assert_allclose(router(x, RouteContext()).logits.data[0], [60, 80, -100])
     with pytest.raises(ValueError, match="temperature 0.001 must be at least 0.01"):
         routers.make("cosine_top_k", 2, 3, 2, temperature=.001)
+    with pytest.raises(ValueError, match="router_std 0 must be above 0"):
+        routers.make("cosine_top_k", 2, 3, 2, router_std=0)
 
 
 # -- a number of experts that the token decides ----------------------------------------------------
@@ -725,6 +730,9 @@ def test_base_assignment_balances_while_training_only():
     np.testing.assert_allclose(evaluated.gate.data, 1 / (1 + np.exp(-x[evaluated.token, evaluated.expert])))
     with pytest.raises(ValueError, match="top_k 2 must be 1 for base_assignment"):
         routers.make("base_assignment", 3, 3, 2)
+    for top_k in (np.inf, "2", None, True):
+        with pytest.raises(ValueError, match=f"top_k {top_k!r} must be a whole number"):
+            routers.make("top_k", 3, 3, top_k)
 
 
 # -- one decision for a sequence ----------------------------------------------------------------
@@ -748,6 +756,9 @@ def test_one_decision_for_all_layers():
     ids = np.arange(12).reshape(2, 6) % 11
     layers = Transformer(small("sequence", router_options={"sequence_scope": "global"}, **config)).forward(ids).routings
     assert layers[0] is layers[1] is layers[2]
+    router, again = routers.make("sequence", 4, 3, 1, sequence_scope="global"), RouteContext(ids)
+    x = np.random.default_rng(0).standard_normal((2, 12, 4)).astype(np.float32)
+    assert router(Tensor(x[0]), again) is not router(Tensor(x[1]), again)  # two passes with one context
     layers = Transformer(small("sequence", router_options={"router_std": 1.0}, **config)).forward(ids).routings
     assert (layers[0].mask() != layers[2].mask()).any()
 

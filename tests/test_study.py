@@ -441,4 +441,4 @@ def test_resuming_says_from_which_step(text, tmp_path):
     events = []
     study.run_study([tiny()], tmp_path, text, on_event=events.append)
     assert [(e.kind, e.step) for e in events] == [("resumed", 4), ("step", 5), ("step", 6), ("done", 0)]
-    assert all(e.steps == 6 and e.seconds > 0 for e in events)
+    assert all(e.steps == 6 for e in events[:-1])

@@ -245,6 +245,19 @@ def test_a_tensor_between_keeps_its_gradient_only_where_asked_to():
     assert h.grad is None and kept.grad.tolist() == [1, 1] and x.grad.tolist() == [5, 5]
 
 
+def test_a_kept_gradient_of_one_number_stays_an_array():
+    y = leaf(2.0).exp().retain_grad()
+    for calls in (1, 2):
+        y.backward()
+        assert isinstance(y.grad, np.ndarray) and y.grad == calls
+
+
+def test_a_vjp_with_fewer_gradients_than_parents_is_an_error():
+    x, y = leaf([1.0]), leaf([2.0])
+    with pytest.raises(ValueError, match="shorter"):
+        record(x.data + y.data, (x, y), lambda g: (g,)).backward()
+
+
 def test_a_graph_that_is_not_retained_gives_the_same_gradient_once():
     x = leaf([1.0, 2])
     h = x * x

@@ -78,7 +78,7 @@ def write_atomically(path, content, follow=False):
 
 
 def require_ours(path, mark: str):
-    """Raise FileExistsError where a file lacks what ours has in it: somebody else wrote it."""
+    """Raise FileExistsError if there is a file without `mark`, a text that all files of ours have."""
     if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
         raise FileExistsError(f"{path} was not made by this program: move it away, or give another folder")
 
@@ -98,7 +98,7 @@ def is_gone(pid: int) -> bool:
 
 
 def temporary_name(name: str) -> str:
-    """The name of the file that this process writes before it gets the name `name`."""
+    """The name of the temporary file that this process renames to `name`."""
     return f".{name}.{host_tag()}{os.getpid():08x}.tinymoe"
 
 

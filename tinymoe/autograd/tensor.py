@@ -42,11 +42,11 @@ def _reflected(operation):
 
 
 class Tensor(Values):
-    """An array of real numbers. `backward` leaves the gradient of each leaf, made by no operation, in its `.grad`.
+    """An array of real numbers. A leaf is a Tensor that no operation made; `backward` leaves its gradient in `.grad`.
 
     array: anything that `np.asarray` takes; the dtype is kept. TypeError unless it holds real numbers.
-    requires_grad: whether it is to have a gradient. If so the array must be floating, else TypeError, and is copied,
-        because an optimiser changes it. `.grad` (same shape and dtype) adds up over `backward` calls until set to None.
+    requires_grad: whether `backward` computes its gradient. If so the array must be floating, else TypeError, and is
+        copied, because an optimiser changes it. `.grad` (same shape and dtype) adds up over calls until set to None.
 
     Operators take Python numbers and NumPy arrays on either side; scalars and integers get the tensor's dtype.
     Operations keep references to `.data` and to arrays of indices. Do not change these before the backward pass, or
@@ -98,8 +98,8 @@ class Tensor(Values):
                 gradients.give(node, g)
                 continue
             if node._retains_grad:
-                node.grad = np.array(g) if node.grad is None else node.grad + g
-            for parent, share in zip(node._parents, node._vjp(g)):
+                node.grad = np.array(g if node.grad is None else node.grad + g)
+            for parent, share in zip(node._parents, node._vjp(g), strict=True):
                 gradients.add(parent, share)
             if not retain_graph:
                 node._parents, node._vjp = (), _freed

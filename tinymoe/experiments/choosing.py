@@ -47,23 +47,18 @@ frozen = Experiment(
             Claim(4, "Balance alone is not enough: with the same counts, shuffled, a mixture gains less than 0.01 nats "
                      "over a dense model", "Fan 2024", (Effect(LOSS, "shuffled", ">", -MARGIN, minus="dense"),))))
 
-HASHED = {"hash": "a hash of the byte", "learned": "a learned router", "gated": "a hash with learned gates"}
-ROUTER = {"hash": "hash", "learned": "top_k", "gated": "hash_gated"}
-
-
-def hashing(first, last):
-    """A Setting with these kinds of router in the first and the last MoE layer."""
-    name = first if first == last else f"{first}-then-{last}"
-    where = "both layers" if first == last else f"layer 1, {HASHED[last]} in layer 3"
-    return Setting(name, f"{HASHED[first]} in {where}", model={"router": (ROUTER[first], ROUTER[last])},
-                   rate_of=None if name in ("hash", "learned") else "learned" if last == "learned" else "hash")
-
-
 hash_routing = Experiment(
     name="hash", question="Does routing by a hash of the byte keep its lead?",
-    settings=tuple(hashing(*pair) for pair in (
-        ("learned", "learned"), ("hash", "hash"), ("hash", "learned"), ("learned", "hash"), ("gated", "gated"),
-        ("gated", "learned"))),
+    settings=(Setting("learned", "a learned router in both layers", model={"router": ("top_k", "top_k")}),
+              Setting("hash", "a hash of the byte in both layers", model={"router": ("hash", "hash")}),
+              Setting("hash-then-learned", "a hash of the byte in layer 1, a learned router in layer 3",
+                      model={"router": ("hash", "top_k")}, rate_of="learned"),
+              Setting("learned-then-hash", "a learned router in layer 1, a hash of the byte in layer 3",
+                      model={"router": ("top_k", "hash")}, rate_of="hash"),
+              Setting("gated", "a hash with learned gates in both layers",
+                      model={"router": ("hash_gated", "hash_gated")}, rate_of="hash"),
+              Setting("gated-then-learned", "a hash with learned gates in layer 1, a learned router in layer 3",
+                      model={"router": ("hash_gated", "top_k")}, rate_of="learned")),
     metrics=(LOSS, "causal_perplexity", "load_cv", "mi_excess", "byte_excess"),
     primary=(Primary(
         question="Is a hash in the early layer and a learned router in the late one as good as learned routers?",
@@ -104,15 +99,16 @@ unit = Experiment(
                   tuple(Effect(LOSS, f"{name}-K{k}", ">", 0, minus=f"token-K{k}")
                         for k in (1, 2) for name in ("layer", "global"))),))
 
-RATES, CONFIGS = CANDIDATES, [s.id for s in routers_a_to_f.settings]
+CONFIGS = [s.id for s in routers_a_to_f.settings]
 
 
 def say_rate(r):
     """The ranking at each rate, how alike the rankings are, and the best rate of each config."""
-    orders = {rate: [name[0] for name in r.ranked(LOSS) if name.endswith(f"-{rate:g}")] for rate in RATES}
+    orders = {rate: [name[0] for name in r.ranked(LOSS) if name.endswith(f"-{rate:g}")] for rate in CANDIDATES}
     places = {rate: [order.index(c) for c in CONFIGS] for rate, order in orders.items()}
-    alike = ", ".join(f"{a:g} and {b:g}: {kendalltau(places[a], places[b])[0]:+.2f}" for a, b in combinations(RATES, 2))
-    best = ", ".join(f"{c} {min(RATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
+    alike = ", ".join(f"{a:g} and {b:g}: {kendalltau(places[a], places[b])[0]:+.2f}"
+                      for a, b in combinations(CANDIDATES, 2))
+    best = ", ".join(f"{c} {min(CANDIDATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
     ranking = "; ".join(f"at {rate:g}: {', '.join(order)}" for rate, order in orders.items())
     return [f"**Ranking from the lowest mean loss to the highest.** {ranking}.",
             f"**Agreement of these rankings** (Kendall's tau; 1: the same, -1: reversed). {alike}.",
@@ -123,17 +119,17 @@ rate = Experiment(
     name="rate", question="Does the ranking of the routers survive another learning rate?",
     settings=tuple(Setting(f"{c.id}-{rate:g}", "{router}, K = {top_k}, aux {aux_coef:g}, ".format_map(c.model) +
                            f"peak rate {rate:g}", model=c.model, training={"learning_rate": rate})
-                   for c in routers_a_to_f.settings for rate in RATES),
+                   for c in routers_a_to_f.settings for rate in CANDIDATES),
     metrics=(LOSS, "causal_perplexity", "load_cv"),
     primary=(Primary(
         question="Does noise on the scores cost loss at a learning rate of 0.004?",
         contrast=Contrast(LOSS, "F-0.004", minus="D-0.004"),
         lower="At 0.004 noise on the scores lowers the loss.", higher="At 0.004 noise on the scores raises the loss.",
         same="At 0.004 noise on the scores costs less than 0.01 nats."),),
-    exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in RATES for first in "BEF"
+    exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in CANDIDATES for first in "BEF"
                                     if (first, rate) != ("F", 4e-3)]),
     seeds=6, steps=1000, say=say_rate, training=WHOLE,
-    figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in RATES] for c in CONFIGS},
+    figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in CANDIDATES] for c in CONFIGS},
                                  lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv",
                                  reference="D", reference_of=lambda name: f"D{name[1:]}")},
     caution="A ranking of means ignores their intervals: neighbours in it need not differ.")

@@ -9,7 +9,6 @@ from ..study.maps import domain_by_expert, expert_load, routes
 from ..study.quantities import LOSS
 from ..study.statistics import Contrast
 
-RAW = {"router_options": {"renormalise": False}}  # gates that do not sum to 1, as those of expert choice
 ON_THE_ANSWERS = (
     "D, E, F and G have equal K. The gates of E are raw, so its loss is compared with that of G, top-2 with raw "
     "gates. D, F and G have a balance loss and E has none: a difference belongs to the whole config. E is trained by "
@@ -26,15 +25,15 @@ def say_layers(r):
 
 routers_a_to_f = Experiment(
     name="study", question="What do seven routings do to one model?", adjustable=True,
-    settings=tuple(Setting(name, what, model={"router": router, "top_k": k, "aux_coef": aux} | more,
-                           rate_of={"B": "C", "F": "D"}.get(name))
-                   for name, router, k, aux, what, more in (
-                       ("A", "top_k", 1, 0.0, "no load balancing", {}), ("B", "top_k", 1, 0.01, "light balancing", {}),
-                       ("C", "top_k", 1, 0.1, "heavy balancing", {}),
-                       ("D", "top_k", 2, 0.01, "Mixtral style", {}),
-                       ("E", "expert_choice", 2, 0.0, "guaranteed balance", {}),
-                       ("F", "noisy_top_k", 2, 0.01, "noise on the scores", {}),
-                       ("G", "top_k", 2, 0.01, "as D, with raw gates: Grok-1 style", RAW))),
+    settings=(
+        Setting("A", "no load balancing", model={"router": "top_k", "top_k": 1, "aux_coef": 0.0}),
+        Setting("B", "light balancing", model={"router": "top_k", "top_k": 1, "aux_coef": 0.01}, rate_of="C"),
+        Setting("C", "heavy balancing", model={"router": "top_k", "top_k": 1, "aux_coef": 0.1}),
+        Setting("D", "Mixtral style", model={"router": "top_k", "top_k": 2, "aux_coef": 0.01}),
+        Setting("E", "guaranteed balance", model={"router": "expert_choice", "top_k": 2, "aux_coef": 0.0}),
+        Setting("F", "noise on the scores", model={"router": "noisy_top_k", "top_k": 2, "aux_coef": 0.01}, rate_of="D"),
+        Setting("G", "as D, with raw gates: Grok-1 style",
+                model={"router": "top_k", "top_k": 2, "aux_coef": 0.01, "router_options": {"renormalise": False}})),
     training={"final_windows": 1000}, scales={
         "quick": Scale({}, 200, 1, {"n_evaluations": 10, "final_windows": 32}), "default": Scale({}, 2000, 1)},
     metrics=(LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "effective_experts", "max_violation",

@@ -12,12 +12,13 @@ class CausalSelfAttention(Module):
     """x (B, T, D) -> (B, T, D). Position t sees positions 0 to t (Vaswani et al. 2017).
 
     n_kv_heads: heads of keys and values (None: n_heads). Each serves n_heads / n_kv_heads query heads (grouped-query
-        attention, Ainslie et al. 2023). head_dim: None for d_model / n_heads. out_std: of the initial output weights.
+        attention, Ainslie et al. 2023). head_dim: None for d_model / n_heads. out_std: standard deviation of
+        the initial output weights.
     rotary: rotate queries and keys by their position; rope_theta is the base of the angles.
     qk_norm: first RMS-normalise the queries, and the keys, of a token: True, all heads as one vector (OLMoE,
         Muennighoff et al. 2024); "head", each head by itself, with one scale (Qwen3, Yang et al. 2025).
     biases: which linear layers have one: "all", "qkv" (all but the output), or "none".
-    Raises ValueError if n_kv_heads does not divide n_heads, or without head_dim n_heads does not divide d_model.
+    Raises ValueError for other words, unless n_kv_heads divides n_heads and (without head_dim) n_heads divides d_model.
     """
 
     def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, out_std: float = INIT_STD,
@@ -29,6 +30,8 @@ class CausalSelfAttention(Module):
         n_kv_heads = n_kv_heads or n_heads
         if n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}: change one of them")
+        if biases not in ("all", "qkv", "none") or qk_norm not in (True, False, "head"):
+            raise ValueError(f"biases {biases!r} must be all, qkv or none, and qk_norm {qk_norm!r} true, false or head")
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         rng = np.random.default_rng(rng)
         self.head_dim, self.rotary, self.rope_theta = head_dim or d_model // n_heads, rotary, rope_theta

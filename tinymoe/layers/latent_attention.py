@@ -12,7 +12,7 @@ class LatentAttention(Module):
     """Multi-head latent attention, x (B, T, D) -> (B, T, D) (DeepSeek-V2, DeepSeek-AI 2024, eq. 37 to 47).
 
     One latent of kv_rank numbers a token gives the keys and values of all heads. A cache would hold this latent and
-    one rotary key, which all heads share, and nothing else.
+    one rotary key, which all heads share, and nothing else. Latents are RMS-normalised, as section 3.1.2 says in words.
     q_rank: queries come from a latent of q_rank numbers; 0: from x itself. head_dim: entries of a head without
     position (None: d_model / n_heads). rope_dim: its entries with rotary position. v_dim: its values (None: head_dim).
     Raises ValueError without head_dim if n_heads does not divide d_model.

@@ -1,4 +1,4 @@
-"""One block of the transformer: attention, then experts or a dense layer, each on normalised states and added to x."""
+"""One block of the transformer: attention, then experts or a dense layer, each with a norm before and x added after."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from .config import ModelConfig
 
 
 class Block(Module):
-    """Attention, then experts behind the named router (None: a dense layer): each reads norm(x) and is added to x."""
+    """Attention, then experts behind the named router (None: a dense layer). x = x + layer(norm(x)) for both."""
 
     def __init__(self, config: ModelConfig, router: str | None, rng: np.random.Generator, dtype, window: int = 0):
         out_std = INIT_STD / np.sqrt(2 * config.n_layers)  # 2L branches add up (GPT-2, Radford et al. 2019)

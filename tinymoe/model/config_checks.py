@@ -18,6 +18,9 @@ YARN = Check(lambda value: isinstance(value, dict) and {"factor", "original_leng
     "an object with factor and original_length, and perhaps beta_fast, beta_slow, truncate and attention_factor")
 ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
 OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
+# losses of some routers alone
+APPLIES = {"load": lambda router: router.has_soft_load, "policy": lambda router: router.sampled,
+           "similarity": lambda router: router.shapes.get("weight") == "DE"}
 COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGATIVE.fits, value.values())),
                      "an object: name of a loss to a finite number of at least 0")
 
@@ -68,16 +71,23 @@ def _check_mixture(c):
     _refuse(c, "max_devices", c.max_devices > c.n_devices, f"at most n_devices {c.n_devices}")
     for name in ("d_shared", "shared_gate"):
         _refuse(c, name, getattr(c, name) and not c.n_shared, "left out where n_shared is 0")
+    _check_losses(c)
+
+
+def _check_losses(c):
+    """Check the coefficients of losses. One that applies to no router of the config would do nothing."""
     for name, coefficient in c.losses.items():
         if name == "balance" or name not in LOSSES:
             known = ", ".join(one for one in LOSSES if one != "balance")
             raise ValueError(f"unknown loss {name!r}: choose one of {known}; the balance loss is set by aux_coef")
         if name in ("device", "communication") and coefficient and c.n_devices == 1:
             raise ValueError(f"losses.{name} {coefficient} must be 0 where n_devices is 1")
-    grouped = c.router_options.get("n_groups", 1) != 1
-    if c.losses.get("load") and (grouped or not any(routers.find(r).has_soft_load for r in c.routers)):
-        soft = [name for name, cls in routers.ROUTERS.items() if cls.has_soft_load]
-        raise ValueError(f"losses.load {c.losses['load']} must be 0 but for {', '.join(soft)} without groups")
+        fits = APPLIES.get(name, lambda router: True)
+        grouped = name == "load" and c.router_options.get("n_groups", 1) != 1
+        if coefficient and (grouped or not any(fits(routers.find(router)) for router in c.routers)):
+            fitting = ", ".join(router for router, cls in routers.ROUTERS.items() if fits(cls))
+            raise ValueError(f"losses.{name} {coefficient} must be 0 but for {fitting}"
+                             f"{' without groups' if name == 'load' else ''}")
 
 
 def _check_routers(c):
@@ -85,9 +95,9 @@ def _check_routers(c):
     if not isinstance(c.router, str) and len(c.router) != len(c.moe_layers):
         raise ValueError(f"router {list(c.router)} must have one name for each of the {len(c.moe_layers)} "
                          "MoE layers")
-    known = set().union(*(routers.find(name).options() for name in c.routers))
-    for option in c.router_options.keys() - known:
-        taken = ", ".join(sorted(known - {"vocab_size", "n_real"})) or "none"
+    known = set().union(*(routers.find(name).options() for name in c.routers)) - {"vocab_size", "n_real"}
+    for option in c.router_options.keys() - known:  # those two are of the model
+        taken = ", ".join(sorted(known)) or "none"
         why = next(filter(None, (why_not(routers.find(name), routers.Router, option) for name in c.routers)), "")
         raise ValueError(f"{option} is no option of {', '.join(c.routers)}, which takes {taken}{why}")
     for name in c.routers:

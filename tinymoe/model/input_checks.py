@@ -9,7 +9,8 @@ from ..moe.losses import LOSSES, Loss
 def require_ids(ids, seq_len: int, vocab_size: int) -> np.ndarray:
     """ids as an array (B, T).
 
-    Raises ValueError for no tokens, or sequences longer than seq_len; IndexError for what is no token.
+    Raises ValueError for no tokens, or sequences longer than seq_len; IndexError for an id that is not
+    from 0 to vocab_size - 1.
     """
     ids = np.asarray(ids)
     if ids.ndim != 2 or not ids.size or ids.shape[1] > seq_len:

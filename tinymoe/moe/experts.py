@@ -3,7 +3,7 @@
     y[n] = sum over the experts e of token n of  G[n, e] * FFN_e(x[n]), G the gate matrix of the Routing
     FFN_e(x) = activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]
 
-All backends give the same output and the same gradients of finite numbers. They differ in speed.
+For finite numbers all backends give the same output and gradients, up to rounding. They differ in speed.
 """
 
 import numpy as np

@@ -136,7 +136,7 @@ def from_dense(gates: Tensor | np.ndarray, logits: Tensor | None = None, probs: 
 
     logits, probs: (N, E); by default the gates themselves. Losses and entropies read them, so these need real ones.
     """
-    gates = gates if isinstance(gates, Tensor) else Tensor(np.asarray(gates))
+    gates = gates if isinstance(gates, Tensor) else Tensor(gates)
     return from_mask(gates.data != 0, gates, *(gates if scores is None else scores for scores in (logits, probs)))
 
 
@@ -170,7 +170,8 @@ def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = 
     """Drop the assignments of each expert beyond its `capacity`; a dropped assignment adds nothing to its token.
 
     policy "order" keeps first choices before second choices, and earlier tokens before later ones
-    (GShard, Lepikhin et al. 2020, algorithm 1); "gate" keeps the largest gates. Ties go to the earlier token.
+    (GShard, Lepikhin et al. 2020, algorithm 1); "gate" keeps the largest gates. Ties go to the earlier token; where
+    the gates of a token are equal, its first choice is the expert of the lower number.
     Raises ValueError for another policy, and where `capacity` does.
     """
     if policy not in DROP_POLICIES:

@@ -6,7 +6,7 @@ from ..autograd.tensor import Tensor
 
 
 def check_routing(r) -> None:
-    """The fields of a Routing fit together, and its assignments are sorted and there once."""
+    """The fields of a Routing fit together, and its assignments are sorted, without repeats."""
     _require_tensors(gate=r.gate, logits=r.logits, probs=r.probs)
     _require_integers(token=r.token, offsets=r.offsets)
     if r.probs.ndim != 2 or r.logits.shape != r.probs.shape:
@@ -35,7 +35,7 @@ def check_mask(chosen, gates, logits, probs) -> None:
 
 
 def check_limit(n_tokens: int, n_experts: int, per_token: float, factor: float) -> None:
-    """The numbers that a capacity limit is made of."""
+    """The arguments of `capacity`."""
     if not factor > 0:
         raise ValueError(f"capacity factor {factor} must be above 0")
     if n_tokens < 0 or n_experts < 1 or not per_token > 0:

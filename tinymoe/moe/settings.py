@@ -32,7 +32,7 @@ def integer_from(least: int, below: int = 2**31) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value < below
 
 
-def is_finite(value: Any) -> bool:
+def is_finite_from_0(value: Any) -> bool:
     """Whether value is a finite number of at least 0."""
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and 0 <= value < np.inf
 
@@ -47,9 +47,9 @@ COUNT = Check(integer_from(0), "a whole number of at least 0")
 SEED = Check(integer_from(0, 2**64), "a whole number from 0 to 2**64 - 1")
 DEPTH = Check(integer_from(1, 10_001), "a whole number from 1 to 10,000")
 EVEN = Check(lambda value: COUNT.fits(value) and value and value % 2 == 0, "an even number of at least 2")
-NOT_NEGATIVE = Check(is_finite, "a finite number of at least 0")
-POSITIVE = Check(lambda value: is_finite(value) and value > 0, "a finite number above 0")
-SHARE = Check(lambda value: is_finite(value) and value <= 1, "a number from 0 to 1")
+NOT_NEGATIVE = Check(is_finite_from_0, "a finite number of at least 0")
+POSITIVE = Check(lambda value: is_finite_from_0(value) and value > 0, "a finite number above 0")
+SHARE = Check(lambda value: is_finite_from_0(value) and value <= 1, "a number from 0 to 1")
 FLAG = Check(lambda value: isinstance(value, bool), "true or false")
 BY_TYPE = {int: WHOLE, float: NOT_NEGATIVE, bool: FLAG, str: Check(lambda value: isinstance(value, str), "a name")}
 
@@ -58,8 +58,8 @@ def check_of(annotation: Any) -> Check | None:
     """The check of an annotation: a type of BY_TYPE, a Literal of names, either of them or None; None for others."""
     if get_origin(annotation) is Literal:
         return one_of(*get_args(annotation))
-    if type(None) in get_args(annotation):
-        check = check_of(get_args(annotation)[0])
+    if type(None) in get_args(annotation) and len(get_args(annotation)) == 2:
+        check = next(filter(None, map(check_of, get_args(annotation))), None)
         return check and check.or_none()
     return BY_TYPE.get(annotation)
 

@@ -59,8 +59,9 @@ def beside_the_plan(results):
 
 
 def changes(results) -> tuple[list[str], dict[str, list[str]]]:
-    """(of all settings, {setting id: its own}): `top_k is 1, not 2` for each field of model and training that is not as
-    the plan gives it at the scale that is most alike. Steps are left out, and rates where a sweep chose them.
+    """(of all settings, {setting id: its own}): what differs from the plan, such as `top_k is 1, not 2`.
+
+    It is compared at the scale with the fewest differences, without steps, and without rates that a sweep chose.
     """
     e, aside = results.experiment, {"steps", *(["learning_rate"] if results.sweep else [])}
     configs = {name: runs[0].config for name, runs in results.groups.items()}

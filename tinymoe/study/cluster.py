@@ -96,10 +96,10 @@ class Cluster(futures.Executor):
             return
         for plan, folder in list(self._sent.values()):
             if (changed := _time(folder)) != self._changed[plan.run_id] and (found := _progress(folder)):
-                self._changed[plan.run_id], (step, loss, seconds) = changed, found
+                self._changed[plan.run_id], (step, loss) = changed, found
                 if step > self._reached[plan.run_id]:
                     self._reached[plan.run_id] = step
-                    yield Event("step", plan.run_id, step, loss, steps=plan.training.steps, seconds=seconds)
+                    yield Event("step", plan.run_id, step, loss, steps=plan.training.steps)
         self._due = time.monotonic() + 1 + 20 * (time.monotonic() - started)
 
     def ended(self, future):
@@ -169,10 +169,10 @@ def _time(folder):
 
 
 def _progress(folder):
-    """(step, loss, seconds) of the last row of a run's log; None if there is none, or while it cannot be read."""
+    """(step, loss) of the last row of a run's log; None if there is none, or while it cannot be read."""
     with contextlib.suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError):
         row = read_rows(folder / "log.jsonl")[-1]
-        return int(row["step"]), float(row["cross_entropy"] or 0), float(row["seconds"])
+        return int(row["step"]), float(row["cross_entropy"] or 0)
 
 
 @functools.cache

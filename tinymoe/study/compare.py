@@ -1,12 +1,10 @@
 """Runs of any folders side by side: one table, one figure, and the flat rows of a folder for other programs."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import printable
-from .palette import MARKERS
 from .quantities import LOSS, in_row, title, value
 from .rows import RunRecord, load_run, load_runs, made_of, router_names, unknown
 from .statistics import t_interval
@@ -14,7 +12,6 @@ from .statistics import t_interval
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
            "token_coverage", "experts_per_token", "seconds")
 ALWAYS = COLUMNS[:3]  # shown though all numbers are the same
-DASHES = ("-", "--", ":", "-.")
 RUN_FIELDS = ("router", "top_k", "n_experts", "aux_coef")  # of the model, in each flat row
 
 
@@ -77,41 +74,21 @@ def cautions(found) -> Iterator[str]:
     yield from map(printable, unknown(runs))
 
 
-def looks(found, experiments=()) -> dict[str, dict]:
-    """{label: style of its line}: colour and marker of its setting where its experiment is known, else of its place.
-
-    A colour that comes again has another marker and another dash. experiments: the Experiments that may be known.
-    """
-    from .figures import GREY, style_at, style_of
-    ids, styles, used = {runs[0].config_id for runs in found.values()}, {}, Counter()
-    for place, (label, (run, *_)) in enumerate(found.items()):
-        own = next((one for one in experiments if run.plan_hash == one.plan_hash
-                    or ids <= {setting.id for setting in one.settings}), None)
-        style = style_of(own, run.config_id) if own else {"color": GREY}
-        style = style_at(place) if style["color"] == GREY else style
-        n = used[style["color"]]
-        used[style["color"]] += 1
-        marker = MARKERS[(MARKERS.index(style["marker"]) + n) % len(MARKERS)]
-        styles[label] = style | {"marker": marker, "linestyle": DASHES[n % len(DASHES)]}
-    return styles
-
-
-def draw(found, experiments=()):
+def draw(found):
     """A Figure: the causal loss over the steps, the busiest expert's load over them, and that load against the loss.
 
     Lines are means over seeds at the steps that they share. The last panel shows the path of a run: at each evaluation
-    a point, from the left, where the loss is high, to a large mark at the end. experiments: see `looks`.
+    a point, from the left, where the loss is high, to a large mark at the end.
     """
-    from .figures import default_style, panel_grid
+    from .figures import default_style, panel_grid, style_at
     with default_style():
         fig, (axes_of,) = panel_grid(1, 3, 2.8)
-        styles = looks(found, experiments)
-        for label, runs in found.items():
+        for place, (label, runs) in enumerate(found.items()):
             logs = [{row["step"]: row for row in run.log} for run in runs]
             steps = sorted(set.intersection(*map(set, logs)))
             loss, busiest = ([sum(of(log[step]) for log in logs) / len(logs) for step in steps] for of in (
                 lambda row: row[LOSS], lambda row: 1 + in_row(row, "max_violation")))
-            style = styles[label] | {"markevery": max(1, len(steps) // 8)}
+            style = style_at(place) | {"markevery": max(1, len(steps) // 8)}
             for axes, x, y in zip(axes_of, (steps, steps, loss), (loss, busiest, busiest)):
                 axes.plot(x, y, label=label, **style)
             axes_of[2].plot(loss[-1:], busiest[-1:], color=style["color"], marker=style["marker"], markersize=7)

@@ -174,10 +174,9 @@ def half_widths(intervals):
 
 
 def points_of(results, name, metric, *, reference=None, layer=None):
-    """(steps, numbers (steps, seeds)) of a setting's log, less the reference's of the same seed if there is one; of a
-    grey setting the mean over the seeds, (steps, 1).
+    """(steps, numbers (steps, seeds)) of a setting's log. A grey setting has its mean over the seeds, (steps, 1).
 
-    layer: index of one MoE layer, None for the mean.
+    reference: subtract its numbers, seed by seed. layer: index of one MoE layer, None for the mean.
     """
     logs = {run.run_id: {row["step"]: row for row in run.log}
             for setting in (name, reference) if setting for run in results.groups[setting]}

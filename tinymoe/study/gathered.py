@@ -23,7 +23,6 @@ from .tables import (
     settings_table,
     to_decide,
     total_hours,
-    verdict_of,
 )
 from .wording import GLOSSARY, METHODS, TO_DECIDE
 
@@ -142,7 +141,7 @@ def questions(found) -> list[str]:
     sure. Those that are not known have a table of their own, which says what would decide them."""
     rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
                              f"{each.contrast}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
-                             f"{verdict_of(each)}{how_sure(each)}", link(results)])
+                             f"{each.verdict}{how_sure(each)}", link(results)])
             for results in found for one, each in zip(results.experiment.primary, results.primary)]
     rows.sort(key=lambda row: VERDICTS.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
@@ -190,8 +189,8 @@ def surprise(found):
 
 
 def is_fair(one, results):
-    """Whether a comparison is of the causal loss of two models of equal active size that read the default text for as
-    many steps from the start, that no claim asks for, and where nobody is told the source."""
+    """Whether a comparison can be the surprise: of the causal loss, on the default text, of two models of equal active
+    size, trained from scratch for equally many steps, that no claim compares."""
     e, pair = results.experiment, one.contrast.settings
     if one.contrast.metric != LOSS or not one.contrast.minus or e.text or not one.tested:
         return False

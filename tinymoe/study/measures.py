@@ -1,5 +1,7 @@
 """What an experiment measures in a trained model besides its validation row: measure(trainer) -> {name: number}."""
 
+import string
+
 import numpy as np
 
 from ..autograd.functional import GATED
@@ -14,8 +16,7 @@ WINDOWS = 16  # of each domain
 N_BATCHES = 16  # of which the noise of the gradient is measured
 BANDWIDTH, FLOPS = 1e9, 1e11  # bytes and floating-point operations a second of one simulated device
 CLASSES = ("lower case", "upper case", "digit", "space", "punctuation", "other")
-CLASS_BYTES = ("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " \t\n\r",
-               "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")  # the rest is "other"
+CLASS_BYTES = string.ascii_lowercase, string.ascii_uppercase, string.digits, " \t\n\r", string.punctuation  # not other
 
 
 def influence(trainer) -> dict[str, float]:

@@ -85,7 +85,8 @@ def run_list(results):
 
 
 def html_table(head, rows):
-    """A table of cells of its head and whole rows; it sorts unless its rows are quantities, under an empty head."""
+    """A table. head: its cells; rows: whole <tr> elements. It sorts, unless the first heading is empty: then each row
+    is another quantity."""
     heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     start = '<div class="table"><table class="sorts">' if head[0] else '<div class="table" tabindex="0"><table>'
     return f"{start}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

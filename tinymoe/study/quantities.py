@@ -107,20 +107,6 @@ def collapse_step(run):
     return next((row["step"] for row in run.log if row["step"] and any(map(collapsed, row["layers"]))), math.nan)
 
 
-def reached(run, loss, of):
-    """of(row) where the causal loss first falls to `loss`, on a straight line between two evaluations; nan if never."""
-    for before, after in zip(run.log, run.log[1:]):
-        if after[LOSS] <= loss < before[LOSS]:
-            share = (before[LOSS] - loss) / (before[LOSS] - after[LOSS])
-            return of(before) + share * (of(after) - of(before))
-    return math.nan
-
-
-def tokens_of(run):
-    """A function of a row: millions of bytes that the run has learnt from."""
-    return lambda row: row["step"] * run.config["training"]["batch_size"] * run.model["seq_len"] / 1e6
-
-
 def crossing(log, other, metric):
     """The last step at which the curves of two logs cross, on a straight line between evaluations; nan if nowhere."""
     rows = {row["step"]: row for row in other if row["step"]}
@@ -228,18 +214,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
         ("path", "microseconds for a batch and layer"))))}
 
 
-FAMILIES = {  # quantities with a parameter: `causal_cross_entropy:python`, `seconds_to:1.8`, `tokens_to:1.8`
-    LOSS: lambda name, domain: Quantity(name, f"causal loss, {domain}", "nats", per="row",
-                                        of=lambda row: row.get("causal_by_domain", {}).get(domain, math.nan)),
-    "val_cross_entropy": lambda name, domain: Quantity(
-        name, f"loss routed as in training, {domain}", "nats", per="row",
-        of=lambda row: row.get("val_by_domain", {}).get(domain, math.nan)),
-    "seconds_to": lambda name, loss: Quantity(name, f"training time to a causal loss of {loss}", "seconds", per="run",
-                                              event=True,
-                                              of=lambda run: reached(run, float(loss), lambda row: row["seconds"])),
-    "tokens_to": lambda name, loss: Quantity(name, f"training text to a causal loss of {loss}", "million bytes",
-                                             per="run", event=True,
-                                             of=lambda run: reached(run, float(loss), tokens_of(run)))}
+BY_DOMAIN = {LOSS: "causal_by_domain", "val_cross_entropy": "val_by_domain"}  # `causal_cross_entropy:python`
 
 
 # numbers of rows that have no entry, beside those of losses
@@ -256,18 +231,22 @@ def require_known(names) -> None:
     """ValueError for the first name that is neither in the table, nor a number of rows or a loss."""
     known = _known()
     for name in names:
-        family, _, parameter = name.partition(":")
-        if name not in known and not (parameter and family in FAMILIES):
+        loss, _, domain = name.partition(":")
+        if name not in known and not (domain and loss in BY_DOMAIN):
             near = difflib.get_close_matches(name, known, 1)
             raise ValueError(f"no quantity {name}: " + (f"did you mean {near[0]}?" if near else
                              "no row holds it; add an entry to QUANTITIES in study/quantities.py"))
 
 
 def quantity(name: str) -> Quantity:
-    """The Quantity of a name; a field of a row that has no entry, such as a new term of the loss, is read as it is."""
-    family, _, parameter = name.partition(":")
-    if parameter and family in FAMILIES:
-        return FAMILIES[family](name, parameter)
+    """The Quantity of a name; `causal_cross_entropy:python` is the loss of one domain.
+
+    A field of a row that has no entry, such as a new term of the loss, is read as it is.
+    """
+    loss, _, domain = name.partition(":")
+    if domain and loss in BY_DOMAIN:
+        return Quantity(name, f"{QUANTITIES[loss].label}, {domain}", "nats", per="row",
+                        of=lambda row: row.get(BY_DOMAIN[loss], {}).get(domain, math.nan))
     return QUANTITIES.get(name) or Quantity(name)
 
 

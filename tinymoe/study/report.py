@@ -115,14 +115,10 @@ def images(results, place="") -> list[str]:
 
 
 def drawn(results) -> dict[str, bool]:
-    """{name: whether it shows these runs, and what its caption says} of the figures that are there.
-
-    A figure that says nothing of its runs, of an earlier version, counts as one of these.
-    """
+    """{name: whether it shows these runs, and what its caption says} of the figures that are there."""
     paths = {name: results.folder / "figures" / f"{name}.png" for name in results.experiment.figures}
     heads = {name: path.read_bytes()[:1000] for name, path in paths.items() if path.exists()}
-    return {name: b"Description\0rows " not in head or f"Description\0{mark(results, name)}".encode() in head
-            for name, head in heads.items()}
+    return {name: f"Description\0{mark(results, name)}".encode() in head for name, head in heads.items()}
 
 
 def caption(results, name) -> str:

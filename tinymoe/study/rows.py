@@ -1,5 +1,6 @@
 """Result rows: the runs that a study left on disk, read back and checked, and how far runs are that still train."""
 
+import json
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..files import from_json, printable, read_json, read_rows, write_rows
 from ..moe.losses import LOSSES
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
-from ..training.identity import describe, differing, training_with_defaults, with_defaults
+from ..training.identity import describe, differing, with_defaults
 from ..training.lease import holder
 from ..training.loading import UNUSABLE, execute_recorded
 from ..training.run_folder import RunFolder
@@ -85,7 +86,8 @@ def router_names(model: dict) -> list[str]:
 
 
 def made_of(runs) -> str:
-    """What the runs of one setting are made of, in a few words: router, experts per byte, coefficients of losses.
+    """What the runs of one setting are made of, in a few words: router, experts per byte, the router's options and
+    coefficients of losses.
 
     The experts are the measured ones, a mean over the runs, where they are not top_k.
     """
@@ -96,15 +98,17 @@ def made_of(runs) -> str:
     router = " ".join(filter(None, ("+".join(router_names(model)), rules)))
     limited = model.get("capacity_factor") is not None
     shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
+    options = [f"{name}={json.dumps(value)}" for name, value in (model.get("router_options") or {}).items()
+               if str(value) not in rules]  # they are in words there
     losses = [f"{name} {coefficient}" for name, coefficient in (model.get("losses") or {}).items() if coefficient]
-    return ", ".join([f"{router}, K={shown}, aux {model['aux_coef']:g}", *losses])
+    return ", ".join([f"{router}, K={shown}", *options, f"aux {model['aux_coef']:g}", *losses])
 
 
 def load_runs(study_dir) -> list[RunRecord]:
     """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
 
-    A run is unfinished without a config. Raises ValueError for a finished run that is damaged, because
-    the numbers that are left would be taken for all, and for two different runs of one name.
+    A run without a config is unfinished. Raises ValueError for a damaged finished run, which a report would otherwise
+    leave out without a word, and for two different runs of one name.
     """
     runs = {}
     folders = sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir())
@@ -122,7 +126,7 @@ def load_run(folder) -> RunRecord:
 
 
 def _apart_from_rules(run):
-    """A run without the rules, which a file that has changed since can no longer say."""
+    """A copy without `rules`, which cannot be read again once the router's file has changed."""
     return replace(run, config={name: part for name, part in run.config.items() if name != "rules"})
 
 
@@ -268,8 +272,7 @@ def _record(place, config, log, summary, failure):
     log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):
         config = {"config_id": place.name, "seed": -1, "model": {}, "training": {}}
-    config = {"rules": _rules(config["model"])} | config | {
-        "model": with_defaults(config["model"]), "training": training_with_defaults(config["training"])}
+    config = {"rules": _rules(config["model"])} | config | with_defaults(config)
     return RunRecord(place.name, config, log, summary, failure)
 
 
@@ -312,8 +315,11 @@ def _is_whole(name, config, log, summary):
 
 
 def _fits(found, shape) -> bool:
-    """Whether a JSON value has a shape: a type, a range of whole numbers, a test such as `between`, several of these in
-    a tuple, [shape of each item], or {name: shape}, ... for any name, of which there is one at least."""
+    """Whether a JSON value has a shape.
+
+    A shape is a type, a range of whole numbers, a test such as `between`, a tuple of shapes (one must fit), [shape of
+    each item], or {name: shape}. The name ... stands for all names, of which there must be one.
+    """
     if isinstance(shape, list):
         return isinstance(found, list) and all(_fits(each, shape[0]) for each in found)
     if isinstance(shape, dict):

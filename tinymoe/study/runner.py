@@ -115,8 +115,8 @@ def _require_outside(out, text):
 def _attempt(plan, corpus, folder, fresh, send):
     """Train one run and report on it; corpus() gives the corpus, or raises CorpusError."""
     try:
-        summary = train(plan, corpus(), folder, send, fresh)
-        send(Event("done", plan.run_id, steps=plan.training.steps, seconds=summary.get("seconds", 0.0)))
+        train(plan, corpus(), folder, send, fresh)
+        send(Event("done", plan.run_id))
     except RUN_ERRORS as error:
         kind = "busy" if isinstance(error, Busy) else "failed"
         send(Event(kind, plan.run_id, message=str(error) or type(error).__name__))

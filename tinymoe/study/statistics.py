@@ -92,8 +92,8 @@ class Contrast:
 class Comparison:
     """A Contrast over its common seeds, tested against 0, and against both ends of ±margin if it has one.
 
-    values: one of each seed. corrected, corrected_same: its p values after the correction for the comparisons of its
-    family, and family: how many these are.
+    values: one of each seed. corrected, corrected_same: its p values, corrected over the `family` comparisons of its
+    family.
     """
 
     contrast: Contrast

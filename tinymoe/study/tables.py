@@ -61,10 +61,6 @@ def two_digits(p):
     return next(said for n in range(2, 18) if float(said := f"{p:.{n}g}") != LEVEL or p == LEVEL)
 
 
-def verdict_of(found):
-    return found.verdict if found.n else "no common seed"
-
-
 def numbers_of(found, interval=None):
     """(mean, interval) of a Comparison as text, with so many digits that no end of the interval looks like 0."""
     interval, shown = interval or found.interval, found.contrast.shown
@@ -81,7 +77,7 @@ def primary_table(results):
     for one, found in zip(results.experiment.primary, results.primary):
         mean, interval = numbers_of(found)
         column = {"published": one.published or "–", "difference": f"{title(found.contrast.metric)}, {found.contrast}",
-                  "mean": mean, "95% interval": interval, "verdict": f"**{verdict_of(found)}**",
+                  "mean": mean, "95% interval": interval, "verdict": f"**{found.verdict}**",
                   "margin": f"{found.margin:g}", "seeds": str(found.n)}
         if found.tested:
             column |= {"corrected p": two_digits(found.corrected), "sign flips": f"{found.p_flip:.3g}",
@@ -98,7 +94,7 @@ def primary_table(results):
              "margin", "same", "SD", "seeds", "smallest effect", "to decide it", "95% over seeds and text",
              "text's share of the variance")
     rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
-    rows = [row for row in rows if not set(row[1:]) <= {"–", "**not tested**", "**no common seed**"}]
+    rows = [row for row in rows if not set(row[1:]) <= {"–", "**not tested**"}]
     return table(["", *(one.question for one in results.experiment.primary)], rows) if columns else ""
 
 
@@ -113,7 +109,7 @@ def domain_table(results):
 def exploratory_table(results):
     rows = [[title(one.contrast.metric), str(one.contrast), *numbers_of(one),
              two_digits(one.corrected_same if one.verdict == "same" else one.corrected) if one.tested else "–",
-             verdict_of(one)] for one in results.exploratory]
+             one.verdict] for one in results.exploratory]
     kept = 6 if any(one.tested for one in results.exploratory) else 3  # no interval and no test of one seed
     names = ["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"]
     return table(names[:kept], [row[:kept] for row in rows]) if rows else ""

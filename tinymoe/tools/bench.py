@@ -27,6 +27,7 @@ from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 from ..moe.experts import BACKENDS, ExpertBank
 from ..moe.routing import from_mask, largest
+from ..study.palette import COLOURS
 from ..training.identity import machine
 from ..training.optim import AdamW, clip_gradients
 
@@ -240,7 +241,6 @@ def _figure(path, height, n_panels=1):
 
 def draw_ladder(rows, path):
     """A bar for each size and backend: forward + backward in milliseconds, logarithmic."""
-    from ..study.palette import COLOURS
     rows = [row for row in rows if row["pass"] == "forward + backward"]
     size_of = itemgetter("n_tokens", "d_model", "n_experts", "top_k")
     sizes = list(dict.fromkeys(map(size_of, rows)))
@@ -263,8 +263,6 @@ def draw_ladder(rows, path):
 
 def draw_profile(rows, path):
     """A bar for each operation of the step, the slowest on top, with its rate where it multiplies matrices."""
-    from ..study.palette import COLOURS
-
     with _figure(path, 2.8) as (_, (axes,)):
         operations, whole = rows[:-1], rows[-1]
         bars = axes.barh([row["operation"] for row in operations], [row["ms"] for row in operations], color=COLOURS[0])
@@ -282,7 +280,6 @@ def draw_scaling(rows, path):
 
     The work of the optimizer grows with the experts instead, and does not grow with the tokens.
     """
-    from ..study.palette import COLOURS
     labels = {"experts": "experts E, 2 for each token", "tokens": "tokens in the batch",
               "imbalance": "share of tokens at expert 0"}
 

@@ -28,11 +28,10 @@ def describe(plan, corpus) -> dict:
 
 def _identity(config):
     """What distinguishes a run, as a flat dict: its id, its settings, its kernels, and the hashes of what it reads."""
-    parts = {"model": with_defaults(config.get("model", {})),
-             "training": training_with_defaults(config.get("training", {})),
-             "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
-             "training bytes of": {name: text.get("train_bytes") for name, text in config.get("corpus", {}).items()},
-             "import": imports_of(config)}
+    parts = with_defaults(config) | {
+        "corpus": {name: text.get("sha256", "")[:12] for name, text in config.get("corpus", {}).items()},
+        "training bytes of": {name: text.get("train_bytes") for name, text in config.get("corpus", {}).items()},
+        "import": imports_of(config)}
     return {"run_id": config.get("run_id"), "start": config.get("start"), "kernels": config.get("kernels", "numba"),
             "order of the domains": config.get("domains")} | {
         f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
@@ -50,20 +49,17 @@ def differing(found: dict, wanted: dict) -> list[str]:
             for name in dict.fromkeys([*wanted, *found]) if found.get(name) != wanted.get(name)]
 
 
-def with_defaults(model: dict) -> dict:
-    """A stored ModelConfig, with the defaults of fields that are newer than the file; unchanged if it is not valid."""
-    try:
-        return ModelConfig.from_dict(model).to_dict()
-    except (ValueError, TypeError):
-        return model
+def with_defaults(config: dict) -> dict:
+    """{"model", "training"} of a config.json, with the defaults of fields that are newer than the file.
 
-
-def training_with_defaults(training: dict) -> dict:
-    """A stored TrainConfig, likewise."""
-    try:
-        return dataclasses.asdict(TrainConfig(**training))
-    except (ValueError, TypeError):
-        return training
+    A part that is not valid is unchanged.
+    """
+    parts = {name: config.get(name, {}) for name in ("model", "training")}
+    with contextlib.suppress(ValueError, TypeError):
+        parts["model"] = ModelConfig.from_dict(parts["model"]).to_dict()
+    with contextlib.suppress(ValueError, TypeError):
+        parts["training"] = dataclasses.asdict(TrainConfig(**parts["training"]))
+    return parts
 
 
 def machine() -> dict:
@@ -85,7 +81,10 @@ NOTED = {"processor": "processors", "versions": "all_versions"}
 
 
 def noted(config: dict, name: str, old=None) -> list:
-    """What a run was trained with, such as its processors, from its config.json. old: where it does not say."""
+    """The values of `name`, such as its processor, that a run was trained with: several if it was resumed elsewhere.
+
+    old: for a run that does not say.
+    """
     found = config.get(NOTED.get(name)) or [config.get(name, old)]
     return [one for one in found if one] if isinstance(found, list) else []
 

@@ -20,7 +20,7 @@ def require_parameters(parameters: Any) -> None:
 
 def check_adamw(parameters: Any, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
                 no_decay: Collection[str]) -> None:
-    """Raise what AdamW does."""
+    """Raise the errors that AdamW's docstring names."""
     require_parameters(parameters)
     for name, p in parameters.items():
         if not isinstance(p, Tensor):

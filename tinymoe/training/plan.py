@@ -70,7 +70,7 @@ class Event:
 
     kind: "resumed" (from `step`), "step" (`loss`: its cross-entropy), "done", "failed" (`message`: why), or "busy":
         another process trains the run.
-    steps: how many the run has; seconds: of training so far, those before an interruption included.
+    steps: how many the run has, where the kind is "resumed" or "step".
     """
 
     kind: str
@@ -79,4 +79,3 @@ class Event:
     loss: float = 0.0
     message: str = ""
     steps: int = 0
-    seconds: float = 0.0

@@ -94,18 +94,16 @@ class RunFolder:
                 os.close(handle)
 
     def _wait_for_lock(self, handle, lease):
-        locked = False
+        unlocked, locked = os.environ.get("TINYMOE_NO_LOCK"), False
         for _ in range(100):  # ten seconds: the workers of a killed study need a moment to exit
-            locked = locked or self._lock(handle)
-            if (locked or os.environ.get("TINYMOE_NO_LOCK")) and lease.take(locked):
+            locked = locked or not unlocked and self._lock(handle)
+            if (locked or unlocked) and lease.take(locked):
                 return
             time.sleep(0.1)
         raise Busy(f"{self.path} is being written by another process: wait for it, or choose another --out")
 
     def _lock(self, handle):
-        """Lock a file for this process, unless TINYMOE_NO_LOCK is set; whether that succeeded."""
-        if os.environ.get("TINYMOE_NO_LOCK"):
-            return False
+        """Lock a file for this process; whether that succeeded."""
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -190,7 +188,8 @@ class RunFolder:
             return False
         (arrays, state), rows = files.load_arrays(path, "checkpoint"), files.read_rows(self.path / "log.jsonl")
         try:
-            if (state["run_id"], with_defaults(state["model"])) != (plan.run_id, plan.model.to_dict()):
+            model = with_defaults({"model": state["model"]})["model"]
+            if (state["run_id"], model) != (plan.run_id, plan.model.to_dict()):
                 raise ValueError("it is of another run")
             rows = rows[:state["n_rows"]]
             if not rows or rows[-1]["step"] != state["step"]:

@@ -107,13 +107,13 @@ class Trainer:
     @np.errstate(all="ignore")
     def evaluate(self, valid: Validation):
         """(row, routings, nats) as evaluation.evaluate returns them. Raises NonFiniteLoss."""
-        measured = evaluate(self.model, valid, self.initial_divergence)
+        found = evaluate(self.model, valid, self.initial_divergence)
         try:
-            json.dumps(measured[0], allow_nan=False)
+            json.dumps(found[0], allow_nan=False)
         except ValueError:
             layer = first_nonfinite(self.model, valid.ids, valid.domain) or "the loss"
             raise NonFiniteLoss(self.step, layer, "the validation loss is not finite") from None
-        return measured
+        return found
 
     @property
     def wall_seconds(self) -> float:
@@ -148,7 +148,7 @@ def _train_to_the_end(trainer, folder, on_event):
     plan, evaluation_steps = trainer.plan, trainer.plan.training.evaluation_steps()
 
     def report(kind, loss=0.0):
-        on_event(Event(kind, plan.run_id, trainer.step, loss, steps=plan.training.steps, seconds=trainer.seconds))
+        on_event(Event(kind, plan.run_id, trainer.step, loss, steps=plan.training.steps))
 
     try:
         if not folder.resume(trainer):

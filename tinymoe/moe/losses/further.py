@@ -9,7 +9,7 @@ from .standard import balance
 
 
 def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
-    """The mean over sequences of load_balancing_loss within each; 1 where all balance (DeepSeek-V3, eq. 17 to 20).
+    """The mean over sequences of load_balancing_loss within each; 1 where each is balanced (DeepSeek-V3, eq. 17 to 20).
 
     DeepSeek-V3 counts the best K without the bias in f; here f counts the assignments made. The N tokens are whole
     sequences of seq_len. Assignments that a capacity limit dropped do not count.
@@ -21,16 +21,21 @@ def sequence_balance_loss(routing: Routing, seq_len: int) -> Tensor:
 def global_balance_loss(routing: Routing, before: np.ndarray, batches: int) -> Tensor:
     """load_balancing_loss with f_e counted over many batches (Qiu et al. 2025, arXiv 2501.11873).
 
-    The paper adds up the counts of a global batch, over devices and accumulation steps; P_e is of the part at hand.
-    Here f_e is `running_share`, a mean over training steps, this one included. With batches = 1 it is
+    The paper adds up the counts of a global batch, over devices and accumulation steps; P_e is the mean over one
+    micro-batch. Here f_e is `running_share`, a mean over training steps, this one included. With batches = 1 it is
     load_balancing_loss. Only a mean load that is uneven is punished, so one batch may use experts of its own.
     """
     return balance(running_share(routing, before, batches), routing.probs.mean(axis=0))
 
 
 def running_share(routing: Routing, before: np.ndarray, batches: int) -> np.ndarray:
-    """(E,): before + (the batch's share of assignments - before) / batches; the share alone where before is all 0."""
-    share = routing.wanted / max(1, routing.wanted.sum())
+    """(E,): before + (the batch's share of assignments - before) / batches; the share alone where before is all 0.
+
+    A batch without an assignment has no share, and leaves it as it was.
+    """
+    if not routing.wanted.any():
+        return before
+    share = routing.wanted / routing.wanted.sum()
     return before + (share - before) / batches if before.any() else share
 
 
@@ -68,10 +73,11 @@ def _device_probs(routing, n_devices):
 def entropy_loss(routing: Routing) -> Tensor:
     """Mean over tokens of -sum p ln p of `probs` = softmax(logits): a small one makes tokens sure of their experts.
 
-    Dynamic K needs it (Huang et al. 2024, arXiv 2403.07652, which writes it for one token). For logits of other scores
-    it is that of their softmax.
+    Dynamic K needs it (Huang et al. 2024, arXiv 2403.07652, which writes it for one token). For routers whose
+    probs are no softmax, such as sigmoid_bias, it is the entropy of softmax(logits) too.
     """
-    return -(F.softmax(routing.logits) * F.log_softmax(routing.logits)).sum(axis=-1).mean()
+    p = F.softmax(routing.logits)
+    return -(p * F.where(p.data > 0, F.log_softmax(routing.logits), 0.0)).sum(axis=-1).mean()  # 0 ln 0 is 0
 
 
 def similarity_loss(weight: Tensor) -> Tensor:
@@ -79,8 +85,7 @@ def similarity_loss(weight: Tensor) -> Tensor:
 
     0 where the columns are orthonormal; the logits then keep the angles between tokens. The paper also starts R there.
     """
-    gram = weight.T @ weight - np.eye(weight.shape[1], dtype=weight.dtype)
-    return (gram * np.sign(gram.data)).sum()
+    return abs(weight.T @ weight - np.eye(weight.shape[1], dtype=weight.dtype)).sum()
 
 
 def policy_loss(routing: Routing, nats: np.ndarray) -> Tensor:
@@ -93,4 +98,5 @@ def policy_loss(routing: Routing, nats: np.ndarray) -> Tensor:
     """
     n = len(nats)
     advantage = (nats - nats.mean()) * n / max(1, n - 1)
-    return (F.log_softmax(routing.logits) * (routing.mask() * advantage[:, None]).astype(nats.dtype)).sum() * (1 / n)
+    chosen = F.where(routing.mask(), F.log_softmax(routing.logits), 0.0)  # (N, E)
+    return (chosen * advantage[:, None].astype(nats.dtype)).sum() * (1 / n)

@@ -52,15 +52,16 @@ class Router(Module):
 
     A subclass `class Mine(Router, name="mine")` enters ROUTERS under its name. Its `forward(x, context)` takes x (N, D)
     and returns a Routing of N tokens; call the router itself, which checks both. Its options are annotated class
-    attributes such as `jitter: float = 0.0`, or keyword arguments of an `__init__` of its own. A value is checked by
-    the annotation, and a line `NAME: meaning` of the docstring says what the option means. A subclass that sets an
-    option of its parent without annotation fixes it. The class attributes below describe the router: `cli.py routers`
+    attributes such as `jitter: float = 0.0`, or keyword arguments of an `__init__` of its own. The
+    annotation checks the value: int is at least 1, float at least 0; for others see settings.check_of, or extend
+    `check`. A line `NAME: meaning` of the docstring says what the option means. A subclass that sets an option of its
+    parent without annotation fixes it. The class attributes below describe the router: `cli.py routers`
     prints them, and the model reads them, so no code depends on the name of a router.
     A Tensor attribute is a parameter, and saved (see Module); keep anything else as an array, which is not saved.
     """
 
     paper = "–"
-    formula = used_by = "–"  # its choice and gates in one line, and who trains with it; no page shows a parent's
+    formula = used_by = "–"  # its choice and gates in one line, and who trains with it; a page shows none inherited
     chooses = "token"  # "token" chooses its experts, "expert" its tokens, "sequence" for its tokens, or "neither"
     balanced = "no"  # whether the load is equal by construction
     causal = True  # outside training, a token's route depends on its own prefix alone
@@ -119,7 +120,7 @@ class Router(Module):
 
     @classmethod
     def rules(cls, options: dict[str, Any]) -> str:
-        """By which rules its numbers are made, in a few words, where its options choose among several; else ""."""
+        """The rule that these options choose, such as "by threshold"; "" where there is only one."""
         return ""
 
     def penalty(self, routing: Routing, context: LossContext) -> Tensor | None:

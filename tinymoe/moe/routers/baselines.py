@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ...autograd import functional as F
 from ...autograd.tensor import Tensor
 from ..routing import from_mask, largest
 from .base import Router
@@ -58,8 +59,8 @@ class ByToken:
         self.table = Tensor(chosen.astype(dtype))  # (V, E), 1 at each id's experts; saved with the model
 
     def read(self, context):
-        """(N, E) bool: the choice of each token. Raises RouteError without ids."""
-        return self.table.data[context.need("ids", self).reshape(-1)] > 0
+        """(N, E) bool: the choice of each token. Raises RouteError without ids, and IndexError for an unknown id."""
+        return F.embedding(self.table, context.need("ids", self).reshape(-1)).data > 0
 
 
 class Hash(ByToken, Router, name="hash"):

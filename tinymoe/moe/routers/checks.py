@@ -1,6 +1,7 @@
 """What goes into a router and what comes out of it, checked, with messages that say what to do."""
 
 from ..routing import Routing
+from ..settings import POSITIVE
 
 CONTEXT = {"ids": "the tokens (B, T)", "rng": "a generator, because it draws while training",
            "domain": "the domain of each sequence (B,), which is known for the text of a run alone"}
@@ -53,11 +54,11 @@ def check_output(router: str, routing, n_tokens: int) -> Routing:
 
 def check_top_k(router: type, n_experts: int, top_k: float) -> None:
     """Raise ValueError for a top_k that a class of routers cannot give."""
-    is_whole = router.mean_k or top_k == int(top_k)
-    if not (0 < top_k <= n_experts and is_whole and (top_k == 1 or not router.top_1_only)):
+    fits = POSITIVE.fits(top_k) and top_k <= n_experts and (router.mean_k or top_k == int(top_k))
+    if not fits or router.top_1_only and top_k != 1:
         kind = "a number" if router.mean_k else "a whole number"
         must = "1" if router.top_1_only else f"{kind} above 0 and at most n_experts {n_experts}"
-        raise ValueError(f"top_k {top_k} must be {must} for {router.name}")
+        raise ValueError(f"top_k {top_k!r} must be {must} for {router.name}")
 
 
 def check_choice(n_experts: int, top_k: float, n_groups: int, limit: int | None, second: str, threshold: float | None,

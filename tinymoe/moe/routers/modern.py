@@ -17,8 +17,8 @@ from .top_k import TopK
 class BiasedTopK(TopK, name="biased_top_k"):
     """top_k with a learned bias in the logits, z = x W + b (GPT-OSS, OpenAI 2025).
 
-    The bias starts at 0. GPT-OSS takes the softmax over the chosen logits, which renormalised gates are. Here K = 1 is
-    not renormalised by default (see top_k): a gate is then the softmax over all logits, p.
+    The bias starts at 0. GPT-OSS takes the softmax over the chosen logits, which equals renormalised gates. Here K = 1
+    is not renormalised by default (see top_k): a gate is then the softmax over all logits, p.
     """
 
     paper = "OpenAI 2025"
@@ -64,6 +64,7 @@ class CosineTopK(TopK, name="cosine_top_k"):
     has one. X-MoE's code in torchscale divides c_e by its length but not x P, and has no tau.
 
     router_width: R, the width of the projection; 16 in torchscale, 256 in Tutel.
+    router_std: standard deviation of the initial c_e, above 0. That of P is 0.02.
     temperature: tau at the start; 0.5 in Tutel.
     """
 
@@ -77,7 +78,7 @@ class CosineTopK(TopK, name="cosine_top_k"):
 
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
-        self.weight = normal(rng, (self.router_width, n_experts), self.router_std or INIT_STD, dtype)
+        self.weight = normal(rng, (self.router_width, n_experts), self.router_std, dtype)
         self.projection = normal(rng, (d_model, self.router_width), INIT_STD, dtype)
         self.log_scale = Tensor(np.array(-np.log(self.temperature), dtype), requires_grad=True)  # log(1 / tau)
 
@@ -86,6 +87,8 @@ class CosineTopK(TopK, name="cosine_top_k"):
         super().check(n_experts, top_k, options)
         if options.get("temperature", 1) < 0.01:
             raise ValueError(f"temperature {options['temperature']} must be at least 0.01")
+        if options.get("router_std", 1) == 0:
+            raise ValueError("router_std 0 must be above 0 for cosine_top_k: a vector of zeros has no direction")
 
     def scores(self, x):
         top = np.log(100.0).astype(x.dtype)
@@ -105,10 +108,10 @@ class TopP(LinearRouter, name="top_p"):
     "entropy" keeps the number small; its default here is the paper's 1e-4.
 
     top_p: the least sum of the chosen probabilities; the paper has 0.4.
-    steer: if above 0, after each training step top_p rises by steer * (K - mean experts of a token) / E, within 0.01 to
-        1, so that a token has K experts on average. DTop-p (Jin et al. 2025, arXiv 2512.13996) has a PI controller
-        of one threshold for all layers, and normalises the logits. Here each layer has its own, and the controller is
-        the integral part alone. top_p is saved with the model.
+    steer: if above 0, after each training step top_p rises by steer * (K - mean experts of a token) / E, up to 1
+        and down to 0.01 or its start, so that a token has K experts on average. DTop-p (Jin et al. 2025, arXiv
+        2512.13996) has a PI controller of one threshold for all layers, and normalises the logits. Here each layer has
+        its own, and the controller is the integral part alone. top_p is saved with the model.
     renormalise: whether a token's gates are divided by their sum.
     """
 
@@ -268,9 +271,9 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
     Each token takes the K experts of largest s + b. After each training step, for the batch's scores s (N, E):
     a_n = the (K + 1)-th largest of s_n + b; b_e <- -(the (C + 1)-th largest over n of s_ne - a_n), C = ceil(N K / E).
     So C tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual
-    variables of the balanced assignment, which the two lines solve in turn. Then b loses its mean over the experts, as
-    in Kimi K3 and Megatron: it changes no choice, and without it the biases can drift together. Groups are left out:
-    the rule solves for all experts at once.
+    variables of the balanced assignment, which the two lines solve in turn. Then the mean of b over the experts is
+    subtracted, as in Kimi K3 and Megatron: no choice changes, and the biases cannot drift together. There are no
+    groups, because the rule solves for all experts at once.
 
     bias_rate: how far the bias goes to its new value in a training step; 1 is the published rule.
     """

@@ -33,8 +33,9 @@ class Sequence(TopK, name="sequence"):
         return (options.get("sequence_pool", cls.sequence_pool) == "prefix",) * 2
 
     def forward(self, x, context):
-        if self.sequence_scope == "global" and "sequence" in context.carried:
-            return context.carried["sequence"]
+        first, routing = context.carried.get("sequence", (self, None))
+        if self.sequence_scope == "global" and first is not self:  # else this is the first MoE layer
+            return routing
         ids = context.need("ids", self)
         states = self._jittered(x, context).reshape(*ids.shape, x.shape[1])  # (B, T, D)
         if self.sequence_pool == "prefix" or context.causal:
@@ -43,7 +44,7 @@ class Sequence(TopK, name="sequence"):
             pooled = states.mean(axis=1, keepdims=True)[:, np.zeros(ids.shape[1], int)]  # the same for all T
         routing = self._choose(self.scores(pooled.reshape(x.shape)), context)
         if self.sequence_scope == "global":
-            context.carried["sequence"] = routing
+            context.carried["sequence"] = self, routing
         return routing
 
 
@@ -54,4 +55,4 @@ def prefix_mean(x):
     def vjp(g):
         return (g / count)[:, ::-1].cumsum(axis=1)[:, ::-1]
 
-    return primitive((x.data.cumsum(axis=1) / count).astype(x.dtype), (x, vjp))
+    return primitive(x.data.cumsum(axis=1) / count, (x, vjp))

@@ -105,7 +105,7 @@ class SigmoidBias(Scored, name="sigmoid_bias"):
     """Sigmoid scores, and a bias that balances the load without a loss (DeepSeek-V3, eq. 12 to 16; Wang et al. 2024).
 
     s = sigmoid(x W). Each token takes the K experts of largest s + b. Its gates are gate_scale * s / (sum of the chosen
-    s), or gate_scale * s for K = 1; the bias b takes no part in them. After each training step
+    s + 1e-20), or gate_scale * s for K = 1; the bias b takes no part in them. After each training step
     b_e += bias_rate * sign(mean load - load_e).
     `probs` are s / (sum of all s), as in DeepSeek-V3's sequence-wise balance loss.
 

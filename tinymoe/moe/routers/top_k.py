@@ -27,8 +27,8 @@ class TopK(LinearRouter, name="top_k"):
     second_expert: for K = 2, which second experts are kept while training: "all"; "random", each with probability
         gate / second_threshold (GShard, Lepikhin et al. 2020, algorithm 1); "threshold", those whose gate is above
         second_threshold (Mesh TensorFlow).
-    second_threshold: of second_expert; null is 0.5 for "random" (GShard), 0.2 for "threshold" (Mesh TensorFlow, which
-        has 0.2 for "random" too). For "threshold" it must be below 0.5, because a second gate is at most 0.5.
+    second_threshold: the threshold in second_expert; null means 0.5 for "random" (GShard), 0.2 for "threshold" (Mesh
+        TensorFlow, which has 0.2 for "random" too). For "threshold" it must be below 0.5: a second gate is at most 0.5.
     Raises ValueError for training with noise but without an rng.
     """
 
