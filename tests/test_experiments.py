@@ -15,13 +15,14 @@ from click.testing import CliRunner
 import cli
 import naive_routing
 from test_metrics import routing
-from tinymoe import ModelConfig, Tensor, Transformer
+from tinymoe import ModelConfig, Tensor, Transformer, files
 from tinymoe import experiments as lab
 from tinymoe.experiments import EXPERIMENTS
 from tinymoe.moe import metrics
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask
 from tinymoe.study import figures, gathered, measures, report
+from tinymoe.study.experiment import SWEEP_SEEDS
 from tinymoe.study.probes import Influence, rerouted
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.rows import RunRecord
@@ -516,6 +517,46 @@ def test_a_file_that_is_no_question_is_refused_in_one_line(tmp_path, text, messa
         (tmp_path / "mine.py").write_text(begin + text)
     refused = CliRunner().invoke(cli.main, ["experiment", str(tmp_path / "mine.py")])
     assert refused.exit_code == 1 and message in refused.output and refused.output.count("\n") == 1
+
+
+def test_questions_are_asked_again_of_the_same_settings_on_other_seeds():
+    def run(experiment, name, published=None):
+        """The run of a setting by the plan, with the learning rate of its published rows where they choose one."""
+        first = experiment.first_seed
+        (one,) = experiment.runs("full", 1, only=[name])
+        assert one.seed == first
+        rows = files.read_rows(published / "runs.jsonl") if published else []
+        rates = {row["config"]["training"]["learning_rate"] for row in rows if row["config"]["config_id"] == name}
+        return one.model, dataclasses.replace(one.training, **({"learning_rate": rates.pop()} if rates else {}))
+
+    published, n = Path(__file__).parent.parent / "results/published/experiments", 0
+    later = [experiment for experiment in EXPERIMENTS.values() if experiment.first_seed]
+    asked = {one.question: (experiment, one.contrast.settings) for experiment in later for one in experiment.primary}
+    for before in EXPERIMENTS.values():
+        for one in before.primary:
+            if before not in later and one.question in asked:
+                again, names = asked[one.question]
+                for name, old in zip(names, one.contrast.settings):
+                    assert run(again, name) == run(before, old, published / before.name), (name, old)
+                    n += 1
+    assert n == 2 * len(asked) == 10
+    taken = max(*SWEEP_SEEDS, *(before.seeds for before in EXPERIMENTS.values()))
+    assert taken < min(again.first_seed for again in later)
+
+
+def test_of_a_question_that_was_asked_again_the_later_answer_counts(corpora, tmp_path):
+    once = EXPERIMENTS["fine-grained"]
+    later = dataclasses.replace(once, name="later", first_seed=7)
+    assert later.plan_hash != once.plan_hash
+    for experiment in (once, later):
+        finish(experiment, corpora, tmp_path / experiment.name)
+    found = [lab.Results(experiment, tmp_path / experiment.name) for experiment in (once, later)]
+    assert {run.seed for run in found[1].runs} == {7, 8}
+    assert [results.experiment.name for results, *_ in gathered.asked(found)] == ["later"]
+    assert [results.experiment.name for results, *_ in gathered.asked(found[:1])] == ["fine-grained"]
+    assert "comparisons, planned before the runs: 1;" in gathered.counted(found)
+    said = "".join(gathered.questions(found))
+    assert "experiments/later/" in said and "experiments/fine-grained/" not in said
 
 
 def test_nothing_to_gather_and_nothing_to_draw_are_said(tmp_path):

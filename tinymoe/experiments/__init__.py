@@ -9,6 +9,7 @@ from ..study.figures import at_the_end, over_steps
 from ..study.quantities import LOSS
 from ..study.results import Results
 from ..study.statistics import Contrast
+from .again import again_top_1, again_top_2
 from .architecture import dense, fine_grained, shared, surface, upcycle
 from .balancing import balance, capacity, collapse, expert_choice, phase, scope
 from .choosing import frozen, hash_routing, modern, rate, reinforce, unit
@@ -17,7 +18,8 @@ from .routers_a_to_f import routers_a_to_f as STUDY
 
 EXPERIMENTS = {experiment.name: experiment for experiment in (
     expert_choice, dense, hash_routing, scope, phase, balance, modern, collapse, capacity, shared, fine_grained,
-    surface, frozen, unit, specialise, upcycle, reinforce, batch, traffic, rate)}
+    surface, frozen, unit, specialise, upcycle, reinforce, batch, traffic, rate, again_top_2,
+    again_top_1)}
 
 __all__ = ["EXPERIMENTS", "LOSS", "SCALES", "STUDY", "Claim", "Contrast", "Effect", "Experiment", "Primary", "Results",
            "Scale", "Setting", "against", "at_the_end", "contrasts", "from_file", "over_steps"]

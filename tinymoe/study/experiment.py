@@ -132,7 +132,8 @@ class Primary:
 class Experiment:
     """A question and how it is answered. Its plan is fixed before the first run, and every run records `plan_hash`.
 
-    seeds, steps: of the scale "full", the plan. rates: candidate peak learning rates, of which each setting takes the
+    seeds, steps: of the scale "full", the plan. first_seed: the first of all seeds; not 0 where an earlier experiment
+    had the same settings. rates: candidate peak learning rates, of which each setting takes the
     one with the lowest mean loss over SWEEP_SEEDS; empty: the rate of `training`, or the default. adjustable: settings
     may be missing, and --set may change them, as in `cli.py study`. Then figures and findings are made of what there
     is, and labels are read from the runs.
@@ -147,6 +148,7 @@ class Experiment:
     exploratory: tuple = ()  # other Contrasts that are tested, corrected by Benjamini and Hochberg
     crossings: tuple = ()  # (metric, first setting, second): the step where their curves cross is told
     seeds: int = 3
+    first_seed: int = 0
     steps: int = 500
     rates: tuple = ()
     say: Callable | None = None  # Results -> sentences that its tables do not say
@@ -199,7 +201,7 @@ class Experiment:
     def plan_hash(self) -> str:
         """The sha256 of the plan as JSON, without the words: any change of it shows in the document."""
         names = ("seeds", "steps", "rates", "model", "training", "text")
-        plan = {name: getattr(self, name) for name in names} | {
+        plan = {name: getattr(self, name) for name in (*names, *(["first_seed"] if self.first_seed else []))} | {
             "primary": [(asdict(one.contrast), one.margin) for one in self.primary],
             "exploratory": [asdict(one) for one in self.exploratory],
             "claims": [(claim.number, *map(asdict, claim.effects)) for claim in self.claims],
@@ -222,7 +224,7 @@ class Experiment:
 
     def runs(self, scale: Scale | str, seeds: int, only=None, model: dict | None = None,
              training: dict | None = None, rates: dict | None = None) -> list[RunPlan]:
-        """The RunPlans at a Scale, or its name, with seeds 0 to seeds - 1, seed by seed.
+        """The RunPlans at a Scale, or its name, with so many seeds from first_seed on, seed by seed.
 
         only: ids of some settings, in order. model, training: fields that win over those of the settings. rates:
         {setting id: learning rate} that a sweep chose.
@@ -231,7 +233,7 @@ class Experiment:
         settings = {s.id: s for s in self.settings}
         chosen = {name: {"learning_rate": rate} for name, rate in (rates or {}).items()}
         return [self._run(settings[name], seed, scale, model or {}, chosen.get(name, {}) | (training or {}))
-                for seed in range(seeds) for name in only or settings]
+                for seed in range(self.first_seed, self.first_seed + seeds) for name in only or settings]
 
     def _run(self, setting, seed, scale, model, training):
         scale, own = self.scale(scale) if isinstance(scale, str) else scale, dict(setting.model)

@@ -131,9 +131,16 @@ def yardstick(found):
 
 def counted(found):
     """How many primary comparisons have each verdict, in a sentence."""
-    verdicts = [one.verdict for results in found for one in results.primary]
+    verdicts = [each.verdict for _, _, each in asked(found)]
     said = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
     return f"**Primary comparisons, planned before the runs: {len(verdicts)}; {said}.**" if verdicts else ""
+
+
+def asked(found):
+    """(Results, Primary, Comparison) of each question; where it was asked again on other seeds, of these alone."""
+    again = {one.question for results in found if results.experiment.first_seed for one in results.experiment.primary}
+    return [(results, one, each) for results in found for one, each in zip(results.experiment.primary, results.primary)
+            if results.experiment.first_seed or one.question not in again]
 
 
 def questions(found) -> list[str]:
@@ -142,7 +149,7 @@ def questions(found) -> list[str]:
     rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
                              f"{each.contrast}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
                              f"{each.verdict}{how_sure(each)}", link(results)])
-            for results in found for one, each in zip(results.experiment.primary, results.primary)]
+            for results, one, each in asked(found)]
     rows.sort(key=lambda row: VERDICTS.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
     others = [[row[0], row[2], how_sure(each).strip(" ()"), to_decide(results, each), row[4]]
@@ -154,10 +161,9 @@ def questions(found) -> list[str]:
 
 def cost(found):
     """What would decide all that is not known, why it was not run, and its core-hours; empty if all is decided."""
-    needed = sum(deciding_hours(results, one) for results in found for one in results.primary)
+    needed = sum(deciding_hours(results, each) for results, _, each in asked(found))
     spent = sum(map(total_hours, found))
-    bound = any(not one.needed or one.between for results in found for one in results.primary
-                if one.verdict == "not known")
+    bound = any(not each.needed or each.between for _, _, each in asked(found) if each.verdict == "not known")
     return (f"{TO_DECIDE} To decide all of it would take {'at least' if bound else 'about'} {needed:,.0f} core-hours; "
             f"all runs here took {spent:,.1f}." if needed else "")
 
