@@ -433,7 +433,8 @@ def _say_failures(failures):
 @click.option("--full", is_flag=True, help="As planned for publication: its steps, seeds, and learning rates that are "
               "chosen first; takes hours.")
 @click.option("--seeds", type=click.IntRange(1, 1000),
-              help="Runs of each setting, seeds 0 to N - 1.  [default: 3; 2 with --quick; with --full as planned]")
+              help="Runs of each setting, N seeds, from 0 on unless its plan has a first seed.  [default: 3; 2 with "
+                   "--quick; with --full as planned]")
 @_out_option("Folder of the results.  [default: results/experiments/NAME; with --quick or --full "
              "results/experiments-quick/NAME or -full/NAME]")
 @_training_options
@@ -648,6 +649,7 @@ def options(imports):
     from tinymoe.model.config import ModelConfig
     from tinymoe.moe.losses import LOSSES
     from tinymoe.moe.routers import ROUTERS
+    from tinymoe.moe.routers.options import OF_THE_MODEL
     from tinymoe.training.plan import TrainConfig
 
     def shown(default):
@@ -658,12 +660,14 @@ def options(imports):
     takers = {}  # one line for each option, with the routers that take it
     for name, router in ROUTERS.items():
         for option, parameter in router.options().items():
+            if option in OF_THE_MODEL:
+                continue
             meaning = re.split(r"(?<!al)\. ", router.meaning(option))[0].rstrip(".")
             takers.setdefault((f"router.{option}", shown(parameter.default), meaning), []).append(name)
     tables = {what: [(one.name, shown(one.default), one.metadata["meaning"]) for one in dataclasses.fields(config)]
               for what, config in (("the model", ModelConfig), ("training", TrainConfig))}
     tables["options of the router"] = [(*option, f"{meaning} ({', '.join(names)})") for (*option, meaning), names
-                                       in sorted(takers.items(), key=str) if option[0] != "router.vocab_size"]
+                                       in sorted(takers.items(), key=str)]
     tables["coefficients of losses"] = [(f"losses.{name}", shown(0.0), loss.meaning)
                                         for name, loss in LOSSES.items() if name != "balance"]
     for what, rows in tables.items():

@@ -22,6 +22,7 @@ from tinymoe import ModelConfig, files
 from tinymoe.model.counting import PRESETS
 from tinymoe.moe.losses import LOSSES
 from tinymoe.moe.routers import ROUTERS
+from tinymoe.moe.routers.options import OF_THE_MODEL
 from tinymoe.study import caveats, report
 from tinymoe.study import figures as plots
 from tinymoe.study.experiment import Experiment, Scale, Setting
@@ -571,7 +572,7 @@ def test_options_lists_every_setting_with_its_default_and_its_meaning():
         assert all(len(listed[field.name]) == 2 for field in dataclasses.fields(config))  # a default and a meaning
     assert listed["n_experts"][0] == "8" and listed["steps"][0] == "2000" and listed["losses.z"][0] == "0.0"
     for name, router in ROUTERS.items():
-        for option in router.options().keys() - {"vocab_size"}:
+        for option in router.options().keys() - OF_THE_MODEL:
             assert any(line[0] == f"router.{option}" and re.search(rf"\w .*\(.*\b{name}\b", line[2]) for line in lines)
     assert all(len(listed[f"losses.{name}"]) == 2 for name in LOSSES if name != "balance")
 

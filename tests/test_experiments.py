@@ -21,7 +21,7 @@ from tinymoe.experiments import EXPERIMENTS
 from tinymoe.moe import metrics
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask
-from tinymoe.study import figures, gathered, measures, report
+from tinymoe.study import figures, gathered, measures, report, statistics
 from tinymoe.study.experiment import SWEEP_SEEDS
 from tinymoe.study.probes import Influence, rerouted
 from tinymoe.study.quantities import LOSS, value
@@ -540,6 +540,10 @@ def test_questions_are_asked_again_of_the_same_settings_on_other_seeds():
                     assert run(again, name) == run(before, old, published / before.name), (name, old)
                     n += 1
     assert n == 2 * len(asked) == 10
+    for before in ("frozen", "modern", "unit", "capacity", "balance"):
+        (old,) = lab.Results(EXPERIMENTS[before], published / before).primary
+        again, _ = asked[EXPERIMENTS[before].primary[0].question]
+        assert statistics.seeds_needed(old.sd / old.margin, statistics.LEVEL / len(again.primary)) <= again.seeds
     taken = max(*SWEEP_SEEDS, *(before.seeds for before in EXPERIMENTS.values()))
     assert taken < min(again.first_seed for again in later)
 
@@ -554,9 +558,15 @@ def test_of_a_question_that_was_asked_again_the_later_answer_counts(corpora, tmp
     assert {run.seed for run in found[1].runs} == {7, 8}
     assert [results.experiment.name for results, *_ in gathered.asked(found)] == ["later"]
     assert [results.experiment.name for results, *_ in gathered.asked(found[:1])] == ["fine-grained"]
-    assert "comparisons, planned before the runs: 1;" in gathered.counted(found)
-    said = "".join(gathered.questions(found))
+    assert "planned before the runs: 1;" in (said := gathered.counted(found)) and " 1 of them were asked again" in said
+    said = "".join(gathered.questions(found, found))
     assert "experiments/later/" in said and "experiments/fine-grained/" not in said
+    first, second = (gathered.summary(results, found) for results in found)
+    assert "The answer is in [later]" in first and "Asked again" not in second
+    shutil.rmtree(tmp_path / "later/runs")
+    finish(later, corpora, tmp_path / "later", 1)  # one seed tells nothing yet: the earlier answer stands
+    found[1] = lab.Results(later, tmp_path / "later")
+    assert [results.experiment.name for results, *_ in gathered.asked(found)] == ["fine-grained"]
 
 
 def test_nothing_to_gather_and_nothing_to_draw_are_said(tmp_path):

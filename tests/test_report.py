@@ -400,12 +400,13 @@ def test_what_decides_all_is_a_lower_bound_where_a_number_of_seeds_is_unknown():
     """One comparison is not known in 3 seeds; 100 seeds would decide it, or over 1,000, or an unknown number."""
     run = types.SimpleNamespace(config={}, wall_seconds=36.0, state="finished", summary={})  # 0.01 core-hours
     def said(needed, between=False):
-        one, other = (types.SimpleNamespace(verdict="not known", needed=n, between=between and n == needed,
+        one, other = (types.SimpleNamespace(verdict="not known", needed=n, between=between and n == needed, tested=True,
                                             contrast=Contrast("load_cv", "A")) for n in (needed, 100))
-        setting = types.SimpleNamespace(id="A", start=None)
-        return gathered.cost([types.SimpleNamespace(
-            primary=[one, other], experiment=types.SimpleNamespace(settings=[setting]), groups={"A": [run]}, runs=[run],
-            sweep_runs=[], all_runs=[run])])
+        questions = [types.SimpleNamespace(question=text) for text in ("one?", "other?")]
+        experiment = types.SimpleNamespace(settings=[types.SimpleNamespace(id="A", start=None)], primary=questions,
+                                           first_seed=0)
+        return gathered.cost([types.SimpleNamespace(primary=[one, other], experiment=experiment, groups={"A": [run]},
+                                                    runs=[run], sweep_runs=[], all_runs=[run])])
 
     assert "would take about 2 core-hours" in said(100)
     assert "would take at least 11 core-hours" in said(None) and "would take at least 1 core-hours" in said(2, True)

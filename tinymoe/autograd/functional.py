@@ -218,7 +218,7 @@ def rotary(x: Tensor, base: float | np.ndarray = 10_000.0) -> Tensor:
 
     Entries i and i + d/2 of a head at position t turn by the angle t base^(-2i/d). So positions enter the product of a
     query and a key through their distance alone. (The paper pairs 2i and 2i + 1: the same but for the entries' order.)
-    base: the number in the formula; or an array (d/2,) of angles per position in place of base^(-2i/d).
+    base: the number in the formula; or an array (d/2,) that replaces base^(-2i/d).
     """
     if x.ndim != 4 or x.shape[-1] % 2 or np.shape(base) not in ((), (x.shape[-1] // 2,)):
         raise ValueError("rotary takes x (B, T, H, d), d even, and a base that is a number or (d/2,); not "

@@ -18,7 +18,7 @@ class CausalSelfAttention(Module):
     qk_norm: first RMS-normalise the queries, and the keys, of a token: True, all heads as one vector (OLMoE,
         Muennighoff et al. 2024); "head", each head by itself, with one scale (Qwen3, Yang et al. 2025).
     biases: which linear layers have one: "all", "qkv" (all but the output), or "none".
-    Raises ValueError for other words, unless n_kv_heads divides n_heads and (without head_dim) n_heads divides d_model.
+    Raises ValueError for other words, if n_kv_heads does not divide n_heads, or without head_dim n_heads not d_model.
     """
 
     def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, out_std: float = INIT_STD,

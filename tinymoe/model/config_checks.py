@@ -2,7 +2,7 @@
 
 from ..moe import routers
 from ..moe.losses import LOSSES
-from ..moe.routers.options import why_not
+from ..moe.routers.options import OF_THE_MODEL, why_not
 from ..moe.settings import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, Check
 
 BIASES = ("none", "qkv", "all")
@@ -20,7 +20,7 @@ ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a nam
 OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
 # losses of some routers alone
 APPLIES = {"load": lambda router: router.has_soft_load, "policy": lambda router: router.sampled,
-           "similarity": lambda router: router.shapes.get("weight") == "DE"}
+           "similarity": lambda router: router.learned and router.shapes.get("weight") == "DE"}
 COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGATIVE.fits, value.values())),
                      "an object: name of a loss to a finite number of at least 0")
 
@@ -75,7 +75,7 @@ def _check_mixture(c):
 
 
 def _check_losses(c):
-    """Check the coefficients of losses. One that applies to no router of the config would do nothing."""
+    """Check the coefficients of losses. Some apply to some routers alone."""
     for name, coefficient in c.losses.items():
         if name == "balance" or name not in LOSSES:
             known = ", ".join(one for one in LOSSES if one != "balance")
@@ -86,7 +86,7 @@ def _check_losses(c):
         grouped = name == "load" and c.router_options.get("n_groups", 1) != 1
         if coefficient and (grouped or not any(fits(routers.find(router)) for router in c.routers)):
             fitting = ", ".join(router for router, cls in routers.ROUTERS.items() if fits(cls))
-            raise ValueError(f"losses.{name} {coefficient} must be 0 but for {fitting}"
+            raise ValueError(f"losses.{name} {coefficient} must be 0 unless the router is one of {fitting}"
                              f"{' without groups' if name == 'load' else ''}")
 
 
@@ -95,8 +95,8 @@ def _check_routers(c):
     if not isinstance(c.router, str) and len(c.router) != len(c.moe_layers):
         raise ValueError(f"router {list(c.router)} must have one name for each of the {len(c.moe_layers)} "
                          "MoE layers")
-    known = set().union(*(routers.find(name).options() for name in c.routers)) - {"vocab_size", "n_real"}
-    for option in c.router_options.keys() - known:  # those two are of the model
+    known = set().union(*(routers.find(name).options() for name in c.routers)) - OF_THE_MODEL
+    for option in c.router_options.keys() - known:
         taken = ", ".join(sorted(known)) or "none"
         why = next(filter(None, (why_not(routers.find(name), routers.Router, option) for name in c.routers)), "")
         raise ValueError(f"{option} is no option of {', '.join(c.routers)}, which takes {taken}{why}")

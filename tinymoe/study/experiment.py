@@ -132,11 +132,11 @@ class Primary:
 class Experiment:
     """A question and how it is answered. Its plan is fixed before the first run, and every run records `plan_hash`.
 
-    seeds, steps: of the scale "full", the plan. first_seed: the first of all seeds; not 0 where an earlier experiment
-    had the same settings. rates: candidate peak learning rates, of which each setting takes the
-    one with the lowest mean loss over SWEEP_SEEDS; empty: the rate of `training`, or the default. adjustable: settings
-    may be missing, and --set may change them, as in `cli.py study`. Then figures and findings are made of what there
-    is, and labels are read from the runs.
+    seeds, steps: of the scale "full", the plan. first_seed: the first of all seeds. It is above 0 where questions of an
+    earlier experiment are asked again, whose answers then take the place of the earlier ones. rates: candidate peak
+    learning rates, of which each setting takes the one with the lowest mean loss over SWEEP_SEEDS; empty: the rate of
+    `training`, or the default. adjustable: settings may be missing, and --set may change them, as in `cli.py study`.
+    Then figures and findings are made of what there is, and labels are read from the runs.
     """
 
     name: str
@@ -178,6 +178,8 @@ class Experiment:
             raise ValueError(f"experiment {self.name}: it needs a setting and a seed")
         if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
+        if self.rates and {*SWEEP_SEEDS} & {*range(self.first_seed, self.first_seed + self.seeds)}:
+            raise ValueError(f"experiment {self.name}: seeds {SWEEP_SEEDS} choose the rates: start beyond them")
         if len(known) < len(self.settings):
             raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
         starts = {s.id: s.start for s in self.settings}

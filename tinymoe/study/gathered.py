@@ -72,7 +72,7 @@ def gather(published, found: list[Results], absent: list[Experiment]) -> Path:
 def document(found, absent, published, section=None) -> list[str]:
     """The document that gathers all experiments, as paragraphs of Markdown; arguments as `published_results` gives.
 
-    section: Results -> the section of an experiment.
+    section: (Results, found) -> the section of an experiment.
     """
     study, others = ([r for r in found if r.experiment.adjustable is its] for its in (True, False))
     claims = sorted(([number, text, numbers, verdict, link(results)] for results in others
@@ -81,9 +81,9 @@ def document(found, absent, published, section=None) -> list[str]:
     waiting = sorted({claim.number for each in absent for claim in each.claims if claim.number})
     forest = Path(published, "figures", "primary.png").exists()
     answers_of_others = [f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "",
-                         *questions(others), cost(found)]
-    first, then = ((["## The three questions", *questions(study), SURE], ["## The other questions", *answers_of_others])
-                   if study else (["## The questions", *answers_of_others, SURE], []))
+                         *questions(found, others), cost(found)]
+    first, then = (["## The questions", *answers_of_others, SURE], []) if not study else (
+        ["## The three questions", *questions(found, study), SURE], ["## The other questions", *answers_of_others])
     return [
         "# Findings", OPENING, counted(found), yardstick(found), *first,
         *(chapter("Claims of the literature",
@@ -92,7 +92,8 @@ def document(found, absent, published, section=None) -> list[str]:
         "## The surprise", surprise(found), *then,
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
                      if absent else []),
-        *map(section or summary, found), "## What this scale cannot show", CANNOT, over_all(found),
+        *((section or summary)(results, found) for results in found),
+        "## What this scale cannot show", CANNOT, over_all(found),
         WORDS, GLOSSARY, verdicts(found), "## Methods", METHODS,
         "## Compute", table(COMPUTE, map(compute_row, found))]
 
@@ -130,26 +131,41 @@ def yardstick(found):
 
 
 def counted(found):
-    """How many primary comparisons have each verdict, in a sentence."""
+    """How many questions have each verdict, in a sentence."""
     verdicts = [each.verdict for _, _, each in asked(found)]
     said = ", ".join(f"{verdicts.count(word)} {word}" for word in VERDICTS if word in verdicts)
-    return f"**Primary comparisons, planned before the runs: {len(verdicts)}; {said}.**" if verdicts else ""
+    twice = sum(len(later(results, found)) for results in found)
+    again = (f" {twice} of them were asked again on other seeds, because the first answer was not known. The later one "
+             "counts; the figure, and what is said of all primary comparisons, have both.") if twice else ""
+    return f"**Questions, planned before the runs: {len(verdicts)}; {said}.**{again}" if said else ""
 
 
 def asked(found):
-    """(Results, Primary, Comparison) of each question; where it was asked again on other seeds, of these alone."""
-    again = {one.question for results in found if results.experiment.first_seed for one in results.experiment.primary}
-    return [(results, one, each) for results in found for one, each in zip(results.experiment.primary, results.primary)
-            if results.experiment.first_seed or one.question not in again]
+    """(Results, Primary, Comparison) of each question; of one that was asked again on other seeds, the last."""
+    rows = [(results, one, each) for results in found for one, each in zip(results.experiment.primary, results.primary)]
+    last = {}
+    for results, one, each in rows:
+        if each.tested:
+            last[one.question] = max(results.experiment.first_seed, last.get(one.question, 0))
+    return [(results, one, each) for results, one, each in rows
+            if results.experiment.first_seed == last.get(one.question, results.experiment.first_seed)]
 
 
-def questions(found) -> list[str]:
-    """The primary comparisons of several experiments, those that are decided first: question, answer, number, how
+def later(results, found):
+    """Sentences that say where the questions of an experiment were asked again."""
+    own = {one.question for one in results.experiment.primary}
+    return [f"Asked again on other seeds: {one.question} The answer is in {link(other)}."
+            for other, one, _ in asked(found)
+            if one.question in own and other.experiment.first_seed > results.experiment.first_seed]
+
+
+def questions(found, shown) -> list[str]:
+    """The questions of the experiments that are shown, those that are decided first: question, answer, number, how
     sure. Those that are not known have a table of their own, which says what would decide them."""
     rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
                              f"{each.contrast}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
                              f"{each.verdict}{how_sure(each)}", link(results)])
-            for results, one, each in asked(found)]
+            for results, one, each in asked(found) if results in shown]
     rows.sort(key=lambda row: VERDICTS.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
     others = [[row[0], row[2], how_sure(each).strip(" ()"), to_decide(results, each), row[4]]
@@ -207,10 +223,11 @@ def is_fair(one, results):
             and not max(sizes) > 1.05 * min(sizes))
 
 
-def summary(results):
+def summary(results, found):
     """One experiment in the gathered document: its answers, one figure, one table."""
     e, place = results.experiment, place_of(results.experiment)
     return "\n\n".join(filter(None, [
-        f"## {e.question} (`{e.name}`)", *answers(results), about(results), bold(warnings(results)),
+        f"## {e.question} (`{e.name}`)", *answers(results), *later(results, found), about(results),
+        bold(warnings(results)),
         *images(results, f"{place}/")[:1], settings_table(results),
         f"Tables, figures, limits and run ids: {link(results)}."]))

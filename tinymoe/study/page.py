@@ -33,22 +33,23 @@ def write_page(found: list[Results], published=None, absent=()) -> Path:
     else:
         figures.draw_forest(found, published)
         folder, title = Path(published), "Findings"
-        first, opening, *rest = gathered.document(found, absent, published, section=lambda results: "")
+        first, opening, *rest = gathered.document(found, absent, published, section=lambda *_: "")
         links = ", ".join(f"[{results.experiment.name}](#{anchor(results)})" for results in found)
         said = [first, opening, f"The experiments: {links}.", *rest, "## The experiments",
                 f"**Primary comparisons.** {PRIMARY}", f"**Exploratory comparisons.** {EXPLORATORY}"]
-        body = blocks(said, None, found, folder) + "".join(map(whole_experiment, found))
+        body = blocks(said, None, found, folder) + "".join(whole_experiment(results, found) for results in found)
     require_ours(folder / "report.html", "<title>tinymoe: ")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     write_atomically(folder / "report.html", template.replace("__TITLE__", escape(title)).replace("__BODY__", body))
     return folder / "report.html"
 
 
-def whole_experiment(results):
+def whole_experiment(results, found):
     """An experiment's document that opens when it is asked for; the words and methods stand once in the page, above."""
     shared = (GLOSSARY, METHODS, WORDS, "## Methods", PRIMARY, EXPLORATORY, report.verdicts([results]))
     heading, *rest = (part.replace("[below](", "[here](") for part in report.document(results) if part not in shared)
-    question, body = inline(heading.removeprefix("# "), results), blocks(rest, results)
+    question = inline(heading.removeprefix("# "), results)
+    body = blocks(gathered.later(results, found), None, found) + blocks(rest, results)
     body = body.replace('<h2 id="', f'<h4 id="{anchor(results)}-').replace("</h2>", "</h4>")
     return (f'<details class="experiment" id="{anchor(results)}"><summary><h3>{question}</h3></summary>'
             f"{body}{run_list(results)}</details>")
@@ -85,8 +86,8 @@ def run_list(results):
 
 
 def html_table(head, rows):
-    """A table. head: its cells; rows: whole <tr> elements. It sorts, unless the first heading is empty: then each row
-    is another quantity."""
+    """A table. head: its cells; rows: whole <tr> elements. It sorts, unless the first heading is empty, whose rows are
+    different quantities."""
     heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     start = '<div class="table"><table class="sorts">' if head[0] else '<div class="table" tabindex="0"><table>'
     return f"{start}<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -115,7 +115,7 @@ def images(results, place="") -> list[str]:
 
 
 def drawn(results) -> dict[str, bool]:
-    """{name: whether it shows these runs, and what its caption says} of the figures that are there."""
+    """{name: whether it was drawn from these runs with this caption} of the figures that are there."""
     paths = {name: results.folder / "figures" / f"{name}.png" for name in results.experiment.figures}
     heads = {name: path.read_bytes()[:1000] for name, path in paths.items() if path.exists()}
     return {name: f"Description\0{mark(results, name)}".encode() in head for name, head in heads.items()}

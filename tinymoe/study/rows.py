@@ -98,8 +98,9 @@ def made_of(runs) -> str:
     router = " ".join(filter(None, ("+".join(router_names(model)), rules)))
     limited = model.get("capacity_factor") is not None
     shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
-    options = [f"{name}={json.dumps(value)}" for name, value in (model.get("router_options") or {}).items()
-               if str(value) not in rules]  # they are in words there
+    given = model.get("router_options") or {}
+    options = [f"{name}={json.dumps(value)}" for name, value in given.items()
+               if _rules(model | {"router_options": {one: given[one] for one in given if one != name}}) == rules]
     losses = [f"{name} {coefficient}" for name, coefficient in (model.get("losses") or {}).items() if coefficient]
     return ", ".join([f"{router}, K={shown}", *options, f"aux {model['aux_coef']:g}", *losses])
 
@@ -318,7 +319,7 @@ def _fits(found, shape) -> bool:
     """Whether a JSON value has a shape.
 
     A shape is a type, a range of whole numbers, a test such as `between`, a tuple of shapes (one must fit), [shape of
-    each item], or {name: shape}. The name ... stands for all names, of which there must be one.
+    each item], or {name: shape}. The name ... stands for all names, of which there must be at least one.
     """
     if isinstance(shape, list):
         return isinstance(found, list) and all(_fits(each, shape[0]) for each in found)

@@ -38,7 +38,7 @@ its load and coverage do not belong to its causal loss. A seed sets the weights,
 which is the same for all settings. Intervals cover the seed and not the choice of text, except those over seeds and \
 text. Their variance is that of the mean over seeds plus that of the text, from a bootstrap of stretches within each \
 domain. Their half width is the root of the summed squares of the half widths of the two t intervals. Intervals take \
-the chosen learning rates as fixed. They assume that seeds scatter normally, which so few seeds cannot check. They may \
+the chosen learning rates as fixed. They assume that seeds scatter normally, which the runs cannot check. They may \
 pass a bound that a number cannot, such as a coverage of 1. Training times and core-hours are wall time, so they \
 depend on what else ran on the machine."""
 VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
@@ -49,7 +49,7 @@ them, so with several conditions it may be wrong in more than 5%."""
 EVERY_RUN = """Two kinds of numbers are judged in every run instead: those that cannot pass their bound (dead experts, \
 coverage), and changes that are either rounding or not."""
 TO_DECIDE = """*To decide it*: the number of seeds that would separate a difference of 0 from one of the margin, with \
-80% power; in brackets the range that the scatter of so few seeds leaves open. They were not run, because the plan \
+80% power; in brackets the range that the scatter of the seeds leaves open. They were not run, because the plan \
 fixes how many run: more of them now would make that number depend on what was seen. It takes a new experiment with \
 seeds of its own, and the core-hours are those of all its runs."""
 PRIMARY = """Corrected p: p value of the t-test against 0. Same: p value of the two one-sided tests against the \

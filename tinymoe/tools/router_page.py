@@ -3,6 +3,7 @@
 import inspect
 
 from ..moe.routers import ROUTERS
+from ..moe.routers.options import OF_THE_MODEL
 
 HEAD = """# Routers
 
@@ -12,8 +13,8 @@ N tokens of sequences of length T, D width, E experts, K experts per token; x (N
 (D,) a vector of weights, P (D, R) a projection, c_e (R,) a vector of each expert, b (E,) biases, s scores, tau a
 temperature, theta_e thresholds, f_e the share of the tokens that expert e serves, g_e gates, load_e the number of
 tokens of expert e, lambda a coefficient, m (E,) a running mean, d the domain of a token. Options: rate (bias_rate),
-clamp, logit_scale, top_p, n_real (how many experts are real, not copies or zeros), real_k (how many of these a token is
-to have). Causal: a token's route depends on its own prefix alone. `python cli.py probe NAME` tests a router, `--set
+clamp, logit_scale, top_p, real_k (how many real experts, of n_real that are not copies or zeros, a token is to have).
+Causal: a token's route depends on its own prefix alone. `python cli.py probe NAME` tests a router, `--set
 router=NAME` sets it, and `--set router.OPTION=VALUE` an option; `python cli.py options` says what each option means.
 """
 
@@ -25,7 +26,7 @@ def page() -> str:
 
 def _section(router):
     what = " ".join(inspect.getdoc(router).split("\n\n")[0].split())
-    options = ", ".join(name for name in router.options() if name != "vocab_size")
+    options = ", ".join(name for name in router.options() if name not in OF_THE_MODEL)
     formula, users = (vars(router).get(name, "–") for name in ("formula", "used_by"))  # a parent's are not its own
     return f"""## `{router.name}`
 

@@ -23,7 +23,8 @@ def global_balance_loss(routing: Routing, before: np.ndarray, batches: int) -> T
 
     The paper adds up the counts of a global batch, over devices and accumulation steps; P_e is the mean over one
     micro-batch. Here f_e is `running_share`, a mean over training steps, this one included. With batches = 1 it is
-    load_balancing_loss. Only a mean load that is uneven is punished, so one batch may use experts of its own.
+    load_balancing_loss, if the batch has an assignment. Only a mean load that is uneven is punished, so one batch may
+    use experts of its own.
     """
     return balance(running_share(routing, before, batches), routing.probs.mean(axis=0))
 

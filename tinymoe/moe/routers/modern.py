@@ -108,10 +108,10 @@ class TopP(LinearRouter, name="top_p"):
     "entropy" keeps the number small; its default here is the paper's 1e-4.
 
     top_p: the least sum of the chosen probabilities; the paper has 0.4.
-    steer: if above 0, after each training step top_p rises by steer * (K - mean experts of a token) / E, up to 1
-        and down to 0.01 or its start, so that a token has K experts on average. DTop-p (Jin et al. 2025, arXiv
-        2512.13996) has a PI controller of one threshold for all layers, and normalises the logits. Here each layer has
-        its own, and the controller is the integral part alone. top_p is saved with the model.
+    steer: if above 0, after each training step top_p rises by steer * (K - mean experts of a token) / E, so that a
+        token has K experts on average. It stays between 0.01 (or a lower start) and 1, and is saved with the model.
+        DTop-p (Jin et al. 2025, arXiv 2512.13996) has a PI controller of one threshold for all layers, and normalises
+        the logits. Here each layer has its own, and the controller is the integral part alone.
     renormalise: whether a token's gates are divided by their sum.
     """
 

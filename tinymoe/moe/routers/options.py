@@ -5,6 +5,8 @@ import re
 
 from ..settings import check_of
 
+OF_THE_MODEL = {"vocab_size", "n_real"}  # options that a model sets
+
 
 def options_of(cls: type, base: type) -> dict[str, inspect.Parameter]:
     """The options that a class declares, and those of its parents below `base`, as parameters; see Router.
