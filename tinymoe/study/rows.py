@@ -98,9 +98,9 @@ def made_of(runs) -> str:
     router = " ".join(filter(None, ("+".join(router_names(model)), rules)))
     limited = model.get("capacity_factor") is not None
     shown = f"{top_k}" if limited or abs(k - top_k) < 0.005 else f"{k:.2f} measured"
-    given = model.get("router_options") or {}
+    given, said = model.get("router_options") or {}, _rules(model)  # options that the rules say are left out
     options = [f"{name}={json.dumps(value)}" for name, value in given.items()
-               if _rules(model | {"router_options": {one: given[one] for one in given if one != name}}) == rules]
+               if _rules(model | {"router_options": {one: given[one] for one in given if one != name}}) == said]
     losses = [f"{name} {coefficient}" for name, coefficient in (model.get("losses") or {}).items() if coefficient]
     return ", ".join([f"{router}, K={shown}", *options, f"aux {model['aux_coef']:g}", *losses])
 
