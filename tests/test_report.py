@@ -745,17 +745,18 @@ def test_names_beside_points_do_not_overlap_and_keep_their_order(tmp_path):
 
 def test_text_is_drawn_on_the_colours_of_its_experts(tmp_path):
     """Expert 1 has the larger gate of 'a', 0 alone is chosen for 'b', and 'c' has none."""
-    write_study(tmp_path, n_seeds=1, losses={"D": (1.5,)})
+    write_study(tmp_path, n_seeds=2, losses={"D": (1.5, 1.5)})
     draw, arrays = maps.routes("D"), {
         "ids": np.frombuffer(b"abc", np.uint8)[None], "domain": np.zeros(1, np.int32),
         "chosen": np.array([[[1, 1], [1, 0], [0, 0]]], bool),
         "gates": np.array([[[.4, .6], [.2, .9], [0, 0]]], np.float16)}
     assert draw(Results(STUDY, tmp_path)) is None
-    for path in (tmp_path / "routings/D-seed0.npz", tmp_path / "runs/D-seed0/routings/000020.npz"):
+    for path in (tmp_path / "routings/D-seed1.npz", tmp_path / "runs/D-seed1/routings/000020.npz"):
         path.parent.mkdir()
         save_arrays(path, arrays, {"kind": "routings", "names": ["prose"], "model": {"moe_layers": [1]}})
         with figures.default_style():
             (axes,) = draw(Results(STUDY, tmp_path)).axes
+        assert axes.get_title("right") == "D-seed1"
         assert [text.get_text() for text in axes.texts] == ["a", "1", "b", "0", "c", "–"]
         assert [matplotlib.colors.to_hex(box.get_facecolor()).upper() for box in axes.patches] == [
             palette.EXPERTS[1], palette.EXPERTS[0], "#FFFFFF"]

@@ -128,14 +128,15 @@ def domain_by_expert(results):
 def routes(name):
     """Text of each domain, each byte on the colour of its expert with the largest gate, in each MoE layer.
 
-    It is drawn where the routings of the first seed of the setting were kept.
+    It is of the setting's first seed whose routings were kept, and not drawn if none were.
     """
-    @captioned(f"The routes of config {name}, first seed, at the end of training: the colour and the number below a "
-               "byte are its expert with the largest gate.")
+    @captioned(f"The routes of one run of config {name} at the end of training: the colour and the number below a byte "
+               "are its expert with the largest gate.")
     def draw(results):
-        path = name in results.groups and results.routings(results.groups[name][0])
-        if not path:
+        kept = [(run.run_id, path) for run in results.groups.get(name, ()) if (path := results.routings(run))]
+        if not kept:
             return None
+        (run_id, path), *_ = kept
         arrays, header = load_arrays(path, "routings")
         layers, windows = header["model"]["moe_layers"], arrays["ids"].shape
         first = first_choices(arrays["chosen"], arrays["gates"]).reshape(len(layers), *windows)
@@ -152,6 +153,7 @@ def routes(name):
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             axes.grid(False)
+        grid[0, 0].set_title(run_id, loc="right")
         return fig
     return draw
 
