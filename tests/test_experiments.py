@@ -248,7 +248,7 @@ def test_counterfactual_routes_by_hand():
 
 def test_swapping_an_expert_for_its_copy_costs_nothing_and_dropping_it_does(trainer):
     valid = trainer.validation(2)
-    for p in (p for bank in trainer.model.expert_banks() for p in bank.parameters().values()):
+    for p in (p for layer in trainer.model.moe_parts() for p in layer.experts.parameters().values()):
         p.data = np.repeat(p.data[:1] + 0.5, len(p.data), axis=0)
     nats = losses_and_routings(trainer.model, valid, causal=False)[0]
     found = measures.counterfactuals(trainer.model, valid, nats)
@@ -283,7 +283,7 @@ def test_function_divergence_of_opposite_experts():
     """Outputs y and -y: 1 - cosine is 2."""
     model = Transformer(ModelConfig(n_layers=1, moe_layers=(0,), n_experts=2, top_k=1, d_model=8, d_ff=8, n_heads=2,
                                     seq_len=8))
-    bank = model.expert_banks()[0]
+    bank = model.moe_parts()[0].experts
     for p, sign in ((bank.w1, 1), (bank.b1, 1), (bank.w2, -1), (bank.b2, -1)):
         p.data[1] = sign * p.data[0]
     ids = np.arange(16).reshape(2, 8)

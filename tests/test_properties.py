@@ -13,7 +13,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, seed, settings
 from hypothesis import strategies as st
 
 import naive_routing as naive
@@ -349,14 +349,14 @@ def test_capacity_traffic_and_merging_are_those_of_plain_loops(routing, factor, 
     kept = naive.limited(mask, gates, limit, policy)
     limited = limit_capacity(routing, factor, 1.5, policy)
     assert (limited.mask() == kept).all() and limited.n_dropped == mask.sum() - kept.sum()
-    assert limited.wanted.tolist() == mask.sum(axis=0).tolist() and (limited.to_dense().data == gates * kept).all()
+    assert limited.demand.tolist() == mask.sum(axis=0).tolist() and (limited.to_dense().data == gates * kept).all()
     assert metrics.drop_rate(limited) == pytest.approx(limited.n_dropped / max(1, mask.sum()))
     sent = traffic(routing, n_devices=2, d_model=3)
     rows, work = naive.traffic(mask, 2)
     assert sent.rows.tolist() == rows.tolist() and sent.load.tolist() == work.tolist()
     both = merge([limited, routing])
     assert (both.mask() == np.concatenate([kept, mask])).all()
-    assert both.wanted.tolist() == (2 * mask.sum(axis=0)).tolist() and both.n_dropped == limited.n_dropped
+    assert both.demand.tolist() == (2 * mask.sum(axis=0)).tolist() and both.n_dropped == limited.n_dropped
 
 
 @cases(60)
@@ -440,6 +440,7 @@ def holds_plain_values(value):
 
 @cases(300)
 @given(mutated(ModelConfig, 3))
+@example({"router_options": {0: 1}})
 def test_a_model_config_is_refused_in_one_line_or_survives_json(changes):
     """Would have caught: lists, arrays and NumPy numbers in fields that end in a TypeError or are no JSON; huge numbers
     of experts that take memory before they are refused.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, ndtr
 
 from .. import kernels
-from .inputs import check_dtypes, check_widths, taking_arrays
+from .inputs import check_dtypes, check_rows, check_widths, taking_arrays
 from .tensor import Axis, Tensor, primitive, record
 
 CLAMPED = "clamped_swiglu"  # the activation without a kernel
@@ -246,13 +246,8 @@ def embedding(table: Tensor, ids: ArrayLike) -> Tensor:
         raise ValueError(f"embedding takes a table (V, D), not shape {table.shape}")
     if ids.dtype.kind not in "iu":
         raise IndexError(f"ids must be integers, not dtype {ids.dtype}")
-    _require_rows(ids, table.shape[0])
+    check_rows(ids, table.shape[0])
     return primitive(table.data[ids], (table, lambda g: kernels.add_rows(table.shape[0], ids.reshape(-1), _rows(g))))
-
-
-def _require_rows(index, n):
-    if index.size and (index.min() < 0 or index.max() >= n):
-        raise IndexError(f"indices run from {index.min()} to {index.max()}, but the rows from 0 to {n - 1}")
 
 
 def gather(x: Tensor, index: ArrayLike, axis: int | None = -1) -> Tensor:
@@ -283,7 +278,7 @@ def scatter_add(rows: Tensor, index: ArrayLike, n: int) -> Tensor:
     if rows.ndim == 0 or index.shape != rows.shape[:1] or index.dtype.kind not in "iu":
         raise ValueError(f"scatter_add takes rows (M, ...) and integers (M,), not {rows.shape} and {index.dtype} "
                          f"{index.shape}")
-    _require_rows(index, n)
+    check_rows(index, n)
     value = np.zeros((n, *rows.shape[1:]), rows.dtype)
     np.add.at(value, index, rows.data)
     return primitive(value, (rows, lambda g: g[index]))

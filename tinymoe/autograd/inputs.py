@@ -66,3 +66,9 @@ def check_widths(name: str, x: Tensor, *vectors: Tensor) -> None:
     for v in vectors:
         if v.shape != x.shape[-1:]:
             raise ValueError(f"{name}: x has shape {x.shape}, so weight and bias must be {x.shape[-1:]}, not {v.shape}")
+
+
+def check_rows(index: np.ndarray, n: int) -> None:
+    """IndexError unless each index is that of one of n rows."""
+    if index.size and (index.min() < 0 or index.max() >= n):
+        raise IndexError(f"indices run from {index.min()} to {index.max()}, but the rows from 0 to {n - 1}")

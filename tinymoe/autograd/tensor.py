@@ -202,15 +202,17 @@ class Tensor(Values):
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Sum over one axis, several (a tuple) or all (None)."""
-        value = self.data.sum(axis=axis, keepdims=keepdims)
-        return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim), self.shape)))
+        value = self.data.sum(axis=axis, keepdims=True)
+        return primitive(value if keepdims else value.squeeze(axis),
+                         (self, lambda g: np.broadcast_to(g.reshape(value.shape), self.shape)))
 
     def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Mean over one axis, several or all, summed in float64: NumPy adds float32 rows one by one and loses bits."""
         dtype = self.dtype if self.dtype.kind == "f" else np.float64
-        value = self.data.mean(axis=axis, keepdims=keepdims, dtype=np.promote_types(dtype, np.float64)).astype(dtype)
+        value = self.data.mean(axis=axis, keepdims=True, dtype=np.promote_types(dtype, np.float64)).astype(dtype)
         n = self.size // max(value.size, 1)
-        return primitive(value, (self, lambda g: np.broadcast_to(_keep(g, axis, keepdims, self.ndim) / n, self.shape)))
+        return primitive(value if keepdims else value.squeeze(axis),
+                         (self, lambda g: np.broadcast_to(g.reshape(value.shape) / n, self.shape)))
 
     def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
         """Maximum over one axis, several or all. Entries that tie share the gradient equally."""
@@ -218,7 +220,7 @@ class Tensor(Values):
 
         def vjp(g):
             ties = self.data == value
-            return ties / ties.sum(axis=axis, keepdims=True) * _keep(g, axis, keepdims, self.ndim)
+            return ties / ties.sum(axis=axis, keepdims=True) * g.reshape(value.shape)
 
         return primitive(value if keepdims else value.squeeze(axis), (self, vjp))
 
@@ -370,13 +372,6 @@ def _unbroadcast(gradient, shape):
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
     stretched = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
     return gradient.sum(axis=stretched, keepdims=True).reshape(shape)
-
-
-def _keep(g, axis, keepdims, ndim):
-    """Give a gradient back the axes of size 1 that a reduction removed."""
-    if keepdims or ndim == 0:
-        return g
-    return np.expand_dims(g, tuple(range(ndim)) if axis is None else axis)
 
 
 def _raw(x):

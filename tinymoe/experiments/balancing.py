@@ -67,10 +67,10 @@ phase = Experiment(
             "show how routing starts; a layer that is collapsed then may recover later. Where a rate is too large for "
             "the whole model, its loss is higher too.")
 
-RULES = {"sign": ("sigmoid_bias", {}), "centred": ("sigmoid_bias", {"bias_rule": "centred"}),
+BIAS_RULES = {"sign": ("sigmoid_bias", {}), "centred": ("sigmoid_bias", {"bias_rule": "centred"}),
          "momentum": ("momentum_bias", {}), "quantile": ("quantile_bias", {})}
 BIASES = {f"{rule}-{score}": (router, options | {"score": score})
-          for score in ("sigmoid", "softmax") for rule, (router, options) in RULES.items()}
+          for score in ("sigmoid", "softmax") for rule, (router, options) in BIAS_RULES.items()}
 balance = Experiment(
     name="balance", question="Which way of balancing is the most even at no cost in loss?",
     model={"top_k": 1, "aux_coef": 0.0},

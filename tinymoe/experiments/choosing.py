@@ -189,7 +189,7 @@ modern = Experiment(
     primary=(Primary(
         question="Is the router of DeepSeek-V3 better than top-2?", contrast=Contrast(LOSS, "bias", minus="top-2"),
         lower="Sigmoid scores with a bias beat top-2.", higher="Top-2 beats sigmoid scores with a bias.",
-        same="Sigmoid scores with a bias are as good as top-2.", published="equal: arXiv 2604.14419"),),
+        same="Sigmoid scores with a bias are as good as top-2."),),
     exploratory=(*contrasts((LOSS,), against("top-2", [name for name in MODERN if name != "bias"])),
                  *contrasts(("max_violation",), against("top-2", MODERN))),
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,

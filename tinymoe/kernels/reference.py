@@ -68,7 +68,7 @@ def layer_norm_backward(dy, x, weight, mean, rstd):
 def causal_attention(q, k, v):
     """y = p v, with p = softmax(q k^T / sqrt(d)) over the positions up to the query's own  (Vaswani et al. 2017)
     Head h of q (B,T,H,d) reads group h // (H/G) of k (B,T,G,d) and v (B,T,G,dv) -> y (B,T,H,dv), p (B,H,T,T),
-    packed in compiled/. An inf or NaN in v also spoils earlier rows of y (0 inf is NaN), in compiled/ of its block"""
+    packed in compiled/. An inf or NaN in v also spoils earlier rows of y (0 inf is NaN); in compiled/, of its block"""
     T, H, d = q.shape[1:]
     q, k, v = (x.repeat(H // x.shape[2], axis=2).swapaxes(1, 2) for x in (q, k, v))     # a matrix (T,d) for each head
     scores = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(2, 3) * d**-0.5, -np.inf)

@@ -5,6 +5,7 @@ from numpy.typing import DTypeLike
 
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor
+from .attention_checks import check_attention
 from .nn import INIT_STD, Linear, Module, RMSNorm
 
 
@@ -18,22 +19,16 @@ class CausalSelfAttention(Module):
     qk_norm: first RMS-normalise the queries, and the keys, of a token: True, all heads as one vector (OLMoE,
         Muennighoff et al. 2024); "head", each head by itself, with one scale (Qwen3, Yang et al. 2025).
     biases: which linear layers have one: "all", "qkv" (all but the output), or "none".
-    Raises ValueError for other words, if n_kv_heads does not divide n_heads, or without head_dim n_heads not d_model.
+    Raises ValueError for other words, and unless n_kv_heads divides n_heads and, without head_dim, n_heads d_model.
     """
 
     def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, out_std: float = INIT_STD,
                  dtype: DTypeLike = np.float32, n_kv_heads: int | None = None, head_dim: int | None = None,
                  biases: str = "all", rotary: bool = False, qk_norm: bool | str = False,
                  rope_theta: float = 10_000.0, norm_eps: float = 1e-5):
-        if head_dim is None and d_model % n_heads:
-            raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}: change one of them")
-        n_kv_heads = n_kv_heads or n_heads
-        if n_heads % n_kv_heads:
-            raise ValueError(f"n_heads {n_heads} is not divisible by n_kv_heads {n_kv_heads}: change one of them")
-        if biases not in ("all", "qkv", "none") or qk_norm not in (True, False, "head"):
-            raise ValueError(f"biases {biases!r} must be all, qkv or none, and qk_norm {qk_norm!r} true, false or head")
+        n_kv_heads, rng = n_kv_heads or n_heads, np.random.default_rng(rng)
+        check_attention(d_model, n_heads, head_dim, n_kv_heads, biases, qk_norm)
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
-        rng = np.random.default_rng(rng)
         self.head_dim, self.rotary, self.rope_theta = head_dim or d_model // n_heads, rotary, rope_theta
         q_width, kv_width = n_heads * self.head_dim, n_kv_heads * self.head_dim
         self.query, self.key, self.value = (Linear(d_model, width, rng, biases != "none", dtype=dtype)

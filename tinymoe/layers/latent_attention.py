@@ -5,6 +5,7 @@ from numpy.typing import DTypeLike
 
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor
+from .attention_checks import check_heads
 from .nn import INIT_STD, Linear, Module, RMSNorm
 
 
@@ -21,9 +22,7 @@ class LatentAttention(Module):
     def __init__(self, d_model: int, n_heads: int, rng: np.random.Generator | int, *, out_std: float = INIT_STD,
                  dtype: DTypeLike = np.float32, head_dim: int | None = None, q_rank: int = 0, kv_rank: int = 64,
                  rope_dim: int = 16, v_dim: int | None = None, rope_theta: float = 10_000.0, norm_eps: float = 1e-5):
-        if head_dim is None and d_model % n_heads:
-            raise ValueError(f"d_model {d_model} is not divisible by n_heads {n_heads}: change one of them, or give "
-                             "head_dim")
+        check_heads(d_model, n_heads, head_dim)
         self.n_heads, self.head_dim, self.rope_dim = n_heads, head_dim or d_model // n_heads, rope_dim
         self.kv_rank, self.rope_theta, self.v_dim = kv_rank, rope_theta, v_dim or self.head_dim
 

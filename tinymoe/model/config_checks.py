@@ -17,7 +17,8 @@ YARN = Check(lambda value: isinstance(value, dict) and {"factor", "original_leng
     name in YARN_OPTIONS and YARN_OPTIONS[name].fits(one) for name, one in value.items()),
     "an object with factor and original_length, and perhaps beta_fast, beta_slow, truncate and attention_factor")
 ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
-OPTIONS = Check(lambda value: isinstance(value, dict), "an object: option name to value")
+OPTIONS = Check(lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+                "an object: option name to value")
 # losses of some routers alone
 APPLIES = {"load": lambda router: router.has_soft_load, "policy": lambda router: router.sampled,
            "similarity": lambda router: router.learned and router.shapes.get("weight") == "DE"}

@@ -188,7 +188,8 @@ CHECKS = {  # key -> what it may hold where it is there; null where that is the 
 def architecture(config: ModelConfig | dict | str) -> ModelConfig:
     """A ModelConfig as it is, that of a name in PRESETS, or that of a dict: its fields, or a published config.json.
 
-    Raises ValueError for others.
+    Of a config.json it has what can be counted; how its router makes gates is read by `interop.load`. Raises ValueError
+    for others.
     """
     if isinstance(config, str):
         if config not in PRESETS:

@@ -27,6 +27,9 @@ class NextButOne(Module):
         return self.block(self.join(joined), context)[0]
 
     def loss(self, model, states: Tensor, targets: np.ndarray) -> Tensor:
-        """Mean cross-entropy: from each state (B, T, D) of the model and its target (B, T), the target after it."""
+        """Mean cross-entropy: from each state (B, T, D) of the model and its target (B, T), the target after it.
+
+        It is the mean over the T - 1 tokens of a sequence that have one; the paper divides their sum by T.
+        """
         x = self(states[:, :-1], model.token_embedding(targets[:, :-1]), RouteContext(targets[:, :-1]))
         return F.cross_entropy(model.read_out(x).reshape(-1, model.config.vocab_size), targets[:, 1:].reshape(-1))

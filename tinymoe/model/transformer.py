@@ -8,7 +8,6 @@ import numpy as np
 from ..autograd import functional as F
 from ..autograd.tensor import Tensor, no_grad
 from ..layers.nn import Embedding, Linear, Module, freeze
-from ..moe.experts import ExpertBank
 from ..moe.layer import MoELayer
 from ..moe.losses import LOSSES, LossContext
 from ..moe.routers import RouteContext
@@ -80,10 +79,6 @@ class Transformer(Module):
         for layer, routing in zip(self.moe_parts(), routings, strict=True):
             layer.after_step(routing)
 
-    def expert_banks(self) -> list[ExpertBank]:
-        """The ExpertBank of each MoE layer, in order."""
-        return [layer.experts for layer in self.moe_parts()]
-
     def count_parameters(self) -> dict[str, int]:
         """{"total", "active"}: all parameters, and those that a token uses."""
         total = sum(p.size for p in self.parameters().values())
@@ -91,7 +86,7 @@ class Transformer(Module):
 
     @property
     def causal(self) -> bool:
-        """Whether every token's route depends on the prefix of its own sequence alone."""
+        """Whether, outside training, every token's route depends on the prefix of its own sequence alone."""
         return all(layer.causal for layer in self.moe_parts())
 
     def embed(self, ids: np.ndarray) -> Tensor:

@@ -46,7 +46,7 @@ class MoELayer(Module):
 
     @property
     def causal(self) -> bool:
-        """Whether a token's route depends on its own prefix alone even where context.causal is False."""
+        """Whether a token's route depends on its prefix alone, outside training, even where context.causal is False."""
         return self.router.causal and self.capacity_factor is None
 
     def forward(self, x: Tensor, context: RouteContext | None = None) -> tuple[Tensor, Routing]:
@@ -60,7 +60,8 @@ class MoELayer(Module):
             routing = self.change_routing(routing, rows)
         y = self.weighted_sum(rows, routing).reshape(x.shape)
         if self.shared is not None:
-            y = y + self._shared(x)
+            shared = self.shared(x)
+            y = y + (shared if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * shared)
         return y, routing
 
     def weighted_sum(self, x: Tensor, routing: Routing) -> Tensor:
@@ -80,7 +81,3 @@ class MoELayer(Module):
         self.router.after_step(routing)
         if (recent := self.recent_share) is not None:
             recent.data = running_share(routing, recent.data, self.balance_batches).astype(recent.dtype)
-
-    def _shared(self, x):
-        y = self.shared(x)
-        return y if self.shared_gate is None else F.sigmoid(self.shared_gate(x)) * y

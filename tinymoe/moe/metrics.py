@@ -118,9 +118,10 @@ def effective_experts(routing: Load) -> float:
 
 
 def alarms(layer: int, load: np.ndarray, n_tokens: int, router) -> list[str]:
-    """Warnings about one MoE layer, as sentences: dead experts, an expert with over half of the tokens, no gradient.
+    """Warnings about one MoE layer, as sentences: dead experts, an expert with far too many tokens, no gradient.
 
-    layer: its number. load (E,): of n_tokens tokens. router: after a backward pass, or None before the first.
+    Far too many: over half of the tokens, and over 1.5 times the mean load. layer: its number. load (E,): of n_tokens
+    tokens. router: after a backward pass, or None before the first.
     """
     warnings, load = [], np.asarray(load)
     dead = dead_experts(load)

@@ -28,7 +28,7 @@ class Routing:
     probs      (N, E) Tensor  usually their softmax, in rows of sum 1; for the losses and metrics
     n_dropped  int          assignments that a capacity limit removed
     soft_load  (E,) Tensor  a router's smooth estimate of its load, or None
-    demand     (E,) int     the load before any capacity limit, or None where there was none
+    demand     (E,) int     the load that the router asked for, before any capacity limit; None: the load
 
     Raises ValueError for wrong types, sizes that do not fit, and assignments unsorted or repeated (routing_checks.py).
     """
@@ -44,6 +44,8 @@ class Routing:
 
     def __post_init__(self):
         check_routing(self)
+        if self.demand is None:
+            object.__setattr__(self, "demand", self.load)
 
     @property
     def n_tokens(self) -> int:
@@ -62,11 +64,6 @@ class Routing:
     def coverage(self) -> np.ndarray:
         """(N,) int: how many experts each token has, the row counts. metrics.token_coverage is the share above 0."""
         return np.bincount(self.token, minlength=self.n_tokens)
-
-    @property
-    def wanted(self) -> np.ndarray:
-        """(E,) int: the load that the router asked for, before any capacity limit."""
-        return self.load if self.demand is None else self.demand
 
     @property
     def expert(self) -> np.ndarray:
@@ -131,21 +128,11 @@ def from_mask(chosen: np.ndarray, gates: Tensor, logits: Tensor, probs: Tensor, 
     return Routing(token, offsets, gate, logits, probs, **fields)
 
 
-def from_dense(gates: Tensor | np.ndarray, logits: Tensor | None = None, probs: Tensor | None = None) -> Routing:
-    """The Routing of a gate matrix (N, E), the inverse of `to_dense`: an assignment wherever a gate is not 0.
-
-    logits, probs: (N, E); by default the gates themselves. Losses and entropies read them, so these need real ones.
-    """
-    gates = gates if isinstance(gates, Tensor) else Tensor(gates)
-    return from_mask(gates.data != 0, gates, *(gates if scores is None else scores for scores in (logits, probs)))
-
-
 def merge(routings: list[Routing]) -> Routing:
     """One Routing of the tokens of several, in order, outside any graph: for metrics of a whole validation set."""
     parts = zip(*((r.mask(), r.to_dense().data, r.logits.data, r.probs.data) for r in routings))
     chosen, gates, logits, probs = map(np.concatenate, parts)
-    demand = sum(r.wanted for r in routings) if any(r.demand is not None for r in routings) else None
-    return from_mask(chosen, Tensor(gates), Tensor(logits), Tensor(probs), demand=demand,
+    return from_mask(chosen, Tensor(gates), Tensor(logits), Tensor(probs), demand=sum(r.demand for r in routings),
                      n_dropped=sum(r.n_dropped for r in routings))
 
 
@@ -183,7 +170,7 @@ def limit_capacity(routing: Routing, factor: float, top_k: float, policy: str = 
     kept = np.sort(order[_index_within(routing.load) < limit])
     offsets = np.concatenate([[0], np.cumsum(np.minimum(routing.load, limit))])
     return dataclasses.replace(routing, token=routing.token[kept], gate=routing.gate[kept], offsets=offsets,
-                               n_dropped=routing.n_dropped + len(order) - len(kept), demand=routing.wanted)
+                               n_dropped=routing.n_dropped + len(order) - len(kept), demand=routing.demand)
 
 
 def _choice_rank(routing):

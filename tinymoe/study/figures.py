@@ -1,4 +1,4 @@
-"""The kinds of figure, each a function of Results or a function that makes one; drawn from result rows alone.
+"""The kinds of figure, each a function of Results or a function that makes one; drawn from result rows.
 
 A setting keeps one colour and one marker in all figures of its experiment, so that figures also read in grey. With more
 settings than colours, those of the primary comparisons have colours, and names stand at the lines and points. Points

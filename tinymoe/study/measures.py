@@ -10,7 +10,7 @@ from ..moe import devices, metrics
 from ..moe.routing import from_mask, merge
 from ..training.evaluation import by_domain, losses_and_routings
 from .probes import compared, observed, rerouted
-from .quantities import DEVICES, RULES
+from .quantities import CHOICE_RULES, DEVICES
 
 WINDOWS = 16  # of each domain
 N_BATCHES = 16  # of which the noise of the gradient is measured
@@ -63,10 +63,10 @@ def by_rule(trainer) -> dict[str, float | None]:
     model, valid = trainer.model, trainer.validation(trainer.plan.training.final_windows)
     routers = [layer.router for layer in model.moe_parts()]
     if not routers or not all(hasattr(router, "rule") for router in routers):
-        return dict.fromkeys(f"{name}_by_{rule}" for rule in RULES for name in ("loss", "load_cv"))
+        return dict.fromkeys(f"{name}_by_{rule}" for rule in CHOICE_RULES for name in ("loss", "load_cv"))
     before, found = [router.rule for router in routers], {}
     try:
-        for rule in RULES:
+        for rule in CHOICE_RULES:
             for router in routers:
                 router.rule = rule
             nats, by_layer = losses_and_routings(model, valid, causal=False)
@@ -143,10 +143,10 @@ def information(routing, valid):
     n_windows, length = valid.ids.shape
     labels = {"class": byte_class(valid.ids).ravel(), "position": np.tile(np.arange(length) * 8 // length, n_windows)}
     rng = np.random.default_rng(0)
-    return {f"{name}_information_excess": _excess(routing.mask(), label, rng) for name, label in labels.items()}
+    return {f"{name}_information_excess": _above_chance(routing.mask(), label, rng) for name, label in labels.items()}
 
 
-def _excess(counts, labels, rng):
+def _above_chance(counts, labels, rng):
     """Information minus null of labels (U,) and a table (U, E) of how often each unit has each expert."""
     n = int(labels.max()) + 1
     table = np.stack([counts[labels == i].sum(axis=0) for i in range(n)])
@@ -160,7 +160,7 @@ def bigram_classifier(corpus, valid):
                                    minlength=65536) + 1.0 for d in corpus.domains])
     guess = (counts / counts.sum(axis=1, keepdims=True)).argmax(axis=0)[_pairs(valid.ids)]  # (W, T - 1)
     by_window = np.stack([(guess == d).sum(axis=1) for d in range(len(counts))], axis=1)
-    return {"bigram_information_excess": _excess(by_window, valid.domain, np.random.default_rng(0)),
+    return {"bigram_information_excess": _above_chance(by_window, valid.domain, np.random.default_rng(0)),
             "bigram_accuracy": float((guess == valid.domain[:, None]).mean())}
 
 

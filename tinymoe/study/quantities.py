@@ -17,7 +17,7 @@ from ..moe.losses import LOSSES
 from ..moe.routing import capacity
 
 LOSS = "causal_cross_entropy"
-RULES = ("batch", "prefix", "threshold")  # of expert choice
+CHOICE_RULES = ("batch", "prefix", "threshold")  # of expert choice
 DEVICES = (1, 2, 4, 8, 16)  # whose traffic an experiment may measure
 TOKEN_BYTES = 4  # bytes of English in a token of the 50,000-token vocabularies that papers use
 
@@ -201,7 +201,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("later_rerouted", "share of bytes rerouted by later bytes"),
     Quantity("later_logits", "largest change of a logit by later bytes"),
     # one model of expert choice under each of its rules
-    *(Quantity(f"{name}_by_{rule}", f"{label} by {rule}", unit) for rule in RULES
+    *(Quantity(f"{name}_by_{rule}", f"{label} by {rule}", unit) for rule in CHOICE_RULES
       for name, label, unit in (("loss", "loss, chosen", "nats"), ("load_cv", "load CV, chosen", ""))),
     # cost
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),

@@ -29,6 +29,7 @@ from .tables import (
     sweep_table,
 )
 from .wording import (
+    CLAIMS,
     CROSSINGS,
     DOMAINS,
     EVERY_RUN,
@@ -37,7 +38,6 @@ from .wording import (
     METHODS,
     PRIMARY,
     SWEEP,
-    VERDICTS,
 )
 
 
@@ -105,7 +105,7 @@ def finding(results: Results) -> list[str]:
 def verdicts(found) -> str:
     """What the verdicts of claims mean, for the claims of some Results."""
     effects = [effect for results in found for claim in results.experiment.claims for effect in claim.effects]
-    return VERDICTS + (f" {EVERY_RUN}" if any(effect.every_run for effect in effects) else "")
+    return CLAIMS + (f" {EVERY_RUN}" if any(effect.every_run for effect in effects) else "")
 
 
 def images(results, place="") -> list[str]:

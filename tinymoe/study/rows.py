@@ -44,7 +44,7 @@ LOGGED = ROW | {"seconds": NUMBER}
 SUMMARY = {"run_id": str, "steps": SIZE, "seconds": NUMBER, "wall_seconds": (NUMBER, None), "final": ROW,
            "measured": (dict, None)}
 # of each domain, where newer rows have them
-BY_DOMAIN = {"val_by_domain": NUMBER, "causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}
+DOMAIN_SHAPES = {"val_by_domain": NUMBER, "causal_by_domain": NUMBER, "causal_by_part": [NUMBER]}
 
 
 class Damaged(ValueError):
@@ -310,7 +310,7 @@ def _is_whole(name, config, log, summary):
                   for part in (*rows, *those, summary.get("measured") or {}) for metric in QUANTITIES.keys() & part)
     possible = all(0 <= layer["load_entropy"] < 1.001 for layer in those)
     by_domain = all(_fits(part[name], {...: of}) and part[name].keys() == set(config["domains"])
-                    for part in (summary, *rows) for name, of in BY_DOMAIN.items() if name in part)
+                    for part in (summary, *rows) for name, of in DOMAIN_SHAPES.items() if name in part)
     of_one_run = config["run_id"] == summary["run_id"] == name and max(row["step"] for row in log) == summary["steps"]
     return of_one_run and alike and loads and numbers and possible and by_domain
 

@@ -41,7 +41,7 @@ domain. Their half width is the root of the summed squares of the half widths of
 the chosen learning rates as fixed. They assume that seeds scatter normally, which the runs cannot check. They may \
 pass a bound that a number cannot, such as a coverage of 1. Training times and core-hours are wall time, so they \
 depend on what else ran on the machine."""
-VERDICTS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
+CLAIMS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \
 the number of claims. *Held* needs all conditions, so it is wrong in at most 5% of cases. *Did not hold* needs one of \

@@ -38,7 +38,7 @@ class Domain:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Domains, and the windows drawn from them. The results call `domains[d]` domain d, or `names[d]`."""
+    """Domains, and the windows drawn from them. In results, domain d is `domains[d]`, named `names[d]`."""
 
     domains: tuple[Domain, ...]
 
@@ -107,7 +107,8 @@ def load_corpus(text: str | Path | bytes | dict[str, bytes] | None = None, seq_l
 
     Any bytes are allowed; a domain needs 4 * (seq_len + 1) of them. A default domain with another hash than
     EXPECTED_SHA256 is still loaded; describe() says that it differs.
-    Raises CorpusError if a package or the path is missing, unreadable, empty, too short, or too large for the memory.
+    Raises CorpusError if a package or the path is missing, unreadable, empty, too short, or too large for the memory;
+    ValueError for a seq_len below 1.
     """
     try:
         return Corpus(tuple(_domain(seq_len, *found) for found in read_domains(text)))

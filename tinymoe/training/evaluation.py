@@ -52,13 +52,15 @@ def evaluate(model, valid: Validation, initial_divergence):
     """(row, routings, nats): the validation part of a row in log.jsonl, ready for JSON; the routings that it describes;
     and the causal loss of each byte, (W, T).
 
-    val_*: routed as in training. causal_*: routed on the prefix alone, which is the number to quote for a language
-    model; both are equal if every layer is causal. A loss is the mean over the domains, which training draws equally
+    val_*: routed over the whole batch and with the capacity limit, as in training, but without its noise, draws and
+    plans. causal_*: routed on the prefix alone, which is the number to quote for a language model; both are equal if
+    every layer is causal. A loss is the mean over the domains, which training draws equally
     often, of the mean over their bytes. initial_divergence: of the weights, for each MoE layer.
     """
     nats, by_layer = losses_and_routings(model, valid, causal=False)
     causal_nats = nats if model.causal else losses_and_routings(model, valid, causal=True)[0]
-    divergence = map(metrics.weight_divergence, model.expert_banks(), initial_divergence)
+    banks = [layer.experts for layer in model.moe_parts()]
+    divergence = map(metrics.weight_divergence, banks, initial_divergence)
     row = {**_loss_numbers("val", nats, valid), **_loss_numbers("causal", causal_nats, valid),
            "validation_tokens": int(nats.size),
            "layers": [{"layer": i, "weight_divergence": value, **layer_numbers(routings, valid)}

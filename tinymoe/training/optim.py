@@ -71,10 +71,7 @@ def no_decay_names(parameters: dict[str, Tensor]) -> set[str]:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05, floor: float = 0.1) -> float:
-    """The rate of step 1..steps: linear warm-up over a share of the steps, then a cosine from peak to floor * peak.
-
-    After the last step it stays there. Nothing is checked, so no error is raised.
-    """
+    """The rate of step 1, 2, ...: linear warm-up over a share of the steps, a cosine to floor * peak, then constant."""
     rising = max(1, round(warmup * steps))
     if step <= rising:
         return peak * step / rising

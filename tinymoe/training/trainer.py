@@ -44,7 +44,7 @@ class Trainer:
         self.step, self.seconds, self.rows = 0, 0.0, []
         self.wall_started = time.perf_counter()  # a resumed run sets it back by the time it had (checkpoint.py)
         self.since_row = []  # the numbers of each step since the last row of the log, by name
-        self.initial_divergence = list(map(metrics.weight_divergence, model.expert_banks()))
+        self.initial_divergence = [metrics.weight_divergence(layer.experts) for layer in model.moe_parts()]
 
     @np.errstate(all="ignore")  # numbers that are not finite are found below, and raised as NonFiniteLoss
     def learn(self, ids, targets, domain=None) -> float:
@@ -126,7 +126,7 @@ def train(plan: RunPlan, corpus, folder, on_event=lambda event: None, fresh=Fals
 
     A finished run is left as it is. on_event is called with an Event when the run is resumed and after every step.
     fresh: throw away what the run left in the folder; a str throws it away once, however often train is called with it.
-    Raises RunError, files.CheckpointError, and NonFiniteLoss, which failure.json records.
+    Raises RunError, files.CheckpointError, CorpusError, and NonFiniteLoss, which failure.json records.
     """
     folder = RunFolder(folder)
     config = describe(plan, corpus)

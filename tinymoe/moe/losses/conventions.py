@@ -14,7 +14,8 @@ def equivalent_coefficient(coefficient: float, source: str, target: str, n_layer
     """The coefficient of the balance loss that gives `target` the gradient that `coefficient` gives `source`.
 
     source, target: names in CONVENTIONS, else ValueError; n_layers: MoE layers. For "hf_mixtral", which pools the
-    layers before the product, it is exact where all layers have the same load.
+    layers before the product, it is exact where all layers have the same load. The loss of "deepseek" is of each
+    sequence, as the loss `sequence` is here.
     """
     for unknown in {source, target} - CONVENTIONS.keys():
         raise ValueError(f"unknown convention {unknown!r}: choose one of {', '.join(CONVENTIONS)}")

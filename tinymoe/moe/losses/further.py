@@ -34,9 +34,9 @@ def running_share(routing: Routing, before: np.ndarray, batches: int) -> np.ndar
 
     A batch without an assignment has no share, and leaves it as it was.
     """
-    if not routing.wanted.any():
+    if not routing.demand.any():
         return before
-    share = routing.wanted / routing.wanted.sum()
+    share = routing.demand / routing.demand.sum()
     return before + (share - before) / batches if before.any() else share
 
 
@@ -44,16 +44,17 @@ def device_balance_loss(routing: Routing, n_devices: int) -> Tensor:
     """n_devices * sum over devices of f_d * P_d (DeepSeek-V2, eq. 26 to 28); 1 at balance.
 
     Experts lie on n_devices devices in equal runs, else ValueError. f_d: the share of the assignments that go to
-    device d, without gradient; P_d: the sum of P_e over its experts.
+    device d, without gradient; P_d: the sum of P_e over its experts. Both are of the batch, the paper's of a sequence.
     """
-    return balance(_by_device(routing.wanted, n_devices).sum(axis=1), _device_probs(routing, n_devices))
+    return balance(_by_device(routing.demand, n_devices).sum(axis=1), _device_probs(routing, n_devices))
 
 
 def communication_balance_loss(routing: Routing, n_devices: int, max_devices: int) -> Tensor:
     """n_devices / M * sum over devices of f_d * P_d (DeepSeek-V2, eq. 29 to 31); 1 at balance with M devices a token.
 
     f_d: the share of the tokens that are sent to device d, without gradient; M = max_devices, the devices that a
-    token may reach. Tokens that a capacity limit kept from a device do not count.
+    token may reach. Tokens that a capacity limit kept from a device do not count. The paper's f_d and P_d are of a
+    sequence, not of the batch.
     """
     sent, probs = _by_device(routing.mask().T, n_devices).any(axis=1), _device_probs(routing, n_devices)
     # sent: (devices, N), probs: (devices,)

@@ -15,7 +15,7 @@ def load_balancing_loss(routing: Routing) -> Tensor:
     with certainty. It can fall below 1: f counts choices and P averages probabilities, and an expert that is chosen
     often may have a small mean probability.
     """
-    return balance(routing.wanted, routing.probs.mean(axis=0))
+    return balance(routing.demand, routing.probs.mean(axis=0))
 
 
 def balance(counts, probs):

@@ -25,7 +25,8 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
       tokens an expert (but for ties). The thresholds are saved with the model. Before the first step the rule is
       "prefix". The thresholds of a frozen router move too, because evaluation needs them.
 
-    The second and third rule are causal.
+    The second and third rule are causal. Shazeer et al. (2017, appendix F) choose by batch, and by learned thresholds
+    at inference.
 
     rule: among which tokens an expert chooses: "batch", those of the whole batch; "prefix", those of the same
         sequence up to now; "threshold", by a running threshold. Only the last two are causal.

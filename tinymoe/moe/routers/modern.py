@@ -146,7 +146,7 @@ class TopP(LinearRouter, name="top_p"):
         return from_mask(chosen, gates, logits, probs)
 
     def after_step(self, routing):
-        p, missing = self.threshold, self.top_k - routing.wanted.sum() / max(1, routing.n_tokens)
+        p, missing = self.threshold, self.top_k - routing.demand.sum() / max(1, routing.n_tokens)
         if self.weight.requires_grad:  # a frozen router keeps its top_p too
             p.data = np.clip(p.data + self.steer * missing / self.n_experts, min(0.01, self.top_p), 1).astype(p.dtype)
 
@@ -181,12 +181,12 @@ class ReMoE(LinearRouter, name="remoe"):
         return from_mask(logits.data > 0, F.relu(logits), logits, F.softmax(logits))
 
     def penalty(self, routing, context):
-        share = (routing.wanted / routing.n_tokens).astype(routing.gate.dtype)
+        share = (routing.demand / routing.n_tokens).astype(routing.gate.dtype)
         mean = F.relu(routing.logits).mean(axis=0)  # (E,), before any capacity limit, as the share
         return (share * mean).sum() * (self.coefficient.data * self.n_experts / self.top_k)
 
     def after_step(self, routing):
-        surplus = np.sign(routing.wanted.sum() - self.top_k * routing.n_tokens)
+        surplus = np.sign(routing.demand.sum() - self.top_k * routing.n_tokens)
         new = np.clip(self.coefficient.data * self.penalty_factor ** surplus, 1e-20, 1e20)
         if self.weight.requires_grad:  # a frozen router keeps its lambda too
             self.coefficient.data = new.astype(self.coefficient.dtype)
@@ -258,7 +258,7 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
         self.mean_step = Tensor(np.zeros(n_experts, dtype))
 
     def _step(self, routing):
-        load = routing.wanted
+        load = routing.demand
         step = self.bias_rate * np.tanh(self.clamp * (1 - load / max(load.mean(), 1e-20)))
         mean = self.momentum * self.mean_step.data + (1 - self.momentum) * (step - step.mean())
         self.mean_step.data = mean.astype(self.mean_step.dtype)
@@ -327,7 +327,7 @@ class RealBias(SigmoidBias, name="real_bias"):
 
     def _step(self, routing):
         n_real = self.n_real or self.n_experts
-        step = self.real_k / self.top_k / n_real - routing.wanted / max(1, routing.n_tokens * self.top_k)
+        step = self.real_k / self.top_k / n_real - routing.demand / max(1, routing.n_tokens * self.top_k)
         return self.bias_rate * np.where(np.arange(self.n_experts) < n_real, step, 0)
 
 

@@ -24,7 +24,7 @@ class NoisyTopK(TopK, name="noisy_top_k"):
 
     paper = "Shazeer 2017"
     formula = "h = x W + epsilon (softplus(x V) + 0.01) while training, epsilon ~ N(0, 1), else x W; then as top_k"
-    used_by = "Shazeer's mixtures of LSTMs; V-MoE, with a fixed width of the noise"
+    used_by = "Shazeer's mixtures of LSTMs; V-MoE, with raw gates and noise of width 1 / E"
     cost = "4 N D E"
     shapes = {"weight": "DE", "noise": "DE"}
     has_soft_load = True
@@ -137,7 +137,7 @@ class SigmoidBias(Scored, name="sigmoid_bias"):
 
     def _step(self, routing):
         """(E,): the change of the bias after a training step with this Routing."""
-        load = routing.wanted
+        load = routing.demand
         step = self.bias_rate * np.sign(load.mean() - load)
         return step - step.mean() if self.bias_rule == "centred" else step
 
