@@ -28,6 +28,8 @@ def test_traffic_by_hand():
     assert t.sent.tolist() == [[0, 12], [12, 0]] and t.total_bytes == 48 and t.largest_link == 12
     # 12 bytes out and in at 6 bytes a second, twice, and four assignments of 10 operations at 20 a second
     assert t.seconds(bandwidth=6, flops=20, flops_per_assignment=10) == 2 * 2 + 2
+    half = comm.traffic(routing(HAND), 2, d_model=3, bytes_per_number=0.5)  # states of 1.5 bytes
+    assert half.total_bytes == 6 and half.largest_link == 1.5
 
 
 def test_on_one_device_nothing_is_sent():

@@ -375,7 +375,7 @@ def test_the_information_of_labels_by_chance_is_none():
     """4 experts, 8 labels, 200 bytes: the null that is subtracted is 3 * 7 / 400 = 0.05."""
     rng = np.random.default_rng(0)
     experts, labels = rng.integers(4, size=200), rng.integers(8, size=200)
-    assert abs(measures._excess(np.eye(4, dtype=int)[experts], labels, rng)) < .03
+    assert abs(measures._above_chance(np.eye(4, dtype=int)[experts], labels, rng)) < .03
 
 
 @pytest.mark.parametrize("draws", [False, True])

@@ -357,6 +357,14 @@ def test_concatenate(axis):
           lambda x: np.concatenate([np.ones((2, 3, 4)), x], axis), normal(2, 3, 4))
 
 
+def test_joined_integers_take_the_dtype_of_the_first_tensor():
+    """As in an operation: a float32 graph stays float32."""
+    x = Tensor(np.ones(2, np.float32), requires_grad=True)
+    for join in (F.concatenate, F.stack):
+        assert join([x, np.arange(2)]).dtype == join([[1, 2], x]).dtype == join([x, Tensor([1, 2])]).dtype == np.float32
+        assert join([x, np.ones(2)]).dtype == np.float64 and join([[1, 2], [3, 4]]).dtype == np.int64
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
 def test_stack(axis):
     check(lambda *x: F.stack(x, axis), lambda *x: np.stack(x, axis), normal(2, 3), normal(2, 3, seed=1))

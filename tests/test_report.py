@@ -743,6 +743,17 @@ def test_names_beside_points_do_not_overlap_and_keep_their_order(tmp_path):
     assert (gaps > 0.04).all() and places["A"] - places["B"] == pytest.approx(places["E"] - places["D"])
 
 
+def test_a_legend_of_long_labels_stays_within_the_figure(tmp_path):
+    results = Results(STUDY, write_study(tmp_path, n_seeds=1))
+    results.label = lambda name: f"{name} top_k, K=2, renormalise=false, one option more"
+    with figures.default_style():
+        fig = STUDY.figures["over_steps"](results)
+        fig.canvas.draw()
+    (legend,), width = fig.legends, fig.bbox.width
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= width
+
+
 def test_text_is_drawn_on_the_colours_of_its_experts(tmp_path):
     """Expert 1 has the larger gate of 'a', 0 alone is chosen for 'b', and 'c' has none."""
     write_study(tmp_path, n_seeds=2, losses={"D": (1.5, 1.5)})

@@ -285,18 +285,24 @@ def scatter_add(rows: Tensor, index: ArrayLike, n: int) -> Tensor:
 
 
 def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Join tensors along an existing axis. Arrays may be among them."""
-    tensors = tuple(t if isinstance(t, Tensor) else Tensor(t) for t in tensors)
+    """Join tensors along an existing axis. Arrays may be among them; integers take the dtype of the first Tensor."""
+    tensors = _operands(tensors)
     ends = np.cumsum([t.shape[axis] for t in tensors])
     return record(np.concatenate([t.data for t in tensors], axis), tensors, lambda g: np.split(g, ends[:-1], axis))
 
 
 def stack(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
-    """Join tensors of one shape along a new axis. ValueError for different shapes, or none."""
-    tensors = tuple(t if isinstance(t, Tensor) else Tensor(t) for t in tensors)
+    """Join tensors (or arrays, as in `concatenate`) of one shape along a new axis. ValueError for others, or none."""
+    tensors = _operands(tensors)
     if len(shapes := {t.shape for t in tensors}) != 1:
         raise ValueError(f"stack takes at least one tensor, all of one shape, not of the shapes {sorted(shapes)}")
     return record(np.stack([t.data for t in tensors], axis), tensors, lambda g: tuple(np.moveaxis(g, axis, 0)))
+
+
+def _operands(tensors):
+    tensors = tuple(tensors)
+    first = next((t for t in tensors if isinstance(t, Tensor)), Tensor(0))
+    return tuple(map(first._operand, tensors))
 
 
 def where(condition: ArrayLike, a: Tensor | ArrayLike, b: Tensor | ArrayLike) -> Tensor:

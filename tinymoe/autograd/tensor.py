@@ -201,7 +201,7 @@ class Tensor(Values):
         return primitive(_apply(np.matmul, self, other), (self, vjp_a), (other, vjp_b))
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        """Sum over one axis, several (a tuple) or all (None)."""
+        """Sum over one axis, several (a tuple) or all (None), in its dtype; `mean` keeps more digits of float32."""
         value = self.data.sum(axis=axis, keepdims=True)
         return primitive(value if keepdims else value.squeeze(axis),
                          (self, lambda g: np.broadcast_to(g.reshape(value.shape), self.shape)))

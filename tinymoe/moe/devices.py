@@ -26,7 +26,7 @@ class Traffic:
     rows: np.ndarray
     load: np.ndarray
     reach: np.ndarray
-    row_bytes: int
+    row_bytes: float
 
     @property
     def sent(self) -> np.ndarray:
@@ -34,14 +34,14 @@ class Traffic:
         return self.row_bytes * (self.rows - np.diag(np.diag(self.rows)))
 
     @property
-    def total_bytes(self) -> int:
+    def total_bytes(self) -> float:
         """Bytes of dispatch and combine, over all links."""
-        return 2 * int(self.sent.sum())
+        return (2 * self.sent.sum()).item()
 
     @property
-    def largest_link(self) -> int:
+    def largest_link(self) -> float:
         """Bytes of the dispatch over the busiest pair of devices."""
-        return int(self.sent.max())
+        return self.sent.max().item()
 
     @property
     def slowest(self) -> float:

@@ -135,7 +135,8 @@ def layer_grid(results, n_rows, height, sharey):
 
 def add_legend(fig, results, names, *extra):
     """One legend below the panels, where it can cover no data; `extra` are handles after those of the settings."""
-    handles = [Line2D([], [], label=results.label(name), **style_of(results.experiment, name)) for name in names]
+    handles = [Line2D([], [], label=fill(results.label(name), 34), **style_of(results.experiment, name))
+               for name in names]
     if handles := [*handles, *extra]:
         n_rows = math.ceil(len(handles) / (3 if results.experiment.adjustable else 5))
         fig.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / n_rows))

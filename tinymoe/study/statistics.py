@@ -196,8 +196,9 @@ def seeds_needed(scatter: float, level: float = LEVEL) -> int | None:
     if scatter == 0:
         return 2
     n = np.arange(2, MOST_SEEDS + 1)
-    effect = np.minimum(np.sqrt(n) / scatter, 30)  # beyond it the power is 1
-    differ = stats.nct.sf(stats.t.ppf(1 - level / 2, n - 1), n - 1, effect)
+    critical = stats.t.ppf(1 - level / 2, n - 1)
+    effect = np.minimum(np.sqrt(n) / scatter, 4 * critical + 10)  # beyond it the power is above 80%
+    differ = stats.nct.sf(critical, n - 1, effect)
     same = 2 * stats.nct.sf(stats.t.ppf(1 - level, n - 1), n - 1, effect) - 1
     enough = np.flatnonzero((differ >= POWER) & (same >= POWER))
     return int(n[enough[0]]) if len(enough) else None
