@@ -26,6 +26,8 @@ from pathlib import Path
 
 import click
 
+os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may be missing in this environment
+
 HERE = Path(__file__).resolve().parent
 RESULTS = (HERE if (HERE / "pyproject.toml").exists() else Path()) / "results"  # installed: in the current folder
 COUNT, PATH = click.IntRange(min=1), click.Path(path_type=Path)
@@ -395,13 +397,16 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     progress = Progress(todo)
     if signal.getsignal(signal.SIGINT) is _end_at_once:  # all is imported: from here on, KeyboardInterrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    how = "Leave --fresh out to resume." if fresh else "The same command resumes from the last checkpoints."
+    how = "The same command resumes from the last checkpoints."
+    if fresh:
+        how = "Leave --fresh out to resume; runs that had not begun keep their old results."
     with (_ending_if_interrupted(f"\nInterrupted. {how}"),
           _refusing(OSError), rows_replaced(todo if fresh else (), out), progress.bar):
         failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
     _say_failures(failures)
     if failures and fresh:
-        _say("To go on, run the command without --fresh, which deletes finished runs too.")
+        _say("To go on, run the command without --fresh, which deletes finished runs too. Runs that had not begun keep "
+             "their old results.")
     return failures
 
 

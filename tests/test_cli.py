@@ -189,7 +189,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
     code, output = study(text, tmp_path / "torn", "--config", "F")
     assert code == 130 and "Interrupted. The same command resumes from the last checkpoints." in output
     code, output = study(text, tmp_path / "fresh", "--config", "F", "--fresh")
-    assert code == 130 and "Interrupted. Leave --fresh out to resume." in output
+    assert code == 130 and "Interrupted. Leave --fresh out to resume; runs" in output
     monkeypatch.undo()
     for out in ("torn", "whole"):
         assert study(text, tmp_path / out, "--config", "F")[0] == 0
@@ -259,10 +259,12 @@ def test_nothing_is_extended_unless_all_can_be(text, tmp_path):
 def test_fresh_drops_no_row_before_its_run_begins(text, tmp_path, monkeypatch):
     assert study(text, tmp_path, "--config", "F")[0] == 0
     assert CliRunner().invoke(cli.main, ["compact", str(tmp_path)]).exit_code == 0
+    before = (tmp_path / "runs.jsonl").read_text()
+    assert study(tmp_path / "nowhere", tmp_path, "--config", "F", "--fresh")[0] == 1
+    assert (tmp_path / "runs.jsonl").read_text() == before  # the folder of the old run is not that of a new one
     shutil.rmtree(tmp_path / "runs")
     code, output = invoke("runs", tmp_path)
     assert code == 1 and "its finished runs are in runs.jsonl: `rows` or `compare`" in output
-    before = (tmp_path / "runs.jsonl").read_text()
     assert study(tmp_path / "nowhere", tmp_path, "--config", "F", "--fresh")[0] == 1
     (tmp_path / "runs").write_text("a file")
     assert study(text, tmp_path, "--config", "F", "--fresh")[0] == 1
@@ -887,6 +889,7 @@ def test_generate_continues_a_prompt_and_repeats_itself(run):
     ("view {run} --out {run}/routings/000006.npz", 2, "is a file of a run"),
     ("view {run} --out {dir}/link.html", 2, "is a file of a run"),
     ("rows {run}/../.. -o {run}/config.json", 2, "is a file of a run"),
+    ("rows {run}/../.. -o {run}/../../FINDINGS.md", 2, "is a file of a run"),
     ("compare {run} -o {dir}/runs.jsonl", 2, "is a file of a run"),
     ("explain --figure {run}/checkpoint.npz", 2, "is a file of a run"),
     ("compare {run} -o {dir}/x.pdf", 2, "x.pdf: a figure is a PNG"),

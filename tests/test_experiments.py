@@ -87,6 +87,8 @@ def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     ({"exploratory": (Contrast("load_cv", "learned", minus="topp-2"),)}, "no setting is called topp-2"),
     ({"settings": EXPERIMENTS["frozen"].settings * 2}, "two settings have one id"),
     ({"name": "../x"}, "'../x' names a folder"), ({"name": ""}, "'' names a folder"),
+    ({"figures": {"../f": None}}, "'../f' names a folder or a figure"), ({"rates": (1e-3, 1e-3)}, "are one"),
+    ({"training": {"steps": 3}}, "`training` has no steps"),
     ({"settings": (lab.Setting("a/b", ""),), "exploratory": (), "primary": (), "claims": (), "crossings": ()},
      "'a/b' names a folder"),
     ({"settings": (), "exploratory": (), "primary": (), "claims": (), "crossings": ()}, "needs a setting and a seed"),

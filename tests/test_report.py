@@ -498,6 +498,13 @@ def test_the_command_makes_compact_results_or_says_why_not(tmp_path):
     write_run(tmp_path, "A", 0, 2.0)
     made = CliRunner().invoke(cli.main, ["compact", str(tmp_path)])
     assert made.exit_code == 0 and "1 runs in" in made.output
+    failed = write_run(tmp_path, "B", 1, 2.0)  # and its config.json is cut
+    (failed / "summary.json").unlink()
+    (failed / "failure.json").write_text("{}")
+    (failed / "config.json").write_text("{")
+    for _ in "twice":
+        CliRunner().invoke(cli.main, ["compact", str(tmp_path)])
+        assert [run.run_id for run in load_runs(tmp_path)] == ["A-seed0", "B-seed1"]
 
 
 # -- what is averaged and compared is comparable --

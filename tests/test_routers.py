@@ -277,9 +277,14 @@ def test_a_router_without_a_name_has_that_of_its_class_and_is_not_in_the_table()
         def forward(self, x, context):
             return None
 
+    class Twice(routers.TopK):
+        def scores(self, x):
+            return F.concatenate([super().scores(x)] * 2, axis=1)
+
     x, rng = Tensor(states(6, 8, dtype=np.float32)), np.random.default_rng(0)
-    for cls, message in (Half, "router Half returned a Routing of 3 tokens for x of 6 rows"), (
-            Nothing, "router Nothing returned a NoneType, not a Routing"):
+    for cls, message in ((Half, "router Half returned a Routing of 3 tokens for x of 6 rows"),
+                         (Twice, "router Twice returned a Routing of 8 experts, but has 4"),
+                         (Nothing, "router Nothing returned a NoneType, not a Routing")):
         with pytest.raises(routers.RouteError, match=message):
             cls(8, 4, 2, rng, np.float32)(x)
         assert cls.name not in routers.ROUTERS

@@ -328,6 +328,14 @@ def test_other_settings_in_the_same_folder(corpus, stopped, other):
     refuses(run_folder.RunError, message, other, corpus, stopped)
 
 
+def test_a_folder_without_its_config(corpus, stopped):
+    """A checkpoint does not say of which text and learning rate it is."""
+    (stopped / "config.json").unlink()
+    message = "no config.json that says of which: move this run's folder away"
+    refuses(run_folder.RunError, message, tiny(), corpus, stopped)
+    assert t.train(tiny(), corpus, stopped, fresh=True)["status"] == "complete"
+
+
 def test_another_text_in_the_same_folder(stopped, tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "words.txt"
     text.write_text(WORDS[::-1])

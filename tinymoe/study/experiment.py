@@ -171,15 +171,20 @@ class Experiment:
             require_known([*self.metrics, *(one.metric for one in contrasts), *(name for name, *_ in self.crossings),
                            *drawn])
         known = {s.id for s in self.settings}
-        if bad := [name for name in (self.name, *known) if not re.fullmatch(r"[\w+][\w.+-]*", str(name))]:
-            raise ValueError(f"experiment {self.name!r}: {bad[0]!r} names a folder, so it must be of letters, digits "
-                             "and the signs . _ + -")
+        names = self.name, *known, *self.figures
+        if bad := [name for name in names if not re.fullmatch(r"[\w+][\w.+-]*", str(name))]:
+            raise ValueError(f"experiment {self.name!r}: {bad[0]!r} names a folder or a figure, so it must be of "
+                             "letters, digits and the signs . _ + -")
         if not known or self.seeds < 1:
             raise ValueError(f"experiment {self.name}: it needs a setting and a seed")
         if unknown := {name for names in needed for name in names} - known:
             raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
         if self.rates and {*SWEEP_SEEDS} & {*range(self.first_seed, self.first_seed + self.seeds)}:
             raise ValueError(f"experiment {self.name}: seeds {SWEEP_SEEDS} choose the rates: start beyond them")
+        if len({sweep_id("", rate) for rate in self.rates}) < len(self.rates):
+            raise ValueError(f"experiment {self.name}: two of the rates {self.rates} are one: leave one out")
+        if any("steps" in training for training in (self.training, *(s.training for s in self.settings))):
+            raise ValueError(f"experiment {self.name}: `training` has no steps: give `steps`, and `length`")
         if len(known) < len(self.settings):
             raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
         starts = {s.id: s.start for s in self.settings}

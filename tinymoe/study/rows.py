@@ -211,11 +211,21 @@ def rows_replaced(plans, out):
     """
     path, ids = Path(out, COMPACT), {plan.run_id for plan in plans}
     there = ids and ids & {run.run_id for run in _compact_runs(path)}
+    before = {run_id: _written(out, run_id) for run_id in there}
     try:
         yield
     finally:
-        if begun := {run_id for run_id in there if Path(out, "runs", run_id, "config.json").exists()}:
+        if begun := {run_id for run_id in there if _written(out, run_id) not in (None, before[run_id])}:
             _write_compact(out, [run for run in _compact_runs(path) if run.run_id not in begun])
+
+
+def _written(out, run_id):
+    """What tells one config.json of a run from a later one; None without it."""
+    try:
+        found = Path(out, "runs", run_id, "config.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _unknown_names(model):
@@ -272,7 +282,7 @@ def _record(place, config, log, summary, failure):
     rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT})}
     log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):
-        config = {"config_id": place.name, "seed": -1, "model": {}, "training": {}}
+        config = {"run_id": place.name, "config_id": place.name, "seed": -1, "model": {}, "training": {}}
     config = {"rules": _rules(config["model"])} | config | with_defaults(config)
     return RunRecord(place.name, config, log, summary, failure)
 

@@ -25,6 +25,7 @@ from ..training.run_folder import FILES, ROUTINGS, saved_routings
 
 BARS = "▁▂▃▄▅▆▇█"
 MAX_WINDOWS = 8  # shown of a user's text
+DOCUMENTS = ("FINDINGS.md", "summary.csv", "report.html")  # of results
 MAX_VALUES = 900_000  # probabilities in a page, so that it stays below 3 MB; also bytes of the last step's outputs
 
 
@@ -129,9 +130,10 @@ def page(folder, text=None):
 
 
 def belongs_to_a_run(path):
-    """Whether a file at this path would replace one that a run, or a folder of runs, consists of. Follows links."""
+    """Whether a file at this path would replace one of a run, of results, or of their documents. Follows links."""
     place = Path(path).resolve()
-    return place.name in (*FILES, ".lock", COMPACT) or place.name.startswith(".lease") or place.parent.name == ROUTINGS
+    return (place.name in (*FILES, ".lock", COMPACT, *DOCUMENTS) or place.name.startswith(".lease")
+            or place.parent.name == ROUTINGS)
 
 
 @np.errstate(all="ignore")

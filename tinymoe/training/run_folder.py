@@ -117,7 +117,8 @@ class RunFolder:
         """Write config.json, or check that it describes the same run; remove what belongs to no checkpoint.
 
         fresh: first remove the files of the run that is there, see `train`. Raises RunError if the folder holds another
-        run. A run that continues on another kind of processor, or with other versions, notes that in config.json.
+        run, or one that nothing describes. A run that continues on another kind of processor, or with other versions,
+        notes that in config.json.
         """
         path = self.path / "config.json"
         if self.discards(fresh):
@@ -130,6 +131,8 @@ class RunFolder:
                     if (before := noted(found, name)) and config[name] not in before}
             if more:
                 files.write_json(path, found | more)
+        elif any((self.path / name).exists() for name in FILES):
+            raise RunError(f"{self.path} holds files of a run, but no config.json that says of which: {AGAIN}")
         else:
             files.write_json(path, config | ({"fresh": fresh} if isinstance(fresh, str) else {}))
         (self.path / "failure.json").unlink(missing_ok=True)

@@ -82,10 +82,10 @@ class Router(Module):
 
     def __call__(self, x: Tensor, context: RouteContext | None = None) -> Routing:
         """Run `forward`. Raises RouteError unless x is (N, D), ids and domain of the context fit it, and it returns a
-        Routing of N tokens."""
+        Routing of N tokens and E experts."""
         context = RouteContext() if context is None else context
         check_input(self.name, x, context)
-        return check_output(self.name, super().__call__(x, context), len(x))
+        return check_output(self.name, super().__call__(x, context), (len(x), self.n_experts))
 
     def __init_subclass__(cls, name: str | None = None):
         super().__init_subclass__()

@@ -41,14 +41,16 @@ def check_input(router: str, x, context) -> None:
         raise RouteError(f"router {router} has RouteContext.domain {domain.tolist()[:3]}: give it integers from 0")
 
 
-def check_output(router: str, routing, n_tokens: int) -> Routing:
-    """The Routing that a router returned. Raises RouteError for something else, and for another number of tokens."""
+def check_output(router: str, routing, shape: tuple[int, int]) -> Routing:
+    """The Routing that a router returned. Raises RouteError for something else, and unless its shape is (N, E)."""
     if not isinstance(routing, Routing):
         raise RouteError(f"router {router} returned a {type(routing).__name__}, not a Routing: make one with "
                          "from_mask(chosen, gates, logits, probs) of tinymoe.moe.routing")
-    if routing.n_tokens != n_tokens:
-        raise RouteError(f"router {router} returned a Routing of {routing.n_tokens} tokens for x of {n_tokens} rows: "
+    if routing.n_tokens != shape[0]:
+        raise RouteError(f"router {router} returned a Routing of {routing.n_tokens} tokens for x of {shape[0]} rows: "
                          "each row needs one")
+    if routing.n_experts != shape[1]:
+        raise RouteError(f"router {router} returned a Routing of {routing.n_experts} experts, but has {shape[1]}")
     return routing
 
 
