@@ -19,6 +19,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import re
 import shutil
 import sys
@@ -309,8 +310,9 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
 def _print_study(results):
     """The table of the configs on the screen. It shows the measured experts a byte: some routers do not fix K."""
     def row(name, runs):
-        causal, leaky, *others = (results.mean(metric, name) for metric in (
+        means = (results.mean(metric, name) for metric in (
             "causal_perplexity", "val_perplexity", "causal_bits_per_byte", "load_cv", "experts_per_token"))
+        causal, leaky, *others = (mean if math.isfinite(mean) else None for mean in means)
         return name, len(runs), causal, f"{leaky:.3f}" if leaky != causal else "", *others
 
     _table({"config": "<6", "seeds": "5", "perplexity": "10.3f", "(leaky)": ">7", "bits per byte": "13.3f",

@@ -108,6 +108,7 @@ def raises(trainer):
     (lambda trainer: {"y": 1, "x": float("nan")}, "measure failed at 'x', nan (ValueError: "),
     (lambda trainer: {"x": np.float32(1)}, "measure failed at 'x', "),
     (lambda trainer: {"x": [np.nan] * 999}, f"measure failed at 'x', {str([np.nan] * 999)[:80]} (ValueError: "),
+    (lambda trainer: {"load_cv": 9.0}, "measure failed at 'load_cv', 9.0 (ValueError: every run has a number of this"),
     (lambda trainer: None, "measure failed (TypeError")])
 def test_a_measure_that_fails_stops_no_other_run_and_can_be_mended(text, tmp_path, measure, said):
     events, mine = [], tmp_path / "runs/A-seed0/summary.json"

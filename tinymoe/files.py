@@ -53,12 +53,14 @@ def write_atomically(path, content, follow=False):
         is replaced by a file, so that nothing outside the folder changes.
     Raises OSError, also for a device or a pipe without `follow`.
     """
-    path = Path(os.path.realpath(path) if follow else path)
+    path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not (path.is_file() or path.is_dir() or path.is_symlink()):
+    if path.exists() and not (path.is_file() or path.is_dir() or path.is_symlink() and not follow):
         if not follow:
             raise FileExistsError(f"{path} is a device or a pipe: remove it, or choose another folder")
         return path.write_bytes(data)
+    if follow:
+        path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     temporary = path.with_name(temporary_name(path.name))

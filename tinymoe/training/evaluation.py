@@ -154,14 +154,19 @@ def first_nonfinite(model, ids: np.ndarray, domain: np.ndarray | None = None) ->
     return next((place for place, x in places.items() if not np.isfinite(x.data).all()), None)
 
 
-def measured(measure, trainer) -> dict:
-    """What the `measure` of an experiment returns of a trained model. Raises RunError where it fails, or where that is
-    not a dict that JSON takes."""
+def measured(measure, trainer, final) -> dict:
+    """What the `measure` of an experiment returns of a trained model, besides the numbers in its row `final`.
+
+    Raises RunError where it fails, or where that is not a dict that JSON takes or has a name of `final`.
+    """
+    known = {*final, *(name for layer in final["layers"] for name in layer)}
     name = None
     try:
         found = dict(measure(trainer))
         for name, part in found.items():
             json.dumps({name: part}, allow_nan=False)
+            if name in known:
+                raise ValueError("every run has a number of this name")
         return found
     except SystemError:  # Ctrl-C in compiled code
         raise

@@ -170,6 +170,6 @@ def _train_to_the_end(trainer, folder, on_event):
                "wall_seconds": round(trainer.wall_seconds, 3), "final": {"step": trainer.step, **final},
                "causal_by_part": losses_by_part(nats, valid)}
     if plan.measure:
-        summary["measured"] = measured(plan.measure, trainer)
+        summary["measured"] = measured(plan.measure, trainer, final)
     folder.end("summary.json", summary)
     return summary
