@@ -404,13 +404,11 @@ def random_command(rng, run, tmp_path):
         paths = run, tmp_path, run / "config.json", run / "checkpoint.npz", tmp_path / "new"
         odd = rng.choice([*WORDS_OF_A_SHELL, *paths])
         if isinstance(parameter, click.Argument):
-            args += [odd] if rng.random() < 0.9 else []
+            args += [odd] if rng.random() < 0.9 or name == "findings" else []  # by default it writes what is published
         elif parameter.name not in ("jobs", "seeds", "repeats", "imports", "length") and rng.random() < 0.3:
             args += [parameter.opts[-1]] + ([] if parameter.is_flag else [odd])
     if name == "generate":
         args += ["--length", "2"]
-    if name == "findings" and len(args) == 0:
-        args = [tmp_path]
     if rng.random() < 0.1:
         args.insert(rng.randrange(len(args) + 1), rng.choice(WORDS_OF_A_SHELL))
     return [name, *TRAINED.get(name, []), *args]

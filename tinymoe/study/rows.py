@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -331,14 +332,16 @@ def _fits(found, shape) -> bool:
     A shape is a type, a range of whole numbers, a test such as `between`, a tuple of shapes (one must fit), [shape of
     each item], or {name: shape}. The name ... stands for all names, of which there must be at least one.
     """
-    if isinstance(shape, list):
-        return isinstance(found, list) and all(_fits(each, shape[0]) for each in found)
-    if isinstance(shape, dict):
-        return isinstance(found, dict) and (... not in shape or found != {}) and all(
-            _fits(each, of) for name, of in shape.items()
-            for each in (found.values() if name is ... else [found.get(name, ...)]))
     if isinstance(shape, range):
         return type(found) is int and found in shape
+    if isinstance(shape, list):
+        return isinstance(found, list) and all(map(_fits, found, repeat(shape[0])))
+    if isinstance(shape, dict):
+        if not isinstance(found, dict):
+            return False
+        if ... in shape:
+            return found != {} and all(map(_fits, found.values(), repeat(shape[...])))
+        return all(map(_fits, map(found.get, shape, repeat(...)), shape.values()))
     if isinstance(shape, tuple):
         return any(_fits(found, each) for each in shape)
     if shape in (None, ...):

@@ -1,5 +1,6 @@
 """The options of a router, read from its class: annotated attributes, keyword arguments, and lines of the docstring."""
 
+import functools
 import inspect
 import re
 
@@ -20,6 +21,7 @@ def options_of(cls: type, base: type) -> dict[str, inspect.Parameter]:
                          "correct it in its file") from None
 
 
+@functools.cache
 def _declared(cls, base):
     found = {}
     for each in reversed(cls.__mro__[:cls.__mro__.index(base)]):
