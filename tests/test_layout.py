@@ -129,7 +129,7 @@ def test_a_file_depends_on_the_requirements_alone_and_unpickles_nothing(path):
 def test_the_command_line_imports_tinymoe_only_inside_its_commands():
     top = ast.parse((ROOT / "cli.py").read_text(encoding="utf-8")).body
     names = [alias.name for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
-    light = "Path click codecs collections contextlib functools itertools json os re shutil signal sys"
+    light = "Path click codecs collections contextlib functools itertools json math os re shutil signal sys"
     assert sorted(names) == light.split()
 
 
