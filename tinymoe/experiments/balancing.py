@@ -68,7 +68,7 @@ phase = Experiment(
             "the whole model, its loss is higher too.")
 
 BIAS_RULES = {"sign": ("sigmoid_bias", {}), "centred": ("sigmoid_bias", {"bias_rule": "centred"}),
-         "momentum": ("momentum_bias", {}), "quantile": ("quantile_bias", {})}
+              "momentum": ("momentum_bias", {}), "quantile": ("quantile_bias", {})}
 BIASES = {f"{rule}-{score}": (router, options | {"score": score})
           for score in ("sigmoid", "softmax") for rule, (router, options) in BIAS_RULES.items()}
 balance = Experiment(
