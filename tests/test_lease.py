@@ -195,7 +195,7 @@ def test_a_process_that_slept_too_long_writes_no_more(corpus, stopped, reference
             (stopped / ".lease1").unlink(missing_ok=True)
             left(stopped, number=2)
 
-    with pytest.raises(run_folder.Busy, match="was taken over by another process while this one was stopped"):
+    with pytest.raises(run_folder.Busy, match="another process took it over while this one was stopped"):
         t.train(tiny(), corpus, stopped, sleep)
     assert json.loads((stopped / ".lease2").read_text())["host"] == "far"
     (stopped / ".lease2").unlink()

@@ -578,6 +578,27 @@ def test_a_folder_that_vanishes_is_not_made_again(corpus, tmp_path, step):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("deleted", [".lease1", "config.json", "a temporary file", "all"])
+def test_a_run_whose_files_are_being_deleted_says_so(corpus, tmp_path, monkeypatch, deleted):
+    """At whatever write it notices. Would have caught: advice to make room, since the folder itself was still there."""
+    folder, rename = tmp_path / "run", os.replace
+    said = []
+    for at in range(12):
+        def delete(source, target, left=iter(range(at, -1, -1))):
+            if next(left, None) == 0:
+                path = {"all": folder, "a temporary file": pathlib.Path(source)}.get(deleted, folder / deleted)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", delete)
+        try:
+            t.train(tiny(), corpus, folder)
+        except (run_folder.RunError, run_folder.Busy) as error:
+            said.append(str(error))
+        shutil.rmtree(folder, ignore_errors=True)
+    assert len(said) >= 6 and all("vanished" in message for message in said)
+
+
 def test_a_lock_file_is_not_emptied(corpus, tmp_path):
     (tmp_path / ".lock").write_text("something")
     t.train(tiny(), corpus, tmp_path)

@@ -74,7 +74,8 @@ def write_atomically(path, content, follow=False):
         with contextlib.suppress(OSError):  # a file system that is read-only refuses this too
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):  # a full disk names no file
-            advice = "make room, or choose another folder" if path.parent.exists() else "its folder vanished"
+            vanished = isinstance(error, FileNotFoundError)  # the folder, or the file that was to be renamed
+            advice = "its folder vanished" if vanished else "make room, or choose another folder"
             raise OSError(error.errno, f"{error.strerror}: {advice}", str(path)) from None
         raise
 

@@ -86,6 +86,10 @@ class RunFolder:
                 self._wait_for_lock(handle, lease)
                 self.lease = lease
             yield
+        except FileNotFoundError as error:
+            if self.path in Path(error.filename or "").parents:  # a file of ours
+                raise self._vanished() from None
+            raise
         finally:
             self.lease = None
             try:
@@ -221,9 +225,13 @@ class RunFolder:
     def _require_there(self):
         """Raise RunError if the folder vanished, Busy if another process took it over while this one was stopped."""
         if not (self.path / "config.json").exists():  # writing would make the folder again, with a part of the files
-            raise RunError(f"{self.path} vanished while the run was training: run the same command again")
+            raise self._vanished()
         if self.lease and not self.lease.held():
-            raise Busy(f"{self.path} was taken over by another process while this one was stopped: wait for that one")
+            raise Busy(f"the lease of {self.path} vanished, or another process took it over while this one was "
+                       "stopped: run the same command again")
+
+    def _vanished(self):
+        return RunError(f"{self.path} vanished while the run was training: run the same command again")
 
     def require_same(self, config: dict):
         """Raise RunError, naming the differences, if config.json describes another run than `config`."""
