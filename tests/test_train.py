@@ -582,10 +582,12 @@ def test_a_folder_that_vanishes_is_not_made_again(corpus, tmp_path, step):
 def test_a_run_whose_files_are_being_deleted_says_so(corpus, tmp_path, monkeypatch, deleted):
     """At whatever write it notices. Would have caught: advice to make room, since the folder itself was still there."""
     folder, rename = tmp_path / "run", os.replace
-    said = []
-    for at in range(12):
-        def delete(source, target, left=iter(range(at, -1, -1))):
-            if next(left, None) == 0:
+
+    def noticed(at):
+        count = itertools.count()
+
+        def delete(source, target):
+            if next(count) == at:
                 path = {"all": folder, "a temporary file": pathlib.Path(source)}.get(deleted, folder / deleted)
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             rename(source, target)
@@ -594,8 +596,11 @@ def test_a_run_whose_files_are_being_deleted_says_so(corpus, tmp_path, monkeypat
         try:
             t.train(tiny(), corpus, folder)
         except (run_folder.RunError, run_folder.Busy) as error:
-            said.append(str(error))
-        shutil.rmtree(folder, ignore_errors=True)
+            return str(error)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    said = list(filter(None, map(noticed, range(12))))
     assert len(said) >= 6 and all("vanished" in message for message in said)
 
 
