@@ -164,7 +164,7 @@ def test_what_is_no_file_in_a_folder_of_texts_is_passed_over(text, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     names = f"from tinymoe.training.data import load_corpus; print(load_corpus({str(tmp_path)!r}, 16).names)"
     done = subprocess.run([sys.executable, "-c", names],
-                          capture_output=True, text=True, timeout=30, cwd=ROOT)
+                          capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.stdout == "['plain']\n"
 
 

@@ -241,7 +241,7 @@ def test_a_pipe_or_device_is_written_to_where_a_user_names_it_and_refused_elsewh
     reader = subprocess.Popen([sys.executable, "-c", f"print(open({str(pipe)!r}).read())"], stdout=subprocess.PIPE,
                               text=True)
     files.write_atomically(pipe, "content", follow=True)
-    assert reader.communicate(timeout=30)[0] == "content\n" and stat.S_ISFIFO(pipe.stat().st_mode)
+    assert reader.communicate(timeout=120)[0] == "content\n" and stat.S_ISFIFO(pipe.stat().st_mode)
     code = "from tinymoe import files; files.write_atomically('/dev/fd/1', 'content', follow=True)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "content"
 

@@ -36,7 +36,7 @@ from tinymoe.study import figures
 from tinymoe.study.rows import load_runs
 
 LONG, SEED = os.environ.get("TINYMOE_TESTS") == "long", os.environ.get("TINYMOE_SEED", "0")
-SECONDS, MEMORY = 60 if LONG else 20, 3 << 30  # what one command may take: time, and more bytes than before
+SECONDS, MEMORY = 60, 3 << 30  # what one command may take: time, and more bytes than before
 TINY = dict(d_model=4, n_heads=1, d_ff=4, n_layers=2, moe_layers=[1], seq_len=4, n_experts=2, batch_size=2,
             n_evaluations=2, eval_windows=1, final_windows=1, steps=2)
 SETTINGS = [arg for name, value in TINY.items() for arg in ("--set", f"{name}={value}")]
