@@ -146,13 +146,21 @@ def test_workers_and_the_scheduler_die_and_nothing_is_lost(text, tmp_path, dask)
     assert outcome(tmp_path / "far") == outcome(tmp_path / "near")
 
 
-def test_a_run_that_another_process_trains_is_looked_at_again(text, tmp_path, dask):
-    left_behind = tmp_path / "runs/F-seed0"
+def test_a_run_that_another_process_trains_is_looked_at_again(text, tmp_path, dask, monkeypatch):
+    """A worker itself waits ten seconds for the folder; it is free once the study has heard that it is busy."""
+    left_behind, ended, said = tmp_path / "runs/F-seed0", cluster.Cluster.ended, []
     left_behind.mkdir(parents=True)
-    left(left_behind)
-    threading.Timer(1, left_behind.joinpath(".lease1").unlink).start()
+    lease_of_another = left(left_behind)
+
+    def hear(pool, future):
+        event = ended(pool, future)
+        said.append(event.kind)
+        lease_of_another.unlink(missing_ok=True)
+        return event
+
+    monkeypatch.setattr(cluster.Cluster, "ended", hear)
     failures, events = trained(several(1), tmp_path, text, dask)
-    assert failures == {} and events[-1].kind == "done"
+    assert failures == {} and events[-1].kind == "done" and said == ["busy", "done"]
 
 
 def test_ctrl_c_stops_the_workers_too_and_the_same_command_goes_on(text, tmp_path, dask):

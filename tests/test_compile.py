@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from test_study import alive
+
 pytest.importorskip("numba")
 ROOT = Path(__file__).parents[1]
 COMPILE = "from tinymoe.kernels.compiled import compile; "
@@ -138,8 +140,7 @@ def gone(pids, seconds=60):
     """Whether all these processes end in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if not any(Path(f"/proc/{pid}/stat").exists() and
-                   Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in pids):
+        if not any(map(alive, pids)):
             return True
         time.sleep(0.1)
     return False

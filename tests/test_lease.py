@@ -49,7 +49,7 @@ def test_a_lease_is_of_one_process_and_is_gone_after_it(tmp_path):
 @pytest.mark.parametrize("case, free", [
     (dict(age=lease.SECONDS - 30), False), (dict(age=lease.SECONDS + 30), True),  # another host: by its time alone
     (dict(tag="mine", pid=2**22 + 1), True), (dict(tag="mine", pid=os.getppid()), False),  # this host: is it alive?
-    (dict(content="", age=0.5), False), (dict(content="", age=5), True), (dict(content="[1]", age=5), True)])
+    (dict(content="", age=-30), False), (dict(content="", age=5), True), (dict(content="[1]", age=5), True)])
 def test_a_lease_is_taken_over_when_it_is_stale(tmp_path, case, free):
     if case.get("tag") == "mine":
         if not sys.platform.startswith("linux"):
@@ -161,7 +161,7 @@ def test_many_processes_never_hold_it_at_once(tmp_path):
     (tmp_path / "number").write_text("0")
     programs = [subprocess.Popen([sys.executable, "-c", PROGRAM.format(root=str(ROOT)), tmp_path, str(seed)])
                 for seed in range(4)]
-    assert [program.wait(60) for program in programs] == [0] * 4
+    assert [program.wait(120) for program in programs] == [0] * 4
     assert (tmp_path / "number").read_text() == "120"
 
 

@@ -359,7 +359,7 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
     said = gathered.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
     assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).** The interval is [")
     assert "Of 2 exploratory differences of the causal loss" in said
-    assert " million parameters, and learning rates of 0.001. No" in said
+    assert " million parameters, and learning rates of 0.001, at the end of the range. No" in said
     claim = Claim(3, "A is worse", "nobody", (Effect(LOSS, "B", "<", 0, minus="A"),))
     asked = dataclasses.replace(experiment, claims=(claim,))
     assert gathered.surprise([Results(asked, tmp_path)]).startswith("No exploratory difference")

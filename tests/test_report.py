@@ -681,10 +681,13 @@ def test_runs_of_no_setting_are_named_and_in_no_number(tmp_path):
 
 @pytest.mark.slow
 def test_the_users_matplotlibrc_does_not_reach_the_figures(tmp_path):
-    write_study(tmp_path, n_seeds=1)
-    drawn = {path.name: path.read_bytes() for path in draw_all(tmp_path)}
+    """draw_all sets the style once for all figures, so two of them show it: lines, and a map of colours."""
+    few = dataclasses.replace(STUDY, figures={name: STUDY.figures[name] for name in ("over_steps", "expert_load")})
+    results = Results(few, write_study(tmp_path, n_seeds=1, losses={name: LOSSES[name] for name in "AD"}))
+    drawn = {path.name: path.read_bytes() for path in figures.draw_all(results)}
+    assert len(drawn) == 2
     with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "lines.linewidth": 9, "axes.facecolor": "red"}):
-        assert {path.name: path.read_bytes() for path in draw_all(tmp_path)} == drawn
+        assert {path.name: path.read_bytes() for path in figures.draw_all(results)} == drawn
         assert matplotlib.rcParams["font.size"] == 30  # and it stays as it was
 
 

@@ -142,11 +142,13 @@ def test_fresh_throws_saved_routings_away_and_a_dense_model_saves_none(corpus, t
     assert not (tmp_path / "routings").exists()
 
 
-@pytest.mark.skipif(os.cpu_count() < 2, reason="one core")
 def test_the_number_of_threads_does_not_change_a_bit(corpus, reference, tmp_path):
     there = kernels.get_threads()
     try:
-        kernels.set_threads(2)
+        try:
+            kernels.set_threads(2)
+        except ValueError:
+            pytest.skip("one core, or one thread of numba")
         t.train(tiny(), corpus, tmp_path)
     finally:
         kernels.set_threads(there)
@@ -495,9 +497,10 @@ def weights_of(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [16, 1])
-def test_a_checkpoint_with_a_flipped_bit_has_the_right_weights_or_is_refused(smallest, tmp_path, every):
+def test_a_checkpoint_with_a_flipped_bit_has_the_right_weights_or_is_refused(smallest, tmp_path):
+    """In every fourth byte; in the long form of the tests in every byte."""
     content, right, refused = (smallest[2] / "checkpoint.npz").read_bytes(), weights_of(smallest[2]), 0
+    every = 1 if os.environ.get("TINYMOE_TESTS") == "long" else 4
     for damaged in itertools.islice(flipped(content), 0, None, every):
         (tmp_path / "checkpoint.npz").write_bytes(damaged)
         refused += 1

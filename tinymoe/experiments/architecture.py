@@ -8,7 +8,7 @@ from ..study.statistics import Contrast
 SECONDS = "Seconds depend on what else ran on the machine."
 BOUNDS = "The bounds of load CV and information depend on the number of experts."
 BORROWED = ("`4-of-16` takes the rate that `2-of-8` chose. In the published `traffic` the same model chose half of it, "
-            "and its mean loss over the seeds that both have is lower, so its differences may come from the rate.")
+            "with a lower mean loss. So differences from it may come from the rate, and with its own it may be better.")
 WHOLE = {"n_evaluations": 10, "eval_windows": 16, "final_windows": 1000}  # all validation windows are scored at the end
 WITHOUT = {"2-of-8": "2-of-8", "1+1-of-7": "2-of-8", "4-of-16": "4-of-16", "1+3-of-15": "4-of-16"}
 shared = Experiment(
@@ -140,4 +140,6 @@ upcycle = Experiment(
     caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start, and figures "
             "count from there; in these the learning rate warms up and falls again. In a mixture two experts, each as "
             "wide as the dense layer, serve a byte: more parameters and more operations. These runs compare at one "
-            "length only. The weight divergence of copies is absolute.")
+            "length only. `upcycled` has the rate of `scratch` and `dense-on` that of `dense`: no setting chose its "
+            "own for further or longer training. Copies start with a weight divergence of 0, so theirs is not divided "
+            "by it.")

@@ -38,7 +38,7 @@ frozen = Experiment(
             "The two gates of a mixture sum to 1, so it averages two experts where the dense layer, twice as wide, "
             "adds them. `shuffled` trains a router of its own, so its load need not be as even as that of `learned`. "
             "The claims are judged against what a mixture gains over a dense model. Random routing has the rate that "
-            "`learned` chose. In the published `specialise` it has half of it, and its loss varies less.",
+            "`learned` chose. In the published `specialise` it has half of it.",
     claims=(Claim(3, "A frozen router keeps what a mixture gains over a dense model (it is within 0.01 nats of a "
                      "learned one, and better than dense); routing drawn afresh gains less than 0.01 nats",
                   "Fan 2024 (2402.13089), perplexity by tokens: +0.2% and about +19%",
@@ -106,12 +106,12 @@ def say_rate(r):
     """The ranking at each rate, how alike the rankings are, and the best rate of each config."""
     orders = {rate: [name[0] for name in r.ranked(LOSS) if name.endswith(f"-{rate:g}")] for rate in CANDIDATES}
     places = {rate: [order.index(c) for c in CONFIGS] for rate, order in orders.items()}
-    alike = ", ".join(f"{a:g} and {b:g}: {kendalltau(places[a], places[b])[0]:+.2f}"
-                      for a, b in combinations(CANDIDATES, 2))
+    taus = {(a, b): kendalltau(places[a], places[b]) for a, b in combinations(CANDIDATES, 2)}
+    alike = ", ".join(f"{a:g} and {b:g}: {tau:+.2f} (p = {p:.2g})" for (a, b), (tau, p) in taus.items())
     best = ", ".join(f"{c} {min(CANDIDATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
     ranking = "; ".join(f"at {rate:g}: {', '.join(order)}" for rate, order in orders.items())
     return [f"**Ranking from the lowest mean loss to the highest.** {ranking}.",
-            f"**Agreement of these rankings** (Kendall's tau; 1: the same, -1: reversed). {alike}.",
+            f"**Agreement of these rankings** (Kendall's tau; 1: the same, -1: reversed; p: by chance alone). {alike}.",
             f"**Best of the rates.** {best}."]
 
 
@@ -132,7 +132,8 @@ rate = Experiment(
     figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in CANDIDATES] for c in CONFIGS},
                                  lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv",
                                  reference="D", reference_of=lambda name: f"D{name[1:]}")},
-    caution="A ranking of means ignores their intervals: neighbours in it need not differ.")
+    caution="A ranking of means ignores their intervals: neighbours in it need not differ. A to G are the configs of "
+            "the study: the gates of E and G are raw, those of D and F sum to 1.")
 
 reinforce = Experiment(
     name="reinforce", question="Can policy gradients train a router?", model={"top_k": 1},
@@ -163,8 +164,9 @@ reinforce = Experiment(
             "loss; here, with two, 1 gives half of it. Reinforce draws while training and takes the most probable "
             "expert at validation. The balance loss trains all routers but the frozen ones. The share of noise is the "
             "variance over batches of the gradient (of the policy loss for reinforce, else of the cross-entropy) over "
-            "that variance plus the squared mean, at each router's own last weights. It is 1 too for a router that has "
-            "nothing more to learn. Router entropy is at most ln 8 = 2.079.")
+            "that variance plus the squared mean, at each router's own last weights. The variance of a mean over 16 "
+            "batches is taken off its square, which then is at least 0. So the share is 1 where no signal was seen, "
+            "and for a router that has nothing more to learn. Router entropy is at most ln 8 = 2.079.")
 
 MODERN = {  # router, options, other fields, in words
     "biased": ("biased_top_k", {}, {}, "a learned bias in the logits (GPT-OSS)"),
@@ -195,5 +197,5 @@ modern = Experiment(
     seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
     figures={"balance_against_loss": one_against_other("max_violation", LOSS), "over_steps": over_steps("top-2", LOSS)},
     caution="All share the learning rate that top-2 chose. Where the number of experts of a byte is a mean, the table "
-            "says what it was: more experts are more work. Sinkhorn and the assignment balance only while training and "
-            "are measured as top-K.")
+            "says what it was: more experts are more work, fewer are less. `remoe` is steered towards 2 and need not "
+            "have reached it. Sinkhorn and the assignment balance only while training and are measured as top-K.")

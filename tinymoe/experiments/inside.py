@@ -21,13 +21,15 @@ CHANGES = {"drop": "not used", "swap": "swapped", "force": "used alone"}
 
 def say_specialise(r):
     """What a table without any network knows of the domain."""
-    return ["**Without any network.** A table of byte pairs, counted in the training text, carries "
-            f"{r.mean('bigram_information_excess', 'top-2'):.3f} nats of information on the domain."]
+    return ["**Without any network.** A table of byte pairs, counted in the training text, guesses the domain "
+            f"of a byte with {r.mean('bigram_information_excess', 'top-2'):.3f} nats of information on it. Beside it "
+            "stands the column of domain information, not that beyond the byte."]
 
 
 @captioned("By how much the loss of each domain (down) rises if the routes of the last MoE layer change for one expert "
-           "(across), first seed of three of the settings: it is not used, it swaps its bytes with the next one, or it "
-           "serves all bytes. Each row of panels has a scale of its own; colours follow the root of the rise.")
+           "(across), first seed of three of the settings: it is not used, it swaps its bytes with the next one, or "
+           "it serves all bytes. Each row of panels has a scale of its own; colours follow the root of the rise above "
+           "its lowest cell.")
 def counterfactual_tables(r):
     """Rise of the loss by expert and domain, last MoE layer, first seed: a row for each change, a column a setting."""
     names = ["top-1", "top-2", "expert-choice"]
@@ -85,13 +87,12 @@ specialise = Experiment(
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "class_by_expert": class_by_expert, "counterfactuals": counterfactual_tables},
     caution="Random routing carries no information: its numbers show the error of one draw, the same in every seed. "
-            "Hash routing shows the information of a random table of bytes. Position means eighths of the window. "
-            "Function divergence is the mean of 1 - cosine over pairs of experts' outputs for the same bytes. A byte "
-            "predicts its domain in part, so domain information above 0 does not prove topics; what is beyond the "
-            "byte may come from the bytes before it. Information cannot exceed the entropy of the label, "
-            "nor ln(8 / K): 2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a "
-            "dropped expert is not given to the others, so its cost includes the missing share. Expert choice is "
-            "routed over the batch here.",
+            "Hash routing shows the information of a random table of bytes. Position means eighths of the window. A "
+            "byte predicts its domain in part, so domain information above 0 does not prove topics; what is beyond "
+            "the byte may come from the bytes before it. Information cannot exceed the entropy of the label, nor ln(8 "
+            "/ K): 2.08 for top-1 and 1.39 for two experts a byte. Compare at equal K. The gate of a dropped expert "
+            "is not given to the others, so its cost includes the missing share. Expert choice is routed over the "
+            "batch here.",
     claims=(Claim(10, "Experts follow token identity more than topic: of what could be known, they tell a larger share "
                       "of the byte, given its domain, than of the domain, given the byte", "Jiang 2024; Xue 2024",
                   tuple(Effect("known_gap", name, ">", 0) for name in ("top-1", "top-2"))),))
@@ -120,7 +121,8 @@ batch = Experiment(
     caution="All are routed as in training. The other windows of the batch, or the second half of a byte's own window, "
             "become random bytes, which route unlike text. A byte is rerouted where any layer routes it differently. A "
             "change of a logit below 1e-4 is rounding. Numbers are means over the 8 windows of a batch, each in its "
-            "place. Dropping in order favours the first window.")
+            "place. Dropping in order favours the first window, and a byte's first choice over all second ones: so a "
+            "later byte can take the place of an earlier one.")
 
 
 @captioned(lambda r: f"The simulated traffic of one layer by the number of devices{of_seeds(r, INTERVALS)}. Points are "
@@ -161,5 +163,8 @@ traffic = Experiment(
     figures={"by_devices": by_devices, "at_the_end": at_the_end(LOSS, "sent_4", "slowest_4", reference="aux")},
     caution="The traffic is simulated from the routing of validation batches in one layer, with devices of "
             f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Bytes are sent to other devices "
-            "and back. A phase lasts until its busiest device is done, and nothing overlaps. Groups are laid on 4 "
-            "devices and allow a byte to reach 2; on 16 each device has one expert.")
+            "and back, in the forward pass, 4 for each number of a state; numbers are means over both MoE layers. "
+            "With a capacity limit the first choices of all bytes go before second ones, which is leaky. "
+            "`groups-balanced` differs from `aux` by two more losses too, `groups` by the limit alone. A phase lasts "
+            "until its busiest device is done, and nothing overlaps. Groups are laid on 4 devices and allow a byte to "
+            "reach 2; on 16 each device has one expert.")

@@ -13,7 +13,7 @@ from .markdown import escaped, run_ids
 from .quantities import LOSS
 from .results import Results, chosen
 from .rows import unknown
-from .statistics import t_interval
+from .statistics import Interval, t_interval
 
 
 def warnings(results: Results) -> list[str]:
@@ -137,19 +137,28 @@ def limits(results: Results) -> list[str]:
     lengths = sorted({run.summary["steps"] for run in results.runs})
     window = config["training"]["batch_size"] * config["model"]["seq_len"]
     corpus = sum(part["train_bytes"] for part in config["corpus"].values())
-    slopes = [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
-    falling = [one.mean for one in slopes if (one.high if one.n > 1 else one.mean) < 0]
+    falling = [one.mean for one in slopes(results) if is_falling(one)]
     steepest = f" (steepest: {min(falling):.3f} nats in 100 steps)" if falling else ""
     rates = sorted({run.config["training"]["learning_rate"] for run in results.runs})
     said = [*(f"{steps:,} steps saw {steps * window:,} bytes, {steps * window / corpus:.2f} times the {corpus:,} bytes "
               "of training text." for steps in lengths),
-            f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(slopes)} settings"
-            f"{steepest}. A longer run may change any difference.",
+            f"Over the last third of the steps the loss was still falling in {len(falling)} of {len(results.groups)} "
+            f"settings{steepest}. A longer run may change any difference.",
             f"One text, learning rate {', '.join(map('{:g}'.format, rates))}" +
             (", chosen as the table of learning rates shows." if results.sweep else ": settings may prefer others.")]
     if config["corpus"].get("tables", {}).get("matches") is not None:  # None for a user's own text
         said.append("About half of the validation lines of the domain `tables` also stand in the training text.")
     return said
+
+
+def slopes(results) -> list[Interval]:
+    """For each setting the slope of the loss over the last third of the steps, nats in 100 steps."""
+    return [t_interval([_slope(run.log) for run in runs]) for runs in results.groups.values()]
+
+
+def is_falling(slope: Interval) -> bool:
+    """Whether a slope is shown to be below 0; of one seed, whether it is."""
+    return (slope.high if slope.n > 1 else slope.mean) < 0
 
 
 def _slope(log):

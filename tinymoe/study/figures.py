@@ -34,7 +34,7 @@ STYLE = {
     "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "lines.linewidth": 1.2, "lines.markersize": 3.5,
+    "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.solid_capstyle": "butt",  # intervals end where they end
     "text.parse_math": False,  # a name with dollar signs is no formula
 }
 DOUBLE = 7.0  # width of two columns, in inches

@@ -1,9 +1,10 @@
 """The document that gathers the study and all experiments; from result rows alone, as that of each experiment."""
 
 import math
+import re
 from pathlib import Path
 
-from .caveats import warnings
+from .caveats import is_falling, slopes, warnings
 from .experiment import Experiment
 from .markdown import WORDS, bold, chapter, enumerated, joined, table, write_paragraphs
 from .quantities import LOSS, quantity
@@ -14,12 +15,14 @@ from .tables import (
     CLAIM_COLUMNS,
     COMPUTE,
     answers,
+    at_an_end,
     claim_rows,
     compute_row,
     deciding_hours,
     how_sure,
     numbers_of,
     p_value,
+    rates_of,
     settings_table,
     to_decide,
     total_hours,
@@ -30,8 +33,8 @@ ORIGIN = """This document is made from the rows of the study (`full/`) and of th
 has a document of its own with all its tables, figures and run ids."""
 CANNOT = """Most settings take the learning rate that another setting chose, which may not be their best; the tables \
 of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
-stability that the z-loss gives at low precision. Several experiments hold the same runs, such as top-1 or top-2 with \
-coefficient 0.01, so they are not independent evidence."""
+stability that the z-loss gives at low precision. Several experiments train the same runs again, such as top-1 or \
+top-2 with coefficient 0.01, so they are not independent evidence."""
 YARDSTICKS = {  # experiment: a change of the routing, and the difference of losses that says what it is worth
     "dense": ("A mixture in place of a dense model of equal active size",
               Contrast(LOSS, "mixture", minus="dense-active")),
@@ -82,10 +85,10 @@ def document(found, absent, published, section=None) -> list[str]:
     forest = Path(published, "figures", "primary.png").exists()
     answers_of_others = [f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "",
                          *questions(found, others), cost(found)]
-    first, then = (["## The questions", *answers_of_others, SURE], []) if not study else (
-        ["## The three questions", *questions(found, study), SURE], ["## The other questions", *answers_of_others])
+    first, then = (["## The questions", *answers_of_others], []) if not study else (
+        ["## The three questions", *questions(found, study)], ["## The other questions", *answers_of_others])
     return [
-        "# Findings", OPENING, counted(found), yardstick(found), *first,
+        "# Findings", f"{OPENING} {scale(found)}", yardstick(found), counted(found), SURE, *first,
         *(chapter("Claims of the literature",
                   BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
                   table(CLAIM_COLUMNS, claims)) if claims else []),
@@ -108,7 +111,8 @@ def over_all(found):
     tested = [(results, one) for results in found for one in results.primary if one.tested]
     strict = holm([one.interval.p for _, one in tested])
     different = [(results, one, p) for (results, one), p in zip(tested, strict) if one.verdict == "different"]
-    lost = [f"`{results.experiment.name}` ({p_value(p)})" for results, one, p in different if p >= LEVEL]
+    lost = [f"{one.contrast} of `{results.experiment.name}` ({p_value(p)})" for results, one, p in different
+            if p >= LEVEL]
     if not different:
         return ""
     return (f"Corrections are made within each experiment. With Holm's correction over all {len(tested)} primary "
@@ -120,12 +124,23 @@ def link(results):
     return f"[{results.experiment.name}]({place_of(results.experiment)}/FINDINGS.md)"
 
 
+def scale(found):
+    """How large the models are, how long they were trained, and whether they had learned all they could."""
+    sizes = [run.config["parameters"]["total"] / 1e6 for results in found for run in results.runs]
+    steps = [run.summary["steps"] for results in found for run in results.runs]
+    falling = [is_falling(one) for results in found for one in slopes(results)]
+    return (f"The models have {min(sizes):.1g} to {max(sizes):.1g} million parameters and {min(steps):,} to "
+            f"{max(steps):,} training steps. In {sum(falling)} of {len(falling)} settings the loss was still falling "
+            "at the end, so longer training may change any answer.")
+
+
 def yardstick(found):
     """What a margin is, and what routing is worth, in a few sentences."""
     experiments = {results.experiment.name: results for results in found}
     worth = [(what, experiments[name].compared(contrast)) for name, (what, contrast) in YARDSTICKS.items()
              if name in experiments]
-    said = [f"{what} changes the loss by {' '.join(numbers_of(one))} nats." for what, one in worth if one.tested]
+    said = [f"{what} {'is not shown to change' if one.interval.low <= 0 <= one.interval.high else 'changes'} the loss: "
+            f"{' '.join(numbers_of(one))} nats." for what, one in worth if one.tested]
     return " ".join([f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is "
                      f"{math.expm1(MARGIN):.0%} of perplexity.", *said])
 
@@ -163,16 +178,22 @@ def questions(found, shown) -> list[str]:
     """The questions of the experiments that are shown, those that are decided first: question, answer, number, how
     sure. Those that are not known have a table of their own, which says what would decide them."""
     rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
-                             f"{each.contrast}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
-                             f"{each.verdict}{how_sure(each)}", link(results)])
+                             f"{named(each, results)}: {' '.join(numbers_of(each))} {unit(each)}".strip() +
+                             rates_of(results, each, "; {}"), f"{each.verdict}{how_sure(each)}", link(results)])
             for results, one, each in asked(found) if results in shown]
     rows.sort(key=lambda row: VERDICTS.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
     others = [[row[0], row[2], how_sure(each).strip(" ()"), to_decide(results, each), row[4]]
               for each, results, row in rows if each.verdict == "not known"]
     names = (["question", "answer", "difference", "how sure", "experiment"],
-             ["not known", "difference", "with 80% power", "to decide it", "experiment"])
+             ["question, not known", "difference", "with 80% power", "to decide it", "experiment"])
     return [table(head, those) if those else "" for head, those in zip(names, (decided, others))]
+
+
+def named(one, results):
+    """The contrast of a Comparison, with what its settings are."""
+    what = {s.id: s.what for s in results.experiment.settings}
+    return re.sub(r"`(.+?)`", lambda found: f"{found[0]} ({what[found[1]]})", str(one.contrast))
 
 
 def cost(found):
@@ -202,12 +223,15 @@ def surprise(found):
     better = "better" if one.mean < 0 else "worse"
     configs = [results.groups[name][0].config for name in one.contrast.settings]
     sizes = dict.fromkeys(f"{config['parameters']['total'] / 1e6:.2g}" for config in configs)  # each text once
-    rates = dict.fromkeys(f"{config['training']['learning_rate']:.2g}" for config in configs)
+    rates = dict.fromkeys(f"{rate:.2g}{at_an_end(results, rate)}" for config in configs
+                          if (rate := config["training"]["learning_rate"]))
     return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
             f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. They have {joined(sizes)} million "
             f"parameters, and learning rates of {joined(rates)}. No question asked for it. Of {len(fair)} exploratory "
-            "differences of the causal loss between models of equal active size that were trained for as many steps, "
-            "it is the largest that is shown, so it is probably too large.")
+            "differences of the causal loss on the default text, between models of equal active size that were trained "
+            "for as many steps and that no claim compares, it is the largest that is shown. So the true difference is "
+            "probably smaller. The p value allows for all exploratory comparisons of the experiment, the interval does "
+            "not.")
 
 
 def is_fair(one, results):

@@ -100,7 +100,8 @@ def over_column_means(counts):
 
 
 @captioned("Load of each expert over the training steps, first seed: white is the fair share, orange more, blue less, "
-           "black below an eighth of it.")
+           "black below an eighth of it. Equal scores, such as those of a router that starts at 0, choose the first "
+           "experts.")
 def expert_load(results):
     """The load of each expert over the fair share, over steps."""
     def ratios_of(run, place):
@@ -113,7 +114,7 @@ def expert_load(results):
 
 
 @captioned("How often each domain uses each expert, over how often all do, at the end of training, first seed: "
-           "white is as often, orange more, blue less; above a panel: domain information.")
+           "white is as often, orange more, blue less, black below an eighth; above a panel: domain information.")
 def domain_by_expert(results):
     """p(expert | domain) / p(expert) at the end, and the information between expert and domain above its null."""
     def ratios_of(run, place):

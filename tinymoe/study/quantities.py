@@ -184,7 +184,8 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("byte_given_domain", "byte information beyond the domain", "nats"),
     Quantity("byte_known", "byte information beyond the domain", "share of what could be known"),
     Quantity("domain_known", "domain information beyond the byte", "share of what could be known"),
-    Quantity("known_gap", "the first share - the second", of=lambda layer: layer["byte_known"] - layer["domain_known"]),
+    Quantity("known_gap", "share known of the byte - share known of the domain",
+             of=lambda layer: layer["byte_known"] - layer["domain_known"]),
     Quantity("class_information_excess", "byte class information", "nats"),
     Quantity("position_information_excess", "position information", "nats"),
     Quantity("repetition", "repetition"),
@@ -210,7 +211,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
     *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in DEVICES for name, label in (
         ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
-        ("link", "bytes on the busiest link for a byte"), ("slowest", "slowest device / mean load"),
+        ("link", "bytes on the busiest link for a byte, one way"), ("slowest", "slowest device / mean load"),
         ("path", "microseconds for a batch and layer"))))}
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .caveats import changes
-from .markdown import escaped, table
+from .markdown import escaped, joined, table
 from .quantities import quantity, title
 from .results import Results, lowest
 from .statistics import LEVEL, MOST_SEEDS, enough_digits
@@ -18,7 +18,8 @@ def answers(results: Results) -> list[str]:
     """For each primary comparison its question and answer, the number, the verdict, how sure it is, and what would
     decide it."""
     return [f"{one.question} **{one.sentence(found)}** {quantity(found.contrast.metric).heading}, {found.contrast}: "
-            f"{numbers_of(found)[0]}." + (f" *{found.verdict.capitalize()}*{how_sure(found)}." if found.tested else "")
+            f"{numbers_of(found)[0]}{rates_of(results, found, ' ({})')}."
+            + (f" *{found.verdict.capitalize()}*{how_sure(found)}." if found.tested else "")
             + (f" To decide it: {to_decide(results, found)}." if found.verdict == "not known" else "")
             for one, found in zip(results.experiment.primary, results.primary)]
 
@@ -30,6 +31,20 @@ def how_sure(found) -> str:
     said = {"different": p_value(found.corrected), "same": f"within {found.margin:g}, {p_value(found.corrected_same)}",
             "not known": f"an effect of {found.smallest:.{enough_digits([found.smallest], 3)}f} would be seen"}
     return f" ({said[found.verdict]}; {found.n} seeds)"
+
+
+def rates_of(results, found, form) -> str:
+    """`learning rates 0.004 and 0.002` put into a form, where the settings of a Comparison have different ones; else
+    empty."""
+    rates = [results.groups[name][0].config["training"]["learning_rate"] for name in found.contrast.settings
+             if name in results.groups]
+    return form.format(f"learning rates {joined([f'{rate:g}' for rate in rates])}") if len(set(rates)) > 1 else ""
+
+
+def at_an_end(results, rate) -> str:
+    """Words where a learning rate is the first or last of those that the sweep tried; else empty."""
+    rates = results.experiment.rates
+    return ", at the end of the range" if rates and rate in (min(rates), max(rates)) else ""
 
 
 def to_decide(results, found) -> str:
@@ -123,9 +138,9 @@ def sweep_table(results):
         taken = runs[0].config["training"]["learning_rate"] if runs else best
         shown = [f"{losses[rate]:.3f}" if math.isfinite(losses.get(rate, math.nan)) else
                  "not finite" if rate in losses else "–" for rate in rates]
-        at_end = ", at the end of the range" if taken in (min(rates), max(rates)) else ""
         rows.append([name, *(f"**{text}**" if rate == best else text for rate, text in zip(rates, shown)),
-                     f"{taken:g}{at_end}", ", ".join(s.id for s in results.experiment.settings if s.rate_of == name)])
+                     f"{taken:g}{at_an_end(results, taken)}",
+                     ", ".join(s.id for s in results.experiment.settings if s.rate_of == name)])
     return table(["setting", *(f"{rate:g}" for rate in rates), "taken", "taken for it too"], rows) if rows else ""
 
 

@@ -11,11 +11,15 @@ model. \
 its mean, *MaxVio* its maximum over its mean, minus 1; both are 0 where all loads are equal. A *dead* expert has less \
 than 1% of the mean load. *Coverage* is the share of bytes that have at least one expert. With a capacity limit each \
 expert has a fixed number of places for bytes; *padding* is the share of places that stay empty.
-- A layer is *collapsed* if the effective number of its experts, exp(entropy of the load), is below half of them. It \
-is *starved* if it is not collapsed but has a dead expert. Otherwise it is *in use*.
+- *Effective experts* are exp(entropy of the load): all experts where their loads are equal, 1 where one serves every \
+byte. A layer is *collapsed* if they are fewer than half of its experts. It is *starved* if it is not collapsed but \
+has a dead expert. Otherwise it is *in use*.
+- *Function divergence* is the mean of 1 - cosine over pairs of experts' outputs for the same bytes: 0 where experts \
+compute the same, about 1 where their outputs have nothing in common.
 - *Domain information* says how well the expert of a byte predicts the domain of the text, in nats; 0 is chance. *Byte \
-information* says the same of the byte. *Repetition*: the share of choices whose expert also serves the next byte; \
-chance is about K / E.
+information* says the same of the byte. *Domain information beyond the byte* is taken among bytes of equal value. It \
+can be the larger one: what expert and byte say together may be more than what each says alone. *Repetition*: the \
+share of choices whose expert also serves the next byte; chance is about K / E.
 - A *primary* comparison answers a question of an experiment. It was planned before the runs, with a *margin*: \
 differences below the margin do not matter. For losses it is 0.01 nats unless the table says otherwise; that is 1% of \
 perplexity. All other comparisons are *exploratory*: they suggest questions for other runs.
@@ -34,13 +38,15 @@ bytes too, so domain information beyond the byte is too low: with 1,000 windows 
 about the domain: by 0.12 nats in curves where the route is the domain. Weight divergence is the mean of 1 - cosine \
 over pairs of experts' weights, divided by its value at initialisation. Numbers about experts are means over MoE \
 layers, measured with the routing of training, without router noise. For expert choice this routes a whole batch, so \
-its load and coverage do not belong to its causal loss. A seed sets the weights, the noise and the order of the data, \
-which is the same for all settings. Intervals cover the seed and not the choice of text, except those over seeds and \
-text. Their variance is that of the mean over seeds plus that of the text, from a bootstrap of stretches within each \
-domain. Their half width is the root of the summed squares of the half widths of the two t intervals. Intervals take \
-the chosen learning rates as fixed. They assume that seeds scatter normally, which the runs cannot check. They may \
-pass a bound that a number cannot, such as a coverage of 1. Training times and core-hours are wall time, so they \
-depend on what else ran on the machine."""
+its load and coverage do not belong to its causal loss. Where tables score all validation windows, a batch holds \
+neighbouring windows, and the last batches lack the domains with the least text. So it is less even than a batch of \
+training or of the curves: its MaxVio is higher, and a capacity limit drops more. A seed sets the weights, the noise \
+and the order of the data, which is the same for all settings. Intervals cover the seed and not the choice of text, \
+except those over seeds and text. Their variance is that of the mean over seeds plus that of the text, from a \
+bootstrap of stretches within each domain. Their half width is the root of the summed squares of the half widths of \
+the two t intervals. Intervals take the chosen learning rates as fixed. They assume that seeds scatter normally, which \
+the runs cannot check. They may pass a bound that a number cannot, such as a coverage of 1. Training times and \
+core-hours are wall time, so they depend on what else ran on the machine."""
 CLAIMS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
 *undecided*. Brackets are 90% intervals: their ends are what the one-sided tests compare. There is no correction for \
@@ -48,10 +54,10 @@ the number of claims. *Held* needs all conditions, so it is wrong in at most 5% 
 them, so with several conditions it may be wrong in more than 5%."""
 EVERY_RUN = """Two kinds of numbers are judged in every run instead: those that cannot pass their bound (dead experts, \
 coverage), and changes that are either rounding or not."""
-TO_DECIDE = """*To decide it*: the number of seeds that would separate a difference of 0 from one of the margin, with \
-80% power; in brackets the range that the scatter of the seeds leaves open. They were not run, because the plan \
-fixes how many run: more of them now would make that number depend on what was seen. It takes a new experiment with \
-seeds of its own, and the core-hours are those of all its runs."""
+TO_DECIDE = """*To decide it*: the number of seeds with which a true difference of 0, or of the margin, would be \
+recognised with 80% power; in brackets the range that the scatter of the seeds leaves open. They were not added, \
+because a number of seeds that depends on the results would spoil the test. It takes a new experiment with seeds of \
+its own, and the core-hours are those of all its runs."""
 PRIMARY = """Corrected p: p value of the t-test against 0. Same: p value of the two one-sided tests against the \
 margin. Both have Holm's correction over the primary comparisons of the experiment. The intervals have none, nor have \
 sign flips: the permutation test that changes the signs of the seeds' differences. Its p is at least 2 / 2^n with n \
