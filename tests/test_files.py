@@ -266,7 +266,7 @@ def test_only_leftovers_of_this_program_are_removed(tmp_path, monkeypatch):
 def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
     """Not what another process writes now: this test's parent stands for one."""
     def temporary(pid, age=0):
-        path = tmp_path / f".a.txt.{pid:08x}.tinymoe"
+        path = tmp_path / f".{age}.txt.{pid:08x}.tinymoe"  # the parent may be the process 1
         path.touch()
         os.utime(path, (time.time() - age,) * 2)
         return path

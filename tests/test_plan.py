@@ -387,7 +387,7 @@ def test_the_yardstick_says_what_routing_is_worth(tmp_path, monkeypatch):
     monkeypatch.setattr(gathered, "YARDSTICKS", {
         "study": ("C in place of A", Contrast(LOSS, "C", minus="A")), "dense": ("no run", Contrast(LOSS, "A"))})
     said = gathered.yardstick([Results(STUDY, write_study(tmp_path))])
-    assert said.endswith("of perplexity. C in place of A changes the loss by -0.367 [-0.510, -0.223] nats.")
+    assert said.endswith("of perplexity. C in place of A changes the loss: -0.367 [-0.510, -0.223] nats.")
 
 
 def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
@@ -400,7 +400,7 @@ def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
     assert [each.primary[0].verdict for each in found] == ["different", "different", "not known"]
     assert gathered.over_all(found) == (
         "Corrections are made within each experiment. With Holm's correction over all 3 primary comparisons, all but "
-        "`two` (p = 0.076) of the 2 that are *different* would stay so.")
+        "`C` - `A` of `two` (p = 0.076) of the 2 that are *different* would stay so.")
     assert gathered.over_all(found[:1]).endswith("over all 1 primary comparisons, all of the 1 that are *different* "
                                                  "would stay so.")
     assert gathered.over_all(found[2:]) == gathered.over_all([]) == ""
