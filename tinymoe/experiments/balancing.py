@@ -55,10 +55,9 @@ def say_phase(r):
     sizes = dict.fromkeys(size for size, *_ in PHASES.values())
     below = [f"{sum(found[name].high < size / 2 for name in names)} of {len(names)} settings with {size} experts"
              for size in sizes if (names := [name for name in PHASES if PHASES[name][0] == size])]
-    scales = dict.fromkeys(std for *_, std in PHASES.values())
-    each = [f"{' '.join(numbers_of(one))} at {std:g}" for std in scales
-            if (one := r.compared(Contrast("effective_experts", f"E8-rate0.016-std{std:g}",
-                                           minus=f"E8-rate0.001-std{std:g}")))]
+    asked = {std: Contrast("effective_experts", f"E8-rate0.016-std{std:g}", minus=f"E8-rate0.001-std{std:g}")
+             for *_, std in PHASES.values()}
+    each = [f"{' '.join(numbers_of(r.compared(contrast)))} at {std:g}" for std, contrast in asked.items()]
     return [f"**Fewer than half of the experts in effect.** The 95% interval lies below half in {joined(below)}.",
             f"**The question at each initial scale**, without correction: {joined(each)}."]
 

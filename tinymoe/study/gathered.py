@@ -221,10 +221,10 @@ def surprise(found):
     what = {s.id: s.what for s in results.experiment.settings}
     first, second = one.contrast.settings
     better = "better" if one.mean < 0 else "worse"
-    configs = [results.groups[name][0].config for name in one.contrast.settings]
-    sizes = dict.fromkeys(f"{config['parameters']['total'] / 1e6:.2g}" for config in configs)  # each text once
-    rates = dict.fromkeys(f"{rate:.2g}{at_an_end(results, rate)}" for config in configs
-                          if (rate := config["training"]["learning_rate"]))
+    sizes = dict.fromkeys(f"{results.groups[name][0].config['parameters']['total'] / 1e6:.2g}"
+                          for name in one.contrast.settings)  # each text once
+    rates = dict.fromkeys(f"{rate:.2g}{at_an_end(results, rate)}"
+                          for rate in map(results.learning_rate, one.contrast.settings))
     return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
             f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. They have {joined(sizes)} million "
             f"parameters, and learning rates of {joined(rates)}. No question asked for it. Of {len(fair)} exploratory "

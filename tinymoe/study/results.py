@@ -166,6 +166,10 @@ class Results:
         """The mean of a setting over its seeds."""
         return self.interval(metric, setting).mean
 
+    def learning_rate(self, name: str) -> float:
+        """The peak learning rate of a setting's runs."""
+        return self.groups[name][0].config["training"]["learning_rate"]
+
     def ranked(self, metric: str) -> list[str]:
         """Setting ids by the mean of a metric, smallest first."""
         return sorted(self.groups, key=lambda name: self.mean(metric, name))

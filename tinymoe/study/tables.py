@@ -36,8 +36,7 @@ def how_sure(found) -> str:
 def rates_of(results, found, form) -> str:
     """`learning rates 0.004 and 0.002` put into a form, where the settings of a Comparison have different ones; else
     empty."""
-    rates = [results.groups[name][0].config["training"]["learning_rate"] for name in found.contrast.settings
-             if name in results.groups]
+    rates = [results.learning_rate(name) for name in found.contrast.settings if name in results.groups]
     return form.format(f"learning rates {joined([f'{rate:g}' for rate in rates])}") if len(set(rates)) > 1 else ""
 
 
@@ -134,8 +133,8 @@ def sweep_table(results):
     """The loss at each learning rate, the lowest in bold; says where the rate taken is at an end of the range."""
     rates, rows = results.experiment.rates, []
     for name, losses in results.sweep.items():
-        best, runs = lowest(losses), results.groups.get(name)
-        taken = runs[0].config["training"]["learning_rate"] if runs else best
+        best = lowest(losses)
+        taken = results.learning_rate(name) if name in results.groups else best
         shown = [f"{losses[rate]:.3f}" if math.isfinite(losses.get(rate, math.nan)) else
                  "not finite" if rate in losses else "–" for rate in rates]
         rows.append([name, *(f"**{text}**" if rate == best else text for rate, text in zip(rates, shown)),
