@@ -300,6 +300,8 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     if how["extend"] and (scale == "full" or how["fresh"]):
         raise click.UsageError("--extend continues existing runs: leave --full and --fresh out")
     model, training = _settings(overrides)
+    if steps and "steps" in training:
+        raise click.UsageError("--steps and --set steps are one setting: give one of them")
     fields = {"only": list(dict.fromkeys(configs)), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
     out = out or RESULTS / {"quick": "quick", "default": "full", "full": "planned"}[scale]
@@ -382,9 +384,10 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     from tinymoe.tools.progress import Progress
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
     with _refusing(ValueError, OSError):
-        todo = runs if fresh else remaining(runs, out, text)
+        todo = runs if fresh else remaining(runs, out, text, extend)
         if extend and todo:
-            _lengthen(todo, out, text)
+            with rows_replaced(todo, out):
+                _lengthen(todo, out, text)
     if len(todo) < len(runs):
         click.echo(f"{len(runs) - len(todo)} of {len(runs)} runs are finished in {out}")
     if not todo:
@@ -502,7 +505,8 @@ def findings(folder, imports):
 
     It reads FOLDER/full and FOLDER/experiments and writes FOLDER/FINDINGS.md: the answers, the claims, and a section
     for each experiment, except those defined in your own files. It also draws FOLDER/figures/primary.png. For your own
-    runs give results; runs of --full must have been put there by --out FOLDER/full and --out FOLDER/experiments/NAME.
+    runs FOLDER is results. Runs of --full are found if they were written with --out FOLDER/full or --out
+    FOLDER/experiments/NAME.
 
     [default: results/published]
     """
@@ -672,7 +676,7 @@ def options(imports):
             meaning = re.split(r"(?<!al)\. ", router.meaning(option))[0].rstrip(".")
             takers.setdefault((f"router.{option}", shown(parameter.default), meaning), []).append(name)
     tables = {what: [(one.name, shown(one.default), one.metadata["meaning"]) for one in dataclasses.fields(config)]
-              for what, config in (("the model", ModelConfig), ("training", TrainConfig))}
+              for what, config in (("the model of the study", ModelConfig), ("its training", TrainConfig))}
     tables["options of the router"] = [(*option, f"{meaning} ({', '.join(names)})") for (*option, meaning), names
                                        in sorted(takers.items(), key=str)]
     tables["coefficients of losses"] = [(f"losses.{name}", shown(0.0), loss.meaning)

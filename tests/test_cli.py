@@ -226,6 +226,37 @@ def test_a_finished_study_is_lengthened_from_its_checkpoint(text, tmp_path, monk
     assert study(text, tmp_path / "whole", "--config", "F", steps=12)[0] == 0  # afterwards it is a study like any other
 
 
+def test_a_compact_study_is_lengthened_where_its_folders_are_there(text, tmp_path):
+    """Its old row goes; a row without a folder has no checkpoint to go on from."""
+    assert study(text, tmp_path, "--config", "F")[0] == 0
+    assert CliRunner().invoke(cli.main, ["compact", str(tmp_path)]).exit_code == 0
+    rows, folder = (tmp_path / "runs.jsonl").read_bytes(), tmp_path / "runs/F-seed0"
+    folder.rename(tmp_path / "elsewhere")
+    code, output = study(text, tmp_path, "--config", "F", "--extend", steps=12)
+    assert code == 1 and "with other settings (training steps is 6, not 12)" in output
+    assert (tmp_path / "runs.jsonl").read_bytes() == rows
+    shutil.rmtree(folder, ignore_errors=True)
+    (tmp_path / "elsewhere").rename(folder)
+    code, output = study(text, tmp_path, "--config", "F", "--extend", steps=12)
+    assert code == 0 and files.read_json(folder / "summary.json")["steps"] == 12, output
+    assert files.read_rows(tmp_path / "runs.jsonl") == []
+    assert "1 run was lengthened" in (tmp_path / "FINDINGS.md").read_text()
+
+
+def test_steps_are_given_once(tmp_path):
+    code, output = invoke("study", "--quick", "-n", 8, "--set", "steps=3", "--out", tmp_path / "out")
+    assert code == 2 and "--steps and --set steps are one setting" in output
+
+
+def test_a_loop_of_links_is_no_traceback(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    out = ["--out", tmp_path / "out"]
+    for typed in (["study", "--text", "{}", *out], ["study", "--out", "{}"], ["explain", "--figure", "{}"]):
+        code, output = invoke(*(str(part).format(tmp_path / "loop") for part in typed))
+        last = output.splitlines()[-1]
+        assert code in (1, 2) and last.startswith("Error: ") and "/loop" in last, output
+
+
 def test_only_the_steps_may_differ_in_what_is_extended(text, tmp_path):
     assert study(text, tmp_path, "--config", "F")[0] == 0
     before = snapshot(tmp_path)

@@ -21,7 +21,7 @@ from tinymoe.experiments import EXPERIMENTS
 from tinymoe.moe import metrics
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask
-from tinymoe.study import figures, gathered, measures, report, statistics
+from tinymoe.study import figures, gathered, maps, measures, report, statistics
 from tinymoe.study.experiment import SWEEP_SEEDS
 from tinymoe.study.probes import Influence, rerouted
 from tinymoe.study.quantities import LOSS, value
@@ -97,10 +97,63 @@ def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     ({"exploratory": (Contrast("causal_loss:poetry", "learned"),)}, "no quantity causal_loss:poetry"),
     ({"crossings": (("xyz", "learned", "frozen"),)}, "no quantity xyz: no row holds it"),
     ({"figures": {"one": figures.at_the_end("xyz")}}, "no quantity xyz"),
-    ({"figures": {"one": figures.one_against_other("xyz", LOSS)}}, "no quantity xyz")])
+    ({"figures": {"one": figures.one_against_other("xyz", LOSS)}}, "no quantity xyz"),
+    ({"figures": {"one": figures.over_steps("topp-2", LOSS)}}, "no setting is called topp-2"),
+    ({"figures": {"one": figures.over_steps("learned", LOSS, names=["frosen"])}}, "no setting is called frosen"),
+    ({"figures": {"one": figures.at_the_end(LOSS, reference="topp-2")}}, "no setting is called topp-2"),
+    ({"figures": {"one": figures.lines_by({"line": ["frosen"]}, len, "x", LOSS)}}, "no setting is called frosen"),
+    ({"figures": {"one": maps.diagram({"frosen": (8, 1, 2)}, "x", "y")}}, "no setting is called frosen"),
+    ({"figures": {"one": maps.routes("frosen")}}, "no setting is called frosen"),
+    ({"exploratory": (Contrast(LOSS, "learned", minus="learned"),)}, "compares a setting with itself"),
+    ({"model": {"topk": 1}}, "all settings: no field is called topk: `python cli.py options` lists them"),
+    ({"training": {"rate": 1}}, "no field is called rate"),
+    ({"settings": (lab.Setting("learned", "", model={"topk": 1}), *EXPERIMENTS["frozen"].settings[1:])},
+     "learned: no field is called topk"),
+    ({"settings": (lab.Setting(1, ""), *EXPERIMENTS["frozen"].settings)}, "1 names a folder or a figure"),
+    ({"settings": (lab.Setting("learned", None), *EXPERIMENTS["frozen"].settings[1:])}, "None stands where a text"),
+    ({"figures": {1: None}}, "1 names a folder or a figure"), ({"scales": {}}, "`scales` has no")])
 def test_a_name_that_is_no_setting_or_quantity_is_refused_before_anything_is_trained(changed, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(EXPERIMENTS["frozen"], **changed)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Contrast(LOSS, "a", minus="b", over="c"), "give minus or over"),
+    (lambda: Contrast(LOSS, "a", times=2), "times is a factor of minus"),
+    (lambda: lab.Effect(LOSS, "a", "=<", 0), "unknown relation '=<': choose one of >, >=, <, <="),
+    (lambda: primary(Contrast(LOSS, "a", over="b")), "use minus in place of over"),
+    (lambda: primary(Contrast(LOSS, "a", minus="b"), margin=0), "margin 0 must be a number above 0"),
+    (lambda: primary(Contrast(LOSS, "a", minus="b"), margin=None), "margin None must be a number above 0"),
+    (lambda: primary(Contrast(LOSS, "a", minus="b"), margin=-0.1), "margin -0.1 must be a number above 0")])
+def test_a_comparison_that_says_nothing_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def primary(contrast, **margin):
+    return lab.Primary(question="?", contrast=contrast, lower="", higher="", same="", **margin)
+
+
+def test_two_settings_that_train_the_same_are_refused_before_anything_is_trained():
+    """0.01 is the default balance coefficient, so the second changes nothing; a sweep may choose what another has."""
+    settings = (lab.Setting("a", "a"), lab.Setting("b", "b", model={"aux_coef": 0.01}))
+    same = lab.Experiment(name="x", question="?", settings=settings, metrics=(LOSS,), figures={})
+    with pytest.raises(ValueError, match="x: a and b are the same model, trained in the same way"):
+        same.runs("quick", 1)
+    assert len(same.runs("quick", 1, rates={"a": 1e-3, "b": 2e-3})) == 2
+    for experiment in EXPERIMENTS.values():
+        assert all(experiment.runs(scale, 1) for scale in ("quick", "default", "full"))
+
+
+def test_a_measure_may_not_return_what_every_run_has(tmp_path):
+    """Tables would show one number or the other."""
+    experiment = lab.Experiment(name="pair", question="?", settings=(lab.Setting("a", "a"),), metrics=(LOSS,),
+                                figures={}, measure=lambda trainer: {"effective_experts": 77.0},
+                                training={"batch_size": 2, "n_evaluations": 1, "eval_windows": 1, "final_windows": 1})
+    (plan,) = experiment.runs(TOY, 1)
+    train(plan, load_corpus(None, 16), tmp_path / "runs" / plan.run_id)
+    with pytest.raises(ValueError, match="the `measure` of pair returns effective_experts, a number that every run"):
+        lab.Results(experiment, tmp_path)
 
 
 def test_a_start_that_has_a_start_is_refused():
@@ -507,6 +560,24 @@ def test_a_router_may_stand_in_the_file_of_the_question(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "out/runs/top-1-seed0/config.json").read_text())
     assert config["model"]["router"] == "own" and config["imports"][0]["path"] == str(tmp_path / "mine.py")
+
+
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_bug_in_a_users_router_fails_its_run_and_no_other(tmp_path, monkeypatch, jobs):
+    """The others train, and the document is written."""
+    monkeypatch.setitem(lab.SCALES, "quick", TOY)
+    monkeypatch.setitem(ROUTERS, "own", None)
+    del ROUTERS["own"]  # and again after the test
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(1000))))
+    router, file = tmp_path / "own.py", tmp_path / "mine.py"
+    router.write_text("from tinymoe.moe.routers import ROUTERS\nclass Own(ROUTERS['top_k'], name='own'):\n"
+                      "    def forward(self, x, context): raise KeyError('oops')\n")
+    file.write_text(QUESTION.read_text().replace('"top_k": 1', '"router": "own"'))
+    command = ["experiment", str(file), "--quick", "--seeds", "1", "--jobs", jobs, "--text", str(tmp_path / "text.txt"),
+               "--import", str(router), "--out", str(tmp_path / "out")]
+    failed = CliRunner().invoke(cli.main, command)
+    assert failed.exit_code == 1 and "top-1-seed0 failed: KeyError: 'oops': correct it and start again" in failed.output
+    assert (tmp_path / "out/runs/top-2-seed0/summary.json").exists() and (tmp_path / "out/FINDINGS.md").exists()
 
 
 @pytest.mark.parametrize("text, message", [

@@ -261,3 +261,13 @@ def test_a_lease_that_vanishes_while_it_is_read_is_absent(tmp_path, monkeypatch)
     left(tmp_path)
     monkeypatch.setattr(lease, "open", stale, raising=False)
     assert lease.holder(tmp_path) is None
+
+
+def test_a_lease_that_a_full_disk_cannot_hold_leaves_no_file(tmp_path, monkeypatch):
+    def full(handle, *how):
+        os.close(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(lease, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left on device: make room"):
+        lease.Lease(tmp_path).take(locked=True)
+    assert not list(tmp_path.iterdir())

@@ -299,6 +299,15 @@ def test_policy_loss_by_hand():
     np.testing.assert_allclose(r.logits.grad, np.array([[-1.5, 1.5], [.75, -.75], [2.25, -2.25]]) / 3)
 
 
+def test_losses_refuse_what_they_are_not_defined_for():
+    r = routing([[1, 1, 0, 0]] * 2)
+    with pytest.raises(ValueError, match="policy_loss takes one expert a token, not 2"):
+        losses.policy_loss(r, np.ones(2))
+    for n_devices in (0, -2, 3):
+        with pytest.raises(ValueError, match=f"n_devices {n_devices} must be at least 1 and divide n_experts 4"):
+            losses.device_balance_loss(r, n_devices)
+
+
 def test_policy_loss_of_one_token_or_equal_costs_teaches_nothing():
     for costs in ([2.], [2., 2., 2.]):
         logits = Tensor(np.ones((len(costs), 2)), True)

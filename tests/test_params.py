@@ -284,6 +284,16 @@ def test_a_router_that_steers_the_real_experts_leaves_a_token_real_k_of_them():
     assert active(router="real_bias", **steered) == pytest.approx(1.5 * one)
     assert active(router=["top_k", "real_bias", "top_k"], **steered) == pytest.approx(3.5 / 3 * one)
     assert active(router="real_bias") == active() == one and active(0, router="real_bias", **steered) == 2 * one
+    assert active(1, router="real_bias", top_k=3) == 2 * one  # three different choices, one of them the copy at most
+
+
+@pytest.mark.parametrize("asked, message", [
+    ({"context": -1}, "context -1 must be at least 0"), ({"length": 0}, "length 0 at least 1"),
+    ({"experts_per_token": 9}, "experts_per_token 9 must be from 0 to n_experts 8"),
+    ({"experts_per_token": -1}, "experts_per_token -1 must be")])
+def test_what_no_token_can_have_is_not_counted(asked, message):
+    with pytest.raises(ValueError, match=message):
+        params.count(ModelConfig(), **asked)
 
 
 def test_a_sliding_window_of_all_layers_is_counted():

@@ -87,9 +87,14 @@ def decided():
         tables = re.findall(rf"^\| {head} \|.*\n.*\n((?:\|.*\n)*)", page, re.M)
         return [line.strip("| ").split(" | ") for line in "".join(tables).splitlines()]
 
-    rows = [f"| {answer.strip('*')} | {difference.split(': ')[-1]} |"
-            for _, answer, difference, *_ in rows_below("question")]
-    unknown = [question for question, *_ in rows_below("question, not known")] or ["nothing that was asked."]
+    rows = []
+    for _, answer, difference, *_, experiment in rows_below("question"):
+        settings = " - ".join(re.findall("`.*?`", difference))
+        numbers = difference.split(": ")[-1]
+        place = experiment.replace("(", "(results/published/")
+        rows.append(f"| {answer.strip('*')} | {settings}: {numbers} | {place} |")
+    unknown = [f"{question} (`{re.search(r'[^[]+(?=])', experiment)[0]}`)"
+               for question, *_, experiment in rows_below("question, not known")] or ["nothing that was asked."]
     return "\n".join(rows), textwrap.fill("Not known: " + " ".join(unknown), 125)
 
 

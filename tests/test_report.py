@@ -718,8 +718,8 @@ def test_a_setting_may_be_drawn_less_a_reference_of_its_own(tmp_path):
 
     means = [np.ravel(line.get_xdata())[0] for line in axes.lines if line.get_markersize() == 5]
     assert means[:4] == pytest.approx([loss(name) - loss(partner[name]) for name in "ABCD"])
-    assert axes.get_xlabel().replace("\n", " ") == "causal loss (nats) less that of its partner"
-    assert draw.caption(results).startswith("Causal loss (nats) less that of its partner, at the end")
+    assert axes.get_xlabel().replace("\n", " ") == "causal loss (nats) minus that of its partner"
+    assert draw.caption(results).startswith("Causal loss (nats) minus that of its partner, at the end")
 
 
 def test_a_layer_of_one_expert_has_no_numbers():
@@ -786,7 +786,7 @@ def test_text_is_drawn_on_the_colours_of_its_experts(tmp_path):
 
 def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=2))
-    said = ("Causal loss (nats) less that of D, over the training steps: lines are means over the seeds, "
+    said = ("Causal loss (nats) minus that of D, over the training steps: lines are means over the seeds, "
             "coloured bands go from the lowest seed to the highest.")
     outside = " The first evaluations may lie outside the frame."
     assert report.caption(results, "over_steps") == said + outside
@@ -798,7 +798,7 @@ def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
 
 def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):
     results = Results(STUDY, write_study(tmp_path, n_seeds=1))
-    assert report.caption(results, "over_steps") == ("Causal loss (nats) less that of D, over the training steps. The "
+    assert report.caption(results, "over_steps") == ("Causal loss (nats) minus that of D, over the training steps. The "
                                                      "first evaluations may lie outside the frame.")
     assert figures.over_steps("D", "load_cv").caption(results) == "Load CV, over the training steps."
     del results.groups["D"]  # as in a study of some configs

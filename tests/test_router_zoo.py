@@ -197,6 +197,21 @@ def test_the_bias_of_real_experts_by_hand():
     np.testing.assert_allclose(router.bias.data, [-.1, .1, 0])
 
 
+def test_real_bias_aims_at_what_a_token_can_have():
+    """K = 3 of 3 real experts and one copy: two at least are real, where 1 is asked for. Loads (2, 2, 0) and 2 of the
+    copy, of two tokens: the target is 2 / 3 / 3 = 2/9, the shares are 1/3, 1/3 and 0. The steps sum to 0."""
+    router = routers.make("real_bias", 4, 4, 3, dtype=np.float64, n_real=3, real_k=1, bias_rate=.9)
+    router.after_step(from_mask(np.array([[1, 1, 0, 1]] * 2) > 0, *[Tensor(np.ones((2, 4)))] * 3))
+    np.testing.assert_allclose(router.bias.data, [-.1, -.1, .2, 0], atol=1e-15)
+
+
+@pytest.mark.parametrize("name, option", [("remoe", {"penalty_factor": 0.5}), ("momentum_bias", {"momentum": 1.0})])
+def test_an_option_that_would_turn_a_rule_round_is_refused(name, option):
+    (word, value), = option.items()
+    with pytest.raises(ValueError, match=f"{word} {value} must be at least"):
+        routers.make(name, 4, 4, 2, **option)
+
+
 def test_the_gates_of_real_experts_are_probabilities():
     """Probabilities .5, .3, .2 and a bias (0, 0, .2): experts 0 and 2, with gates 6 * .5 and 6 * .2."""
     r = route(np.log([[.5, .3, .2]]), "real_bias", 2, bias=[0, 0, .2], gate_scale=6.)

@@ -551,3 +551,12 @@ def under_no_grad(x):
 def test_errors_say_what_to_do(wrong, error, remedy):
     with pytest.raises(error, match=remedy):
         wrong(leaf([1.0, 2, 3]))
+
+
+def test_a_number_with_a_gradient_takes_the_dtype_of_the_array_beside_it():
+    """As one without a gradient does; its own gradient keeps its own dtype."""
+    x, scale = Tensor(np.ones((2, 3), np.float32), True), Tensor(2.0, True)
+    product = x * scale
+    assert product.dtype == np.float32 and scale.dtype == np.float64
+    product.sum().backward()
+    assert scale.grad == 6 and scale.grad.dtype == np.float64 and x.grad.dtype == np.float32

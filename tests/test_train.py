@@ -670,6 +670,13 @@ class Own(tm.routers.TopK, name="own_{number}"):
     return path, {"router": f"own_{number}"}
 
 
+def forget(router):
+    """What this process knows of a user's router and its file, which the list of imported files still has."""
+    del tm.routers.ROUTERS[router]
+    identity.execute_files.cache_clear()
+    user_files.IMPORTED.clear()
+
+
 def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
     path, model = own_router(tmp_path, 1)
     digest = identity.execute_files((path,))[0]["sha256"]
@@ -678,15 +685,12 @@ def test_a_run_records_and_loads_the_users_routers(corpus, tmp_path):
         t.train(plan, corpus, tmp_path / "run", stop_after(3))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["imports"] == [{"path": str(path), "sha256": digest}]
-    del tm.routers.ROUTERS["own_1"]  # as in another process
-    identity.execute_files.cache_clear()
+    forget("own_1")  # as in another process
     assert loading.load_model(tmp_path / "run").config == plan.model
-    del tm.routers.ROUTERS["own_1"]
-    identity.execute_files.cache_clear()
+    forget("own_1")
     assert '"own_1"' in view.page(tmp_path / "run")  # of saved routings, without the model
     path.write_text(path.read_text() + "# changed\n")
-    del tm.routers.ROUTERS["own_1"]
-    identity.execute_files.cache_clear()
+    forget("own_1")
     with pytest.raises(files.CheckpointError, match="own.py has changed since this run"):
         loading.load_model(tmp_path / "run")
     assert "own_1" not in tm.routers.ROUTERS  # a changed file is not executed
@@ -727,6 +731,47 @@ def test_a_file_that_was_imported_once_is_known_to_later_processes(tmp_path, mon
     monkeypatch.setattr(user_files, "IMPORTED", set())
     assert not user_files.imported_before(digest)
     del tm.routers.ROUTERS["own_3"]
+
+
+def test_two_imported_files_of_one_name_both_count():
+    """In any order. Would have caught: a change of the first that no command noticed."""
+    first, second, changed = ({"path": f"/{folder}/own.py", "sha256": sha256 * 16} for folder, sha256 in (
+        ("a", "1111"), ("b", "2222"), ("a", "3333")))
+    want = {"own.py": "111111111111 and 222222222222"}
+    assert identity.imports_of({"imports": [first, second]}) == want
+    assert identity.imports_of({"imports": [second, first]}) == want
+    assert identity.imports_of({"imports": [changed, second]}) != want
+    assert identity.imports_of({"imports": [first]}) == {"own.py": "1" * 12}
+
+
+def test_a_file_that_was_moved_and_imported_again_opens_its_runs(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(user_files, "LIST", tmp_path / "cache/imports")
+    monkeypatch.setattr(user_files, "IMPORTED", set())
+    path, model = own_router(tmp_path, 4)
+    user_files.load_file(path)
+    t.train(replace(tiny(model=model), imports=(str(path),)), corpus, tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    path.rename(tmp_path / "new" / path.name)
+    assert loading.load_model(tmp_path / "run").config.router == "own_4"  # this process has imported it
+    monkeypatch.setattr(user_files, "IMPORTED", set())
+    with pytest.raises(files.CheckpointError, match="cannot be used"):
+        loading.load_model(tmp_path / "run")
+    user_files.load_file(tmp_path / "new" / path.name)
+    assert loading.load_model(tmp_path / "run").config.router == "own_4"
+    del tm.routers.ROUTERS["own_4"]
+
+
+def test_a_run_without_a_row_gives_way_to_one_with_other_settings(tmp_path, corpus, monkeypatch):
+    """Nothing was trained, so nothing is lost; --fresh would delete the finished runs of the same command."""
+    def stop(self, folder):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(t.Trainer, "evaluate_and_save", stop)
+        t.train(tiny(), corpus, tmp_path)
+    assert (tmp_path / "config.json").exists() and not (tmp_path / "log.jsonl").exists()
+    assert t.train(tiny(learning_rate=0.5), corpus, tmp_path)["status"] == "complete"
+    with pytest.raises(run_folder.RunError, match="other settings"):
+        t.train(tiny(), corpus, tmp_path)
 
 
 @pytest.mark.parametrize("imports", [3, [3], [{}], [{"path": 3, "sha256": ""}], [{"path": "/a\0", "sha256": ""}],

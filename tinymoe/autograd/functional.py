@@ -132,7 +132,8 @@ def cross_entropy(logits: Tensor, targets: ArrayLike) -> Tensor:
         raise ValueError(f"cross_entropy takes logits (N, V) and targets (N,), not {logits.shape} and {targets.shape}")
     n, v = logits.shape
     if n == 0 or targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= v:
-        raise ValueError(f"targets must be at least one integer, each from 0 to {v - 1}")
+        found = f"from {targets.min()} to {targets.max()}, {targets.dtype}" if n else "none"
+        raise ValueError(f"targets must be at least one integer, each from 0 to {v - 1}; they are {found}")
     rows = np.arange(n)
     top, e = _exponentials(logits.data, -1)
     total = e.sum(axis=1, keepdims=True)

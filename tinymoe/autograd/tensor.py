@@ -254,7 +254,9 @@ class Tensor(Values):
         """`other` as a Tensor. Scalars and integer arrays take the dtype of self, so float32 stays float32."""
         value = np.asarray(_raw(other))
         if self.dtype.kind == "f" and (value.dtype.kind in "iu" or value.dtype.kind == "f" and value.ndim == 0):
-            return other if getattr(other, "requires_grad", False) else Tensor(value.astype(self.dtype))
+            if getattr(other, "requires_grad", False):
+                return other if value.dtype == self.dtype else other.astype(self.dtype)
+            return Tensor(value.astype(self.dtype))
         return other if isinstance(other, Tensor) else Tensor(value)
 
 

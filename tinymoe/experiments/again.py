@@ -6,10 +6,9 @@ differences scatter as before. That scatter is of 6 to 12 seeds, so the power ma
 
 from dataclasses import replace
 
-from ..study.experiment import Experiment, Setting
+from ..study.experiment import ALL_WINDOWS, Experiment, Setting
 from ..study.figures import at_the_end
 from ..study.quantities import LOSS
-from .architecture import WHOLE
 from .balancing import balance, capacity
 from .choosing import frozen, modern, unit
 
@@ -30,7 +29,7 @@ again_top_2 = Experiment(
     metrics=(LOSS, "causal_perplexity", "load_cv", "max_violation_batch", "byte_excess"),
     primary=(once_more(frozen, "frozen", "top-2"), once_more(modern, "bias", "top-2"),
              once_more(unit, "sequence", "top-2")),
-    first_seed=200, seeds=50, steps=1000, training=WHOLE | {"learning_rate": 8e-3},
+    first_seed=200, seeds=50, steps=1000, training=ALL_WINDOWS | {"learning_rate": 8e-3},
     figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="top-2")},
     caution="Settings, steps and learning rate are those of `frozen`, `modern` and `unit`; no seed of theirs is used. "
             "All comparisons share top-2, so they are not independent.")
@@ -46,7 +45,7 @@ again_top_1 = Experiment(
                   "router": "sigmoid_bias", "aux_coef": 0.0, "router_options": {"score": "sigmoid"}})),
     metrics=("val_cross_entropy", LOSS, "load_cv", "max_violation_batch", "drop_rate"),
     primary=(once_more(capacity, "limit", "none"), once_more(balance, "bias", "aux-0.001")),
-    first_seed=200, seeds=45, steps=1000, training=WHOLE | {"learning_rate": 4e-3},
+    first_seed=200, seeds=45, steps=1000, training=ALL_WINDOWS | {"learning_rate": 4e-3},
     figures={"at_the_end": at_the_end("val_cross_entropy", LOSS, "load_cv", reference="none")},
     caution="Settings, steps and learning rate are those of `capacity` and `balance`; no seed of theirs is used. The "
             "loss routed as in training has the limit; the causal loss is of the same weights without it.")

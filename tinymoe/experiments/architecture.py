@@ -1,6 +1,6 @@
 """Experiments on what a mixture is made of: shared and small experts, dense layers, sizes, and where it starts."""
 
-from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
+from ..study.experiment import ALL_WINDOWS, CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
 from ..study.statistics import Contrast
@@ -9,7 +9,6 @@ SECONDS = "Seconds depend on what else ran on the machine."
 BOUNDS = "The bounds of load CV and information depend on the number of experts."
 BORROWED = ("`4-of-16` takes the rate that `2-of-8` chose. In the published `traffic` the same model chose half of it, "
             "with a lower mean loss. So differences from it may come from the rate, and with its own it may be better.")
-WHOLE = {"n_evaluations": 10, "eval_windows": 16, "final_windows": 1000}  # all validation windows are scored at the end
 WITHOUT = {"2-of-8": "2-of-8", "1+1-of-7": "2-of-8", "4-of-16": "4-of-16", "1+3-of-15": "4-of-16"}
 shared = Experiment(
     name="shared", question="Does a shared expert help?",
@@ -27,7 +26,7 @@ shared = Experiment(
         published="yes: DeepSeekMoE (Dai 2024); no: OLMoE (Muennighoff 2024)"),),
     exploratory=(*contrasts((LOSS,), (("1+1-of-7", "2-of-8"),)),
                  *contrasts(("mi_excess",), (("1+1-of-7", "2-of-8"), ("1+3-of-15", "4-of-16")))),
-    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "load_cv", reference="the setting without a shared expert",
                                       reference_of=WITHOUT.get)},
     caution="Active and total parameters are equal. The gates differ: one routed expert has a raw gate, several have "
@@ -46,7 +45,7 @@ fine_grained = Experiment(
         published="yes: DeepSeekMoE (Dai 2024), OLMoE (Muennighoff 2024)"),),
     exploratory=(Contrast(LOSS, "4-of-16", minus="2-of-8"),
                  *contrasts(("mi_excess",), against("2-of-8", ("4-of-16", "8-of-32")))),
-    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", reference="2-of-8")},
     caution=f"Active and total parameters are equal but for routers and biases (1%). {BORROWED} {BOUNDS} "
             f"{SECONDS}")
@@ -80,7 +79,7 @@ dense = Experiment(
     exploratory=(*contrasts((LOSS,), against("mixture", ("hash", "dense-active-seconds", "dense-total-seconds"))),
         *contrasts(("cross_entropy",), (("mixture", "dense-active"), ("dense-total", "mixture")))),
     crossings=((LOSS, "dense-total", "mixture"),), seeds=12, steps=2000, rates=CANDIDATES,
-    training=WHOLE | {"n_evaluations": 20},
+    training=ALL_WINDOWS | {"n_evaluations": 20},
     figures={"over_steps": over_steps("dense-active", "cross_entropy", LOSS,
                                        names=["mixture", "hash", "dense-active", "dense-total"]),
              "loss_against_seconds": one_against_other("seconds", LOSS)},
@@ -107,7 +106,7 @@ surface = Experiment(
         same="Eight times as many experts change the loss by less than 0.01 nats.", published="yes: Clark 2022"),),
     exploratory=contrasts((LOSS,), (("E32-K1", "E4-K1"), ("E32-K4", "E4-K4"),
                                     *((f"E{e}-K4", f"E{e}-K1") for e in (4, 8, 16)))),
-    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=6, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"by_experts": lines_by({f"K = {k}": [name for name in SURFACE if SURFACE[name][1] == k]
                                      for k in (1, 2, 4)},
                                     lambda name: SURFACE[name][0], "experts", LOSS, "megaflops")},
@@ -134,7 +133,7 @@ upcycle = Experiment(
         same="Upcycling is as good as a mixture trained from scratch for as many steps in all.",
         published="yes, for short further training: Komatsuzaki 2022"),),
     exploratory=contrasts((LOSS,), [("upcycled", other) for other in ("dense-on", "scratch")]),
-    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"over_steps": over_steps("dense-on", LOSS, names=["dense-on", "upcycled"]),
              "at_the_end": at_the_end(LOSS, reference="scratch-long")},
     caution="`dense-on` and `upcycled` have as many steps of their own as `dense`, from which they start, and figures "

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..study import measures
-from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
+from ..study.experiment import ALL_WINDOWS, CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.maps import diagram
 from ..study.markdown import joined
@@ -12,7 +12,6 @@ from ..study.statistics import Contrast
 from ..study.tables import numbers_of
 from ..training.data import SYNTHETIC
 from ..training.synthetic import N_SOURCES, blind_rate, entropy_rate, sources
-from .architecture import WHOLE
 
 COEFFICIENTS = ["aux-0", "aux-0.001", "aux-0.01", "aux-0.1", "aux-0.3"]
 collapse = Experiment(
@@ -34,7 +33,7 @@ collapse = Experiment(
                 published="yes: Wang 2024; no: Shazeer 2017, table 6")),
     exploratory=(*contrasts(("effective_experts",), against("aux-0", [c for c in COEFFICIENTS[1:] if c != "aux-0.01"])),
                  *contrasts((LOSS,), against("aux-0", COEFFICIENTS[1:]))),
-    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE, say=lambda r: [r.layers_at_the_end(COEFFICIENTS)],
+    seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS, say=lambda r: [r.layers_at_the_end(COEFFICIENTS)],
     figures={"over_steps": over_steps("aux-0", "effective_experts", "dead_experts", LOSS),
              "at_the_end": at_the_end("load_cv", "effective_experts", LOSS, reference="aux-0")},
     caution="All settings have the learning rate that the coefficient 0.01 chose. The experiment `phase` varies the "
@@ -108,7 +107,7 @@ balance = Experiment(
         same="A bias costs as little as a small balance loss.", published="yes: Wang 2024, DeepSeek-V3"),),
     exploratory=(*contrasts(("max_violation",), against("aux-0.001", BIASES)),
                  *contrasts((LOSS,), against("aux-0.001", [name for name in BIASES if name != "sign-sigmoid"]))),
-    seeds=12, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=12, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"balance_against_loss": one_against_other("max_violation_batch", LOSS),
              "over_steps": over_steps("aux-0.001", "max_violation_batch", LOSS)},
     caution="The rate of the sign rules is 0.001, as published. Sigmoid and softmax scores differ in their gates too, "
@@ -136,7 +135,7 @@ capacity = Experiment(
         same="A capacity factor of 1.25 costs less than 0.01 nats."),),
     exploratory=(*contrasts(("val_cross_entropy",), against("none", [name for name in BY_ORDER if name[:4] != "1.25"])),
                  *contrasts((LOSS,), (*against("none", BY_ORDER), ("0.5-gate", "0.5-order"), ("1-gate", "1-order")))),
-    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=6, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"by_factor": lines_by({"dropped by order": BY_ORDER, "dropped by gate": BY_GATE},
                                    lambda name: float(name.split("-")[0]), "capacity factor", "val_cross_entropy",
                                    LOSS, reference="none")},
@@ -172,7 +171,7 @@ expert_choice = Experiment(
     exploratory=(*contrasts((LOSS,), (("prefix", "top-2-raw"), ("threshold", "top-2-raw"), ("threshold", "batch"),
                                       ("renormalised", "top-2"), ("top-2-raw", "top-2"), ("batch", "top-2"))),
                  Contrast("leak", "batch"), Contrast("prefix_cost", "batch")),
-    seeds=12, steps=2000, rates=CANDIDATES, training=WHOLE | {"n_evaluations": 20},
+    seeds=12, steps=2000, rates=CANDIDATES, training=ALL_WINDOWS | {"n_evaluations": 20},
     figures={"at_the_end": at_the_end(LOSS, "load_cv", "token_coverage", reference="top-2-raw"),
              "over_steps": over_steps("top-2", LOSS)},
     caution="The balance of the batch rule holds while training. At evaluation thresholds leave the load uneven by the "
@@ -218,7 +217,7 @@ scope = Experiment(
                 same="Balance over many batches is as good as a router that is told the source of the text.")),
     exploratory=(*contrasts((LOSS,), (*against("sequence", SCOPES[1:]), ("hash", "batch"), ("batch", "oracle"))),
                  *contrasts(("domain_given_byte",), (("batch", "sequence"), ("global", "batch"), ("bias", "batch")))),
-    seeds=8, steps=1500, rates=CANDIDATES, training=WHOLE, say=say_scope,
+    seeds=8, steps=1500, rates=CANDIDATES, training=ALL_WINDOWS, say=say_scope,
     figures={"over_steps": over_steps("batch", LOSS, "domain_given_byte", names=[*SCOPES, "hash"]),
              "at_the_end": at_the_end("excess", "mi_excess", "domain_given_byte")},
     caution="The text is synthetic: four Markov sources in which every letter is equally frequent, so that a letter "

@@ -5,11 +5,11 @@ from itertools import combinations
 from scipy.stats import kendalltau
 
 from ..study import measures
-from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
+from ..study.experiment import ALL_WINDOWS, CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import at_the_end, lines_by, one_against_other, over_steps
 from ..study.quantities import LOSS
 from ..study.statistics import MARGIN, Contrast
-from .architecture import ONE_EXPERT, WHOLE
+from .architecture import ONE_EXPERT
 from .routers_a_to_f import routers_a_to_f
 
 UNLEARNED = ["frozen", "random", "shuffled", "hash"]
@@ -29,7 +29,7 @@ frozen = Experiment(
         lower="A frozen router beats a learned one.", higher="A learned router beats a frozen one.",
         same="A frozen router is as good as a learned one.", published="nearly: Fan 2024"),),
     exploratory=contrasts((LOSS,), (*against("learned", (*UNLEARNED[1:], "dense")), *against("dense", UNLEARNED))),
-    crossings=((LOSS, "hash", "learned"),), seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    crossings=((LOSS, "hash", "learned"),), seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="learned"),
              "over_steps": over_steps("learned", LOSS)},
     caution="The gates of random and hash routing are the constant 1/2; those of the others follow the router. All "
@@ -69,7 +69,7 @@ hash_routing = Experiment(
     exploratory=contrasts((LOSS,), (*against("learned", ("hash", "learned-then-hash", "gated", "gated-then-learned")),
                                     ("gated", "hash"))),
     crossings=((LOSS, "hash", "learned"), (LOSS, "hash-then-learned", "learned")),
-    seeds=8, steps=4000, rates=CANDIDATES, training=WHOLE | {"n_evaluations": 20},
+    seeds=8, steps=4000, rates=CANDIDATES, training=ALL_WINDOWS | {"n_evaluations": 20},
     figures={"over_steps": over_steps("learned", LOSS),
              "at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="learned")},
     caution="The two MoE layers are layers 1 and 3 of four. A hash has the constant gate 1/2, a table with learned "
@@ -90,7 +90,7 @@ unit = Experiment(
         same="Routing sequences is as good as routing tokens.", published="tokens: Fan 2024"),),
     exploratory=(*contrasts((LOSS,), (("global-K2", "token-K2"), *against("token-K1", ("layer-K1", "global-K1")))),
                  *contrasts(("mi_excess", "byte_excess"), (("layer-K2", "token-K2"), ("global-K2", "token-K2")))),
-    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "byte_excess", reference="token-K2")},
     caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
             "change within a window; Fan et al. average the whole sequence.",
@@ -128,7 +128,7 @@ rate = Experiment(
         same="At 0.004 noise on the scores costs less than 0.01 nats."),),
     exploratory=contrasts((LOSS,), [(f"{first}-{rate:g}", f"D-{rate:g}") for rate in CANDIDATES for first in "BEF"
                                     if (first, rate) != ("F", 4e-3)]),
-    seeds=6, steps=1000, say=say_rate, training=WHOLE,
+    seeds=6, steps=1000, say=say_rate, training=ALL_WINDOWS,
     figures={"by_rate": lines_by({c: [f"{c}-{rate:g}" for rate in CANDIDATES] for c in CONFIGS},
                                  lambda name: float(name.split("-", 1)[1]), "peak learning rate", LOSS, "load_cv",
                                  reference="D", reference_of=lambda name: f"D{name[1:]}")},
@@ -155,7 +155,7 @@ reinforce = Experiment(
         published="yes: Clark 2022"),),
     exploratory=contrasts((LOSS,), (("reinforce-0.1", "frozen-draw"), ("reinforce", "top-k"), ("frozen", "top-k"),
                                     ("frozen-draw", "frozen"))),
-    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=6, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"over_steps": over_steps("top-k", LOSS, "load_cv", "router_entropy"),
              "at_the_end": at_the_end(LOSS, "noise_share", reference="frozen-draw")},
     caution="The gate of reinforce is the constant 1, that of top-1 its probability. A byte's choice is credited with "
@@ -194,7 +194,7 @@ modern = Experiment(
         same="Sigmoid scores with a bias are as good as top-2."),),
     exploratory=(*contrasts((LOSS,), against("top-2", [name for name in MODERN if name != "bias"])),
                  *contrasts(("max_violation",), against("top-2", MODERN))),
-    seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"balance_against_loss": one_against_other("max_violation", LOSS), "over_steps": over_steps("top-2", LOSS)},
     caution="All share the learning rate that top-2 chose. Where the number of experts of a byte is a mean, the table "
             "says what it was: more experts are more work, fewer are less. `remoe` is steered towards 2 and need not "

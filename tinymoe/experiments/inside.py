@@ -6,13 +6,12 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 
 from ..study import measures
-from ..study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
+from ..study.experiment import ALL_WINDOWS, CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
 from ..study.figures import add_legend, at_the_end, captioned, log_lines, of_seeds, panel_grid, style_of
 from ..study.maps import over_column_means, ratio_bar, ratio_map
 from ..study.quantities import LOSS, title
 from ..study.statistics import Contrast
 from ..study.wording import INTERVALS
-from .architecture import WHOLE
 from .balancing import EXPERT_CHOICE
 
 KNOWN = ("byte_excess", "class_information_excess", "position_information_excess", "mi_excess")
@@ -83,7 +82,7 @@ specialise = Experiment(
         same="The experts of top-2 carry less than 0.01 nats on the domain that the byte does not."),),
     exploratory=(*contrasts(("function_divergence",), against("random", ("top-1", "top-2", "hash"))),
                  *contrasts(("mi_excess", "domain_given_byte"), (("top-1", "random"), ("top-2", "hash")))),
-    say=say_specialise, seeds=8, steps=1000, rates=CANDIDATES, training=WHOLE,
+    say=say_specialise, seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"information": at_the_end("byte_excess", "class_information_excess", "mi_excess", "domain_given_byte"),
              "class_by_expert": class_by_expert, "counterfactuals": counterfactual_tables},
     caution="Random routing carries no information: its numbers show the error of one draw, the same in every seed. "
@@ -116,7 +115,7 @@ batch = Experiment(
         same="When neighbours become random bytes, expert choice reroutes as many bytes as a capacity factor of 1."),),
     exploratory=contrasts(("mates_rerouted",), [(name, "dropless") for name in (
         "capacity-order", "capacity-gate", "expert-choice")]),
-    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=6, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"at_the_end": at_the_end("mates_rerouted", "later_rerouted", "mates_logits", "later_logits")},
     caution="All are routed as in training. The other windows of the batch, or the second half of a byte's own window, "
             "become random bytes, which route unlike text. A byte is rerouted where any layer routes it differently. A "
@@ -159,7 +158,7 @@ traffic = Experiment(
         same="A limit on groups costs less than 0.01 nats.", published="little, from 3 of 8 groups on: DeepSeek-V2"),),
     exploratory=contrasts(("sent_4", "slowest_4", "val_cross_entropy"),
                           against("aux", ("none", "capacity", "groups", "groups-balanced"))),
-    seeds=6, steps=1000, rates=CANDIDATES, training=WHOLE,
+    seeds=6, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"by_devices": by_devices, "at_the_end": at_the_end(LOSS, "sent_4", "slowest_4", reference="aux")},
     caution="The traffic is simulated from the routing of validation batches in one layer, with devices of "
             f"{measures.BANDWIDTH / 1e9:g} GB/s and {measures.FLOPS / 1e9:g} GFLOP/s. Bytes are sent to other devices "

@@ -80,7 +80,8 @@ class ModelConfig:
     balance_batches: int = setting(16, "batches of the running mean of the load in losses.global_batch", WHOLE)
     mtp_coef: float = setting(0.0, "coefficient of a second head that predicts the token after the next (DeepSeek-V3)",
                               NOT_NEGATIVE)
-    freeze: tuple = setting((), "parameters that are not trained: parts of their names, such as router", checks.NAMES)
+    freeze: tuple = setting((), "parameters that are not trained: parts of their names, such as router; a rule that "
+                            "moves a bias stops where the weight of its router is frozen", checks.NAMES)
 
     def __post_init__(self):
         check_fields(self)

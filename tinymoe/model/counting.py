@@ -33,9 +33,14 @@ def count(config: ModelConfig | dict | str, context: float = 0, experts_per_toke
     context: positions that a token attends to. length: of a text instead; then the mean over its tokens counts.
     experts_per_token: the measured mean, for a router that does not fix K; None for top_k.
     Copy and zero experts have no parameters; without a measured mean they have their share of the choices, or what the
-    option real_k of a router leaves them.
+    option real_k of a router leaves them. Raises ValueError for a negative context, a length below 1, and for more
+    experts_per_token than there are.
     """
     c = architecture(config)
+    if not (context >= 0 and (length is None or length >= 1)):
+        raise ValueError(f"context {context} must be at least 0, and length {length} at least 1")
+    if experts_per_token is not None and not 0 <= experts_per_token <= c.n_experts:
+        raise ValueError(f"experts_per_token {experts_per_token} must be from 0 to n_experts {c.n_experts}")
     D, n_moe = c.d_model, len(c.moe_layers)
     attention, dense, expert = _attention(c), _feed_forward(c, c.d_ff), _feed_forward(c, c.expert_width)
     shared = _feed_forward(c, c.shared_width) if c.n_shared else (0, 0)  # side by side, one wide layer
@@ -98,8 +103,10 @@ def _router_width(c):
 
 def _real_experts_per_token(c):
     """Of K choices those of experts, not of copies or zeros; the mean over MoE layers."""
-    options = [known_routers.find(c.router_of(layer)).options().get("real_k") for layer in c.moe_layers]
-    steered = [c.router_options.get("real_k", option.default) for option in options if option]
+    routers = [known_routers.find(c.router_of(layer)) for layer in c.moe_layers]
+    options = [router.options().get("real_k") for router in routers]
+    steered = [router.reachable(c.router_options.get("real_k", option.default), c.top_k, c.n_columns - c.n_experts)
+               for router, option in zip(routers, options) if option]
     return (sum(steered) + (len(options) - len(steered)) * c.top_k * c.n_experts / c.n_columns) / max(1, len(options))
 
 

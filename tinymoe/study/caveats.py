@@ -34,7 +34,9 @@ def warnings(results: Results) -> list[str]:
         said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {steps} steps: "
                     "there the learning rate had fallen already, and rose again.")
     said += map(escaped, unknown(results.runs))
-    return [*said, *beside_the_plan(results), *differing_settings(results), *left_out(results)]
+    for part in (beside_the_plan, changed_settings, differing_fields, other_rates, different_machines, left_out):
+        said += part(results)
+    return said
 
 
 def beside_the_plan(results):
@@ -83,28 +85,40 @@ def changes(results) -> tuple[list[str], dict[str, list[str]]]:
     return shared, {name: [one for one in those if one not in shared] for name, those in found.items()}
 
 
-def differing_settings(results):
-    """Sentences about what differs between settings though it should not, and what is not as the experiment says."""
-    settings = {s.id: s for s in results.experiment.settings}
-    configs = {name: runs[0].config for name, runs in results.groups.items()}
+def changed_settings(results):
+    """Sentences about settings that are not as the experiment says."""
     shared, own = changes(results)
     for name, those in {"All settings were": shared, **{f"{name} was": those for name, those in own.items()}}.items():
         if those:
             yield escaped(f"{name} changed: {'; '.join(those)}.")
+
+
+def differing_fields(results):
+    """Sentences about fields that differ between settings, of which none is meant to change them."""
+    configs = {name: runs[0].config for name, runs in results.groups.items()}
     for part in ("model", "training"):
         swept = ["learning_rate"] if results.sweep else []
-        intended = set().union(swept, *(s.changed[part] for s in settings.values()))
+        intended = set().union(swept, *(s.changed[part] for s in results.experiment.settings))
         for field in sorted({field for config in configs.values() for field in config[part]} - intended):
             found = {name: json.dumps(config[part].get(field)) for name, config in configs.items()}
             if len(set(found.values())) > 1:
                 those = ", ".join(f"{name} {shown}" for name, shown in found.items())
                 verb = "differ" if field.endswith("s") else "differs"
                 yield escaped(f"{field} {verb} between settings ({those}): compare with care.")
+
+
+def other_rates(results):
+    """A sentence about learning rates that are not those that the sweep chose."""
+    chooser = {s.id: s.rate_of or s.id for s in results.experiment.settings}
     sweep = {name: chosen(results.experiment, losses) for name, losses in results.sweep.items()}
-    rates = {name: (config["training"]["learning_rate"], sweep[chooser]) for name, config in configs.items()
-             if sweep.get(chooser := settings[name].rate_of or name)}
+    rates = {name: (results.learning_rate(name), sweep[chooser[name]]) for name in results.groups
+             if sweep.get(chooser[name])}
     if other := ", ".join(f"{name} {rate:g}, not {best:g}" for name, (rate, best) in rates.items() if rate != best):
         yield escaped(f"The learning rate is not the one that the sweep chose ({other}).")
+
+
+def different_machines(results):
+    """Sentences about versions, kernels, threads and processors that the runs do not share."""
     for key, old in (("versions", None), ("kernels", "numba"), ("threads", None)):  # old: where a run does not say
         found = {json.dumps(one): run.run_id for run in results.runs
                  for one in noted(run.config, key, old)}

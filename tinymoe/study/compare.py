@@ -12,7 +12,7 @@ from .statistics import t_interval
 COLUMNS = (LOSS, "parameters", "active_parameters", "load_cv", "dead_experts", "drop_rate",
            "token_coverage", "experts_per_token", "seconds")
 ALWAYS = COLUMNS[:3]  # shown though all numbers are the same
-RUN_FIELDS = ("router", "top_k", "n_experts", "aux_coef")  # of the model, in each flat row
+RUN_FIELDS = ("top_k", "n_experts", "aux_coef")  # of the model, in each flat row
 
 
 def groups(paths) -> dict[str, list[RunRecord]]:
@@ -113,8 +113,8 @@ def flat_rows(folder) -> list[dict]:
         raise ValueError(f"{folder} {what}: give a results folder, or the folder of one run")
     for run in [load_run(folder)] if (folder / "config.json").exists() else load_runs(folder):
         head = {"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "state": run.state,
+                "router": "+".join(router_names(run.model)) or None,
                 **{name: run.model.get(name) for name in RUN_FIELDS}}
-        head["router"] = "+".join(router_names(run.model)) or None
         ends = [run.final] if run.summary else []
         for row, at_end in [*((row, False) for row in run.log), *((row, True) for row in ends)]:
             shared = {name: cell for name, cell in row.items() if name not in ("layers", "warnings")}

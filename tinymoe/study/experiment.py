@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import math
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..model.config import ModelConfig
 from ..training.plan import RunPlan, TrainConfig
-from .quantities import require_known
+from .experiment_checks import check_different, check_names, check_plan, check_references
 from .statistics import MARGIN, Comparison, Contrast, t_interval
 
 
@@ -28,6 +28,8 @@ class Scale:
 
 SMALL = {"n_layers": 4, "d_model": 64, "d_ff": 256, "moe_layers": (1, 3)}
 FEW = {"final_windows": 64}  # where all validation windows would take as long as the training
+CURVES = {"n_evaluations": 10, "eval_windows": 16}  # of an experiment
+ALL_WINDOWS = CURVES | {"final_windows": 1000}  # all validation windows are scored at the end
 SCALES = {"quick": Scale(SMALL, 60, 2, FEW), "default": Scale(SMALL, 500, 3, FEW)}
 CANDIDATES = (1e-3, 2e-3, 4e-3, 8e-3)  # peak learning rates of a sweep
 SWEEP_SEEDS = (100, 101)  # they choose the learning rates, and are in no other number
@@ -77,6 +79,11 @@ class Effect(Contrast):
     _: KW_ONLY
     every_run: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relation not in RELATIONS:
+            raise ValueError(f"{self}: unknown relation {self.relation!r}: choose one of {', '.join(RELATIONS)}")
+
     def ends(self, numbers: np.ndarray) -> tuple[float, float]:
         """(low, high) of the interval over seeds, or of the runs, on the scale of `of`; infinite where nothing is
         decided: one seed, nan."""
@@ -118,6 +125,12 @@ class Primary:
     margin: float = MARGIN
     published: str = ""
 
+    def __post_init__(self):
+        if self.contrast.over:
+            raise ValueError(f"{self.contrast}: a question is about a difference: use minus in place of over")
+        if not (isinstance(self.margin, (int, float)) and 0 < self.margin < math.inf):
+            raise ValueError(f"{self.contrast}: margin {self.margin!r} must be a number above 0")
+
     def sentence(self, found: Comparison) -> str:
         """The sentence of the outcome."""
         different = self.lower if found.mean < 0 else self.higher
@@ -155,46 +168,16 @@ class Experiment:
     caution: str = ""  # what it cannot show
     claims: tuple = ()
     model: dict = field(default_factory=dict)  # fields of ModelConfig, and of TrainConfig, for all settings
-    training: dict = field(default_factory=lambda: {"n_evaluations": 10, "eval_windows": 16})
+    training: dict = field(default_factory=CURVES.copy)
     scales: dict = field(default_factory=lambda: SCALES)
     text: str | None = None  # the corpus, None for the default
     measure: Callable | None = None  # measure(trainer) -> {name: number}, asked of every trained model
     adjustable: bool = False
 
     def __post_init__(self):
-        contrasts = (*(one.contrast for one in self.primary), *self.exploratory,
-                     *(effect for claim in self.claims for effect in claim.effects))
-        needed = [*(one.settings for one in contrasts), *(pair for _, *pair in self.crossings),
-                  [name for s in self.settings for name in (s.start, s.rate_of) if name]]
-        if not self.measure:  # which may give any name
-            drawn = [name for draw in self.figures.values() for name in getattr(draw, "metrics", ())]
-            require_known([*self.metrics, *(one.metric for one in contrasts), *(name for name, *_ in self.crossings),
-                           *drawn])
-        known = {s.id for s in self.settings}
-        names = self.name, *known, *self.figures
-        if bad := [name for name in names if not re.fullmatch(r"[\w+][\w.+-]*", str(name))]:
-            raise ValueError(f"experiment {self.name!r}: {bad[0]!r} names a folder or a figure, so it must be of "
-                             "letters, digits and the signs . _ + -")
-        if not known or self.seeds < 1:
-            raise ValueError(f"experiment {self.name}: it needs a setting and a seed")
-        if unknown := {name for names in needed for name in names} - known:
-            raise ValueError(f"experiment {self.name}: no setting is called {min(unknown)}: use one of {sorted(known)}")
-        if self.rates and {*SWEEP_SEEDS} & {*range(self.first_seed, self.first_seed + self.seeds)}:
-            raise ValueError(f"experiment {self.name}: seeds {SWEEP_SEEDS} choose the rates: start beyond them")
-        if len({sweep_id("", rate) for rate in self.rates}) < len(self.rates):
-            raise ValueError(f"experiment {self.name}: two of the rates {self.rates} are one: leave one out")
-        if any("steps" in training for training in (self.training, *(s.training for s in self.settings))):
-            raise ValueError(f"experiment {self.name}: `training` has no steps: give `steps`, and `length`")
-        if len(known) < len(self.settings):
-            raise ValueError(f"experiment {self.name}: two settings have one id: rename one")
-        starts = {s.id: s.start for s in self.settings}
-        if bad := [s for s in self.settings if starts.get(s.start)]:
-            raise ValueError(f"experiment {self.name}: {bad[0].id} starts from {bad[0].start}, which has a start of "
-                             "its own: name a setting without one")
-        bad = [s.id for s in self.settings if s.rate_of and s.rate_of not in self.choosers or s.start and not s.rate_of]
-        if self.rates and bad:
-            raise ValueError(f"experiment {self.name}: {bad[0]} needs rate_of, the id of a setting that has no "
-                             "rate_of, no start and no learning_rate of its own")
+        check_plan(self, SWEEP_SEEDS)
+        check_names(self)
+        check_references(self)
 
     def scale(self, name: str) -> Scale:
         """The Scale "quick", "default" or "full": the plan. Raises ValueError for another name."""
@@ -235,10 +218,13 @@ class Experiment:
 
         only: ids of some settings, in order. model, training: fields that win over those of the settings. rates:
         {setting id: learning rate} that a sweep chose.
-        Raises ValueError where ModelConfig or TrainConfig does, and for a vocabulary that does not hold every byte.
+        Raises ValueError where ModelConfig or TrainConfig does, for a vocabulary that does not hold every byte, and for
+        two settings that would be the same run.
         """
         settings = {s.id: s for s in self.settings}
         chosen = {name: {"learning_rate": rate} for name, rate in (rates or {}).items()}
+        if not (self.adjustable or rates):  # a sweep may choose what another setting has
+            check_different(self, [self._run(s, 0, scale, {}, {}) for s in self.settings])
         return [self._run(settings[name], seed, scale, model or {}, chosen.get(name, {}) | (training or {}))
                 for seed in range(self.first_seed, self.first_seed + seeds) for name in only or settings]
 

@@ -9,7 +9,7 @@ seeds. Dashed lines and hollow marks are leaky: measured with a route that may d
 import io
 import math
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from textwrap import fill
 
@@ -40,7 +40,7 @@ STYLE = {
 DOUBLE = 7.0  # width of two columns, in inches
 GREY, SHADE = "#777777", "#DDDDDD"
 HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
-LEAKY_KEY = Line2D([], [], color=GREY, marker="o", label="hollow: leaky (route sees later bytes)", **HOLLOW)
+LEAKY_KEY = Line2D([], [], color=GREY, marker="o", label="hollow: leaky (route may see later bytes)", **HOLLOW)
 APART = 1.07  # by which points at one place of a logarithmic axis are moved apart
 SEED_KEYS = [Line2D([], [], color=GREY, marker="o", markersize=5, label="mean and 95% interval"),
              Line2D([], [], color=GREY, marker="|", linestyle="none", label="one seed")]
@@ -62,8 +62,11 @@ def draw_all(results: Results) -> list[Path]:
     with default_style():
         for name, draw in results.experiment.figures.items() if results.ready else ():
             fig = draw(results)
-            if fig is not None:
-                paths.append(save(fig, results.folder / "figures" / f"{name}.png", mark(results, name)))
+            if fig is None:
+                continue
+            if not isinstance(fig, Figure):
+                raise ValueError(f"figure {name}: its function must return a Figure, not {fig!r:.80}")
+            paths.append(save(fig, results.folder / "figures" / f"{name}.png", mark(results, name)))
     return paths
 
 
@@ -75,14 +78,16 @@ def save(fig: Figure, path, text: str | None = None, follow: bool = False) -> Pa
     return path
 
 
-def captioned(text, metrics=()):
+def captioned(text, metrics=(), settings=()):
     """A decorator that gives a drawing function its caption, which stands under the figure.
 
     text: a str, or a function of Results where the caption depends on the runs; `draw.caption` is always a function.
-    metrics: the quantities that it draws, so that an Experiment can refuse a name that is unknown.
+    metrics, settings: the quantities and the ids of settings that it needs (None counts for nothing), so that an
+    Experiment can refuse unknown ones.
     """
     def decorate(draw):
         draw.caption, draw.metrics = text if callable(text) else lambda results: text, metrics
+        draw.settings = [name for name in settings if name is not None]
         return draw
     return decorate
 
@@ -125,12 +130,12 @@ def panel_grid(n_rows, n_columns, height, **options):
 
 
 def layer_grid(results, n_rows, height, sharey):
-    """(Figure, panels (n_rows, MoE layers)), the layers named above the first row."""
-    layers = max((runs[0].final["layers"] for runs in results.groups.values()), key=len)
+    """(Figure, panels (n_rows, MoE layers), the numbers of the layers), which are named above the first row."""
+    layers = sorted({layer["layer"] for runs in results.groups.values() for layer in runs[0].final["layers"]})
     fig, grid = panel_grid(n_rows, len(layers), 1.0 + height * n_rows, sharex=True, sharey=sharey)
     for axes, layer in zip(grid[0], layers):
-        axes.set_title(f"layer {layer['layer']}")
-    return fig, grid
+        axes.set_title(f"layer {layer}")
+    return fig, grid, layers
 
 
 def add_legend(fig, results, names, *extra):
@@ -165,8 +170,8 @@ def less_reference(reference, metric, results=None):
 
     results: where the reference must have runs; None where it names one of each setting's own.
     """
-    base = reference if metric.endswith("cross_entropy") and (not results or reference in results.groups) else None
-    return base, title(metric) + (f"\nless that of {base}" if base else "")
+    base = reference if quantity(metric).is_loss and (not results or reference in results.groups) else None
+    return base, title(metric) + (f"\nminus that of {base}" if base else "")
 
 
 def half_widths(intervals):
@@ -224,7 +229,7 @@ def over_steps(reference, *metrics, names=None):
     outside = " The first evaluations may lie outside the frame." if any(map(has_frame, metrics)) else ""
 
     @captioned(lambda r: f"{listed(metrics, reference, r)}, over the training steps{of_seeds(r, CURVES)}."
-                         f"{measured_on(r)}{outside}", metrics)
+                         f"{measured_on(r)}{outside}", metrics, [reference, *(names or ())])
     def draw(results):
         shown, leaky = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
@@ -259,11 +264,12 @@ def by_layer(*metrics):
         names, shown = results.with_experts, shown_of(results)
         if not names:
             return None
-        fig, grid = layer_grid(results, len(shown), 1.7, sharey="row")
+        fig, grid, layers = layer_grid(results, len(shown), 1.7, sharey="row")
+        own = {name: [layer["layer"] for layer in results.groups[name][0].final["layers"]] for name in names}
         for row, metric in zip(grid, shown):
-            for place, axes in enumerate(row):
-                for name in (name for name in names if place < len(results.groups[name][0].final["layers"])):
-                    curve(axes, results, name, metric, layer=place)
+            for axes, layer in zip(row, layers):
+                for name in (name for name in names if layer in own[name]):
+                    curve(axes, results, name, metric, layer=own[name].index(layer))
                 axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
             row[0].set_ylabel(fill(title(metric), 24))
         for axes in grid[-1]:
@@ -285,7 +291,7 @@ def at_the_end(*metrics, reference=None, reference_of=None, experts_only=False):
         return chosen, [metric for metric in metrics if any(np.isfinite(results.mean(metric, name)) for name in chosen)]
 
     @captioned(lambda r: f"{listed(chosen_of(r)[1] or metrics, reference, None if reference_of else r)}, at the end of "
-                         "training, for each setting.", metrics)
+                         "training, for each setting.", metrics, () if reference_of else [reference])
     def draw(results):
         chosen, shown = chosen_of(results)
         if not shown:
@@ -412,7 +418,8 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
     Losses are less those of the reference setting, if there is one. reference_of: setting id -> id of its reference.
     """
     @captioned(lambda r: f"{listed(metrics, reference, None if reference_of else r)}, by {x_label}, at the end of "
-                         f"training{of_seeds(r, INTERVALS)}. Points are moved apart sideways.", metrics)
+                         f"training{of_seeds(r, INTERVALS)}. Points are moved apart sideways.", metrics,
+               [*chain(*names_of.values()), None if reference_of else reference])
     def draw(results):
         fig, (axes_of,) = panel_grid(1, len(metrics), 2.8)
         ticks, keys = sorted({x_of(name) for names in names_of.values() for name in names}), {}
@@ -422,10 +429,14 @@ def lines_by(names_of, x_of, x_label, *metrics, reference=None, reference_of=Non
                 margin = margin_of(results, metric)
                 axes.axhspan(-margin, margin, color=SHADE)
                 keys[MARGIN_KEY] = None
-            lines = [(list(map(x_of, names)),
-                      [t_interval(Contrast(metric, name, minus=base and reference_of(name) if reference_of else base)
-                                  .of(results.numbers)) for name in names],
-                      {"label": line} | style_at(place)) for place, (line, names) in enumerate(names_of.items())]
+            lines = []
+            for place, (line, names) in enumerate(names_of.items()):
+                of_each = [Contrast(metric, name, minus=base and reference_of(name) if reference_of else base)
+                           for name in names]
+                style = {"label": line} | style_at(place)
+                if metric.startswith("val_") and any(results.groups[name][0].leaky for name in names):
+                    style, keys[LEAKY_KEY] = style | HOLLOW, None
+                lines.append((list(map(x_of, names)), [t_interval(one.of(results.numbers)) for one in of_each], style))
             log_lines(axes, lines, ticks, x_label=x_label, y_label=label)
         fig.legend(handles=[*axes.get_legend_handles_labels()[0], *keys], loc="outside lower center", ncols=8)
         return fig

@@ -33,8 +33,7 @@ ORIGIN = """This document is made from the rows of the study (`full/`) and of th
 has a document of its own with all its tables, figures and run ids."""
 CANNOT = """Most settings take the learning rate that another setting chose, which may not be their best; the tables \
 of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
-stability that the z-loss gives at low precision. Several experiments train the same runs again, such as top-1 or \
-top-2 with coefficient 0.01, so they are not independent evidence."""
+stability that the z-loss gives at low precision."""
 YARDSTICKS = {  # experiment: a change of the routing, and the difference of losses that says what it is worth
     "dense": ("A mixture in place of a dense model of equal active size",
               Contrast(LOSS, "mixture", minus="dense-active")),
@@ -44,7 +43,8 @@ OPENING = """Small language models of bytes, with mixtures of experts in every s
 questions about routing and to test claims of the literature. Their loss is in nats a byte; lower is better."""
 SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
 allow for the number of primary comparisons in the experiment. *Not known*: neither is shown. Brackets are 95% \
-intervals over seeds, without that allowance."""
+intervals over seeds, without that allowance. Several experiments train the same runs again, such as top-1 or top-2 \
+with coefficient 0.01, so they are not independent evidence."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
 is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
@@ -89,9 +89,9 @@ def document(found, absent, published, section=None) -> list[str]:
         ["## The three questions", *questions(found, study)], ["## The other questions", *answers_of_others])
     return [
         "# Findings", f"{OPENING} {scale(found)}", yardstick(found), counted(found), SURE, *first,
-        *(chapter("Claims of the literature",
-                  BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
-                  table(CLAIM_COLUMNS, claims)) if claims else []),
+        *chapter("Claims of the literature",
+                 BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
+                 table(CLAIM_COLUMNS, claims)),
         "## The surprise", surprise(found), *then,
         ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
                      if absent else []),
@@ -129,9 +129,12 @@ def scale(found):
     sizes = [run.config["parameters"]["total"] / 1e6 for results in found for run in results.runs]
     steps = [run.summary["steps"] for results in found for run in results.runs]
     falling = [is_falling(one) for results in found for one in slopes(results)]
+    rates = [[at_an_end(results, results.learning_rate(name)) for name in one.contrast.settings]
+             for results, _, one in asked(found) if one.tested]
     return (f"The models have {min(sizes):.1g} to {max(sizes):.1g} million parameters and {min(steps):,} to "
             f"{max(steps):,} training steps. In {sum(falling)} of {len(falling)} settings the loss was still falling "
-            "at the end, so longer training may change any answer.")
+            f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has the smallest or the "
+            "largest learning rate that was tried. So longer training and other rates may change any answer.")
 
 
 def yardstick(found):
@@ -187,7 +190,7 @@ def questions(found, shown) -> list[str]:
               for each, results, row in rows if each.verdict == "not known"]
     names = (["question", "answer", "difference", "how sure", "experiment"],
              ["question, not known", "difference", "with 80% power", "to decide it", "experiment"])
-    return [table(head, those) if those else "" for head, those in zip(names, (decided, others))]
+    return [table(head, those) for head, those in zip(names, (decided, others))]
 
 
 def named(one, results):

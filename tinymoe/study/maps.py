@@ -26,7 +26,8 @@ def diagram(places, x_label, y_label):
     places: {setting id: (number of experts, x, y)}, in ascending order.
     """
     @captioned(f"Effective experts at the end of training, the mean over layers and seeds, by {x_label} and {y_label}: "
-               "white is half of the experts, blue is fewer. A question mark: the half lies within the 95% interval.")
+               "white is half of the experts, blue is fewer. A question mark: the half lies within the 95% interval.",
+               settings=places)
     def draw(results):
         sizes = list(dict.fromkeys(most for most, *_ in places.values()))
         fig, (axes_of,) = panel_grid(1, len(sizes), 2.6)
@@ -74,11 +75,12 @@ def ratio_maps(results, ratios_of, bar_label, axis_label):
     names = results.with_experts
     if not names:
         return None
-    fig, grid = layer_grid(results, len(names), 0.8, sharey=False)
+    fig, grid, layers = layer_grid(results, len(names), 0.8, sharey=False)
     for row, run in zip(grid, (results.groups[name][0] for name in names)):
         row[0].set_ylabel(run.run_id.replace("-seed", "\nseed "), rotation=0, ha="right", va="center",
                           fontweight="bold")
-        for place, axes in enumerate(row[: len(run.final["layers"])]):
+        for place, layer in enumerate(run.final["layers"]):
+            axes = row[layers.index(layer["layer"])]
             *drawn, above = ratios_of(run, place)
             ratio_map(axes, *drawn)
             axes.tick_params(labelleft=place == 0)
@@ -132,7 +134,7 @@ def routes(name):
     It is of the setting's first seed whose routings were kept, and not drawn if none were.
     """
     @captioned(f"The routes of one run of config {name} at the end of training: the colour and the number below a byte "
-               "are its expert with the largest gate.")
+               "are its expert with the largest gate.", settings=[name])
     def draw(results):
         kept = [(run.run_id, path) for run in results.groups.get(name, ()) if (path := results.routings(run))]
         if not kept:

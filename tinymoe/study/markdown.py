@@ -13,7 +13,9 @@ def escaped(text) -> str:
 
 
 def table(header, rows):
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
+    """A Markdown table; empty without rows."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else ""
 
 
 def bullets(lines):

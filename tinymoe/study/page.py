@@ -125,7 +125,7 @@ def table_row(cells, head, results, found):
     in a table of learning rates to those of the sweep."""
     results = results or next((each for each in found if gathered.link(each) in cells), None)
     first, groups = cells[0], results.groups if results else {}
-    if "taken" in head and results:  # learning rates
+    if "chosen rate" in head and results:  # learning rates
         groups = swept(results)
         own = named = [name for name in groups if name.startswith(f"{first}@")]
     else:

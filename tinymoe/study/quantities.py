@@ -264,6 +264,8 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     one = quantity(name)
     if one.per == "row":
         return float(one.of(row))
+    if one.per == "run" and name not in row:
+        raise ValueError(f"{name} belongs to a whole run: no row over the steps has it")
     layers = row.get("layers", []) if layer is None else row["layers"][layer:layer + 1]
     choosing = [each for each in layers if len(each.get("load", ())) != 1]  # one expert: nothing is chosen
     numbers = [row[name]] if name in row else [_in_layer(one, each) for each in choosing]

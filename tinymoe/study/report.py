@@ -14,7 +14,7 @@ from .caveats import limits, warnings
 from .markdown import WORDS, bold, bullets, chapter, enumerated, escaped, run_ids, table, write_paragraphs
 from .quantities import QUANTITIES, value
 from .results import Results
-from .rows import RunRecord, load_runs
+from .rows import RunRecord, load_runs, router_names
 from .tables import (
     CLAIM_COLUMNS,
     COMPUTE,
@@ -69,7 +69,7 @@ def document(results: Results) -> list[str]:
                  exploratory_table(results)),
         *chapter("Learning rates", SWEEP, sweep_table(results)),
         *chapter("Where curves cross", CROSSINGS, crossing_table(results)),
-        *chapter("Claims", verdicts([results]), table(CLAIM_COLUMNS, claims) if claims else ""),
+        *chapter("Claims", verdicts([results]), table(CLAIM_COLUMNS, claims)),
         *chapter("More figures", "\n\n".join(others)),
         "## What these runs cannot show", experiment.caution, bullets(limits(results)),
         WORDS, GLOSSARY, "## Methods", METHODS, table(COMPUTE, [compute_row(results)]),
@@ -99,7 +99,7 @@ def finding(results: Results) -> list[str]:
     if not results.ready:
         return ["No finding: a setting has no finished run, or no seed is common to all."]
     said = results.experiment.say(results) if results.experiment.say else []
-    return [*(answers(results) or ["No primary comparison was planned."]), *said]
+    return [*(answers(results) or ["No primary comparison was planned."]), *([said] if isinstance(said, str) else said)]
 
 
 def verdicts(found) -> str:
@@ -146,7 +146,8 @@ def write_summary_csv(study_dir) -> Path:
     for run in load_runs(study_dir):
         sizes, numbers = run.config.get("parameters", {}), all_numbers(run)
         rows.append({"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "state": run.state}
-                    | {name: run.model.get(name) for name in ("router", "top_k", "aux_coef")}
+                    | {"router": "+".join(router_names(run.model)) or None}
+                    | {name: run.model.get(name) for name in ("top_k", "aux_coef")}
                     | {"steps": (run.summary or {}).get("steps")}
                     | {f"parameters_{part}": sizes.get(part) for part in ("total", "active")}
                     | {name: f"{number:.6g}" for name, number in numbers.items()})
@@ -160,7 +161,8 @@ def all_numbers(run: RunRecord) -> dict[str, float]:
     """{name: number} of every quantity that a finished run has, and of the fields of its rows that have no entry."""
     if run.state != "finished":
         return {}
-    rows = (run.log[-1], run.measured, *run.final["layers"])
+    rows = (run.log[-1], *run.final["layers"])
     fields = [name for row in rows for name, number in row.items() if isinstance(number, float)]
-    names = dict.fromkeys((*QUANTITIES, *fields))
+    counted = [name for name, number in run.measured.items() if type(number) in (int, float)]
+    names = dict.fromkeys((*QUANTITIES, *fields, *counted))
     return {name: number for name in names if math.isfinite(number := value(run, name))}

@@ -87,6 +87,9 @@ class Results:
         for runs in self.groups.values():
             _require_equal(runs, "model", "training", "start", "imports")
         _require_equal(self.runs, "corpus", "measured")
+        if taken := [name for name in self.runs[0].measured if quantity(name).of]:
+            raise ValueError(f"the `measure` of {experiment.name} returns {taken[0]}, a number that every run has "
+                             "already: rename it")
         self.primary = corrected([self.compared(one.contrast, one.margin) for one in experiment.primary],
                                  statistics.holm)
         self.exploratory = corrected([self.compared(one, statistics.MARGIN if quantity(one.metric).is_loss else None)

@@ -179,14 +179,16 @@ def _progress(place):
     return found
 
 
-def remaining(plans, out, text=None) -> list:
+def remaining(plans, out, text=None, extend=False) -> list:
     """The RunPlans that are to be trained, or looked at: all but those that out/runs.jsonl holds as finished.
 
-    A sweep run that failed counts as finished: at its rate training does not stay finite. Raises ValueError where a row
-    is of other settings, and for a run that starts from one whose folder is gone; CorpusError for a text that cannot be
-    read.
+    A sweep run that failed counts as finished: at its rate training does not stay finite. extend: leave out no run that
+    has its folder. Raises ValueError where a row is of other settings, and for a run that starts from one whose folder
+    is gone; CorpusError for a text that cannot be read.
     """
-    rows, runs = list(_compact_runs(Path(out, COMPACT))), Path(out, "runs")
+    runs = Path(out, "runs")
+    rows = [run for run in _compact_runs(Path(out, COMPACT))
+            if not (extend and (runs / run.run_id / "config.json").exists())]
     failed = [_folder_run(runs / plan.run_id) for plan in plans
               if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
     stand = {run.run_id: run for run in (*rows, *failed)

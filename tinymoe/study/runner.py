@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from concurrent import futures
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -106,7 +107,7 @@ def _require_outside(out, text):
     """CorpusError if the results would lie among the texts: the next run would read them as text."""
     if not isinstance(text, (str, Path)) or text == SYNTHETIC:
         return
-    folder, results = Path(text).resolve(), out.resolve()
+    folder, results = (Path(os.path.realpath(path)) for path in (text, out))  # Path.resolve fails for a loop of links
     if results.is_relative_to(folder) and not any(p.startswith(".") for p in results.relative_to(folder).parts):
         raise CorpusError(f"--out {out} lies inside --text {text}, so the results would be read as text: "
                           "choose an --out outside of it")
@@ -120,6 +121,11 @@ def _attempt(plan, corpus, folder, fresh, send):
     except RUN_ERRORS as error:
         kind = "busy" if isinstance(error, Busy) else "failed"
         send(Event(kind, plan.run_id, message=str(error) or type(error).__name__))
+    except SystemError:  # Ctrl-C in compiled code
+        raise
+    except Exception as error:  # in a router, a loss or a `measure` of the user
+        traceback.print_exc()
+        send(Event("failed", plan.run_id, message=f"{type(error).__name__}: {error}: correct it and start again"))
 
 
 def _train_in(pool, tasks, note):

@@ -63,6 +63,12 @@ class Contrast:
     times: float = 1
     over: str | None = None
 
+    def __post_init__(self):
+        if self.minus and self.over:
+            raise ValueError(f"{self}: a contrast is a difference or a ratio: give minus or over")
+        if self.times != 1 and not self.minus:
+            raise ValueError(f"{self}: times is a factor of minus: name that setting")
+
     @property
     def settings(self) -> tuple[str, ...]:
         """The ids of all settings that it needs."""
@@ -160,7 +166,7 @@ class Comparison:
         return self.needed is not None and self.needed <= self.n
 
     def _seeds_of(self, sd):
-        return None if self.margin is None else seeds_needed(sd / self.margin, LEVEL / self.family)
+        return seeds_needed(sd / self.margin, LEVEL / self.family)
 
     @property
     def within(self) -> bool:
@@ -170,7 +176,7 @@ class Comparison:
     @property
     def overlaps(self) -> bool:
         """Whether the interval has numbers inside ±margin."""
-        return self.margin is not None and self.interval.low < self.margin and self.interval.high > -self.margin
+        return self.interval.low < self.margin and self.interval.high > -self.margin
 
     @property
     def verdict(self) -> str:

@@ -117,7 +117,7 @@ def domain_table(results):
     rows = [[str(found.contrast), escaped(domain), *numbers_of(each)] for found in results.primary
             for domain, each in results.by_domain(found.contrast).items()]
     kept = 4 if any(row[3] != "–" for row in rows) else 3
-    return table(["difference", "domain", "mean", "95% interval"][:kept], [row[:kept] for row in rows]) if rows else ""
+    return table(["difference", "domain", "mean", "95% interval"][:kept], [row[:kept] for row in rows])
 
 
 def exploratory_table(results):
@@ -126,11 +126,11 @@ def exploratory_table(results):
              one.verdict] for one in results.exploratory]
     kept = 6 if any(one.tested for one in results.exploratory) else 3  # no interval and no test of one seed
     names = ["quantity", "difference", "mean", "95% interval", "corrected p", "verdict"]
-    return table(names[:kept], [row[:kept] for row in rows]) if rows else ""
+    return table(names[:kept], [row[:kept] for row in rows])
 
 
 def sweep_table(results):
-    """The loss at each learning rate, the lowest in bold; says where the rate taken is at an end of the range."""
+    """The loss at each learning rate, the lowest in bold; says where the chosen rate is at an end of the range."""
     rates, rows = results.experiment.rates, []
     for name, losses in results.sweep.items():
         best = lowest(losses)
@@ -140,7 +140,7 @@ def sweep_table(results):
         rows.append([name, *(f"**{text}**" if rate == best else text for rate, text in zip(rates, shown)),
                      f"{taken:g}{at_an_end(results, taken)}",
                      ", ".join(s.id for s in results.experiment.settings if s.rate_of == name)])
-    return table(["setting", *(f"{rate:g}" for rate in rates), "taken", "taken for it too"], rows) if rows else ""
+    return table(["setting", *(f"{rate:g}" for rate in rates), "chosen rate", "also used for"], rows)
 
 
 def crossing_table(results):

@@ -146,7 +146,7 @@ class Example:
         return _part("4. Which experts ran", f"""
             Counted, not assumed: one expert at a time gets weights that are not numbers (NaN), and the layer runs
             again. The tokens whose output is spoilt are those that the expert served. Experts that ran for each token:
-            {_list(ran.sum(axis=1))}. In all {ran.sum()} of the {ran.size} pairs of token and expert were computed.""",
+            {_list(ran.sum(axis=1))}. {ran.sum()} of the {ran.size} pairs of token and expert were computed.""",
                      _matrix(ran, self.labels, self.experts, "ran", 0, shown=ran))
 
     def one_token(self):

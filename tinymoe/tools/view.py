@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 from pathlib import Path
 
 import click
@@ -131,7 +132,7 @@ def page(folder, text=None):
 
 def belongs_to_a_run(path):
     """Whether a file at this path would replace one of a run, of results, or of their documents. Follows links."""
-    place = Path(path).resolve()
+    place = Path(os.path.realpath(path))
     return (place.name in (*FILES, ".lock", COMPACT, *DOCUMENTS) or place.name.startswith(".lease")
             or place.parent.name == ROUTINGS)
 

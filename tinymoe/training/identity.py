@@ -1,5 +1,6 @@
 """What defines a run, and on which machine it was trained: what config.json records, and what a resume compares."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -38,8 +39,14 @@ def _identity(config):
 
 
 def imports_of(config: dict) -> dict[str, str]:
-    """{name: beginning of its sha256} of the user's files that a run imported, from its config.json."""
-    return {Path(file["path"]).name: file["sha256"][:12] for file in config.get("imports", ())}
+    """{name: beginning of its sha256} of the user's files that a run imported, from its config.json.
+
+    Of files with one name in several folders it has all hashes, whatever their order.
+    """
+    hashes = collections.defaultdict(list)
+    for file in config.get("imports", ()):
+        hashes[Path(file["path"]).name].append(file["sha256"][:12])
+    return {name: " and ".join(sorted(those)) for name, those in hashes.items()}
 
 
 def differing(found: dict, wanted: dict) -> list[str]:

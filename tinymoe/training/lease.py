@@ -61,8 +61,12 @@ class Lease:
             return False
         content = json.dumps({"host": platform.node(), "tag": host_tag(), "pid": os.getpid(),
                               "started": time.time()}).encode()
-        with open(handle, "wb") as file:
-            file.write(content)
+        try:
+            with open(handle, "wb") as file:
+                file.write(content)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(error.errno, f"{error.strerror}: make room, or choose another folder", str(path)) from None
         self.path, self._content = path, content
         after = _leases(self.folder)
         if after.pop(number, (b"",))[0] != content or after != before:

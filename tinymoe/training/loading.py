@@ -31,7 +31,7 @@ def execute_recorded(config: dict) -> None:
     A file is executed if its hash is the recorded one and this user has imported a file of that hash on this machine:
     results from elsewhere cannot bring code with them. Raises one of UNUSABLE for any other file.
     """
-    recorded = config.get("imports", [])
+    recorded = [file for file in config.get("imports", []) if file["sha256"] not in user_files.IMPORTED]
     for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
         if not user_files.imported_before(sha256):
             raise ValueError(f"{path} is not in the list of imported files, {user_files.LIST}")

@@ -120,12 +120,13 @@ class RunFolder:
     def create(self, config: dict, fresh: bool | str):
         """Write config.json, or check that it describes the same run; remove what belongs to no checkpoint.
 
-        fresh: first remove the files of the run that is there, see `train`. Raises RunError if the folder holds another
-        run, or one that nothing describes. A run that continues on another kind of processor, or with other versions,
-        notes that in config.json.
+        fresh: first remove the files of the run that is there, see `train`. One without a row is always removed. Raises
+        RunError if the folder holds another run, or one that nothing describes. A run that continues on another kind of
+        processor, or with other versions, notes that in config.json.
         """
         path = self.path / "config.json"
-        if self.discards(fresh):
+        has_rows = any((self.path / name).exists() for name in FILES if name != "config.json")
+        if self.discards(fresh) or not has_rows:
             for name in FILES:  # summary.json first: after a crash no run looks finished
                 (self.path / name).unlink(missing_ok=True)
         if path.exists():

@@ -63,8 +63,8 @@ def communication_balance_loss(routing: Routing, n_devices: int, max_devices: in
 
 def _by_device(per_expert, n_devices):
     """(E, ...) -> (devices, E / devices, ...)"""
-    if len(per_expert) % n_devices:
-        raise ValueError(f"n_devices {n_devices} must divide n_experts {len(per_expert)}")
+    if n_devices < 1 or len(per_expert) % n_devices:
+        raise ValueError(f"n_devices {n_devices} must be at least 1 and divide n_experts {len(per_expert)}")
     return per_expert.reshape(n_devices, -1, *per_expert.shape[1:])
 
 
@@ -98,6 +98,8 @@ def policy_loss(routing: Routing, nats: np.ndarray) -> Tensor:
     reaches later tokens through attention; the loss leaves that out. Draws that a capacity limit dropped do not count.
     The model takes the mean over its L layers that draw: a coefficient of L gives this gradient, 1 gives 1 / L of it.
     """
+    if (routing.coverage > 1).any():
+        raise ValueError(f"policy_loss takes one expert a token, not {routing.coverage.max()}")
     n = len(nats)
     advantage = (nats - nats.mean()) * n / max(1, n - 1)
     chosen = F.where(routing.mask(), F.log_softmax(routing.logits), 0.0)  # (N, E)

@@ -161,7 +161,7 @@ class ReMoE(LinearRouter, name="remoe"):
     saved with the model. `probs` are the softmax of the logits.
 
     penalty_start: lambda at the start.
-    penalty_factor: what lambda is multiplied or divided by.
+    penalty_factor: what lambda is multiplied or divided by; at least 1.
     """
 
     paper = "Wang 2024 (ReMoE)"
@@ -175,6 +175,12 @@ class ReMoE(LinearRouter, name="remoe"):
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
         self.coefficient = Tensor(np.array(self.penalty_start, dtype))
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        if options.get("penalty_factor", 1) < 1:
+            raise ValueError(f"penalty_factor {options['penalty_factor']} must be at least 1")
 
     def forward(self, x, context):
         logits = self.scores(x)
@@ -240,7 +246,7 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
 
     bias_rate: the largest step, before its mean is subtracted.
     clamp: the slope of tanh at balance; a large one makes the step a sign.
-    momentum: the weight of the steps before.
+    momentum: the weight of the steps before; below 1.
     """
 
     paper = "Singh 2026"
@@ -256,6 +262,12 @@ class MomentumBias(SigmoidBias, name="momentum_bias"):
     def __init__(self, d_model, n_experts, top_k, rng, dtype, **options):
         super().__init__(d_model, n_experts, top_k, rng, dtype, **options)
         self.mean_step = Tensor(np.zeros(n_experts, dtype))
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        if options.get("momentum", 0) >= 1:
+            raise ValueError(f"momentum {options['momentum']} must be at least 0 and below 1")
 
     def _step(self, routing):
         load = routing.demand
@@ -302,7 +314,8 @@ class RealBias(SigmoidBias, name="real_bias"):
     (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
 
     n_real: number of real experts, the first ones; null is all. A model sets it to n_experts.
-    real_k: real experts that a token is to have on average; at most top_k and n_real.
+    real_k: real experts that a token is to have on average; at most top_k and n_real. Where fewer others than K -
+        real_k exist, a token has K minus these at least, and that is the target.
     renormalise: whether a token's gates are divided by their sum. LongCat-Flash does not, and its gate_scale is 6.
     """
 
@@ -325,9 +338,15 @@ class RealBias(SigmoidBias, name="real_bias"):
         if real_k > (most := min(top_k, n_real)):
             raise ValueError(f"real_k {real_k} must be at most {most}, the smaller of top_k and n_real")
 
+    @staticmethod
+    def reachable(real_k, top_k, n_others):
+        """Real experts that a token can have on average: its K choices differ, so at most n_others are not real."""
+        return max(real_k, top_k - n_others)
+
     def _step(self, routing):
         n_real = self.n_real or self.n_experts
-        step = self.real_k / self.top_k / n_real - routing.demand / max(1, routing.n_tokens * self.top_k)
+        real_k = self.reachable(self.real_k, self.top_k, self.n_experts - n_real)
+        step = real_k / self.top_k / n_real - routing.demand / max(1, routing.n_tokens * self.top_k)
         return self.bias_rate * np.where(np.arange(self.n_experts) < n_real, step, 0)
 
 

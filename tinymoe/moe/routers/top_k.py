@@ -34,7 +34,7 @@ class TopK(LinearRouter, name="top_k"):
 
     paper = "Fedus 2021; Jiang 2024"
     formula = "p = softmax(x W); the K largest p; gates p / (sum of the chosen p), or p for K = 1"
-    used_by = "Switch, Mixtral, Qwen3-MoE; with raw gates, Grok-1 and OLMoE; with 16 p as gates and groups, DeepSeek-V2"
+    used_by = "Switch, Mixtral, Qwen3-MoE; Grok-1 and OLMoE (raw gates); DeepSeek-V2 (gates 16 p, experts in groups)"
     renormalise: bool | None = None
     jitter: float = 0.0
     n_groups: int = 1
