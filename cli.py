@@ -300,8 +300,6 @@ def study(quick, full, steps, configs, seeds, out, plot, plot_only, overrides, *
     if how["extend"] and (scale == "full" or how["fresh"]):
         raise click.UsageError("--extend continues existing runs: leave --full and --fresh out")
     model, training = _settings(overrides)
-    if steps and "steps" in training:
-        raise click.UsageError("--steps and --set steps are one setting: give one of them")
     fields = {"only": list(dict.fromkeys(configs)), "model": model,
               "training": ({"steps": steps} if steps else {}) | training}
     out = out or RESULTS / {"quick": "quick", "default": "full", "full": "planned"}[scale]
@@ -379,15 +377,15 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
     import dataclasses
 
     from tinymoe import kernels
-    from tinymoe.study.rows import remaining, rows_replaced
+    from tinymoe.study.rows import ANEW, forget_begun, remaining
     from tinymoe.study.runner import run_study
     from tinymoe.tools.progress import Progress
     runs = [dataclasses.replace(run, imports=imports) for run in runs]
     with _refusing(ValueError, OSError):
+        forget_begun(out)
         todo = runs if fresh else remaining(runs, out, text, extend)
         if extend and todo:
-            with rows_replaced(todo, out):
-                _lengthen(todo, out, text)
+            _lengthen(todo, out, text)
     if len(todo) < len(runs):
         click.echo(f"{len(runs) - len(todo)} of {len(runs)} runs are finished in {out}")
     if not todo:
@@ -404,14 +402,15 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     how = "The same command resumes from the last checkpoints."
     if fresh:
-        how = "Leave --fresh out to resume; runs that had not begun keep their old results."
-    with (_ending_if_interrupted(f"\nInterrupted. {how}"),
-          _refusing(OSError), rows_replaced(todo if fresh else (), out), progress.bar):
-        failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
+        how = f"Leave --fresh out to resume. Runs that had not begun keep their old results if you delete {out / ANEW}."
+    with _ending_if_interrupted(f"\nInterrupted. {how}"), _refusing(ValueError, OSError), progress.bar:
+        try:
+            failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
+        finally:
+            forget_begun(out)
     _say_failures(failures)
     if failures and fresh:
-        _say("To go on, run the command without --fresh, which deletes finished runs too. Runs that had not begun keep "
-             "their old results.")
+        _say("To go on, run the command without --fresh, which deletes finished runs too.")
     return failures
 
 

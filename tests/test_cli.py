@@ -189,7 +189,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(text, tmp_path, monk
     code, output = study(text, tmp_path / "torn", "--config", "F")
     assert code == 130 and "Interrupted. The same command resumes from the last checkpoints." in output
     code, output = study(text, tmp_path / "fresh", "--config", "F", "--fresh")
-    assert code == 130 and "Interrupted. Leave --fresh out to resume; runs" in output
+    assert code == 130 and "Interrupted. Leave --fresh out to resume. Runs" in output
     monkeypatch.undo()
     for out in ("torn", "whole"):
         assert study(text, tmp_path / out, "--config", "F")[0] == 0
@@ -243,9 +243,37 @@ def test_a_compact_study_is_lengthened_where_its_folders_are_there(text, tmp_pat
     assert "1 run was lengthened" in (tmp_path / "FINDINGS.md").read_text()
 
 
-def test_steps_are_given_once(tmp_path):
-    code, output = invoke("study", "--quick", "-n", 8, "--set", "steps=3", "--out", tmp_path / "out")
-    assert code == 2 and "--steps and --set steps are one setting" in output
+@pytest.mark.parametrize("compact", [False, True])
+def test_fresh_that_was_interrupted_goes_on_without_it(text, tmp_path, monkeypatch, compact):
+    """Also after a kill, which cleans nothing up. Would have caught: settings of before and after side by side."""
+    real, two = train.Trainer.learn, ("--config", "F", "--config", "D")
+    assert study(text, tmp_path, *two)[0] == 0
+    if compact:
+        assert CliRunner().invoke(cli.main, ["compact", str(tmp_path)]).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "learn", lambda self, *batch: real(self, *batch) if self.step < 3
+                      else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("tinymoe.study.rows.forget_begun", lambda out: None)
+        code, output = study(text, tmp_path, *two, "--fresh", learning_rate=0.001)
+    assert code == 130 and "Leave --fresh out to resume" in output
+    code, output = study(text, tmp_path, *two, learning_rate=0.001)
+    assert code == 0 and "2 run(s) of 6 steps" in output, output
+    configs = [files.read_json(tmp_path / f"runs/{name}-seed0/config.json") for name in "FD"]
+    assert [config["training"]["learning_rate"] for config in configs] == [0.001] * 2
+    assert not (tmp_path / "fresh.json").exists()
+    assert not compact or files.read_rows(tmp_path / "runs.jsonl") == []
+    assert invoke("study", "--plot-only", "--out", tmp_path)[0] == 0
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: pytest.fail("it trained"))
+    assert study(text, tmp_path, *two, learning_rate=0.001)[0] == 0
+
+
+def test_fresh_that_begins_no_run_leaves_the_old_results(text, tmp_path, monkeypatch):
+    assert study(text, tmp_path, "--config", "F")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("tinymoe.study.runner._attempt", lambda *task, **how: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert study(text, tmp_path, "--config", "F", "--fresh")[0] == 130
+    monkeypatch.setattr(train.Trainer, "learn", lambda self, *batch: pytest.fail("it trained"))
+    assert study(text, tmp_path, "--config", "F")[0] == 0 and not (tmp_path / "fresh.json").exists()
 
 
 def test_a_loop_of_links_is_no_traceback(tmp_path):

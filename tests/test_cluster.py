@@ -281,7 +281,7 @@ def test_a_text_that_changed_since_a_worker_read_it_is_read_again(text, tmp_path
     monkeypatch.setattr(cluster, "get_worker", Worker)
     for described in (new.describe(), {}):
         with contextlib.suppress(CorpusError):
-            cluster._work(lambda plan, corpus, *rest: found.append(corpus()), str(path), 16, described,
+            cluster._work(lambda plan, folder, fresh, corpus, send: found.append(corpus()), str(path), 16, described,
                           kernels.active(), cluster._code(), tiny(), tmp_path, False)
     assert [corpus.describe() for corpus in found] == [new.describe()]
 

@@ -93,8 +93,10 @@ def decided():
         numbers = difference.split(": ")[-1]
         place = experiment.replace("(", "(results/published/")
         rows.append(f"| {answer.strip('*')} | {settings}: {numbers} | {place} |")
-    unknown = [f"{question} (`{re.search(r'[^[]+(?=])', experiment)[0]}`)"
-               for question, *_, experiment in rows_below("question, not known")] or ["nothing that was asked."]
+    where = {}
+    for question, *_, experiment in rows_below("question, not known"):
+        where.setdefault(question, []).append(f"`{re.search(r'[^[]+(?=])', experiment)[0]}`")
+    unknown = [f"{question} ({' and '.join(those)})" for question, those in where.items()] or ["nothing."]
     return "\n".join(rows), textwrap.fill("Not known: " + " ".join(unknown), 125)
 
 

@@ -48,7 +48,7 @@ class _Client(Client):
 class Cluster(futures.Executor):
     """The workers of the Dask scheduler at `address`.
 
-    attempt: attempt(plan, corpus, folder, fresh, send) trains a run; workers import it by its name. text, seq_len,
+    attempt: attempt(plan, folder, fresh, corpus, send) trains a run; workers import it by its name. text, seq_len,
     corpus: what workers read, and what they must find. Raises ClusterError.
     """
 
@@ -81,7 +81,7 @@ class Cluster(futures.Executor):
                 self._news.append(Event("resumed", plan.run_id, step, steps=plan.training.steps))
         self._n_sent += 1
         future = self._client.get_executor(pure=False, retries=2).submit(
-            self._work, plan, folder.absolute(), fresh and self._command,
+            self._work, plan, folder.absolute(), fresh,
             key=(f"train-{self._command}", plan.run_id, self._n_sent),
             priority=bool(self._reached[plan.run_id]))  # begun runs first
         self._sent[future] = plan, folder
@@ -224,7 +224,7 @@ def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
             os.environ["NUMBA_NUM_THREADS"] = "1"  # a nanny does not set it
         kernels.use(kind)
         kernels.set_threads(1)
-        attempt(plan, corpus, folder, fresh, send)
+        attempt(plan, folder, fresh, corpus, send)
         return last
     return Event("busy", plan.run_id)
 

@@ -1,14 +1,15 @@
 """Result rows: the runs that a study left on disk, read back and checked, and how far runs are that still train."""
 
 import json
-from contextlib import contextmanager, suppress
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
-from ..files import from_json, printable, read_json, read_rows, write_rows
+from ..files import from_json, printable, read_json, read_rows, write_json, write_rows
 from ..moe.losses import LOSSES
 from ..moe.routers import ROUTERS
 from ..training.data import load_corpus
@@ -19,6 +20,7 @@ from ..training.run_folder import RunFolder
 from .quantities import LOSS, QUANTITIES, experts_per_token
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
+ANEW = "fresh.json"  # {run id: name of the command --fresh that is to throw the old run away, once}
 
 
 def between(low, high):
@@ -182,17 +184,18 @@ def _progress(place):
 def remaining(plans, out, text=None, extend=False) -> list:
     """The RunPlans that are to be trained, or looked at: all but those that out/runs.jsonl holds as finished.
 
-    A sweep run that failed counts as finished: at its rate training does not stay finite. extend: leave out no run that
-    has its folder. Raises ValueError where a row is of other settings, and for a run that starts from one whose folder
-    is gone; CorpusError for a text that cannot be read.
+    A sweep run that failed counts as finished: at its rate training does not stay finite. One that is `to_begin_anew`
+    does not. extend: leave out no run that has its folder. Raises ValueError where a row is of other settings, and for
+    a run that starts from one whose folder is gone; CorpusError for a text that cannot be read.
     """
     runs = Path(out, "runs")
     rows = [run for run in _compact_runs(Path(out, COMPACT))
             if not (extend and (runs / run.run_id / "config.json").exists())]
     failed = [_folder_run(runs / plan.run_id) for plan in plans
               if "@" in plan.config_id and (runs / plan.run_id / "failure.json").exists()]
-    stand = {run.run_id: run for run in (*rows, *failed)
-             if run.state == "finished" or run.state == "failed" and "@" in run.config_id}
+    anew = to_begin_anew(out)
+    stand = {run.run_id: run for run in (*rows, *failed) if run.run_id not in anew
+             and (run.state == "finished" or run.state == "failed" and "@" in run.config_id)}
     todo = [plan for plan in plans if plan.run_id not in stand]
     for plan in todo:
         if plan.start_id in stand and not (runs / plan.start_id).exists():
@@ -206,29 +209,40 @@ def remaining(plans, out, text=None, extend=False) -> list:
     return todo
 
 
-@contextmanager
-def rows_replaced(plans, out):
-    """Afterwards, take the rows of these RunPlans out of out/runs.jsonl whose run has begun again in its folder.
+def to_begin_anew(out) -> dict[str, str]:
+    """{run id: name of a command --fresh} of the runs that it throws away once: see `RunFolder.discards`."""
+    found = _json(Path(out, ANEW))
+    return found if isinstance(found, dict) else {}
 
-    Raises Damaged, before anything is trained, where the file is.
+
+def begin_anew(out, run_ids):
+    """Note that these runs are to be thrown away once, by a command that gets a name here."""
+    write_json(Path(out, ANEW), to_begin_anew(out) | dict.fromkeys(run_ids, uuid.uuid4().hex[:8]))
+
+
+def forget_begun(out):
+    """Take the runs out of runs.jsonl that have begun again in their folders, or go on there; and out of fresh.json the
+    commands of which all runs have begun, or none, whose old results then stay.
+
+    Raises Damaged, before anything is changed, where runs.jsonl is.
     """
-    path, ids = Path(out, COMPACT), {plan.run_id for plan in plans}
-    there = ids and ids & {run.run_id for run in _compact_runs(path)}
-    before = {run_id: _written(out, run_id) for run_id in there}
-    try:
-        yield
-    finally:
-        if begun := {run_id for run_id in there if _written(out, run_id) not in (None, before[run_id])}:
-            _write_compact(out, [run for run in _compact_runs(path) if run.run_id not in begun])
+    rows, anew = list(_compact_runs(Path(out, COMPACT))), to_begin_anew(out)
+    kept = [run for run in rows if not _begun_again(out, run)]
+    if len(kept) < len(rows):
+        _write_compact(out, kept)
+    waits = {run_id: RunFolder(Path(out, "runs", run_id)).discards(name) for run_id, name in anew.items()}
+    halfway = {name for name in anew.values() if len({waits[run_id] for run_id in anew if anew[run_id] == name}) == 2}
+    left = {run_id: name for run_id, name in anew.items() if name in halfway}
+    if left != anew:
+        write_json(Path(out, ANEW), left)
+    if not left:
+        Path(out, ANEW).unlink(missing_ok=True)
 
 
-def _written(out, run_id):
-    """What tells one config.json of a run from a later one; None without it."""
-    try:
-        found = Path(out, "runs", run_id, "config.json").stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+def _begun_again(out, run):
+    """Whether the folder of a run of runs.jsonl holds another one of its id: by --fresh, or longer by --extend."""
+    config = _json(Path(out, "runs", run.run_id, "config.json"))
+    return bool(config) and any(config.get(name) != run.config.get(name) for name in ("fresh", "extended"))
 
 
 def _unknown_names(model):

@@ -28,6 +28,7 @@ from ..training.identity import RunError
 from ..training.plan import Event
 from ..training.run_folder import Busy, RunFolder
 from ..training.trainer import NonFiniteLoss, train
+from .rows import begin_anew, to_begin_anew
 
 # errors that end one run and leave the others alone
 RUN_ERRORS = (NonFiniteLoss, RunError, CheckpointError, CorpusError, OSError, MemoryError)
@@ -41,10 +42,11 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     """Train the RunPlans that are not finished under out/runs, `jobs` at a time. Returns {run id: why it failed}.
 
     text: None for the default corpus, a path, or what else load_corpus takes. fresh: throw away what these runs left
-    before. on_event: called in this process with each Event. scheduler: the address of a Dask scheduler, whose workers
-    train instead of this machine. A failed run does not stop the others; runs that start from others wait for them.
-    Raises data.CorpusError, cluster.ClusterError, OSError if nothing can be written, ValueError for no run and for two
-    of one id, and SystemExit in a program that starts workers without `if __name__ == "__main__":`.
+    before, once: a later call without it goes on with those that have begun again. on_event: called in this process
+    with each Event. scheduler: the address of a Dask scheduler, whose workers train instead of this machine. A failed
+    run does not stop the others; runs that start from others wait for them. Raises data.CorpusError,
+    cluster.ClusterError, OSError if nothing can be written, ValueError for no run and for two of one id, and SystemExit
+    in a program that starts workers without `if __name__ == "__main__":`.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that still imports the program
         raise SystemExit(UNGUARDED)
@@ -57,6 +59,10 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     seq_len, failures = all_runs[0].model.seq_len, {}
     corpus = load_corpus(text, seq_len)
     _make_folders(Path(out), folders.values())
+    if fresh:
+        begin_anew(out, folders)
+    anew = to_begin_anew(out)
+    tasks = {plan.run_id: (plan, folders[plan.run_id], anew.get(plan.run_id, False)) for plan in all_runs}
 
     def note(event):
         if event.kind in ("failed", "busy"):
@@ -68,14 +74,14 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
             if plan.start_id in failures:
                 note(Event("failed", plan.run_id, message=f"its start, the run {plan.start_id}, failed"))
         stage = [plan for plan in stage if plan.run_id not in failures]
-        todo = [plan for plan in stage if fresh or RunFolder(folders[plan.run_id]).summary() is None]
+        todo = [plan for plan in stage if RunFolder(folders[plan.run_id]).is_to_do(anew.get(plan.run_id, False))]
         elsewhere = {plan.run_id for plan in todo if scheduler or min(jobs, len(todo)) > 1}
         for plan in stage:
             if plan.run_id not in elsewhere:  # a finished run is only checked
-                _attempt(plan, lambda: corpus, folders[plan.run_id], fresh, note)
+                _attempt(*tasks[plan.run_id], corpus=lambda: corpus, send=note)
         if elsewhere:
             with _executor(min(jobs, len(todo)), scheduler, out, text=text, seq_len=seq_len, corpus=corpus) as pool:
-                _train_in(pool, [(plan, folders[plan.run_id], fresh) for plan in todo], note)
+                _train_in(pool, [tasks[plan.run_id] for plan in todo], note)
     for run_id, folder in folders.items():
         if run_id not in failures and not folder.exists():
             note(Event("failed", run_id, message=f"{folder} vanished: run the same command again"))
@@ -113,7 +119,7 @@ def _require_outside(out, text):
                           "choose an --out outside of it")
 
 
-def _attempt(plan, corpus, folder, fresh, send):
+def _attempt(plan, folder, fresh, corpus, send):
     """Train one run and report on it; corpus() gives the corpus, or raises CorpusError."""
     try:
         train(plan, corpus(), folder, send, fresh)
@@ -268,7 +274,7 @@ def _work(pipe, read):
     with contextlib.suppress(EOFError, OSError):  # likewise
         while True:
             plan, folder, fresh = pipe.recv()
-            _attempt(plan, corpus, folder, fresh, send)
+            _attempt(plan, folder, fresh, corpus, send)
 
 
 def _exit_with_parent():

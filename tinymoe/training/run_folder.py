@@ -59,6 +59,10 @@ class RunFolder:
             self.require_same(config)
         return summary
 
+    def is_to_do(self, fresh: bool | str) -> bool:
+        """Whether the run is to be trained: it is not finished, or is thrown away."""
+        return self.discards(fresh) or self.summary() is None
+
     def discards(self, fresh: bool | str) -> bool:
         """Whether `fresh` throws away the run that is there: True does, a command's name unless it began that run."""
         if not isinstance(fresh, str):
