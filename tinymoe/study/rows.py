@@ -221,8 +221,8 @@ def begin_anew(out, run_ids):
 
 
 def forget_begun(out):
-    """Take the runs out of runs.jsonl that have begun again in their folders, or go on there; and out of fresh.json the
-    commands of which all runs have begun, or none, whose old results then stay.
+    """Take the runs out of runs.jsonl that have begun again in their folders, or go on there; and commands out of
+    fresh.json of which all runs have begun, or none: then the old results stay.
 
     Raises Damaged, before anything is changed, where runs.jsonl is.
     """
@@ -230,8 +230,8 @@ def forget_begun(out):
     kept = [run for run in rows if not _begun_again(out, run)]
     if len(kept) < len(rows):
         _write_compact(out, kept)
-    waits = {run_id: RunFolder(Path(out, "runs", run_id)).discards(name) for run_id, name in anew.items()}
-    halfway = {name for name in anew.values() if len({waits[run_id] for run_id in anew if anew[run_id] == name}) == 2}
+    begun = {run_id for run_id, name in anew.items() if not RunFolder(Path(out, "runs", run_id)).discards(name)}
+    halfway = {anew[run_id] for run_id in begun} & {anew[run_id] for run_id in anew.keys() - begun}
     left = {run_id: name for run_id, name in anew.items() if name in halfway}
     if left != anew:
         write_json(Path(out, ANEW), left)

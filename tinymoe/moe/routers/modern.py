@@ -314,8 +314,8 @@ class RealBias(SigmoidBias, name="real_bias"):
     (real_k / K / n_real - load_e / (N K)) for these; the bias of the others stays 0, and they share what is left.
 
     n_real: number of real experts, the first ones; null is all. A model sets it to n_experts.
-    real_k: real experts that a token is to have on average; at most top_k and n_real. Where fewer others than K -
-        real_k exist, a token has K minus these at least, and that is the target.
+    real_k: real experts that a token is to have on average; at most top_k and n_real. A token's K experts differ, so
+        with fewer than K - real_k others it cannot have so few: then the target is K minus the others.
     renormalise: whether a token's gates are divided by their sum. LongCat-Flash does not, and its gate_scale is 6.
     """
 
