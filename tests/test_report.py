@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from test_train import forget
 from tinymoe.experiments import STUDY
 from tinymoe.files import read_rows, save_arrays, write_rows
 from tinymoe.model.config import ModelConfig
@@ -589,7 +590,9 @@ class OfAFile(LinearRouter, name="of_a_file"):
 
 def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path, monkeypatch):
     """As long as the file is as it was, and was imported here before: a folder from elsewhere brings no code along."""
-    monkeypatch.setattr(user_files, "IMPORTED", {hashlib.sha256(ROUTER.encode()).hexdigest()})
+    monkeypatch.setattr(user_files, "IMPORTED", set())
+    monkeypatch.setattr(user_files, "LIST", tmp_path / "imports")
+    user_files.LIST.write_text(hashlib.sha256(ROUTER.encode()).hexdigest())
     path, study = tmp_path / "of_a_file.py", tmp_path / "study"
     folder = write_run(study, "A", 0, 2.0)
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {
@@ -606,13 +609,11 @@ def test_a_router_of_a_file_is_loaded_again_or_said_to_be_unknown(tmp_path, monk
             assert (said in " ".join(compare.cautions(compare.groups([study])))) is (text != ROUTER)
         assert math.isfinite(quantities.value(load_runs(study)[0], "megaflops"))
         assert "A was changed: router is of_a_file, not top_k" in findings(study)
-        ROUTERS.pop("of_a_file")
+        forget("of_a_file")
         shutil.rmtree(study / "runs")
-        identity.execute_files.cache_clear()
         assert said not in findings(study)  # from runs.jsonl alone
-        ROUTERS.pop("of_a_file")
-        identity.execute_files.cache_clear()
-        monkeypatch.setattr(user_files, "IMPORTED", set())
+        forget("of_a_file")
+        user_files.LIST.unlink()
         assert said in findings(study) and "of_a_file" not in ROUTERS
     finally:
         ROUTERS.pop("of_a_file", None)
