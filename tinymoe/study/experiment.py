@@ -28,8 +28,8 @@ class Scale:
 
 SMALL = {"n_layers": 4, "d_model": 64, "d_ff": 256, "moe_layers": (1, 3)}
 FEW = {"final_windows": 64}  # where all validation windows would take as long as the training
-CURVES = {"n_evaluations": 10, "eval_windows": 16}  # of an experiment
-ALL_WINDOWS = CURVES | {"final_windows": 1000}  # all validation windows are scored at the end
+EVALUATIONS = {"n_evaluations": 10, "eval_windows": 16}  # of an experiment
+ALL_WINDOWS = EVALUATIONS | {"final_windows": 1000}  # all validation windows are scored at the end
 SCALES = {"quick": Scale(SMALL, 60, 2, FEW), "default": Scale(SMALL, 500, 3, FEW)}
 CANDIDATES = (1e-3, 2e-3, 4e-3, 8e-3)  # peak learning rates of a sweep
 SWEEP_SEEDS = (100, 101)  # they choose the learning rates, and are in no other number
@@ -168,7 +168,7 @@ class Experiment:
     caution: str = ""  # what it cannot show
     claims: tuple = ()
     model: dict = field(default_factory=dict)  # fields of ModelConfig, and of TrainConfig, for all settings
-    training: dict = field(default_factory=CURVES.copy)
+    training: dict = field(default_factory=EVALUATIONS.copy)
     scales: dict = field(default_factory=lambda: SCALES)
     text: str | None = None  # the corpus, None for the default
     measure: Callable | None = None  # measure(trainer) -> {name: number}, asked of every trained model
