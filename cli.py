@@ -186,14 +186,15 @@ def _scheduler(context, option, value):
 
 def _execute_files(context, option, paths):
     """Run the files of --import; returns their absolute paths."""
+    paths = tuple(map(os.path.abspath, paths))
     if paths:
-        from tinymoe.moe import routers
-        with _refusing(ValueError):
-            for path in paths:
-                routers.load_file(path)
-            for router in routers.ROUTERS.values():
+        from tinymoe.moe.routers import ROUTERS
+        from tinymoe.training.identity import RunError, execute_files
+        with _refusing(RunError, ValueError):
+            execute_files(paths)  # which training asks for again, and does not run again
+            for router in ROUTERS.values():
                 router.options()  # ValueError where they cannot be read
-    return tuple(map(os.path.abspath, paths))
+    return paths
 
 
 def _cores():
@@ -337,7 +338,7 @@ def _conduct(experiment, scale, seeds, out, plot, show, fields=None, **how):
                 click.echo(f"{len(draw_all(results))} figure(s) in {out / 'figures'}")
         finally:  # the document shows the figures that are there
             report.write_findings(results)
-            report.write_summary_csv(out)
+            report.write_summary_csv(results)
     show(results)
     click.echo(f"findings in {out / 'FINDINGS.md'}")
     if failures:
@@ -357,8 +358,12 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
         seeds = seeds or size.seeds
         runs = experiment.runs(size, seeds, **fields)
         sweep = experiment.sweep(size, **fields) if chooses else []
+        if both := {run.seed for run in sweep} & {run.seed for run in runs}:
+            raise ValueError(f"--seeds {seeds} would use seed {min(both)}, which chooses learning rates: give fewer")
+    anew = [run.run_id for run in (*sweep, *runs)]  # noted at once: without --fresh the command goes on with both
     if sweep:
-        failures = _train(sweep, out, **how)
+        failures = _train(sweep, out, anew, **how)
+        anew = ()
         if not all(" is not finite at step " in message for message in failures.values()):  # see NonFiniteLoss
             message = "No learning rate was chosen, so nothing else was trained: correct what failed first."
             raise SystemExit(_say(message))
@@ -366,14 +371,17 @@ def _train_all(experiment, scale, seeds, out, fields, **how):
             rates = best_rates(experiment, load_runs(out), fields.get("only"))
         click.echo("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
         runs = experiment.runs(size, seeds, rates=rates, **fields)
-    failures = _train(runs, out, **how)
+    failures = _train(runs, out, anew, **how)
     if len(failures) == len(runs):
         raise SystemExit(1)
     return failures
 
 
-def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
-    """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}."""
+def _train(runs, out, anew, text, jobs, fresh, imports, scheduler, extend=False):
+    """Train the runs that runs.jsonl does not hold, with a progress bar, and say which failed: {run id: message}.
+
+    anew: the ids of what --fresh throws away; none where it was noted before.
+    """
     import dataclasses
 
     from tinymoe import kernels
@@ -405,7 +413,7 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
         how = f"Leave --fresh out to resume. Runs that had not begun keep their old results if you delete {out / ANEW}."
     with _ending_if_interrupted(f"\nInterrupted. {how}"), _refusing(ValueError, OSError), progress.bar:
         try:
-            failures = run_study(todo, out, text, jobs=jobs, fresh=fresh, on_event=progress.note, scheduler=scheduler)
+            failures = run_study(todo, out, text, jobs, fresh and anew, progress.note, scheduler)
         finally:
             forget_begun(out)
     _say_failures(failures)
@@ -415,7 +423,7 @@ def _train(runs, out, text, jobs, fresh, imports, scheduler, extend=False):
 
 
 def _lengthen(runs, out, text):
-    """Let those that are there go on to more steps: all of them, or none where one cannot."""
+    """Let those that are there go on to more steps. All are checked first: where one cannot, none is changed."""
     from tinymoe.training.data import load_corpus
     from tinymoe.training.run_folder import RunFolder
     corpus = load_corpus(text, runs[0].model.seq_len)
@@ -748,7 +756,7 @@ def probe(subject, steps, ids, text, imports, overrides):
     click.echo("leaks: share of earlier tokens whose experts change when later tokens do, by this layer's own choice.\n"
                "effective experts: exp(entropy of the load). largest load: share of all assignments.\n"
                "dead: experts under 1% of their fair share.")
-    click.echo("\n".join(["\nalarms", *(probes.alarms(model, ids, targets, domain) or ["none"])]))
+    click.echo("\n".join(["\nalarms", *(probes.alarms(model, reports, ids, targets, domain) or ["none"])]))
     effects = {"later tokens, as evaluated": probes.causality(model, ids, domain=domain),
                "later tokens, as trained": probes.causality(model, ids, domain=domain, training=True),
                "later tokens, routed on the prefix alone": probes.causality(model, ids, domain=domain, causal=True)}

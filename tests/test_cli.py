@@ -651,6 +651,12 @@ def test_an_imported_file_makes_its_router_known_with_its_options(tmp_path, monk
     assert code == 0 and output.startswith("mine_cli after 1 steps"), output
 
 
+def test_an_imported_file_is_run_once(text, tmp_path):
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'times')!r}, 'a').write('once')")
+    assert study(text, tmp_path / "out", "--config", "F", "--import", tmp_path / "mine.py")[0] == 0
+    assert (tmp_path / "times").read_text() == "once"
+
+
 @pytest.mark.parametrize("table, code, message", [
     (ROUTERS, """
 from tinymoe.moe.routers import LinearRouter

@@ -229,6 +229,18 @@ def test_a_published_config_that_lacks_a_size_is_not_counted_as_another_model(lo
         params.architecture({name: value for name, value in TINY_MIXTRAL.items() if name != lost})
 
 
+def test_a_grok_config_of_either_spelling_is_tied_unless_it_says_otherwise():
+    """Untied, it has another 131,072 x 6,144 weights. Would have caught: a dense model, where K or E was missing."""
+    config = {key: value for key, value in PUBLISHED["grok-1"].items() if key != "tie_word_embeddings"}
+    other = {"num_experts" if key == "num_local_experts" else key: value for key, value in config.items()}
+    untied = config | {"tie_word_embeddings": False}
+    assert [params.count(params.architecture(each))[-1].total for each in (config, other, untied)] == [
+        315_684_820_992, 315_684_820_992, 315_684_820_992 + 131_072 * 6_144]
+    for lost in ("num_experts", "num_experts_per_tok", "num_key_value_heads"):
+        with pytest.raises(ValueError, match=f"lacks {lost}"):
+            params.architecture({key: value for key, value in other.items() if key != lost})
+
+
 def test_a_deepseek_config_says_whether_its_queries_have_a_latent():
     """Width 1536 or none: D r + r H 192 + r, or D H 192 weights in each of 61 layers."""
     config = PUBLISHED["deepseek-v3"]

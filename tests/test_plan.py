@@ -14,12 +14,13 @@ import cli
 from test_experiments import TOY
 from test_report import LOSSES, STUDY, change, layer_row, row, write_run, write_study
 from tinymoe.experiments import EXPERIMENTS
-from tinymoe.study import figures, gathered, quantities, report, tables
+from tinymoe.study import figures, gathered, quantities, report, runner, tables
 from tinymoe.study.experiment import CANDIDATES, Claim, Effect, Experiment, Primary, Setting, sweep_id
 from tinymoe.study.quantities import LOSS, value
 from tinymoe.study.results import Results, best_rates, sweep_losses
 from tinymoe.study.rows import RunRecord, load_runs
 from tinymoe.study.statistics import Comparison, Contrast, corrected, holm
+from tinymoe.training import trainer
 
 SMALL = dict(batch_size=2, n_evaluations=2, eval_windows=2, final_windows=3)
 ONE_EXPERT = {"n_experts": 1, "top_k": 1, "aux_coef": 0.0}
@@ -218,6 +219,27 @@ def test_rows_of_other_settings_are_refused_and_fresh_is_the_remedy(copy, monkey
     assert "with other settings (training steps is 4, not 2)" in typed(copy, code=1)
     assert "8 run(s) of 2 steps" in typed(copy, "--fresh")
     assert {run.summary["steps"] for run in load_runs(copy)} == {2}
+
+
+@pytest.mark.parametrize("stop", [3, 8])  # within the sweep, and between it and the first run
+def test_fresh_that_was_interrupted_throws_the_runs_after_the_sweep_away_too(copy, monkeypatch, stop):
+    real, begun = trainer.train, []
+
+    def interrupted(plan, *more):
+        if len(begun) == stop:
+            raise KeyboardInterrupt
+        begun.append(plan.run_id)
+        return real(plan, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train", interrupted)
+        assert "Leave --fresh out to resume" in typed(copy, "--fresh", code=130)
+    assert "6 run(s) of 4 steps" in typed(copy) and not (copy / "fresh.json").exists()
+    assert len(list(copy.glob("runs/*/summary.json"))) == 14
+
+
+def test_the_seeds_that_choose_rates_are_in_no_mean(copy):
+    assert "--seeds 101 would use seed 100, which chooses" in typed(copy, "--seeds", "101", code=2)
 
 
 def test_a_failed_run_of_a_sweep_is_not_tried_again_and_another_is(copy):

@@ -36,8 +36,7 @@ def test_who_leaks(changes, evaluated, trained):
     assert (probes.causality(m, IDS, training=True).tokens > 0) == trained
     if evaluated:
         assert probes.causality(m, IDS).logits > 1e-4
-        if changes.get("router") != "noisy_top_k":
-            assert probes.causality(m, IDS, causal=True).tokens == 0
+        assert probes.causality(m, IDS, causal=True).tokens == 0
 
 
 @pytest.mark.parametrize("changes, depends",
@@ -96,7 +95,7 @@ def test_a_leak_is_of_the_layer_that_chooses(routers_, which):
     assert [r.declared for r in found] == [(name != "expert_choice",) * 2 for name in routers_]
     assert (probes.causality(m, IDS).tokens > 0) == bool(which)
     assert all(part.change_routing is None for part in m.moe_parts())
-    leaking = [a for a in probes.alarms(m, IDS, TARGETS) if "leaks" in a]
+    leaking = [a for a in probes.alarms(m, found, IDS, TARGETS) if "leaks" in a]
     assert [a.split(":")[0] for a in leaking] == [f"layer {i}" for i in which]
 
 

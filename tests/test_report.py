@@ -169,7 +169,7 @@ def test_failed_unfinished_and_torn_runs_are_named(tmp_path):
     assert "`C-seed2` failed (loss is nan at step 7, beginning in block 3)" in text and "`C-seed{0,1}`" in text
     assert "`D-seed1` is not finished" in text and "`Z-seed0` is not finished" in text
     assert [len(run.log) for run in load_runs(tmp_path) if run.run_id == "A-seed0"] == [3]
-    with open(report.write_summary_csv(tmp_path)) as file:
+    with open(report.write_summary_csv(Results(STUDY, tmp_path))) as file:
         states = {line["run_id"]: line["state"] for line in csv.DictReader(file)}
     assert len(states) == 22 and states["C-seed2"] == "failed" and states["Z-seed0"] == "unfinished"
 
@@ -208,7 +208,7 @@ def test_a_dense_control_has_no_experts_to_report(tmp_path):
     assert [path.name for path in draw_all(tmp_path)] == ["at_the_end.png", "over_steps.png"]
     write_run(tmp_path, "E", 0, 1.5)
     assert "routed as in training (nats), `E`: 0.250; needs > 0" in findings(tmp_path) and len(draw_all(tmp_path)) == 6
-    assert "D,0,finished" in report.write_summary_csv(tmp_path).read_text()
+    assert "D,0,finished" in report.write_summary_csv(Results(STUDY, tmp_path)).read_text()
 
 
 def test_where_the_entropy_of_the_text_is_known_the_loss_above_it_is_told(tmp_path):
@@ -259,7 +259,7 @@ def test_flipped_bits_of_rows_change_nothing_or_are_refused_in_one_line(tmp_path
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1:])
         try:
             after = findings(tmp_path)
-            report.write_summary_csv(tmp_path)
+            report.write_summary_csv(Results(STUDY, tmp_path))
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error) and re.search(r"-seed\d|runs.jsonl: line", str(error)), (at, bit)
@@ -883,7 +883,7 @@ def test_a_quantity_is_added_in_one_place(tmp_path, monkeypatch):
     monkeypatch.setitem(quantities.QUANTITIES, "top_share", new)
     results = Results(STUDY, tmp_path)
     assert results.cell("top_share", "A") == "1.00" and results.cell("top_share", "C") == "0.25"
-    with open(report.write_summary_csv(tmp_path)) as file:
+    with open(report.write_summary_csv(Results(STUDY, tmp_path))) as file:
         assert {line["config_id"]: line["top_share"] for line in csv.DictReader(file)}["C"] == "0.25"
     with figures.default_style():
         assert figures.over_steps("A", "top_share")(results).axes[0].get_ylabel() == "largest share of the load"

@@ -610,8 +610,9 @@ def test_cosines_by_hand():
     np.testing.assert_allclose(router(x, RouteContext()).logits.data[0], [60, 80, -100])
     with pytest.raises(ValueError, match="temperature 0.001 must be at least 0.01"):
         routers.make("cosine_top_k", 2, 3, 2, temperature=.001)
-    with pytest.raises(ValueError, match="router_std 0 must be above 0"):
-        routers.make("cosine_top_k", 2, 3, 2, router_std=0)
+    for name in ("cosine_top_k", "normalised_top_k"):
+        with pytest.raises(ValueError, match=f"router_std 0 must be above 0 for {name}"):
+            routers.make(name, 2, 3, 2, router_std=0)
 
 
 # -- a number of experts that the token decides ----------------------------------------------------

@@ -323,6 +323,14 @@ def test_a_worker_that_dies_while_it_sends_fails_one_run_and_the_others_finish(t
 
 
 @pytest.mark.slow
+def test_a_measure_that_no_process_can_be_sent_fails_its_run_alone(text, tmp_path):
+    all_runs = [replace(tiny(), seed=seed, measure=(lambda trainer: {}) if seed == 1 else None) for seed in range(4)]
+    failures = study.run_study(all_runs, tmp_path, text, jobs=2)
+    assert list(failures) == ["F-seed1"] and "define its `measure` at the top level of a module" in failures["F-seed1"]
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) == 3
+
+
+@pytest.mark.slow
 def test_workers_know_the_users_routers(text, tmp_path):
     path, model = own_router(tmp_path, 2)
     identity.execute_files((path,))

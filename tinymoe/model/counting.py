@@ -177,7 +177,7 @@ SIZES = {  # further keys that a published config.json needs: whole numbers, but
         shared_expert_intermediate_size""",
     "qwen3_moe": "num_experts_per_tok num_key_value_heads num_experts moe_intermediate_size",
     "gpt_oss": "num_experts_per_tok num_key_value_heads num_local_experts head_dim", "mistral": "num_key_value_heads",
-    "deepseek_v2": LATENT, "deepseek_v3": LATENT}
+    "grok-1": "num_experts_per_tok num_key_value_heads num_experts", "deepseek_v2": LATENT, "deepseek_v3": LATENT}
 UNCOUNTED = ("attention_bias", "mlp_bias")  # keys of biases that are not counted
 OBJECT = Check(lambda value: isinstance(value, dict), "an object: key to value")
 CHECKS = {  # key -> what it may hold where it is there; null where that is the default
@@ -239,12 +239,12 @@ def checked(config: dict) -> dict:
     Raises ValueError for a value that its key cannot hold. Missing keys are not looked for.
     """
     OBJECT.require("a model's config", config)
+    if config.get("model_type") in ("qwen3_moe", "grok-1") and "num_local_experts" in config:
+        config = {"num_experts": config["num_local_experts"]} | config
     sizes = (*KEYS, *SIZES.get(str(config.get("model_type")), "").split())
     for key, check in (dict.fromkeys(sizes, COUNT) | CHECKS).items():
         if key in config:
             check.require(key, config[key])
-    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
-        return {"num_experts": config["num_local_experts"]} | config
     return config
 
 
@@ -266,7 +266,7 @@ def _particulars(config, kind):
                 "router": "biased_top_k", "activation": "clamped_swiglu"}
     if kind in ("mistral", "mixtral") and get("sliding_window"):
         return {"windows": [get("sliding_window")] * config["num_hidden_layers"]}
-    return {"olmoe": {"qk_norm": True}, "grok-1": {"post_norm": True},
+    return {"olmoe": {"qk_norm": True}, "grok-1": {"post_norm": True, "tied": get("tie_word_embeddings") is not False},
             "deepseek_v3": {"router": "sigmoid_bias"}}.get(kind, {})
 
 

@@ -233,11 +233,14 @@ def rerouted(change, *layers):
             layer.change_routing = function
 
 
-def alarms(model, ids: np.ndarray, targets: np.ndarray, domain=None) -> list[str]:
-    """Warnings about the model's layers, as sentences: leaks, collapse, dead or crowded experts, no gradient."""
+def alarms(model, reports, ids: np.ndarray, targets: np.ndarray, domain=None) -> list[str]:
+    """Warnings about the model's layers, as sentences: leaks, collapse, dead or crowded experts, no gradient.
+
+    reports: those of `layer_reports` on the same ids.
+    """
     _clear_gradients(model)
     model.loss(ids, targets, training=True, rng=np.random.default_rng(0), domain=domain).total.backward()
-    return [warning for report, part in zip(layer_reports(model, ids, domain), model.moe_parts()) for warning in
+    return [warning for report, part in zip(reports, model.moe_parts()) for warning in
             [*report.warnings(), *metrics.alarms(report.layer, report.load, ids.size, part.router)]]
 
 
@@ -306,7 +309,7 @@ def loaded(path: str | Path, ids: str | Path | None = None, text: str | Path | N
 def _tokens(config, has_bytes, ids, text, trained_on):
     """((ids, targets, domain), what they are in words). trained_on: the folder of a run, or None."""
     V, length = config.vocab_size, min(config.seq_len, LONGEST)
-    if ids is not None and text is not None or text is not None and not has_bytes:
+    if text is not None and (ids is not None or not has_bytes):
         raise ValueError(f"--text {text} goes neither with --ids nor where the {V} tokens are not bytes: leave it out")
     if ids is not None:
         return cut(read_ids(ids, V), length), f"ids of {ids}"

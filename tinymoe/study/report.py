@@ -14,7 +14,7 @@ from .caveats import limits, warnings
 from .markdown import WORDS, bold, bullets, chapter, enumerated, escaped, run_ids, table, write_paragraphs
 from .quantities import QUANTITIES, value
 from .results import Results
-from .rows import RunRecord, load_runs, router_names
+from .rows import RunRecord, router_names
 from .tables import (
     CLAIM_COLUMNS,
     COMPUTE,
@@ -140,10 +140,11 @@ def imports(runs) -> str:
     return f" Imports: {escaped(', '.join(f'{name} (sha256 {sha256})' for name, sha256 in files))}." if files else ""
 
 
-def write_summary_csv(study_dir) -> Path:
-    """Write STUDY/summary.csv: a line for each run whatever its state, a column for each number that any run has."""
+def write_summary_csv(results: Results) -> Path:
+    """Write summary.csv beside the findings: a line for each run whatever its state, a column for each number that any
+    run has."""
     rows = []
-    for run in load_runs(study_dir):
+    for run in results.all_runs:
         sizes, numbers = run.config.get("parameters", {}), all_numbers(run)
         rows.append({"run_id": run.run_id, "config_id": run.config_id, "seed": run.seed, "state": run.state}
                     | {"router": "+".join(router_names(run.model)) or None}
@@ -151,7 +152,7 @@ def write_summary_csv(study_dir) -> Path:
                     | {"steps": (run.summary or {}).get("steps")}
                     | {f"parameters_{part}": sizes.get(part) for part in ("total", "active")}
                     | {name: f"{number:.6g}" for name, number in numbers.items()})
-    path = Path(study_dir, "summary.csv")
+    path = results.folder / "summary.csv"
     require_ours(path, "run_id,config_id")
     write_atomically(path, as_csv(rows))
     return path

@@ -111,12 +111,15 @@ def made_of(runs) -> str:
 def load_runs(study_dir) -> list[RunRecord]:
     """Every run of `study_dir`, by config and seed: those of its file runs.jsonl, and the folders in its `runs`.
 
-    A run without a config is unfinished. Raises ValueError for a damaged finished run, which a report would otherwise
-    leave out without a word, and for two different runs of one name.
+    A folder without a config.json is an unfinished run, or nothing where runs.jsonl holds that run. Raises ValueError
+    for a damaged finished run, which a report would otherwise leave out without a word, and for two different runs of
+    one name.
     """
-    runs = {}
-    folders = sorted(path for path in Path(study_dir, "runs").glob("*") if path.is_dir())
-    for run in (*_compact_runs(Path(study_dir, COMPACT)), *map(_folder_run, folders)):
+    runs, rows = {}, list(_compact_runs(Path(study_dir, COMPACT)))
+    held = {run.run_id for run in rows}
+    folders = sorted(path for path in Path(study_dir, "runs").glob("*")
+                     if path.is_dir() and (path.name not in held or (path / "config.json").exists()))
+    for run in (*rows, *map(_folder_run, folders)):
         if run.run_id in runs and runs[run.run_id].state == "failed":  # its folder tries again
             del runs[run.run_id]
         if _apart_from_rules(runs.setdefault(run.run_id, run)) != _apart_from_rules(run):

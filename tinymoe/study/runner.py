@@ -42,11 +42,12 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     """Train the RunPlans that are not finished under out/runs, `jobs` at a time. Returns {run id: why it failed}.
 
     text: None for the default corpus, a path, or what else load_corpus takes. fresh: throw away what these runs left
-    before, once: a later call without it goes on with those that have begun again. on_event: called in this process
-    with each Event. scheduler: the address of a Dask scheduler, whose workers train instead of this machine. A failed
-    run does not stop the others; runs that start from others wait for them. Raises data.CorpusError,
-    cluster.ClusterError, OSError if nothing can be written, ValueError for no run and for two of one id, and SystemExit
-    in a program that starts workers without `if __name__ == "__main__":`.
+    before, once: a later call without it goes on with those that have begun again. It may be the ids of these runs and
+    of others, which later calls train. on_event: called in this process with each Event. scheduler: the address of a
+    Dask scheduler, whose workers train instead of this machine. A failed run does not stop the others; runs that start
+    from others wait for them. Raises data.CorpusError, cluster.ClusterError, OSError if nothing can be written,
+    ValueError for no run and for two of one id, and SystemExit in a program that starts workers without
+    `if __name__ == "__main__":`.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that still imports the program
         raise SystemExit(UNGUARDED)
@@ -60,7 +61,7 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     corpus = load_corpus(text, seq_len)
     _make_folders(Path(out), folders.values())
     if fresh:
-        begin_anew(out, folders)
+        begin_anew(out, folders if fresh is True else fresh)
     anew = to_begin_anew(out)
     tasks = {plan.run_id: (plan, folders[plan.run_id], anew.get(plan.run_id, False)) for plan in all_runs}
 
@@ -233,8 +234,13 @@ class _Worker:
     def give(self, task):
         """Send a task (plan, folder, fresh); returns the first Event."""
         self.run_id = task[0].run_id
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died: `receive` will say so
+        try:
             self.pipe.send(task)
+        except (BrokenPipeError, ConnectionResetError):  # it died: `receive` will say so
+            pass
+        except Exception as error:  # of pickle, so nothing was sent
+            return Event("failed", self.run_id, message=f"it cannot be sent to a process ({error}): define its "
+                                                        "`measure` at the top level of a module, or use jobs=1")
         return self.receive()
 
     def receive(self):

@@ -98,7 +98,7 @@ def noted(config: dict, name: str, old=None) -> list:
 
 @functools.cache
 def execute_files(paths: tuple) -> list[dict]:
-    """Execute the user's files that define routers or losses, once in this process.
+    """Execute the user's files that define routers or losses, once in this process for each tuple of paths.
 
     Returns what config.json records: [{"path": absolute path, "sha256": hash}]. Raises RunError if a file fails.
     """

@@ -46,7 +46,8 @@ class RunFolder:
     def summary(self) -> dict | None:
         """The summary of a finished run whose files are complete; None for any other."""
         try:
-            summary, rows = files.read_json(self.path / "summary.json"), files.read_rows(self.path / "log.jsonl")
+            summary = files.read_json(self.path / "summary.json")  # first: a run in training has none
+            rows = files.read_rows(self.path / "log.jsonl")
             complete = summary["status"] == "complete" and rows[-1]["step"] == summary["steps"]
             return summary if complete and (self.path / "config.json").exists() else None
         except (OSError, ValueError, LookupError, TypeError):
@@ -155,7 +156,8 @@ class RunFolder:
                 routings.rmdir()
 
     def longer(self, plan, corpus) -> dict | None:
-        """config.json of the run that is there, going on to the steps of `plan`; None where no run has fewer.
+        """The config.json of the run that is there, with the larger number of steps of `plan`; None where there is no
+        run, or one of at least as many steps.
 
         It notes under `extended` at which step, from and to how many steps. Raises RunError where the run differs in
         more than its steps, CheckpointError without a checkpoint.

@@ -41,14 +41,23 @@ class NormalisedTopK(TopK, name="normalised_top_k"):
     z' = logit_scale * (z - mean z) / sqrt(var z + 1e-12) over the E experts. The variance divides by E - 1, as in
     Skywork's code. `logits` of the Routing are z'.
 
+    With two experts z' keeps no more of z than which is larger, so the router has no gradient.
+
     logit_scale: the standard deviation of a token's logits; a larger one makes its gates more different. Skywork-MoE
         has 1.
+    router_std: standard deviation of the initial weights, above 0.
     """
 
     paper = "Wei 2024"
     formula = "z = x W; top_k of logit_scale (z - mean z) / std z"
     used_by = "Skywork-MoE"
     logit_scale: float = 1.0
+
+    @classmethod
+    def check(cls, n_experts, top_k, options):
+        super().check(n_experts, top_k, options)
+        if options.get("router_std", 1) == 0:
+            raise ValueError("router_std 0 must be above 0 for normalised_top_k: it divides by that of the logits")
 
     def scores(self, x):
         z = super().scores(x)
@@ -282,7 +291,7 @@ class QuantileBias(SigmoidBias, name="quantile_bias"):
 
     Each token takes the K experts of largest s + b. After each training step, for the batch's scores s (N, E):
     a_n = the (K + 1)-th largest of s_n + b; b_e <- -(the (C + 1)-th largest over n of s_ne - a_n), C = ceil(N K / E).
-    So C tokens would have taken expert e, had the others kept their bias. With beta = -b these are the dual
+    So C tokens have s_ne + b_e above a_n, where no two are equal. With beta = -b these are the dual
     variables of the balanced assignment, which the two lines solve in turn. Then the mean of b over the experts is
     subtracted, as in Kimi K3 and Megatron: no choice changes, and the biases cannot drift together. There are no
     groups, because the rule solves for all experts at once.
