@@ -2,8 +2,8 @@
 # # A tour of tinymoe
 #
 # From the chain rule to a trained mixture of experts, in one page. `docs/tour.py` is the source; `tour.ipynb` is made
-# from it by `python tests/test_docs.py --tour`, with what the cells print. The training takes about a minute on one
-# core.
+# from it by `PYTHONPATH=. python tests/test_docs.py --tour`, with what the cells print. The training takes about a
+# minute on one core.
 
 # %% [markdown]
 # ## Autograd

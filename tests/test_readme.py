@@ -97,7 +97,7 @@ def decided():
     for question, *_, experiment in rows_below("question, not known"):
         where.setdefault(question, []).append(f"`{re.search(r'[^[]+(?=])', experiment)[0]}`")
     unknown = [f"{question} ({' and '.join(those)})" for question, those in where.items()] or ["nothing."]
-    return "\n".join(rows), textwrap.fill("Not known: " + " ".join(unknown), 125)
+    return "\n".join(rows), textwrap.fill("Not known: " + " ".join(unknown), 125, break_on_hyphens=False)
 
 
 def numbers(readme):

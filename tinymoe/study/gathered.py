@@ -43,8 +43,8 @@ OPENING = """Small language models of bytes, with mixtures of experts in every s
 questions about routing and to test claims of the literature. Their loss is in nats a byte; lower is better."""
 SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
 allow for the number of primary comparisons in the experiment. *Not known*: neither is shown. Brackets are 95% \
-intervals over seeds, without that allowance. Several experiments train the same runs again, such as top-1 or top-2 \
-with coefficient 0.01, so they are not independent evidence."""
+intervals over seeds, in the table of claims 90% intervals, without that allowance. Several experiments train the \
+same runs again, such as top-1 or top-2 with coefficient 0.01, so they are not independent evidence."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
 is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
