@@ -795,6 +795,9 @@ def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
         run.final["validation_tokens"] = 4096
     assert report.caption(results, "over_steps").endswith(
         " A point is measured on 100 validation bytes, a number of the tables on 4,096." + outside)
+    assert figures.measured_on(results, ["cross_entropy"]) == (
+        " A point of the training loss is the mean over the steps since the point before. "
+        "Another point is measured on 100 validation bytes, a number of the tables on 4,096.")
 
 
 def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):

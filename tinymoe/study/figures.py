@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_atomically
+from ..training.trainer import TRAINING_NUMBERS
 from .experiment import Experiment
 from .markdown import joined
 from .palette import COLOURS, MARKERS
@@ -104,11 +105,15 @@ def of_seeds(results, words) -> str:
     return f": {words}" if results.several else ""
 
 
-def measured_on(results) -> str:
-    """What the caption of curves says of their points, where they are measured on less text than the tables."""
+def measured_on(results, metrics) -> str:
+    """What the caption of curves says of their points: of training, or measured on less text than the tables."""
     few, many = (row["validation_tokens"] for row in (results.runs[0].log[-1], results.runs[0].final))
-    said = f" A point is measured on {few:,} validation bytes, a number of the tables on {many:,}."
-    return said if few != many else ""
+    trained = [f"the {quantity(metric).words}" for metric in metrics if metric in TRAINING_NUMBERS]
+    said = f" A point of {joined(trained)} is the mean over the steps since the point before." if trained else ""
+    if few != many:
+        said += f" {'Another' if trained else 'A'} point is measured on {few:,} validation bytes, a number of the " \
+            f"tables on {many:,}."
+    return said
 
 
 def style_of(experiment: Experiment, name: str) -> dict:
@@ -229,7 +234,7 @@ def over_steps(reference, *metrics, names=None):
     outside = " The first evaluations may lie outside the frame." if any(map(has_frame, metrics)) else ""
 
     @captioned(lambda r: f"{listed(metrics, reference, r)}, over the training steps{of_seeds(r, CURVES)}."
-                         f"{measured_on(r)}{outside}", metrics, [reference, *(names or ())])
+                         f"{measured_on(r, metrics)}{outside}", metrics, [reference, *(names or ())])
     def draw(results):
         shown, leaky = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
@@ -259,7 +264,7 @@ def by_layer(*metrics):
         return [metric for metric in metrics if any(in_row(row, metric) for row in logs)] or metrics[:1]
 
     @captioned(lambda r: f"{listed(shown_of(r))}, for each MoE layer over the training steps{of_seeds(r, CURVES)}."
-                         f"{measured_on(r)}", metrics)
+                         f"{measured_on(r, metrics)}", metrics)
     def draw(results):
         names, shown = results.with_experts, shown_of(results)
         if not names:

@@ -35,7 +35,7 @@ CANNOT = """Most settings take the learning rate that another setting chose, whi
 of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
 stability that the z-loss gives at low precision."""
 YARDSTICKS = {  # experiment: a change of the routing, and the difference of losses that says what it is worth
-    "dense": ("A mixture in place of a dense model of equal active size",
+    "dense": ("A mixture in place of a dense model of equal active size, for as many steps,",
               Contrast(LOSS, "mixture", minus="dense-active")),
     "capacity": ("Dropping half of all choices of top-1, in training and validation alike,",
                  Contrast("val_cross_entropy", "0.5-order", minus="none"))}

@@ -207,7 +207,7 @@ QUANTITIES = {quantity.name: quantity for quantity in (
     # cost
     Quantity("parameters", "parameters", "millions", of=lambda run: run.config["parameters"]["total"] / 1e6, per="run"),
     Quantity("active_parameters", "active parameters", "millions", of=lambda run: counted(run, "active"), per="run"),
-    Quantity("megaflops", "work for a byte", "MFLOP", of=lambda run: counted(run, "flops"), per="run"),
+    Quantity("megaflops", "forward pass of a byte", "MFLOP", of=lambda run: counted(run, "flops"), per="run"),
     Quantity("seconds", "training time", "seconds", of=lambda run: run.summary["seconds"], per="run"),
     *(Quantity(f"{name}_{n}", f"{label}, {n} devices") for n in DEVICES for name, label in (
         ("reach", "devices a byte reaches"), ("sent", "bytes sent for a byte"),
