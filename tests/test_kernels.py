@@ -5,6 +5,7 @@ Backward passes also against central differences.
 Also with the compiler off: NUMBA_DISABLE_JIT=1 pytest tests/test_kernels.py
 """
 import inspect
+import itertools
 import math
 import os
 
@@ -212,15 +213,13 @@ def test_experts_over_many_pieces(share, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("F", [192, 512])
-def test_experts_whose_products_are_cut_into_parts(F, dtype):
-    """With AVX-512 into two and four: along the rows, the columns and the terms of the sums, and added where they meet.
-    """
-    arguments = routed([(1,)] * 100, D=150, F=F, dtype=dtype)
-    y, saved = kernels.experts_forward(*arguments, "silu")
-    all_close([y], [naive.experts(*arguments[:4], *arguments[4], "silu")], dtype)
-    gradients = kernels.experts_backward(y, *arguments, "silu", saved)
-    all_close(gradients, naive.experts_backward(y, *arguments[:4], *arguments[4], "silu"), dtype)
+@pytest.mark.parametrize("name", ["silu", "swiglu"])
+def test_experts_wider_than_a_tile(name, dtype):
+    arguments = routed([(1,)] * 100, D=70, F=TILE_COLUMNS, dtype=dtype, gated=name in naive.GATED)
+    y, saved = kernels.experts_forward(*arguments, name)
+    all_close([y], [naive.experts(*arguments[:4], *arguments[4], name)], dtype)
+    gradients = kernels.experts_backward(y, *arguments, name, saved)
+    all_close(gradients, naive.experts_backward(y, *arguments[:4], *arguments[4], name), dtype)
 
 
 @pytest.mark.parametrize("name", ["gelu", "silu"])
@@ -393,11 +392,43 @@ def test_every_kernel_has_a_twin_with_the_same_arguments_and_an_example(both_ker
 @ONLY_NUMBA
 def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
     from tinymoe.kernels.compiled import attention, dense, experts, product, runtime, updates
-    assert MANY > dense.LINEAR_ROWS > product.ROWS and product.DEPTH < 70
-    assert TILE_COLUMNS > dense.LINEAR_COLUMNS > product.COLUMNS
+    assert MANY > dense.LINEAR_ROWS and product.DEPTH < 70
+    assert TILE_COLUMNS > dense.LINEAR_COLUMNS > product.VECTORS * product.BITS // 32
     assert MANY > 2 * experts.SEGMENT > 2 * runtime.PIECE and QUERIES > attention.QUERIES and updates.COLUMNS < 34
-    assert 150 * 192 * experts._part_rows(100) > product.SMALL
     assert ENTRIES > ONE_THREAD > 2 * runtime.SLICE and ONE_THREAD == updates.ONE_THREAD
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@ONLY_NUMBA
+def test_products_of_any_size_and_layout(both_kernels, dtype):
+    """Of whole numbers, so that every sum is exact; nothing beside `out` is written, and nothing beside a and b counts."""
+    from tinymoe.kernels.compiled.compile import loop
+    from tinymoe.kernels.compiled.product import BITS, DEPTH, ROWS, VECTORS, multiply
+
+    @loop
+    def both(a, b, out, sums):
+        multiply(a, b, out, False)
+        multiply(a, b, sums, True)
+
+    rng, columns = np.random.default_rng(0), VECTORS * BITS // (8 * np.dtype(dtype).itemsize)
+
+    def inside(rows, columns, turned=False):
+        whole = np.full((columns + 2, rows + 2) if turned else (rows + 2, columns + 2), np.nan, dtype)
+        view = (whole.T if turned else whole)[1:-1, 1:-1]
+        view[:] = rng.integers(-8, 9, view.shape)
+        return whole, view
+
+    sizes = itertools.product((0, 1, ROWS, 2 * ROWS + 1, 3 * ROWS - 1), (0, 1, DEPTH, DEPTH + 1, 2 * DEPTH + 3),
+                              (0, 1, columns - 1, columns, 2 * columns + 1))
+    for M, K, N in sizes:
+        for a_turned, b_turned in itertools.product((False, True), repeat=2):
+            (_, a), (_, b), (around, out), (_, sums) = (
+                inside(M, K, a_turned), inside(K, N, b_turned), inside(M, N), inside(M, N))
+            expected = a.astype(int) @ b.astype(int)
+            expected_sums = sums + expected
+            both(a, b, out, sums)
+            assert (out == expected).all() and (sums == expected_sums).all()
+            assert np.isnan(around).sum() == around.size - out.size
 
 
 @ONLY_NUMBA

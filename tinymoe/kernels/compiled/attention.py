@@ -29,7 +29,7 @@ def _softmax(scores, start):
     for j in range(keys):
         scores[j, :max(0, j - start)] = -np.inf
         for i in range(n):
-            highest[i] = scores[j, i] if scores[j, i] > highest[i] else highest[i]
+            highest[i] = np.maximum(highest[i], scores[j, i])
     for j in range(keys):
         for i in range(n):
             scores[j, i] = exp(scores[j, i] - highest[i])

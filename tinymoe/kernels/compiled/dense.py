@@ -3,7 +3,7 @@ import numpy as np
 from numba import prange
 
 from .compile import example, loop, pool
-from .product import product
+from .product import multiply
 from .runtime import PIECE, blocks, contiguous, require
 
 LINEAR_ROWS, LINEAR_COLUMNS = 512, 256      # in a piece of a linear layer
@@ -18,9 +18,8 @@ def add_bias(rows, bias):
 
 
 @loop
-def column_sums(rows, out):
-    """out (O,) = the sum of rows (N,O) over N"""
-    out[:] = 0
+def add_column_sums(rows, out):
+    """out (O,) += the sum of rows (N,O) over N"""
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
             out[j] += rows[i, j]
@@ -30,7 +29,7 @@ def column_sums(rows, out):
 def _linear(x, w, b, y):
     for block in prange(blocks(x.shape[0], LINEAR_ROWS)):
         part = slice(block * LINEAR_ROWS, min(x.shape[0], (block + 1) * LINEAR_ROWS))
-        product(x[part], w, y[part])
+        multiply(x[part], w, y[part], False)
         if b.size > 0:
             add_bias(y[part], b)
 
@@ -42,12 +41,12 @@ def _linear_backward(dy, x, w, dx, dw, db):
     for task in prange(by_row + blocks(w.shape[1], LINEAR_COLUMNS)):
         if task < by_row:
             part = slice(task * LINEAR_ROWS, min(x.shape[0], (task + 1) * LINEAR_ROWS))
-            product(dy[part], w.T, dx[part])
+            multiply(dy[part], w.T, dx[part], False)
         else:
             start = (task - by_row) * LINEAR_COLUMNS
             part = slice(start, min(w.shape[1], start + LINEAR_COLUMNS))
-            product(x.T, dy[:, part], dw[:, part])
-            column_sums(dy[:, part], db[part])
+            multiply(x.T, dy[:, part], dw[:, part], False)
+            add_column_sums(dy[:, part], db[part])
 
 
 @example(lambda ones: linear(ones(2, 2), ones(2, 2), ones(2)))
@@ -63,7 +62,7 @@ def linear(x, w, b):
 def linear_backward(dy, x, w):
     dy, x, w = map(contiguous, (dy, x, w))
     require(x.shape[1:] == w.shape[:1] and dy.shape == (*x.shape[:1], *w.shape[1:]), dy, x, w)
-    dx, dw, db = np.empty_like(x), np.empty_like(w), np.empty(w.shape[1], x.dtype)
+    dx, dw, db = np.empty_like(x), np.empty_like(w), np.zeros(w.shape[1], x.dtype)
     _linear_backward(dy, x, w, dx, dw, db)
     return dx, dw, db
 

@@ -5,8 +5,8 @@ from numba import prange
 from ..reference import GATED
 from .activations import activate, activate_backward, kind_of
 from .compile import example, loop, pool
-from .dense import add_bias
-from .product import TILED, multiply_in_parts
+from .dense import add_bias, add_column_sums
+from .product import ROWS, multiply
 from .runtime import PIECE, SLICE, blocks, contiguous, get_threads, require
 from .updates import is_below, scatter_add
 
@@ -25,7 +25,6 @@ from .updates import is_below, scatter_add
 SEGMENT = 256                               # rows of one partial weight gradient, at least
 EXPERT, START, STOP, SLOT = range(4)        # columns of pieces (P,4): the expert, its rows start:stop, the slot
 NO_SLOT = -1
-PART = 48 if TILED else PIECE              # rows that go through all products together, see product.py
 FIXED_ROWS = 16                             # a piece costs the time of its rows and of this many more
 
 
@@ -56,8 +55,8 @@ def _plan(offsets, limit, n_threads):
 
 @loop
 def _part_rows(rows):
-    """The rows of a part: a piece of so many rows is cut into nearly equal parts, of a multiple of 8 rows."""
-    return min(PART, 8 * blocks(rows, 8 * blocks(rows, PART)))
+    """The rows of a part, which go through all products together: a piece is cut into nearly equal parts of whole tiles."""
+    return min(PIECE, ROWS * blocks(rows, ROWS * blocks(rows, PIECE)))
 
 
 @loop
@@ -69,34 +68,16 @@ def _gather(x, index, rows):
             rows[i, j] = x[source, j]
 
 
-@loop
-def _add_row_bias(x, bias):
-    """x (F,n) += bias (F,), in place"""
-    for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
-            x[i, j] += bias[i]
-
-
-@loop
-def _add_row_sums(x, out):
-    """out (F,) += the sum of x (F,n) over n"""
-    for i in range(x.shape[0]):
-        total = out[i]
-        for j in range(x.shape[1]):
-            total += x[i, j]
-        out[i] = total
-
-
 @pool
 def _experts_forward(x, token, plan, weights, kind, saved):
-    """rows = x[token], before = w1^T rows^T + b1, after = f(before), out = after^T w2 + b2
+    """rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2
 
-    A part's `before` is (F, rows) in memory, because BLAS multiplies that faster than (rows, F).
+    Of each part `before` has the columns that a gated activation multiplies with after all others.
     """
     (pieces, first_piece), (w1, b1, w2, b2), (rows, before, out) = plan, weights, saved
     wide, narrow = w1.shape[2], w2.shape[1]
     for thread in prange(first_piece.size - 1):
-        memory = np.empty(PART * narrow, x.dtype)
+        memory = np.empty(PIECE * narrow, x.dtype)
         for p in range(first_piece[thread], first_piece[thread + 1]):
             e, first, last, _ = pieces[p]
             step = _part_rows(last - first)
@@ -105,25 +86,24 @@ def _experts_forward(x, token, plan, weights, kind, saved):
                 part, n = slice(start, stop), stop - start
                 hidden, after = before[start * wide:stop * wide], memory[:n * narrow]
                 _gather(x, token[part], rows[part])
-                multiply_in_parts(w1[e].T, rows[part].T, hidden.reshape(wide, n), False)
-                _add_row_bias(hidden.reshape(wide, n), b1[e])
+                for i in range(0, wide, narrow):
+                    half, columns = hidden[n * i:n * (i + narrow)].reshape(n, narrow), slice(i, i + narrow)
+                    multiply(rows[part], w1[e][:, columns], half, False)
+                    add_bias(half, b1[e][columns])
                 activate(hidden, after, kind)
-                multiply_in_parts(after.reshape(narrow, n).T, w2[e], out[part], False)
+                multiply(after.reshape(n, narrow), w2[e], out[part], False)
                 add_bias(out[part], b2[e])
 
 
 @loop
-def _gate_backward(dy, token, gate, out, dout, dout_turned, dgate):
-    """dout = gate dy[token], the gradient of an expert's output, and its transpose; dgate = dy[token] . out"""
+def _gate_backward(dy, token, gate, out, dout, dgate):
+    """dout = gate dy[token], the gradient of an expert's output; dgate = dy[token] . out"""
     for i in range(token.size):
         n, inner = token[i], gate[i] - gate[i]
         for j in range(dy.shape[1]):
             dout[i, j] = gate[i] * dy[n, j]
             inner += dy[n, j] * out[i, j]
         dgate[i] = inner
-    for j in range(dy.shape[1]):
-        for i in range(token.size):
-            dout_turned[j, i] = dout[i, j]
 
 
 @pool
@@ -132,7 +112,7 @@ def _experts_backward(dy, token, gate, plan, weights, kind, saved, d_rows, dgate
     (pieces, first_piece), (w1, _, w2, _), (rows, before, out) = plan, weights, saved
     (width, wide), narrow = w1.shape[1:], w2.shape[1]
     for thread in prange(first_piece.size - 1):
-        memory = np.empty((5, PART * max(wide, width)), dy.dtype)
+        memory = np.empty((4, PIECE * max(wide, width)), dy.dtype)
         for p in range(first_piece[thread], first_piece[thread + 1]):
             e, first, last, slot = pieces[p]
             step = _part_rows(last - first)
@@ -143,17 +123,19 @@ def _experts_backward(dy, token, gate, plan, weights, kind, saved, d_rows, dgate
             for start in range(first, last, step):
                 stop = min(start + step, last)
                 part, n, later = slice(start, stop), stop - start, start > first
-                dout, dout_turned = memory[0, :n * width].reshape(n, width), memory[1, :n * width].reshape(width, n)
-                after, d_before = memory[2, :n * narrow], memory[3, :n * wide]
-                d_after = memory[4 if wide > narrow else 3, :n * narrow]           # not gated: changed in place
-                _gate_backward(dy, token[part], gate[part], out[part], dout, dout_turned, dgate[part])
-                multiply_in_parts(w2[e], dout_turned, d_after.reshape(narrow, n), False)
+                dout, after = memory[0, :n * width].reshape(n, width), memory[1, :n * narrow]
+                d_before = memory[2, :n * wide]
+                d_after = memory[3 if wide > narrow else 2, :n * narrow]           # not gated: changed in place
+                _gate_backward(dy, token[part], gate[part], out[part], dout, dgate[part])
+                multiply(dout, w2[e].T, d_after.reshape(n, narrow), False)
                 activate_backward(before[start * wide:stop * wide], after, d_after, d_before, kind)
-                multiply_in_parts(after.reshape(narrow, n), dout, dw2[to], later)
-                multiply_in_parts(rows[part].T, d_before.reshape(wide, n).T, dw1[to], later)
-                multiply_in_parts(d_before.reshape(wide, n).T, w1[e].T, d_rows[part], False)
-                _add_row_sums(d_before.reshape(wide, n), db1[to])
-                _add_row_sums(dout_turned, db2[to])
+                multiply(after.reshape(n, narrow).T, dout, dw2[to], later)
+                add_column_sums(dout, db2[to])
+                for i in range(0, wide, narrow):
+                    half, columns = d_before[n * i:n * (i + narrow)].reshape(n, narrow), slice(i, i + narrow)
+                    multiply(rows[part].T, half, dw1[to][:, columns], later)
+                    multiply(half, w1[e][:, columns].T, d_rows[part], i > 0)
+                    add_column_sums(half, db1[to][columns])
 
 
 @loop
