@@ -1,11 +1,10 @@
 """Threads of BLAS, which multiplies matrices, and the runtime functions of the NumPy kernels.
 
-BLAS has one thread with both kinds of kernels. numba calls it inside its own threads, and more BLAS threads would
-compete with them for cores. With NumPy, the number of threads would change the last bits of a result.
+BLAS has one thread with both kinds of kernels: more would compete with numba's threads for cores, and their number
+would change the last bits of a result.
 """
 import os
 
-import scipy.linalg  # noqa: F401  (it brings a BLAS of its own, which numba's np.dot calls)
 import threadpoolctl
 
 KEEP_THREADS = os.environ.get("TINYMOE_KEEP_THREADS", "0") != "0"

@@ -1,6 +1,6 @@
 """The numba kernels. Only this folder imports numba, and it is imported only when its kernels are chosen.
 
-- **Threads** are numba's. BLAS runs inside them at one thread: `multiply` of product.py.
+- **Threads** are numba's. Within one of them `multiply` of product.py computes a product of matrices.
 - **Pieces.** Work is cut into pieces of rows that fit in cache (in attention, into groups of heads). A piece goes
   through all steps before the next piece starts. A piece belongs to one expert, and an expert with many tokens has many
   pieces. So unbalanced routing costs no more than balanced routing.

@@ -46,13 +46,9 @@ def thread_info() -> dict:
 
 
 def contiguous(x):
-    """x as a C-contiguous, writeable array. A read-only one has another type in numba, which would compile again.
-
-    An axis of length 1 may have any stride; reshaped, it has the one that BLAS is told.
-    """
+    """x as a C-contiguous, writeable array. A read-only one has another type in numba, which would compile again."""
     x = np.asarray(x, order="C")
-    x = x if x.flags.writeable else x.copy()
-    return x.reshape(-1).reshape(x.shape) if 1 in x.shape else x
+    return x if x.flags.writeable else x.copy()
 
 
 def require(fits, *arrays):
