@@ -401,7 +401,7 @@ def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @ONLY_NUMBA
 def test_products_of_any_size_and_layout(both_kernels, dtype):
-    """Of whole numbers, so that every sum is exact; nothing beside `out` is written, and nothing beside a and b counts."""
+    """Of whole numbers, so that sums are exact. Nothing beside `out` is written, and nothing beside a and b is read."""
     from tinymoe.kernels.compiled.compile import loop
     from tinymoe.kernels.compiled.product import BITS, DEPTH, ROWS, VECTORS, multiply
 

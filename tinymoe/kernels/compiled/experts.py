@@ -55,7 +55,7 @@ def _plan(offsets, limit, n_threads):
 
 @loop
 def _part_rows(rows):
-    """The rows of a part, which go through all products together: a piece is cut into nearly equal parts of whole tiles."""
+    """Rows that go through all products together: a piece is cut into nearly equal parts, of whole tiles."""
     return min(PIECE, ROWS * blocks(rows, ROWS * blocks(rows, PIECE)))
 
 

@@ -1,8 +1,8 @@
 """Matrix products inside compiled code. Unlike np.dot they add, and read and write views where they lie.
 
-`out` is computed in tiles of ROWS rows and VECTORS vectors, whose sums stay in registers while a panel of `b`, DEPTH rows
-of as many columns, stays in the first-level cache (Goto and van de Geijn, 2008). BLAS packs both matrices before it
-multiplies. Here only columns that are not contiguous are copied, because the matrices are small.
+`out` is computed in tiles of ROWS rows and VECTORS vectors, whose sums stay in registers while a panel of `b`, DEPTH
+rows of as many columns, stays in the first-level cache (Goto 2008). BLAS packs both matrices before
+it multiplies. Here only columns that are not contiguous are copied, because the matrices are small.
 """
 import numba
 import numpy as np
@@ -14,7 +14,8 @@ from numba.extending import intrinsic, overload
 from .compile import loop
 
 # With AVX-512 there are 32 registers of 512 bits, else 16 of 256: for the sums, vectors of b, and one number of a.
-BITS, ROWS, VECTORS = (512, 12, 1) if "+avx512f" in str(cpu_target.target_context.codegen().magic_tuple()) else (256, 6, 2)
+AVX512 = "+avx512f" in str(cpu_target.target_context.codegen().magic_tuple())
+BITS, ROWS, VECTORS = (512, 12, 1) if AVX512 else (256, 6, 2)
 DEPTH = 64
 
 
@@ -79,7 +80,7 @@ def _tile(typing, rows, a, a_row, a_column, b, b_row, out, out_row, depth, add, 
 
 @loop
 def _multiply_panel(a, b, b_row, out, add):
-    """out (M,n) = a (M,K) b (K,n), or out += a b, for the n columns of a tile; b: an address, b_row: a stride in bytes"""
+    """out (M,n) = a (M,K) b (K,n), or out += a b, for the n columns of a tile; b: an address, b_row: bytes to a row"""
     (a_row, a_column), out_row = a.strides, out.strides[0]
     for i in range(0, a.shape[0], ROWS):
         _tile(min(ROWS, a.shape[0] - i), a.ctypes.data + i * a_row, a_row, a_column, b, b_row,
