@@ -175,7 +175,7 @@ def test_errors_name_the_value():
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_an_x_of_another_width_or_dtype_is_refused(backend):
-    """BLAS checks neither: the compiled backend would read or write beyond its arrays."""
+    """NumPy would broadcast or convert them."""
     bank, x, r, *_ = problem(LOADS["one each"], backend=backend)
     for width in (D - 1, D + 1):
         with pytest.raises(ValueError, match=f"width {D} and float64 take x .N, {D}. .* not .4, {width}. float64"):

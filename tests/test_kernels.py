@@ -201,15 +201,27 @@ def test_experts(route, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
-def test_experts_over_many_pieces(share, dtype):
+@pytest.mark.parametrize("name", ["silu", "swiglu"])
+def test_experts_over_many_pieces(name, share, dtype):
     """`share` of the tokens go to expert 2 first; the rest take turns."""
     experts_of = [(2,) if n < share * MANY else tuple({n % 4, (n + 1) % 4}) for n in range(MANY)]
-    arguments = routed(experts_of, D=2, F=2, dtype=dtype)
-    y, saved = kernels.experts_forward(*arguments, "silu")
-    close(y, naive.experts(*arguments[:4], *arguments[4], "silu"))
+    arguments = routed(experts_of, D=2, F=2, dtype=dtype, gated=name in naive.GATED)
+    y, saved = kernels.experts_forward(*arguments, name)
+    close(y, naive.experts(*arguments[:4], *arguments[4], name))
     dy = normal(*y.shape, dtype=dtype, seed=9)
-    gradients = kernels.experts_backward(dy, *arguments, "silu", saved)
-    all_close(gradients, naive.experts_backward(dy, *arguments[:4], *arguments[4], "silu"), dtype)
+    gradients = kernels.experts_backward(dy, *arguments, name, saved)
+    all_close(gradients, naive.experts_backward(dy, *arguments[:4], *arguments[4], name), dtype)
+
+
+@pytest.mark.parametrize("name", ["silu", "swiglu"])
+def test_experts_without_hidden_units_are_their_last_bias(name):
+    x, token, offsets, gate, weights = routed([(1,), (2,)], F=0, gated=name in naive.GATED)
+    y, saved = kernels.experts_forward(x, token, offsets, gate, weights, name)
+    close(y, gate[:, None] * weights[3][[1, 2]])
+    dx, dgate, *_, db2 = kernels.experts_backward(np.ones_like(x), x, token, offsets, gate, weights, name, saved)
+    assert not dx.any()
+    close(dgate, weights[3][[1, 2]].sum(axis=1))
+    close(db2[[1, 2]], np.repeat(gate[:, None], 3, axis=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -401,7 +413,7 @@ def test_the_sizes_of_these_tests_are_more_than_a_piece(both_kernels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @ONLY_NUMBA
 def test_products_of_any_size_and_layout(both_kernels, dtype):
-    """Of whole numbers, so that sums are exact. Nothing beside `out` is written, and nothing beside a and b is read."""
+    """Of whole numbers, so that sums are exact. Nothing beside `out` is written, and nothing beside a and b counts."""
     from tinymoe.kernels.compiled.compile import loop
     from tinymoe.kernels.compiled.product import BITS, DEPTH, ROWS, VECTORS, multiply
 
@@ -412,23 +424,25 @@ def test_products_of_any_size_and_layout(both_kernels, dtype):
 
     rng, columns = np.random.default_rng(0), VECTORS * BITS // (8 * np.dtype(dtype).itemsize)
 
-    def inside(rows, columns, turned=False):
-        whole = np.full((columns + 2, rows + 2) if turned else (rows + 2, columns + 2), np.nan, dtype)
-        view = (whole.T if turned else whole)[1:-1, 1:-1]
+    def inside(rows, columns, layout="rows"):
+        whole = np.full((2 * columns + 2, 2 * rows + 2) if layout == "turned" else (2 * rows + 2, 2 * columns + 2),
+                        np.nan, dtype)
+        view = {"rows": whole[1:rows + 1, 1:columns + 1], "turned": whole[1:columns + 1, 1:rows + 1].T,
+                "backwards": whole[2 * rows:0:-2, 2 * columns:0:-2]}[layout]
         view[:] = rng.integers(-8, 9, view.shape)
         return whole, view
 
     sizes = itertools.product((0, 1, ROWS, 2 * ROWS + 1, 3 * ROWS - 1), (0, 1, DEPTH, DEPTH + 1, 2 * DEPTH + 3),
                               (0, 1, columns - 1, columns, 2 * columns + 1))
     for M, K, N in sizes:
-        for a_turned, b_turned in itertools.product((False, True), repeat=2):
-            (_, a), (_, b), (around, out), (_, sums) = (
-                inside(M, K, a_turned), inside(K, N, b_turned), inside(M, N), inside(M, N))
+        for layouts in itertools.product(("rows", "turned", "backwards"), repeat=2):
+            (_, a), (_, b) = map(inside, (M, K), (K, N), layouts)
+            (around, out), (around_sums, sums) = inside(M, N), inside(M, N)
             expected = a.astype(int) @ b.astype(int)
             expected_sums = sums + expected
             both(a, b, out, sums)
             assert (out == expected).all() and (sums == expected_sums).all()
-            assert np.isnan(around).sum() == around.size - out.size
+            assert np.isnan(around).sum() == np.isnan(around_sums).sum() == around.size - out.size
 
 
 @ONLY_NUMBA

@@ -96,7 +96,7 @@ class ExpertBank(Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (N, D) -> (N, D): the sum of each token's experts, weighted by their gates. Its routing has N tokens."""
         width, dtype = self.w1.shape[1], self.w1.dtype
-        if x.shape[1:] != (width,) or not x.dtype == routing.gate.dtype == dtype:  # BLAS checks neither
+        if x.shape[1:] != (width,) or not x.dtype == routing.gate.dtype == dtype:
             raise ValueError(f"experts of width {width} and {dtype} take x (N, {width}) and gates of that dtype, not "
                              f"{x.shape} {x.dtype} and {routing.gate.dtype}")
         F.check_dtypes("ExpertBank", x)

@@ -25,6 +25,7 @@ from .updates import is_below, scatter_add
 SEGMENT = 256                               # rows of one partial weight gradient, at least
 EXPERT, START, STOP, SLOT = range(4)        # columns of pieces (P,4): the expert, its rows start:stop, the slot
 NO_SLOT = -1
+PART = PIECE                                # rows that go through all products together, at most
 FIXED_ROWS = 16                             # a piece costs the time of its rows and of this many more
 
 
@@ -55,8 +56,14 @@ def _plan(offsets, limit, n_threads):
 
 @loop
 def _part_rows(rows):
-    """Rows that go through all products together: a piece is cut into nearly equal parts, of whole tiles."""
-    return min(PIECE, ROWS * blocks(rows, ROWS * blocks(rows, PIECE)))
+    """The rows of a part: a piece of so many rows is cut into nearly equal parts, of whole tiles."""
+    return min(PART, ROWS * blocks(rows, ROWS * blocks(rows, PART)))
+
+
+@loop
+def _block(x, i, n, columns):
+    """Block i of x, where blocks (n, columns) lie one after the other"""
+    return x[n * columns * i:n * columns * (i + 1)].reshape(n, columns)
 
 
 @loop
@@ -72,12 +79,13 @@ def _gather(x, index, rows):
 def _experts_forward(x, token, plan, weights, kind, saved):
     """rows = x[token], before = rows w1 + b1, after = f(before), out = after w2 + b2
 
-    Of each part `before` has the columns that a gated activation multiplies with after all others.
+    `before` is flat. Of each part it has a block (rows, F), and where f is gated another one, of the factors.
     """
     (pieces, first_piece), (w1, b1, w2, b2), (rows, before, out) = plan, weights, saved
     wide, narrow = w1.shape[2], w2.shape[1]
+    n_blocks = 2 if wide > narrow else 1
     for thread in prange(first_piece.size - 1):
-        memory = np.empty(PIECE * narrow, x.dtype)
+        memory = np.empty(PART * narrow, x.dtype)
         for p in range(first_piece[thread], first_piece[thread + 1]):
             e, first, last, _ = pieces[p]
             step = _part_rows(last - first)
@@ -86,10 +94,10 @@ def _experts_forward(x, token, plan, weights, kind, saved):
                 part, n = slice(start, stop), stop - start
                 hidden, after = before[start * wide:stop * wide], memory[:n * narrow]
                 _gather(x, token[part], rows[part])
-                for i in range(0, wide, narrow):
-                    half, columns = hidden[n * i:n * (i + narrow)].reshape(n, narrow), slice(i, i + narrow)
-                    multiply(rows[part], w1[e][:, columns], half, False)
-                    add_bias(half, b1[e][columns])
+                for i in range(n_blocks):
+                    block, columns = _block(hidden, i, n, narrow), slice(narrow * i, narrow * (i + 1))
+                    multiply(rows[part], w1[e][:, columns], block, False)
+                    add_bias(block, b1[e][columns])
                 activate(hidden, after, kind)
                 multiply(after.reshape(n, narrow), w2[e], out[part], False)
                 add_bias(out[part], b2[e])
@@ -111,8 +119,9 @@ def _experts_backward(dy, token, gate, plan, weights, kind, saved, d_rows, dgate
     """dw: dw1, db1, dw2, db2, each (E,...); partial: the same for the slots, each (S,...)"""
     (pieces, first_piece), (w1, _, w2, _), (rows, before, out) = plan, weights, saved
     (width, wide), narrow = w1.shape[1:], w2.shape[1]
+    n_blocks = 2 if wide > narrow else 1
     for thread in prange(first_piece.size - 1):
-        memory = np.empty((4, PIECE * max(wide, width)), dy.dtype)
+        memory = np.empty((4, PART * max(wide, width)), dy.dtype)
         for p in range(first_piece[thread], first_piece[thread + 1]):
             e, first, last, slot = pieces[p]
             step = _part_rows(last - first)
@@ -131,11 +140,11 @@ def _experts_backward(dy, token, gate, plan, weights, kind, saved, d_rows, dgate
                 activate_backward(before[start * wide:stop * wide], after, d_after, d_before, kind)
                 multiply(after.reshape(n, narrow).T, dout, dw2[to], later)
                 add_column_sums(dout, db2[to])
-                for i in range(0, wide, narrow):
-                    half, columns = d_before[n * i:n * (i + narrow)].reshape(n, narrow), slice(i, i + narrow)
-                    multiply(rows[part].T, half, dw1[to][:, columns], later)
-                    multiply(half, w1[e][:, columns].T, d_rows[part], i > 0)
-                    add_column_sums(half, db1[to][columns])
+                for i in range(n_blocks):
+                    block, columns = _block(d_before, i, n, narrow), slice(narrow * i, narrow * (i + 1))
+                    multiply(rows[part].T, block, dw1[to][:, columns], later)
+                    multiply(block, w1[e][:, columns].T, d_rows[part], i > 0)
+                    add_column_sums(block, db1[to][columns])
 
 
 @loop

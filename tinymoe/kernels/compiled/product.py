@@ -1,8 +1,8 @@
 """Matrix products inside compiled code. Unlike np.dot they add, and read and write views where they lie.
 
 `out` is computed in tiles of ROWS rows and VECTORS vectors, whose sums stay in registers while a panel of `b`, DEPTH
-rows of as many columns, stays in the first-level cache (Goto 2008). BLAS packs both matrices before
-it multiplies. Here only columns that are not contiguous are copied, because the matrices are small.
+rows of as many columns, stays in the first-level cache (Goto 2008). BLAS packs both matrices before it multiplies.
+Here only columns that are not contiguous are copied, because the matrices are small.
 """
 import numba
 import numpy as np
@@ -13,7 +13,7 @@ from numba.extending import intrinsic, overload
 
 from .compile import loop
 
-# With AVX-512 there are 32 registers of 512 bits, else 16 of 256: for the sums, vectors of b, and one number of a.
+# AVX-512 has 32 registers of 512 bits, AVX2 16 of 256: for the sums, the vectors of b, and one number of a.
 AVX512 = "+avx512f" in str(cpu_target.target_context.codegen().magic_tuple())
 BITS, ROWS, VECTORS = (512, 12, 1) if AVX512 else (256, 6, 2)
 DEPTH = 64
@@ -38,8 +38,8 @@ def _tile(typing, rows, a, a_row, a_column, b, b_row, out, out_row, depth, add, 
         rows, a, a_row, a_column, b, b_row, out, out_row, depth, add, _ = arguments
         number, bits = context.get_value_type(like.dtype), like.dtype.bitwidth
         vector, index = ir.VectorType(number, BITS // bits), ir.IntType(32)
-        kind = ir.FunctionType(vector, [vector] * 3)
-        fma = build.module.declare_intrinsic(f"llvm.fma.v{vector.count}f{bits}", (), kind)      # x y + z, rounded once
+        fused = build.module.declare_intrinsic(     # x y + z, rounded once where the processor can
+            f"llvm.fmuladd.v{vector.count}f{bits}", (), ir.FunctionType(vector, [vector] * 3))
 
         def pointer(kind, start, *steps):
             """to the place after `start` and n times each stride of `steps`"""
@@ -67,7 +67,7 @@ def _tile(typing, rows, a, a_row, a_column, b, b_row, out, out_row, depth, add, 
                     for i, row in enumerate(sums):
                         x = everywhere(load(pointer(number, a, (a_row, whole(i)), (a_column, step.index))))
                         for y, total in zip(ys, row):
-                            build.store(build.call(fma, [x, y, build.load(total)]), total)
+                            build.store(build.call(fused, [x, y, build.load(total)]), total)
                 for i, row in enumerate(sums):
                     for column, total in zip(columns, row):
                         place = pointer(vector, out, (out_row, whole(i)), column)
@@ -96,21 +96,24 @@ def _multiply(a, b, out, add):
     for j in range(0, N, width):
         n = min(width, N - j)
         for k in range(0, max(K, 1), DEPTH):
-            rows, more, start = min(DEPTH, K - k), add or k > 0, b.ctypes.data + k * b.strides[0] + j * b.strides[1]
+            rows, more = min(DEPTH, K - k), add or k > 0
             part, to = a[:, k:k + rows], out[:, j:j + n]
-            if n == width and b.strides[1] == size:
-                _multiply_panel(part, start, b.strides[0], to, more)
-                continue
-            for row in range(rows):
-                for column in range(n):
-                    panel[row, column] = b[k + row, j + column]
-            if n == width:
-                _multiply_panel(part, panel.ctypes.data, panel.strides[0], to, more)
-            else:
-                _multiply_panel(part, panel.ctypes.data, panel.strides[0], edge, False)
-                for row in range(M):
+            start, step = b.ctypes.data + k * b.strides[0] + j * b.strides[1], b.strides[0]
+            if n < width or b.strides[1] != size:
+                for row in range(rows):
                     for column in range(n):
-                        to[row, column] = edge[row, column] + (to[row, column] if more else 0)
+                        panel[row, column] = b[k + row, j + column]
+                start, step = panel.ctypes.data, panel.strides[0]
+            if n == width:
+                _multiply_panel(part, start, step, to, more)
+                continue
+            _multiply_panel(part, start, step, edge, False)
+            for row in range(M):
+                for column in range(n):
+                    if more:
+                        to[row, column] += edge[row, column]
+                    else:
+                        to[row, column] = edge[row, column]
 
 
 @overload(multiply)
