@@ -164,7 +164,9 @@ def routes(name):
 def draw_byte(axes, x, y, byte, expert):
     """One byte on its expert's colour, with the expert's number below it; on white for -1, no expert."""
     colour = EXPERTS[expert % len(EXPERTS)] if expert >= 0 else "#FFFFFF"
-    axes.add_patch(Rectangle((x, y), 1, 0.94, color=colour, lw=0))
+    axes.add_artist(Rectangle((x, y), 1, 0.94, color=colour, lw=0, in_layout=False))
     ink = "black" if is_light(colour) else "white"
-    axes.text(x + 0.5, y + 0.32, symbol(byte), ha="center", va="center", fontsize=6, family="monospace", color=ink)
-    axes.text(x + 0.5, y + 0.76, str(expert) if expert >= 0 else "–", ha="center", va="center", fontsize=3.5, color=ink)
+    axes.text(x + 0.5, y + 0.32, symbol(byte), ha="center", va="center", fontsize=6, family="monospace", color=ink,
+              in_layout=False)
+    axes.text(x + 0.5, y + 0.76, str(expert) if expert >= 0 else "–", ha="center", va="center", fontsize=3.5, color=ink,
+              in_layout=False)
