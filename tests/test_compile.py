@@ -174,7 +174,7 @@ def test_the_processes_that_compile_end_with_their_parent(number, wait, tmp_path
 
 @slow
 def test_the_processes_that_compile_import_nothing_from_the_current_folder(tmp_path):
-    """They read a copy of what is compiled, and mark it when they have all."""
+    """Here they find all compiled: what they import is the same. The mark is there if both ended well."""
     (tmp_path / "scipy.py").write_text("open('imported', 'w').close(); raise SystemExit(1)")
     kept = Path(run("from tinymoe import kernels; kernels.compile_all('float64'); " + WHERE)[0].split()[0])
     copy = shutil.copytree(kept, tmp_path / "cache" / kept.name)

@@ -133,8 +133,8 @@ def scale(found):
              for results, _, one in asked(found) if one.tested]
     return (f"The models have {min(sizes):.1g} to {max(sizes):.1g} million parameters and {min(steps):,} to "
             f"{max(steps):,} training steps. In {sum(falling)} of {len(falling)} settings the loss was still falling "
-            f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has the smallest or the "
-            "largest learning rate that was tried. So longer training and other rates may change any answer.")
+            f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has a learning rate that "
+            "was chosen at an end of the range. So longer training and other rates may change any answer.")
 
 
 def yardstick(found):

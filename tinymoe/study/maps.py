@@ -162,11 +162,13 @@ def routes(name):
 
 
 def draw_byte(axes, x, y, byte, expert):
-    """One byte on its expert's colour, with the expert's number below it; on white for -1, no expert."""
+    """One byte on its expert's colour, with the expert's number below it; on white for -1, no expert.
+
+    The layout of the figure leaves it out, because hundreds of bytes would take most of its time.
+    """
     colour = EXPERTS[expert % len(EXPERTS)] if expert >= 0 else "#FFFFFF"
     axes.add_artist(Rectangle((x, y), 1, 0.94, color=colour, lw=0, in_layout=False))
     ink = "black" if is_light(colour) else "white"
-    axes.text(x + 0.5, y + 0.32, symbol(byte), ha="center", va="center", fontsize=6, family="monospace", color=ink,
-              in_layout=False)
-    axes.text(x + 0.5, y + 0.76, str(expert) if expert >= 0 else "–", ha="center", va="center", fontsize=3.5, color=ink,
-              in_layout=False)
+    centred = {"ha": "center", "va": "center", "color": ink, "in_layout": False}
+    axes.text(x + 0.5, y + 0.32, symbol(byte), fontsize=6, family="monospace", **centred)
+    axes.text(x + 0.5, y + 0.76, str(expert) if expert >= 0 else "–", fontsize=3.5, **centred)

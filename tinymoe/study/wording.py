@@ -71,9 +71,10 @@ and Hochberg: of those that are *different*, at most 5% are expected to be so by
 are the *same*. Beside *same* stands the p value of the two one-sided tests against the margin, else that of the test \
 against 0."""
 SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
-taken before any other run existed; these runs are in no other number."""
+taken before any other run existed; these runs are in no other number but the core-hours."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
-CROSSINGS = "The last step at which two curves cross, on a straight line between evaluations; – where they do not."
+CROSSINGS = """The last step at which two curves cross, on a straight line between evaluations, that before training \
+left out; – where they do not. The curves are measured on few bytes, so a late crossing may be chance."""
 # what captions say of figures, where a setting has two seeds
 CURVES = "lines are means over the seeds, coloured bands go from the lowest seed to the highest"
 INTERVALS = "means and 95% intervals"

@@ -1,8 +1,8 @@
 """Matrix products inside compiled code. Unlike np.dot they add, and read and write views where they lie.
 
 `out` is computed in tiles of ROWS rows and VECTORS vectors, whose sums stay in registers while a panel of `b`, DEPTH
-rows of as many columns, stays in the first-level cache (Goto 2008). The panel is a copy: rows that lie 1 or 2 kB apart
-would push each other out of the cache. BLAS copies `a` too, which takes long where the matrices are small.
+rows of as many columns, stays in the first-level cache (Goto 2008). The panel is a copy: rows that lie 2 kB apart would
+push each other out of the cache. BLAS copies `a` too, which takes long where the matrices are small.
 """
 import numba
 import numpy as np
@@ -90,7 +90,7 @@ def _copy_row(typing, to, start):
 
 @loop
 def _multiply_panel(a, panel, out, add):
-    """out (M,n) = a (M,K) panel (K,n), or out += a panel, for the n columns of a tile"""
+    """out (M,n) = a (M,K) panel, or out += a panel, for the n columns of a tile and the first K rows of the panel"""
     (a_row, a_column), out_row = a.strides, out.strides[0]
     for i in range(0, a.shape[0], ROWS):
         _tile(min(ROWS, a.shape[0] - i), a.ctypes.data + i * a_row, a_row, a_column, panel.ctypes.data,
@@ -112,7 +112,7 @@ def _multiply(a, b, out, add):
                 for row in range(rows):
                     _copy_row(panel.ctypes.data + row * WIDTH, b.ctypes.data + (k + row) * b.strides[0] + j * size)
             else:
-                for column in range(n):
+                for column in range(n):                 # a transposed b is read as it lies in memory
                     for row in range(rows):
                         panel[row, column] = b[k + row, j + column]
             if n == width:
