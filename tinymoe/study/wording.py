@@ -73,8 +73,8 @@ against 0."""
 SWEEP = """Mean causal loss (nats) of the seeds 100 and 101, by peak learning rate. The rate with the lowest loss was \
 taken before any other run existed; these runs are in no other number but the core-hours."""
 DOMAINS = "Differences of the causal loss by domain, without correction; the loss is the mean over the domains."
-CROSSINGS = """The last step at which two curves cross, on a straight line between evaluations, that before training \
-left out; – where they do not. The curves are measured on few bytes, so a late crossing may be chance."""
+CROSSINGS = """The last step at which two curves cross, on a straight line between the evaluations after step 0; – \
+where they do not. The curves are measured on few bytes, so a late crossing may be chance."""
 # what captions say of figures, where a setting has two seeds
 CURVES = "lines are means over the seeds, coloured bands go from the lowest seed to the highest"
 INTERVALS = "means and 95% intervals"
