@@ -89,11 +89,10 @@ dense = Experiment(
             "were set beforehand from the processor time of a step on one thread: 39 ms for the mixture, 38 with a "
             "hash, 37 for the small dense model and 69 for the large one. The mixture and the small dense model do the "
             "same work for a byte, so its 7% more steps make up for time that this code spends on routing. They are a "
-            "run of its own, whose schedule is longer too; no mixture was trained for as many. In the published runs "
-            "two of the twelve of `dense-active`, seeds 10 and 11, begin late to fall and end far above the others: "
-            "without them the mixture leads by less. The large dense model ends above the small one. So it trains "
-            "badly at these rates and steps, and its loss says little of what its size is worth. All took the largest "
-            f"rate that was tried. {SECONDS}",
+            "run of its own, whose schedule is longer too; no mixture was trained for as many. A run that "
+            "begins late to fall weighs much in a mean: look at the single seeds. Where the large dense model ends "
+            "above the small one, it trains badly at these rates and steps, and its loss says little of what its size "
+            f"is worth. {SECONDS}",
     claims=(Claim(9, "A mixture beats a dense model of equal active parameters on training loss",
                   "Shazeer 2017; Clark 2022", (Effect("cross_entropy", "mixture", "<", 0, minus="dense-active"),)),
             Claim(9, "A dense model of equal total parameters is better still on training loss",

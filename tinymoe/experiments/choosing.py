@@ -75,10 +75,9 @@ hash_routing = Experiment(
              "at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="learned")},
     caution="The two MoE layers are layers 1 and 3 of four. A hash has the constant gate 1/2, a table with learned "
             "gates the scores of its experts, as in DeepSeek-V4: its form is that of `gated-then-learned`. Settings "
-            "share the learning rate of `learned` or of `hash`, which is half of it. Those with half the rate lose "
-            "much of their lead in the second half of the training, and the others are not shown to, so that may come "
-            "from the rates. In one seed `gated` and `hash` draw different tables, and so do `learned-then-hash` and "
-            "`hash` in layer 3.")
+            "share the learning rate of `learned` or of `hash`; where these differ, the course of the curves may be "
+            "that of the rates. In one seed `gated` and `hash` draw different tables, and so do `learned-then-hash` "
+            "and `hash` in layer 3.")
 
 UNITS = {"token": ("each byte", {}), "layer": ("each prefix, in each layer", {"router": "sequence"}),
          "global": ("each prefix, once for all layers",
