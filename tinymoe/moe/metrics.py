@@ -156,10 +156,11 @@ def shuffled_information(counts_by_unit: np.ndarray, labels: np.ndarray, n_label
     counts_by_unit: (U, E) assignments of each unit (a window, or a token) to each expert.
     """
     unit, expert = np.nonzero(counts_by_unit)
+    counts = counts_by_unit[unit, expert]
     labels, n_experts, found = np.asarray(labels, int), counts_by_unit.shape[1], []
     for _ in range(n_shuffles):
         place = rng.permutation(labels)[unit] * n_experts + expert
-        table = np.bincount(place, weights=counts_by_unit[unit, expert], minlength=n_labels * n_experts)
+        table = np.bincount(place, weights=counts, minlength=n_labels * n_experts)
         found.append(mutual_information(table.reshape(n_labels, n_experts)))
     return float(np.mean(found))
 
@@ -183,14 +184,14 @@ def information_given(routing: Routing, ids: np.ndarray, domain: np.ndarray, rng
     """
     domains, ids = np.repeat(domain, ids.shape[1]), ids.reshape(-1)
     n_bytes, n_domains = int(ids.max()) + 1, int(domain.max()) + 1
-    by_domain = np.argsort(domains, kind="stable")
 
     def joint(bytes_, of_token):
         return label_load(routing, of_token * n_bytes + bytes_, n_domains * n_bytes)
 
     def shuffled_within():
-        mixed, order = np.empty_like(ids), np.lexsort((rng.random(len(ids)), domains))
-        mixed[by_domain] = ids[order]
+        mixed = ids.copy()
+        for d in range(n_domains):
+            mixed[domains == d] = rng.permutation(ids[domains == d])
         return mixed
 
     table = joint(ids, domains)
