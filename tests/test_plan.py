@@ -379,9 +379,9 @@ def test_the_surprise_is_the_largest_exploratory_difference_that_survives(tmp_pa
     experiment = dataclasses.replace(STUDY, exploratory=(
         Contrast(LOSS, "A", minus="B"), Contrast(LOSS, "C", minus="D"), Contrast("load_cv", "A", minus="B")))
     said = gathered.surprise([Results(experiment, write_study(tmp_path, losses=losses))])
-    assert said.startswith("**A (no load balancing) is 0.367 nats worse than B (light balancing).** The interval is [")
-    assert "Of 2 exploratory differences of the causal loss" in said
-    assert " million parameters, and learning rates of 0.001, at the end of the range. No" in said
+    assert said.startswith("**Of 2 differences that no question asked for, the largest that is shown: A (no load "
+                           "balancing) is 0.367 nats worse than B (light balancing).** The interval is [")
+    assert " million parameters in all, and learning rates of 0.001, at the end of the range. The 2 are of" in said
     claim = Claim(3, "A is worse", "nobody", (Effect(LOSS, "B", "<", 0, minus="A"),))
     asked = dataclasses.replace(experiment, claims=(claim,))
     assert gathered.surprise([Results(asked, tmp_path)]).startswith("No exploratory difference")
@@ -398,7 +398,7 @@ def test_a_difference_of_settings_that_were_trained_otherwise_is_no_surprise(tmp
         return gathered.surprise([Results(dataclasses.replace(
             STUDY, settings=settings, text=text, rates=(), exploratory=(Contrast(LOSS, "A", minus="B"),)), tmp_path)])
 
-    assert said().startswith("**A (no load balancing) is 0.367 nats worse than B")
+    assert "A (no load balancing) is 0.367 nats worse than B" in said()
     for other in (said(length=2), said(start="D"), said(text="synthetic")):
         assert other.startswith("No exploratory difference")
 
@@ -409,7 +409,7 @@ def test_the_yardstick_says_what_routing_is_worth(tmp_path, monkeypatch):
     monkeypatch.setattr(gathered, "YARDSTICKS", {
         "study": ("C in place of A", Contrast(LOSS, "C", minus="A")), "dense": ("no run", Contrast(LOSS, "A"))})
     said = gathered.yardstick([Results(STUDY, write_study(tmp_path))])
-    assert said.endswith("of perplexity. C in place of A changes the loss: -0.367 [-0.510, -0.223] nats.")
+    assert said.endswith("of perplexity. C in place of A changes the loss by -0.367 [-0.510, -0.223] nats.")
 
 
 def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
@@ -421,11 +421,16 @@ def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
     found = [among("one", (1.0, 1.1, 1.25)), among("two", (1.0, 1.7, 2.1)), among("three", (-1.0, 0.0, 1.0))]
     assert [each.primary[0].verdict for each in found] == ["different", "different", "not known"]
     assert gathered.over_all(found) == (
-        "Corrections are made within each experiment. With Holm's correction over all 3 primary comparisons, all but "
-        "`C` - `A` of `two` (p = 0.076) of the 2 that are *different* would stay so.")
+        "With Holm's correction over all 3 primary comparisons, all but `C` - `A` of `two` (p = 0.076) of the 2 that "
+        "are *different* would stay so.")
     assert gathered.over_all(found[:1]).endswith("over all 1 primary comparisons, all of the 1 that are *different* "
                                                  "would stay so.")
     assert gathered.over_all(found[2:]) == gathered.over_all([]) == ""
+    like = [*found[:1], among("four", (0.001, -0.001, 0.0005)), among("five", (0.004, -0.004, 0.0015))]
+    assert [each.primary[0].verdict for each in like[1:]] == ["same", "same"]  # p of 0.0019, and of 0.0283 twice
+    assert gathered.over_all(like) == (
+        "With Holm's correction over all 3 primary comparisons, all of the 1 that are *different*, and all but "
+        "`C` - `A` of `five` (p = 0.057) of the 2 that are *same* would stay so.")
 
 
 @pytest.mark.slow

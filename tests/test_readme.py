@@ -92,7 +92,7 @@ def decided():
         settings = " - ".join(re.findall("`.*?`", difference))
         numbers = difference.split(": ")[-1]
         place = experiment.replace("(", "(results/published/")
-        rows.append(f"| {answer.strip('*')} | {settings}: {numbers} | {place} |")
+        rows.append(f"| {answer.replace('**', '')} | {settings}: {numbers} | {place} |")
     where = {}
     for question, *_, experiment in rows_below("question, not known"):
         where.setdefault(question, []).append(f"`{re.search(r'[^[]+(?=])', experiment)[0]}`")

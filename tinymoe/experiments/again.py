@@ -32,7 +32,7 @@ again_top_2 = Experiment(
     first_seed=200, seeds=50, steps=1000, training=ALL_WINDOWS | {"learning_rate": 8e-3},
     figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="top-2")},
     caution="Settings, steps and learning rate are those of `frozen`, `modern` and `unit`; no seed of theirs is used. "
-            "All comparisons share top-2, so they are not independent.")
+            "The rate is the largest that they tried. All comparisons share top-2, so they are not independent.")
 
 again_top_1 = Experiment(
     name="again-top-1", question="What do more seeds say about two open questions on top-1?",

@@ -105,7 +105,7 @@ surface = Experiment(
                            rate_of=None if e == 8 else f"E8-K{k}") for name, (e, k) in SURFACE.items()),
     metrics=(LOSS, "parameters", "megaflops", "seconds", "load_cv", "dead_experts"),
     primary=(Primary(
-        question="Do more experts lower the loss at equal active size?", contrast=Contrast(
+        question="Do more experts of the same width lower the loss?", contrast=Contrast(
             LOSS, "E32-K2", minus="E4-K2"),
         lower="Eight times as many experts lower the loss.", higher="Eight times as many experts raise the loss.",
         same="Eight times as many experts change the loss by less than 0.01 nats.", published="yes: Clark 2022"),),

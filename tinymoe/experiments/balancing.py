@@ -26,7 +26,8 @@ collapse = Experiment(
                 lower="Without a balance loss fewer experts are in effect.",
                 higher="Without a balance loss more experts are in effect.",
                 same="As many experts are in effect without a balance loss.", published="yes: Shazeer 2017, table 6"),
-        Primary(question="Does a large balance coefficient hurt?", contrast=Contrast(LOSS, "aux-0.3", minus="aux-0.01"),
+        Primary(question="Is a balance coefficient of 0.3 worse than 0.01?",
+                contrast=Contrast(LOSS, "aux-0.3", minus="aux-0.01"),
                 lower="A balance coefficient of 0.3 lowers the loss.",
                 higher="A balance coefficient of 0.3 raises the loss.",
                 same="A balance coefficient of 0.3 costs less than 0.01 nats.",
@@ -71,12 +72,12 @@ phase = Experiment(
     primary=(Primary(
         question="Does a larger learning rate leave fewer experts in effect?", margin=0.5,
         contrast=Contrast("effective_experts", "E8-rate0.016-std0.02", minus="E8-rate0.001-std0.02"),
-        lower="Without balancing, a learning rate of 0.016 leaves fewer of 8 experts in effect than 0.001, at the "
-              "router's usual initial scale.",
-        higher="Without balancing, a learning rate of 0.016 leaves more of 8 experts in effect than 0.001, at the "
-               "router's usual initial scale.",
-        same="Without balancing, a learning rate of 0.016 leaves as many of 8 experts in effect as 0.001, at the "
-             "router's usual initial scale."),),
+        lower="Without balancing, the larger learning rate leaves fewer of 8 experts in effect, at the router's usual "
+              "initial scale.",
+        higher="Without balancing, the larger learning rate leaves more of 8 experts in effect, at the router's usual "
+               "initial scale.",
+        same="Without balancing, the larger learning rate leaves as many of 8 experts in effect, at the router's usual "
+             "initial scale."),),
     exploratory=(*contrasts(("effective_experts",), [(f"E{e}-rate{rate:g}-std0.2", f"E{e}-rate{rate:g}-std0.02")
                                                      for e in (8, 32) for rate in (1e-3, 4e-3, 1.6e-2)]),),
     seeds=4, steps=500, say=say_phase,

@@ -63,9 +63,9 @@ hash_routing = Experiment(
     primary=(Primary(
         question="Is a hash in the early layer and a learned router in the late one as good as learned routers?",
         contrast=Contrast(LOSS, "hash-then-learned", minus="learned"),
-        lower="A hash in the early layer beats learned routers in both.",
+        lower="A hash in the early layer beats learned routers in both layers.",
         higher="Learned routers in both layers beat a hash in the early one.",
-        same="A hash in the early layer is as good as learned routers in both.",
+        same="A hash in the early layer is as good as learned routers in both layers.",
         published="yes: DeepSeek-V4, with learned gates for the hash"),),
     exploratory=contrasts((LOSS,), (*against("learned", ("hash", "learned-then-hash", "gated", "gated-then-learned")),
                                     ("gated", "hash"))),
@@ -90,8 +90,9 @@ unit = Experiment(
     metrics=(LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),
     primary=(Primary(
         question="Is it better to route tokens or sequences?", contrast=Contrast(LOSS, "layer-K2", minus="token-K2"),
-        lower="Routing sequences beats routing tokens.", higher="Routing tokens beats routing sequences.",
-        same="Routing sequences is as good as routing tokens.", published="tokens: Fan 2024"),),
+        lower="Routing by the mean of a prefix beats routing each token.",
+        higher="Routing each token beats routing by the mean of a prefix.",
+        same="Routing by the mean of a prefix is as good as routing each token.", published="tokens: Fan 2024"),),
     exploratory=(*contrasts((LOSS,), (("global-K2", "token-K2"), *against("token-K1", ("layer-K1", "global-K1")))),
                  *contrasts(("mi_excess", "byte_excess"), (("layer-K2", "token-K2"), ("global-K2", "token-K2")))),
     seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,

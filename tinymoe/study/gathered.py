@@ -41,10 +41,10 @@ YARDSTICKS = {  # experiment: a change of the routing, and the difference of los
                  Contrast("val_cross_entropy", "0.5-order", minus="none"))}
 OPENING = """Small language models of bytes, with mixtures of experts in every second layer, were trained to answer \
 questions about routing and to test claims of the literature. Their loss is in nats a byte; lower is better."""
-SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. Both \
-allow for the number of primary comparisons in the experiment. *Not known*: neither is shown. Brackets are 95% \
-intervals over seeds, in the table of claims 90% intervals, without that allowance. Several experiments train the \
-same runs again, such as top-1 or top-2 with coefficient 0.01, so they are not independent evidence."""
+SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown to be smaller than the margin. *Not \
+known*: neither is shown. Brackets are 95% intervals over seeds, in the table of claims 90% intervals. Verdicts allow \
+for the other questions of their experiment, intervals do not. Several experiments train the same runs again, such as \
+top-1 or top-2 with coefficient 0.01, so they are not independent evidence."""
 BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
 is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
@@ -86,17 +86,18 @@ def document(found, absent, published, section=None) -> list[str]:
     answers_of_others = [f"![all primary comparisons](figures/primary.png)\n\n{FOREST}" if forest else "",
                          *questions(found, others), cost(found)]
     first, then = (["## The questions", *answers_of_others], []) if not study else (
-        ["## The three questions", *questions(found, study)], ["## The other questions", *answers_of_others])
+        ["## The three questions of the study", *questions(found, study)],
+        ["## The other questions", *answers_of_others])
     return [
-        "# Findings", f"{OPENING} {scale(found)}", yardstick(found), counted(found), SURE, *first,
+        "# Findings", f"{OPENING} {scale(found)}", yardstick(found), counted(found),
+        f"{SURE} {over_all(found)}".strip(), *first,
         *chapter("Claims of the literature",
                  BY_CONSTRUCTION + (f" Not tested yet: {enumerated(waiting)}." if waiting else ""),
                  table(CLAIM_COLUMNS, claims)),
         "## The surprise", surprise(found), *then,
-        ORIGIN, bold([f"Without finished runs, so not here: {', '.join(each.name for each in absent)}."]
-                     if absent else []),
+        ORIGIN, f"Without finished runs, so not here: {', '.join(each.name for each in absent)}." if absent else "",
         *((section or summary)(results, found) for results in found),
-        "## What this scale cannot show", CANNOT, over_all(found),
+        "## What this scale cannot show", CANNOT,
         WORDS, GLOSSARY, verdicts(found), "## Methods", METHODS,
         "## Compute", table(COMPUTE, map(compute_row, found))]
 
@@ -107,17 +108,18 @@ def place_of(experiment):
 
 
 def over_all(found):
-    """What a correction over the primary comparisons of all experiments would change; empty if none is different."""
+    """What a correction over the primary comparisons of all experiments would change; empty if none is decided."""
     tested = [(results, one) for results in found for one in results.primary if one.tested]
-    strict = holm([one.interval.p for _, one in tested])
-    different = [(results, one, p) for (results, one), p in zip(tested, strict) if one.verdict == "different"]
-    lost = [f"{one.contrast} of `{results.experiment.name}` ({p_value(p)})" for results, one, p in different
-            if p >= LEVEL]
-    if not different:
-        return ""
-    return (f"Corrections are made within each experiment. With Holm's correction over all {len(tested)} primary "
-            f"comparisons, all {f'but {joined(lost)} ' if lost else ''}of the {len(different)} that are *different* "
-            "would stay so.")
+    said = []
+    for verdict, p_of in (("different", lambda one: one.interval.p), ("same", lambda one: one.p_same)):
+        strict = holm([p_of(one) for _, one in tested])
+        those = [(results, one, p) for (results, one), p in zip(tested, strict) if one.verdict == verdict]
+        lost = [f"{one.contrast} of `{results.experiment.name}` ({p_value(p)})" for results, one, p in those
+                if p >= LEVEL]
+        if those:
+            said.append(f"all {f'but {joined(lost)} ' if lost else ''}of the {len(those)} that are *{verdict}*")
+    return (f"With Holm's correction over all {len(tested)} primary comparisons, {', and '.join(said)} would stay so."
+            if said else "")
 
 
 def link(results):
@@ -133,8 +135,8 @@ def scale(found):
              for results, _, one in asked(found) if one.tested]
     return (f"The models have {min(sizes):.1g} to {max(sizes):.1g} million parameters and {min(steps):,} to "
             f"{max(steps):,} training steps. In {sum(falling)} of {len(falling)} settings the loss was still falling "
-            f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has a learning rate that "
-            "was chosen at an end of the range. So longer training and other rates may change any answer.")
+            f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has the largest or the "
+            "smallest learning rate that was tried. So longer training and other rates may change any answer.")
 
 
 def yardstick(found):
@@ -142,9 +144,10 @@ def yardstick(found):
     experiments = {results.experiment.name: results for results in found}
     worth = [(what, experiments[name].compared(contrast)) for name, (what, contrast) in YARDSTICKS.items()
              if name in experiments]
-    said = [f"{what} {'is not shown to change' if one.interval.low <= 0 <= one.interval.high else 'changes'} the loss: "
-            f"{' '.join(numbers_of(one))} nats." for what, one in worth if one.tested]
-    return " ".join([f"**The yardstick.** Losses count as the same within {MARGIN:g} nats, which is "
+    said = [f"{what} changes the loss by {' '.join(numbers_of(one))} nats"
+            f"{', perhaps not at all' if one.interval.low <= 0 <= one.interval.high else ''}."
+            for what, one in worth if one.tested]
+    return " ".join([f"**The yardstick.** Differences of loss below {MARGIN:g} nats do not matter: that is "
                      f"{math.expm1(MARGIN):.0%} of perplexity.", *said])
 
 
@@ -180,13 +183,14 @@ def later(results, found):
 def questions(found, shown) -> list[str]:
     """The questions of the experiments that are shown, those that are decided first: question, answer, number, how
     sure. Those that are not known have a table of their own, which says what would decide them."""
-    rows = [(each, results, [one.question, f"**{one.sentence(each)}**",
-                             f"{named(each, results)}: {' '.join(numbers_of(each))} {unit(each)}".strip() +
-                             rates_of(results, each, "; {}"), f"{each.verdict}{how_sure(each)}", link(results)])
+    rows = [(each, results, [one.question, f"**{one.sentence(each)}**{rates_of(results, each, ' With {}.')}",
+                             f"{named(each, results)}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
+                             f"{each.verdict}{how_sure(each)}", link(results)])
             for results, one, each in asked(found) if results in shown]
     rows.sort(key=lambda row: VERDICTS.index(row[0].verdict))
     decided = [row for each, _, row in rows if each.verdict != "not known"]
-    others = [[row[0], row[2], how_sure(each).strip(" ()"), to_decide(results, each), row[4]]
+    others = [[row[0], f"{row[2]}{rates_of(results, each, '; {}')}", how_sure(each).strip(" ()"),
+               to_decide(results, each), row[4]]
               for each, results, row in rows if each.verdict == "not known"]
     names = (["question", "answer", "difference", "how sure", "experiment"],
              ["question, not known", "difference", "with 80% power", "to decide it", "experiment"])
@@ -228,13 +232,13 @@ def surprise(found):
                           for name in one.contrast.settings)  # each text once
     rates = dict.fromkeys(f"{rate:.2g}{at_an_end(results, rate)}"
                           for rate in map(results.learning_rate, one.contrast.settings))
-    return (f"**{first} ({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** "
-            f"The interval is {numbers_of(one)[1]}{how_sure(one)}; {link(results)}. They have {joined(sizes)} million "
-            f"parameters, and learning rates of {joined(rates)}. No question asked for it. Of {len(fair)} exploratory "
-            "differences of the causal loss on the default text, between models of equal active size that were trained "
-            "for as many steps and that no claim compares, it is the largest that is shown. So the true difference is "
-            "probably smaller. The p value allows for all exploratory comparisons of the experiment, the interval does "
-            "not.")
+    return (f"**Of {len(fair)} differences that no question asked for, the largest that is shown: {first} "
+            f"({what[first]}) is {abs(one.mean):.3f} nats {better} than {second} ({what[second]}).** The interval is "
+            f"{numbers_of(one)[1]}{how_sure(one)}; {link(results)}. As the largest of many, it is probably smaller in "
+            f"truth. The two have {joined(sizes)} million parameters in all, and learning rates of {joined(rates)}. "
+            f"The {len(fair)} are of the causal loss on the default text, between models of equal active size that "
+            "were trained for as many steps and that no claim compares. The p value allows for all exploratory "
+            "comparisons of the experiment, the interval does not.")
 
 
 def is_fair(one, results):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from .caveats import changes
+from .experiment import CANDIDATES
 from .markdown import escaped, joined, table
 from .quantities import quantity, title
 from .results import Results, lowest
@@ -41,8 +42,12 @@ def rates_of(results, found, form) -> str:
 
 
 def at_an_end(results, rate) -> str:
-    """Words where a learning rate is the first or last of those that the sweep tried; else empty."""
-    rates = results.experiment.rates
+    """Words where a learning rate is the first or last of those that were tried; else empty.
+
+    An experiment that asks questions again has no sweep: it has the rates of the earlier ones.
+    """
+    e = results.experiment
+    rates = CANDIDATES if e.first_seed else e.rates
     return ", at the end of the range" if rates and rate in (min(rates), max(rates)) else ""
 
 
