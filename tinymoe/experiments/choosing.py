@@ -38,7 +38,8 @@ frozen = Experiment(
             "The two gates of a mixture sum to 1, so it averages two experts where the dense layer, twice as wide, "
             "adds them. `shuffled` trains a router of its own, so its load need not be as even as that of `learned`. "
             "The claims are judged against what a mixture gains over a dense model. Random routing has the rate that "
-            "`learned` chose. In the published `specialise` it has half of it.",
+            "`learned` chose. In the published `specialise` it has half of it. `again-top-2` asks the question again "
+            "on 50 other seeds.",
     claims=(Claim(3, "A frozen router keeps what a mixture gains over a dense model (it is within 0.01 nats of a "
                      "learned one, and better than dense); routing drawn afresh gains less than 0.01 nats",
                   "Fan 2024 (2402.13089), perplexity by tokens: +0.2% and about +19%",
@@ -90,15 +91,17 @@ unit = Experiment(
     metrics=(LOSS, "causal_perplexity", "mi_excess", "byte_excess", "repetition", "load_cv"),
     primary=(Primary(
         question="Is it better to route tokens or sequences?", contrast=Contrast(LOSS, "layer-K2", minus="token-K2"),
-        lower="Routing by the mean of a prefix beats routing each token.",
-        higher="Routing each token beats routing by the mean of a prefix.",
-        same="Routing by the mean of a prefix is as good as routing each token.", published="tokens: Fan 2024"),),
+        lower="Top-2 by the mean of the prefix, in each layer, beats top-2 by the token.",
+        higher="Top-2 by the token beats top-2 by the mean of the prefix, in each layer.",
+        same="Top-2 by the mean of the prefix, in each layer, is as good as top-2 by the token.",
+        published="tokens: Fan 2024"),),
     exploratory=(*contrasts((LOSS,), (("global-K2", "token-K2"), *against("token-K1", ("layer-K1", "global-K1")))),
                  *contrasts(("mi_excess", "byte_excess"), (("layer-K2", "token-K2"), ("global-K2", "token-K2")))),
     seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "byte_excess", reference="token-K2")},
     caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
-            "change within a window; Fan et al. average the whole sequence.",
+            "change within a window; Fan et al. average the whole sequence. `again-top-2` asks the question again on "
+            "50 other seeds.",
     claims=(Claim(8, "Routing tokens beats routing sequences at equal K",
                   "Fan 2024, table 1, perplexity by tokens: 9.9 against 10.7 and 11.6",
                   tuple(Effect(LOSS, f"{name}-K{k}", ">", 0, minus=f"token-K{k}")
@@ -195,12 +198,14 @@ modern = Experiment(
     metrics=(LOSS, "max_violation", "effective_experts", "experts_per_token", "mi_excess", "byte_excess"),
     primary=(Primary(
         question="Is the router of DeepSeek-V3 better than top-2?", contrast=Contrast(LOSS, "bias", minus="top-2"),
-        lower="Sigmoid scores with a bias beat top-2.", higher="Top-2 beats sigmoid scores with a bias.",
-        same="Sigmoid scores with a bias are as good as top-2."),),
+        lower="Sigmoid scores with a bias beat top-2 with a balance loss of 0.01.",
+        higher="Top-2 with a balance loss of 0.01 beats sigmoid scores with a bias.",
+        same="Sigmoid scores with a bias are as good as top-2 with a balance loss of 0.01."),),
     exploratory=(*contrasts((LOSS,), against("top-2", [name for name in MODERN if name != "bias"])),
                  *contrasts(("max_violation",), against("top-2", MODERN))),
     seeds=8, steps=1000, rates=CANDIDATES, training=ALL_WINDOWS,
     figures={"balance_against_loss": one_against_other("max_violation", LOSS), "over_steps": over_steps("top-2", LOSS)},
     caution="All share the learning rate that top-2 chose. Where the number of experts of a byte is a mean, the table "
             "says what it was: more experts are more work, fewer are less. `remoe` is steered towards 2 and need not "
-            "have reached it. Sinkhorn and the assignment balance only while training and are measured as top-K.")
+            "have reached it. Sinkhorn and the assignment balance only while training and are measured as top-K. "
+            "`again-top-2` asks the question again on 50 other seeds.")

@@ -35,7 +35,7 @@ CANNOT = """Most settings take the learning rate that another setting chose, whi
 of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
 stability that the z-loss gives at low precision."""
 YARDSTICKS = {  # experiment: a change of the routing, and the difference of losses that says what it is worth
-    "dense": ("A mixture in place of a dense model of equal active size, for as many steps,",
+    "dense": ("A mixture in place of a dense model of equal active size, for as many steps (2,000),",
               Contrast(LOSS, "mixture", minus="dense-active")),
     "capacity": ("Dropping half of all choices of top-1, in training and validation alike,",
                  Contrast("val_cross_entropy", "0.5-order", minus="none"))}
@@ -45,7 +45,8 @@ SURE = """*Different*: the difference is shown not to be 0. *Same*: it is shown 
 known*: neither is shown. Brackets are 95% intervals over seeds, in the table of claims 90% intervals. Verdicts allow \
 for the other questions of their experiment, intervals do not. Several experiments train the same runs again, such as \
 top-1 or top-2 with coefficient 0.01, so they are not independent evidence."""
-BY_CONSTRUCTION = "Claims 1 and 7 are true by construction, so a run can only check the code: they are not here."
+BY_CONSTRUCTION = """Claims 1 and 7 are true by construction, so a run can only check the code: they are not here. A \
+claim is judged by its own experiment alone, even if a question of it was asked again."""
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
 is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
 
@@ -136,7 +137,7 @@ def scale(found):
     return (f"The models have {min(sizes):.1g} to {max(sizes):.1g} million parameters and {min(steps):,} to "
             f"{max(steps):,} training steps. In {sum(falling)} of {len(falling)} settings the loss was still falling "
             f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has the largest or the "
-            "smallest learning rate that was tried. So longer training and other rates may change any answer.")
+            "smallest learning rate of its sweep. So longer training and other rates may change any answer.")
 
 
 def yardstick(found):

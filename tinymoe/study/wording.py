@@ -45,7 +45,7 @@ and the order of the data, which is the same for all settings. Intervals cover t
 except those over seeds and text. Their variance is that of the mean over seeds plus that of the text, from a \
 bootstrap of stretches within each domain. Their half width is the root of the summed squares of the half widths of \
 the two t intervals. Intervals take the chosen learning rates as fixed. They assume that seeds scatter normally, which \
-the runs cannot check. They may pass a bound that a number cannot, such as a coverage of 1. Training times and \
+few seeds cannot check. They may pass a bound that a number cannot, such as a coverage of 1. Training times and \
 core-hours are wall time, so they depend on what else ran on the machine."""
 CLAIMS = """A claim *held* where every condition is shown, each by a one-sided t-test over seeds at 5%, paired by \
 seed; ratios are tested as logarithms. It *did not hold* where the opposite of one condition is shown. Otherwise it is \
