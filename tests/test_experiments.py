@@ -653,7 +653,7 @@ def test_experiments_are_gathered_before_the_study_has_ended(corpora, tmp_path):
     done = CliRunner().invoke(cli.main, ["findings", str(tmp_path)])
     assert done.exit_code == 0, done.output
     text = (tmp_path / "FINDINGS.md").read_text()
-    assert "## The questions\n\n" in text and "## The three questions of the study" not in text
+    assert "## The questions\n\n" in text and "## The three questions" not in text
     assert "so not here: study, expert-choice" in text
     page = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert page.exit_code == 0, page.output

@@ -254,6 +254,16 @@ def test_what_experts_can_carry_is_the_ceiling(n_bytes, chosen, share):
     assert found["byte_known"] == pytest.approx(share, abs=0.03) and abs(found["domain_known"]) < 0.03
 
 
+def test_bytes_are_shuffled_within_their_domain():
+    """Random experts, and no byte in both domains: shuffled over all bytes, the null would be too large by 0.1 nats."""
+    rng = np.random.default_rng(0)
+    domain = np.tile([1, 0], 10)
+    ids = rng.integers(0, 8, (20, 16)) + 8 * domain[:, None]
+    gates = np.eye(4)[rng.integers(0, 4, ids.size)]
+    found = metrics.information_given(routing(gates), ids, domain, np.random.default_rng(1))
+    assert abs(found["byte_given_domain"]) < 0.05
+
+
 def test_where_nothing_could_be_known_the_share_is_0():
     ids, alone = np.tile(np.arange(8), (4, 1)), np.ones((32, 1))
     found = metrics.information_given(routing(alone), ids, np.zeros(4, int), np.random.default_rng(0))

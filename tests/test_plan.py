@@ -409,7 +409,25 @@ def test_the_yardstick_says_what_routing_is_worth(tmp_path, monkeypatch):
     monkeypatch.setattr(gathered, "YARDSTICKS", {
         "study": ("C in place of A", Contrast(LOSS, "C", minus="A")), "dense": ("no run", Contrast(LOSS, "A"))})
     said = gathered.yardstick([Results(STUDY, write_study(tmp_path))])
-    assert said.endswith("of perplexity. C in place of A changes the loss by -0.367 [-0.510, -0.223] nats.")
+    assert said.endswith("count as none. C in place of A changes the loss by -0.367 [-0.510, -0.223] nats.")
+
+
+@pytest.mark.parametrize("losses, said", [
+    (LOSSES, "** The learning rates 0.004 and 0.002 differ. |"),
+    (LOSSES | {"C": (1.0, 2.0, 3.0)}, "nats; learning rates 0.004 and 0.002 |")])  # not known: there is no answer
+def test_unequal_rates_stand_in_the_row_of_a_question(losses, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(Results, "learning_rate", lambda self, name: 0.002 if name == "A" else 0.004)
+    results = Results(STUDY, write_study(tmp_path, losses=losses))
+    rows = "".join(gathered.questions([results], [results])).splitlines()
+    assert [line for line in rows if "learning rates" in line] == [line for line in rows if said in line] != []
+
+
+@pytest.mark.parametrize("rates, first_seed, ends", [
+    ((0.1, 0.2, 0.3), 0, (0.1, 0.3)), ((0.1, 0.2), 9, (0.1, 0.2)), ((), 0, ()),
+    ((), 9, (CANDIDATES[0], CANDIDATES[-1]))])
+def test_a_rate_at_an_end_is_one_of_a_sweep(rates, first_seed, ends):
+    results = types.SimpleNamespace(experiment=dataclasses.replace(STUDY, rates=rates, first_seed=first_seed))
+    assert tuple(rate for rate in sorted({0.1, 0.2, 0.3, *CANDIDATES}) if tables.at_an_end(results, rate)) == ends
 
 
 def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
@@ -421,16 +439,15 @@ def test_a_correction_over_all_experiments_says_which_verdicts_it_would_cost():
     found = [among("one", (1.0, 1.1, 1.25)), among("two", (1.0, 1.7, 2.1)), among("three", (-1.0, 0.0, 1.0))]
     assert [each.primary[0].verdict for each in found] == ["different", "different", "not known"]
     assert gathered.over_all(found) == (
-        "With Holm's correction over all 3 primary comparisons, all but `C` - `A` of `two` (p = 0.076) of the 2 that "
-        "are *different* would stay so.")
-    assert gathered.over_all(found[:1]).endswith("over all 1 primary comparisons, all of the 1 that are *different* "
-                                                 "would stay so.")
+        "With Holm's correction over all 3 primary comparisons, 1 of the 2 that are *different* would stay so, not "
+        "`C` - `A` of `two` (p = 0.076).")
+    assert gathered.over_all(found[:1]).endswith("comparisons, 1 of the 1 that are *different* would stay so.")
     assert gathered.over_all(found[2:]) == gathered.over_all([]) == ""
     like = [*found[:1], among("four", (0.001, -0.001, 0.0005)), among("five", (0.004, -0.004, 0.0015))]
     assert [each.primary[0].verdict for each in like[1:]] == ["same", "same"]  # p of 0.0019, and of 0.0283 twice
     assert gathered.over_all(like) == (
-        "With Holm's correction over all 3 primary comparisons, all of the 1 that are *different*, and all but "
-        "`C` - `A` of `five` (p = 0.057) of the 2 that are *same* would stay so.")
+        "With Holm's correction over all 3 primary comparisons, 1 of the 1 that are *different* would stay so; 1 of "
+        "the 2 that are *same* would stay so, not `C` - `A` of `five` (p = 0.057).")
 
 
 @pytest.mark.slow

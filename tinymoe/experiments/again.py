@@ -33,9 +33,10 @@ again_top_2 = Experiment(
     figures={"at_the_end": at_the_end(LOSS, "load_cv", "byte_excess", reference="top-2")},
     caution="Settings, steps and learning rate are those of `frozen`, `modern` and `unit`; no seed of theirs is used. "
             "The rate is the largest that they tried. All comparisons share top-2, so they are not independent. The "
-            "number of seeds was planned by the scatter of 8, so its power may be below 80%. No setting is a dense "
-            "model: `frozen` shows what a mixture gains over one. `sequence` routes by the mean of the prefix so far, "
-            "so its routes may change within a window; Fan et al. average the whole sequence.")
+            "number of seeds was planned by the scatter of 8 seeds, so the power may be below 80%. No setting is a "
+            "dense model: the experiment `frozen` shows what a mixture gains over one. `sequence` routes by the mean "
+            "of the prefix so far, so its routes may change within a window; Fan et al. average the whole sequence.")
+
 
 again_top_1 = Experiment(
     name="again-top-1", question="What do more seeds say about two open questions on top-1?",
@@ -52,4 +53,4 @@ again_top_1 = Experiment(
     figures={"at_the_end": at_the_end("val_cross_entropy", LOSS, "load_cv", reference="none")},
     caution="Settings, steps and learning rate are those of `capacity` and `balance`; no seed of theirs is used. The "
             "loss routed as in training has the limit; the causal loss is of the same weights without it. The number "
-            "of seeds was planned by the scatter of 6 and 12, so its power may be below 80%.")
+            "of seeds was planned by the scatter of 6 and 12 seeds, so the power may be below 80%.")

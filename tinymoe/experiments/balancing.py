@@ -114,7 +114,7 @@ balance = Experiment(
     caution="The rate of the sign rules is 0.001, as published. Sigmoid and softmax scores differ in their gates too, "
             "so compare a rule with the others of its score. All rules of a score have the learning rate that the "
             "sign rule chose. The claim is judged by MaxVio of the validation set, not by that of a batch, and "
-            "against the smaller of the two balance losses. `again-top-1` asks the question again on 45 other seeds.",
+            "against the smaller of the two balance losses. `again-top-1` asks the question again on other seeds.",
     claims=(Claim(6, "The loss-free bias (rate 0.001) has less than half the MaxVio of a small balance loss (0.001), "
                      "at no cost in loss (within 0.01 nats)", "Wang 2024; DeepSeek-V3",
                   (Effect("max_violation", "sign-sigmoid", "<", 0.5, over="aux-0.001"),
@@ -145,7 +145,7 @@ capacity = Experiment(
             "even, and so are those of training (see Methods). Where the smallest gates are dropped, a later byte can "
             "take the place of an earlier one: that loss is leaky, so only the causal loss compares the two policies. "
             "A factor below 1 must drop choices: at least 25% at 0.75, 50% at 0.5. `again-top-1` asks the question "
-            "again on 45 other seeds.",
+            "again on other seeds.",
     claims=(Claim(5, "The loss at a capacity factor of 0.75 is above that at 1.25", "GShard, Switch",
                   (Effect("val_cross_entropy", "0.75-order", ">", 0, minus="1.25-order"),)),))
 

@@ -39,7 +39,7 @@ frozen = Experiment(
             "adds them. `shuffled` trains a router of its own, so its load need not be as even as that of `learned`. "
             "The claims are judged against what a mixture gains over a dense model. Random routing has the rate that "
             "`learned` chose. In the published `specialise` it has half of it. `again-top-2` asks the question again "
-            "on 50 other seeds.",
+            "on other seeds.",
     claims=(Claim(3, "A frozen router keeps what a mixture gains over a dense model (it is within 0.01 nats of a "
                      "learned one, and better than dense); routing drawn afresh gains less than 0.01 nats",
                   "Fan 2024 (2402.13089), perplexity by tokens: +0.2% and about +19%",
@@ -101,7 +101,7 @@ unit = Experiment(
     figures={"at_the_end": at_the_end(LOSS, "mi_excess", "byte_excess", reference="token-K2")},
     caution="Sequences are routed by the mean of the prefix so far, so that the model stays causal, and the route may "
             "change within a window; Fan et al. average the whole sequence. `again-top-2` asks the question again on "
-            "50 other seeds.",
+            "other seeds.",
     claims=(Claim(8, "Routing tokens beats routing sequences at equal K",
                   "Fan 2024, table 1, perplexity by tokens: 9.9 against 10.7 and 11.6",
                   tuple(Effect(LOSS, f"{name}-K{k}", ">", 0, minus=f"token-K{k}")
@@ -208,4 +208,4 @@ modern = Experiment(
     caution="All share the learning rate that top-2 chose. Where the number of experts of a byte is a mean, the table "
             "says what it was: more experts are more work, fewer are less. `remoe` is steered towards 2 and need not "
             "have reached it. Sinkhorn and the assignment balance only while training and are measured as top-K. "
-            "`again-top-2` asks the question again on 50 other seeds.")
+            "`again-top-2` asks the question again on other seeds.")

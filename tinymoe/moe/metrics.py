@@ -191,7 +191,8 @@ def information_given(routing: Routing, ids: np.ndarray, domain: np.ndarray, rng
     def shuffled_within():
         mixed = ids.copy()
         for d in range(n_domains):
-            mixed[domains == d] = rng.permutation(ids[domains == d])
+            here = domains == d
+            mixed[here] = rng.permutation(ids[here])
         return mixed
 
     table = joint(ids, domains)

@@ -35,7 +35,7 @@ CANNOT = """Most settings take the learning rate that another setting chose, whi
 of learning rates say which. Two things cannot be seen at this scale: training that is several times faster, and the \
 stability that the z-loss gives at low precision."""
 YARDSTICKS = {  # experiment: a change of the routing, and the difference of losses that says what it is worth
-    "dense": ("A mixture in place of a dense model of equal active size, for as many steps (2,000),",
+    "dense": ("A mixture in place of a dense model of equal active size, for as many steps,",
               Contrast(LOSS, "mixture", minus="dense-active")),
     "capacity": ("Dropping half of all choices of top-1, in training and validation alike,",
                  Contrast("val_cross_entropy", "0.5-order", minus="none"))}
@@ -46,7 +46,7 @@ known*: neither is shown. Brackets are 95% intervals over seeds, in the table of
 for the other questions of their experiment, intervals do not. Several experiments train the same runs again, such as \
 top-1 or top-2 with coefficient 0.01, so they are not independent evidence."""
 BY_CONSTRUCTION = """Claims 1 and 7 are true by construction, so a run can only check the code: they are not here. A \
-claim is judged by its own experiment alone, even if a question of it was asked again."""
+claim is judged by its own experiment alone, even where a question of that experiment was asked again."""
 FOREST = """*All primary differences, the first setting minus the second, in units of their margins; beyond 2 the axis \
 is logarithmic. Orange: different; blue: the same; grey: not known. The intervals are not corrected.*"""
 
@@ -118,9 +118,9 @@ def over_all(found):
         lost = [f"{one.contrast} of `{results.experiment.name}` ({p_value(p)})" for results, one, p in those
                 if p >= LEVEL]
         if those:
-            said.append(f"all {f'but {joined(lost)} ' if lost else ''}of the {len(those)} that are *{verdict}*")
-    return (f"With Holm's correction over all {len(tested)} primary comparisons, {', and '.join(said)} would stay so."
-            if said else "")
+            said.append(f"{len(those) - len(lost)} of the {len(those)} that are *{verdict}* would stay so"
+                        f"{f', not {joined(lost)}' if lost else ''}")
+    return f"With Holm's correction over all {len(tested)} primary comparisons, {'; '.join(said)}." if said else ""
 
 
 def link(results):
@@ -137,7 +137,7 @@ def scale(found):
     return (f"The models have {min(sizes):.1g} to {max(sizes):.1g} million parameters and {min(steps):,} to "
             f"{max(steps):,} training steps. In {sum(falling)} of {len(falling)} settings the loss was still falling "
             f"at the end, and in {sum(map(any, rates))} of {len(rates)} questions a setting has the largest or the "
-            "smallest learning rate of its sweep. So longer training and other rates may change any answer.")
+            "smallest learning rate that a sweep tried. So longer training and other rates may change any answer.")
 
 
 def yardstick(found):
@@ -148,8 +148,8 @@ def yardstick(found):
     said = [f"{what} changes the loss by {' '.join(numbers_of(one))} nats"
             f"{', perhaps not at all' if one.interval.low <= 0 <= one.interval.high else ''}."
             for what, one in worth if one.tested]
-    return " ".join([f"**The yardstick.** Differences of loss below {MARGIN:g} nats do not matter: that is "
-                     f"{math.expm1(MARGIN):.0%} of perplexity.", *said])
+    return " ".join([f"**The yardstick.** Differences of loss below {MARGIN:g} nats "
+                     f"({math.expm1(MARGIN):.0%} of perplexity) count as none.", *said])
 
 
 def counted(found):
@@ -184,7 +184,7 @@ def later(results, found):
 def questions(found, shown) -> list[str]:
     """The questions of the experiments that are shown, those that are decided first: question, answer, number, how
     sure. Those that are not known have a table of their own, which says what would decide them."""
-    rows = [(each, results, [one.question, f"**{one.sentence(each)}**{rates_of(results, each, ' With {}.')}",
+    rows = [(each, results, [one.question, f"**{one.sentence(each)}**{rates_of(results, each, ' The {} differ.')}",
                              f"{named(each, results)}: {' '.join(numbers_of(each))} {unit(each)}".strip(),
                              f"{each.verdict}{how_sure(each)}", link(results)])
             for results, one, each in asked(found) if results in shown]

@@ -44,10 +44,10 @@ def rates_of(results, found, form) -> str:
 def at_an_end(results, rate) -> str:
     """Words where a learning rate is the first or last of those that were tried; else empty.
 
-    An experiment that asks questions again has no sweep: it has the rates of the earlier ones.
+    An experiment without a sweep that asks questions again has a rate of the earlier sweeps.
     """
     e = results.experiment
-    rates = CANDIDATES if e.first_seed else e.rates
+    rates = e.rates or (CANDIDATES if e.first_seed else ())
     return ", at the end of the range" if rates and rate in (min(rates), max(rates)) else ""
 
 
