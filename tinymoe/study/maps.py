@@ -116,7 +116,8 @@ def expert_load(results):
 
 
 @captioned("How often each domain uses each expert, over how often all do, at the end of training, first seed: "
-           "white is as often, orange more, blue less, black below an eighth; above a panel: domain information.")
+           "white is as often, orange more, blue less, black below an eighth, or an expert without bytes; above a "
+           "panel: domain information.")
 def domain_by_expert(results):
     """p(expert | domain) / p(expert) at the end, and the information between expert and domain above its null."""
     def ratios_of(run, place):
