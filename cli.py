@@ -648,7 +648,7 @@ def routers(whole, imports):
         click.echo(router_page.page(), nl=False)
         return
     columns = {"name": "<17", "who chooses": "<11", "equal load": "<22", "causal": "<18", "learned": "<7",
-               "cost a layer": "<34", "paper": "<"}
+               "cost a layer": "<36", "paper": "<"}
     _table(columns, ((name, r.chooses, r.balanced, router_page.causal(r), "yes" if r.learned else "no", r.cost, r.paper)
                      for name, r in ROUTERS.items()))
     click.echo("\nN tokens, D width, E experts. Causal: a token's route depends on its own prefix alone.\n"
@@ -984,7 +984,7 @@ def _sizes(context, option, values):
 @click.option("--sizes", multiple=True, callback=_sizes, metavar="N,D,E,K",
               help="Only the expert backends, at N tokens, width D, E experts, K a token. Repeatable.")
 @click.option("--threads", type=COUNT, help="Threads of the kernels.  [default: one for each core]")
-@click.option("--repeats", type=COUNT, default=7, help="Timings of each number; their median is shown.")
+@click.option("--repeats", type=COUNT, default=7, help="Timings of each number, whose median is shown; the profile is the mean of three times as many steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line, instead of tables.")
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 @_set_option

@@ -125,6 +125,15 @@ def test_the_variant_of_an_experiment_differs_in_what_it_says(tmp_path):
     assert (run.n_experts, before.n_experts) == (16, 8) and variant.name == "frozen-16"
 
 
+@pytest.mark.slow
+def test_the_lines_of_python_train_and_load_a_model(tmp_path, monkeypatch, capsys):
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    lines = re.search(r"^    import tinymoe as tm\n(?:\n|    .*\n)+", page, re.M)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(lines), {})
+    assert "(4, 128, 256)" in capsys.readouterr().out and (tmp_path / "mine" / "summary.json").exists()
+
+
 def test_the_help_of_study_names_its_configs_and_the_command_below_the_routers_trains_each():
     shown = CliRunner().invoke(cli.main, ["study", "--help"]).output
     assert re.findall(r"^  ([A-Z])  ", shown, re.M) == [setting.id for setting in experiments.STUDY.settings]

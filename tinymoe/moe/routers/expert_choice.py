@@ -42,7 +42,7 @@ class ExpertChoice(LinearRouter, name="expert_choice"):
 
     paper = "Zhou 2022"
     formula = "p = softmax(x W); each expert takes the N K / E tokens of largest p, or those above a threshold; gates p"
-    used_by = "EC-DIT (Sun 2024), which draws images"
+    used_by = "EC-DIT (Sun 2024), which generates images"
     chooses = "expert"
     balanced = "yes"
     causal = causal_training = False
