@@ -424,12 +424,12 @@ def _train(runs, out, anew, text, jobs, fresh, imports, scheduler, extend=False)
 
 def _lengthen(runs, out, text):
     """Let those that are there go on to more steps. All are checked first: where one cannot, none is changed."""
-    from tinymoe.training.data import load_corpus
+    from tinymoe.training.data import corpora_of
     from tinymoe.training.run_folder import RunFolder
-    corpus = load_corpus(text, runs[0].model.seq_len)
+    corpora = corpora_of(text)
     for change in (RunFolder.longer, RunFolder.lengthen):
         for run in runs:
-            change(RunFolder(out / "runs" / run.run_id), run, corpus)
+            change(RunFolder(out / "runs" / run.run_id), run, corpora(run.model.seq_len))
 
 
 def _say_failures(failures):
@@ -984,7 +984,8 @@ def _sizes(context, option, values):
 @click.option("--sizes", multiple=True, callback=_sizes, metavar="N,D,E,K",
               help="Only the expert backends, at N tokens, width D, E experts, K a token. Repeatable.")
 @click.option("--threads", type=COUNT, help="Threads of the kernels.  [default: one for each core]")
-@click.option("--repeats", type=COUNT, default=7, help="Timings of each number, whose median is shown; the profile is the mean of three times as many steps.")
+@click.option("--repeats", type=COUNT, default=7, help="Timings of each number, whose median is shown; the profile is "
+              "a mean over three times as many steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line, instead of tables.")
 @_out_option("Folder of the rows and figures.", default=RESULTS / "bench")
 @_set_option

@@ -117,6 +117,14 @@ def test_only_inputs_that_require_gradients_are_checked_unless_none_does():
         gradcheck(lambda ids: Tensor(ids.data * 2.0), ids)
 
 
+def test_a_computed_tensor_is_checked_like_a_leaf():
+    x = Tensor(SMALL, requires_grad=True)
+    y = x * 2
+    assert gradcheck(lambda y: y * y, y)
+    y.sum().backward()
+    assert (x.grad == 2).all()  # it is as computed as before
+
+
 def test_one_tensor_given_twice():
     x = Tensor(SMALL, requires_grad=True)
     before = x.data

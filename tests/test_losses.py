@@ -212,6 +212,15 @@ def test_similarity_by_hand():
     assert losses.similarity_loss(Tensor(weight)).item() == pytest.approx(naive_routing.similarity(weight))
 
 
+def test_similarity_is_the_mean_over_the_layers_whose_router_learns():
+    config = ModelConfig(n_layers=2, moe_layers=(0, 1), router=("top_k", "frozen"), d_model=8, n_heads=2, d_ff=8,
+                         n_experts=4, vocab_size=8, seq_len=4, losses={"similarity": 1.0})
+    model = Transformer(config, dtype=np.float64)
+    ids = np.zeros((1, 4), int)
+    one = losses.similarity_loss(next(iter(model.moe_parts())).router.weight).item()
+    assert model.loss(ids, ids).similarity.item() == pytest.approx(one)
+
+
 # -- z, importance, load ------------------------------------------------------------------------
 
 def test_z_by_hand():

@@ -1,4 +1,5 @@
 """The transformer as a whole: gradients, causality, loss arithmetic, parameter counts, save and load, errors."""
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -22,7 +23,7 @@ from tinymoe.layers.latent_attention import LatentAttention
 from tinymoe.model.counting import count
 from tinymoe.model.generate import generate
 from tinymoe.model.upcycling import upcycle
-from tinymoe.moe import losses, routers
+from tinymoe.moe import losses, routers, settings
 from tinymoe.moe.layer import MoELayer
 from tinymoe.moe.routers import ROUTERS
 from tinymoe.moe.routing import from_mask, largest, limit_capacity
@@ -706,6 +707,23 @@ def test_a_length_below_0_is_refused(length):
     assert list(generate(model(), b"\1", 0)) == []
 
 
+@pytest.mark.parametrize("router, error", [("expert_choice", None), ("top_p", "threshold is missing")])
+def test_only_expert_choice_may_lack_its_thresholds(router, error):
+    """Files of before they were kept have none."""
+    m = model(router=router, aux_coef=0.0)
+    arrays = {name: p.data for name, p in m.parameters().items() if not name.endswith("router.threshold")}
+    assert len(arrays) < len(m.parameters())
+    with pytest.raises(ValueError, match=error) if error else contextlib.nullcontext():
+        Transformer.from_arrays(m.config, arrays)
+
+
+def test_a_tuple_among_options_is_a_list_as_in_a_file():
+    config = ModelConfig(n_layers=2, moe_layers=(1,), router_options={"n_groups": 1}, losses={})
+    object.__setattr__(config, "router_options", {"widths": (3, 4)})
+    settings.check_fields(config)
+    assert config.router_options == {"widths": [3, 4]}
+
+
 def test_a_model_of_arrays_takes_a_config_or_its_dict():
     m = model()
     arrays = {name: p.data for name, p in m.parameters().items()}
@@ -760,6 +778,23 @@ def test_a_user_file_makes_its_router_known(tmp_path, monkeypatch):
     path.write_text("from tinymoe.moe.routers import TopK\n\n\nclass Mine(TopK, name='mine'):\n    'Mine.'\n")
     assert routers.load_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert routers.make("mine", 4, 4).name == "mine"
+    path.write_text("""from __future__ import annotations
+from dataclasses import dataclass
+from typing import Literal
+from tinymoe.moe.routers import TopK
+
+@dataclass
+class Pair:
+    one: int
+
+class Mine(TopK, name="mine"):
+    kind: Literal["a", "b"] = "a"
+    width: Literal[1, 2] = 1
+""")
+    routers.load_file(path)
+    assert routers.make("mine", 4, 4, kind="b", width=2).width == 2
+    with pytest.raises(ValueError, match="width 3 must be one of 1, 2"):
+        routers.make("mine", 4, 4, width=3)
     path.write_text("class Mine(")
     with pytest.raises(ValueError, match="cannot import .*mine.py .SyntaxError"):
         routers.load_file(path)
@@ -850,6 +885,13 @@ def test_a_file_that_ends_the_program_or_takes_our_names_is_refused(tmp_path, mo
         routers.load_file(tmp_path / "mine.py")
     routers.ROUTERS.pop("foo", None)
     assert before == (routers.ROUTERS, losses.LOSSES)
+
+
+def test_weights_of_half_precision_are_refused():
+    m = model()
+    arrays = {name: p.data.astype(np.float16) for name, p in m.parameters().items()}
+    with pytest.raises(ValueError, match="its weights are float16: they must be float32 or float64"):
+        Transformer.from_arrays(m.config, arrays)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):

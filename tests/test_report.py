@@ -748,8 +748,10 @@ def test_names_beside_points_do_not_overlap_and_keep_their_order(tmp_path):
         _, ((axes,),) = figures.panel_grid(1, 1, 3)
         axes.set_ylim(0, 1)
         figures.name_points(axes, results, {"A": (0, .99), "B": (0, .985), "C": (0, .5), "D": (0, .5), "E": (0, .5)})
+        figures.name_points(axes, results, {"F": (0, np.nan)})
+        figures.name_points(axes, results, {})
     places = {text.get_text(): text.get_position()[1] for text in axes.texts}
-    assert places["A"] == 1 and places["C"] == .5  # the highest stays within the panel
+    assert len(places) == 5 and places["A"] == 1 and places["C"] == .5  # the highest stays within the panel
     gaps = np.diff([places[name] for name in "CDEBA"])
     assert (gaps > 0.04).all() and places["A"] - places["B"] == pytest.approx(places["E"] - places["D"])
 

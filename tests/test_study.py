@@ -161,6 +161,17 @@ def test_a_run_whose_start_failed_is_not_trained(text, tmp_path):
     assert list((tmp_path / "runs/up-seed0").iterdir()) == []
 
 
+def test_a_run_reads_the_text_by_its_own_window_whatever_is_trained_beside_it(tmp_path):
+    """In a short text the split depends on the length of a window."""
+    text, long = WORDS.encode(), replace(tiny("A"), model=replace(tiny().model, seq_len=64))
+    assert study.run_study([tiny(), long], tmp_path / "both", text) == {}
+    for run in (long, tiny()):
+        assert study.run_study([run], tmp_path / "one", text) == {}
+    valid = [[files.read_json(tmp_path / where / "runs" / run.run_id / "config.json")["corpus"]["text"]["valid_bytes"]
+              for run in (tiny(), long)] for where in ("both", "one")]
+    assert valid[0] == valid[1] and valid[0][0] != valid[0][1]
+
+
 def test_domains_in_another_order_are_another_run(tmp_path):
     """They would draw other batches."""
     texts = {"words": WORDS.encode(), "backwards": WORDS[::-1].encode()}

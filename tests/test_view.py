@@ -38,11 +38,12 @@ def corpus(tmp_path_factory):
     return load_corpus(folder, seq_len=16)
 
 
-@pytest.fixture(scope="module", params=["D", "capacity", "E"])
+@pytest.fixture(scope="module", params=["D", "capacity", "E", "depths"])
 def run(request, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    # in the last two some go without
-    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1}}[request.param]
+    # in the last three some go without, and in the last one gates may be negative
+    more = {"D": {}, "capacity": {"capacity_factor": 0.5}, "E": {"top_k": 1},
+            "depths": {"router": "mixture_of_depths"}}[request.param]
     train.train(tiny("E" if request.param == "E" else "D", model={"moe_layers": [0, 1]} | more), corpus, folder)
     return folder
 
@@ -143,7 +144,7 @@ def test_the_page_holds_what_the_run_saved(run):
         assert (array(data["text"], *saved["ids"].shape) == saved["ids"]).all()
         assert ((array(gates, *shape) > 0) == saved["chosen"]).all()
         np.testing.assert_allclose(array(probs, *shape) / 255, saved["probs"], atol=.003)
-        shown = np.where(saved["chosen"], (array(gates, *shape) - 1.0) / 254 * data["gateScale"], 0)
+        shown = np.where(saved["chosen"], (array(gates, *shape) - 1.0) / 254 * data["gateScale"] + data["gateLow"], 0)
         np.testing.assert_allclose(shown, saved["gates"], atol=.003 * data["gateScale"])
 
 

@@ -50,16 +50,17 @@ def gradcheck(function: Callable[..., Tensor], *inputs: Tensor | ArrayLike, eps:
     checked = [t for t in floating if t.requires_grad] or floating
     if not checked:
         raise ValueError("gradcheck has nothing to check: give it at least one input of a floating dtype")
-    saved = [(t.data, t.grad, t.requires_grad) for t in floating]
+    saved = [(t.data, t.grad, t.requires_grad, t._parents, t._vjp) for t in floating]
     try:
         for t in floating:
             t.data, t.grad = np.array(t.data, dtype=np.float64, order="C"), None
+            t._parents, t._vjp = (), None  # a leaf, also where it was computed
         for t in checked:
             t.requires_grad = True
         return _compare(function, tensors, checked, eps, rtol)
     finally:
         for t, before in zip(floating, saved):
-            t.data, t.grad, t.requires_grad = before
+            t.data, t.grad, t.requires_grad, t._parents, t._vjp = before
 
 
 def _compare(function, tensors, checked, eps, rtol):

@@ -1,1 +1,1 @@
-"""Layers with parameters: nn, then attention, then latent_attention."""
+"""Layers with parameters: nn, then attention, then windowed_attention and latent_attention."""

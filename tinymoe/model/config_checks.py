@@ -4,6 +4,7 @@ from ..moe import routers
 from ..moe.losses import LOSSES
 from ..moe.routers.options import OF_THE_MODEL, why_not
 from ..moe.settings import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, Check
+from .input_checks import require_losses
 
 BIASES = ("none", "qkv", "all")
 QK_NORM = Check(lambda value: FLAG.fits(value) or value == "head", 'true, false or "head"')
@@ -19,9 +20,6 @@ YARN = Check(lambda value: isinstance(value, dict) and {"factor", "original_leng
 ROUTER = Check(lambda value: isinstance(value, str) or NAMES.fits(value), "a name, or a list of names")
 OPTIONS = Check(lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
                 "an object: option name to value")
-# losses of some routers alone
-APPLIES = {"load": lambda router: router.has_soft_load, "policy": lambda router: router.sampled,
-           "similarity": lambda router: router.learned and router.shapes.get("weight") == "DE"}
 COEFFICIENTS = Check(lambda value: isinstance(value, dict) and all(map(NOT_NEGATIVE.fits, value.values())),
                      "an object: name of a loss to a finite number of at least 0")
 
@@ -77,13 +75,14 @@ def _check_mixture(c):
 
 def _check_losses(c):
     """Check the coefficients of losses. Some apply to some routers alone."""
+    require_losses(LOSSES)
     for name, coefficient in c.losses.items():
         if name == "balance" or name not in LOSSES:
             known = ", ".join(one for one in LOSSES if one != "balance")
             raise ValueError(f"unknown loss {name!r}: choose one of {known}; the balance loss is set by aux_coef")
         if name in ("device", "communication") and coefficient and c.n_devices == 1:
             raise ValueError(f"losses.{name} {coefficient} must be 0 where n_devices is 1")
-        fits = APPLIES.get(name, lambda router: True)
+        fits = LOSSES[name].applies
         grouped = name == "load" and c.router_options.get("n_groups", 1) != 1
         if coefficient and (grouped or not any(fits(routers.find(router)) for router in c.routers)):
             fitting = ", ".join(router for router, cls in routers.ROUTERS.items() if fits(cls))

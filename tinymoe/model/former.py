@@ -26,4 +26,5 @@ def current(values: dict[str, Any]) -> dict[str, Any]:
 
 def with_thresholds(arrays: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays of a model, with those thresholds of expert choice that a file without any leaves as they start."""
-    return {name: start for name, start in targets.items() if name.endswith("router.threshold")} | arrays
+    return {name: start for name, start in targets.items()
+            if name.endswith("router.threshold") and start.ndim == 1} | arrays  # that of top_p is a scalar

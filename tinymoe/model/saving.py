@@ -29,13 +29,16 @@ def load(cls, path: str | Path):
 def from_arrays(cls, config: ModelConfig | dict, arrays: dict[str, np.ndarray]):
     """The Transformer of a config, or of its dict, with these weights.
 
-    Raises ValueError where they do not fit, or are not finite.
+    Raises ValueError where they do not fit, are not finite, or are neither float32 nor float64.
     """
     if bad := [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]:
         raise ValueError(f"{bad[0]} is not finite")
+    dtype = next(iter(arrays.values())).dtype
+    if dtype not in (np.float32, np.float64):
+        raise ValueError(f"its weights are {dtype}: they must be float32 or float64")
     config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
     require_size(config, sum(array.size for array in arrays.values()))
-    model = cls(config, dtype=next(iter(arrays.values())).dtype)
+    model = cls(config, dtype=dtype)
     targets = {name: p.data for name, p in model.parameters().items()}
     load_arrays_into(targets, with_thresholds(arrays, targets))
     return model

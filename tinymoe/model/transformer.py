@@ -9,7 +9,7 @@ from ..autograd import functional as F
 from ..autograd.tensor import Tensor, no_grad
 from ..layers.nn import Embedding, Linear, Module, freeze
 from ..moe.layer import MoELayer
-from ..moe.losses import LOSSES, LossContext
+from ..moe.losses import LOSSES, Loss, LossContext
 from ..moe.routers import RouteContext
 from ..moe.routing import Routing
 from . import input_checks as checks
@@ -141,19 +141,19 @@ class Transformer(Module):
 
     def _routing_terms(self, output, nats):
         """Yield (name, coefficient, mean over the MoE layers that have it) of the losses and the routers' penalties."""
-        c = self.config
+        c, coefficients = self.config, self.config.coefficients() | {"penalty": 1.0}
         layers = [(routing, LossContext(layer.router, seq_len=output.logits.shape[1], n_devices=c.n_devices,
                                         max_devices=c.max_devices, token_nats=nats,
                                         recent_share=None if layer.recent_share is None else layer.recent_share.data,
                                         balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
-        coefficients = c.coefficients()
         checks.require_losses(LOSSES)
-        wanted = [(name, coefficients[name], loss.of) for name, loss in LOSSES.items()
-                  if coefficients[name] or loss.logged]
-        wanted.append(("penalty", 1.0, lambda routing, context: context.router.penalty(routing, context)))
-        for name, coefficient, of in wanted:
-            terms = [of(routing, context) for routing, context in layers]
+        penalty = Loss("of the router itself", lambda routing, context: context.router.penalty(routing, context), True)
+        for name, loss in (LOSSES | {"penalty": penalty}).items():
+            coefficient = coefficients[name]
+            if not (coefficient or loss.logged):
+                continue
+            terms = [loss.of(routing, context) for routing, context in layers if loss.applies(context.router)]
             checks.require_terms(name, terms)
             found = [term for term in terms if term is not None]
             if found:

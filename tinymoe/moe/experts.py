@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import kernels
 from ..autograd import functional as F
+from ..autograd.inputs import check_dtypes
 from ..autograd.tensor import Tensor, record
 from ..kernels import reference
 from ..layers.nn import INIT_STD, Module, normal, zeros
@@ -99,7 +100,7 @@ class ExpertBank(Module):
         if x.shape[1:] != (width,) or not x.dtype == routing.gate.dtype == dtype:
             raise ValueError(f"experts of width {width} and {dtype} take x (N, {width}) and gates of that dtype, not "
                              f"{x.shape} {x.dtype} and {routing.gate.dtype}")
-        F.check_dtypes("ExpertBank", x)
+        check_dtypes("ExpertBank", x)
         if routing.n_experts != self.n_experts or routing.n_tokens != len(x):
             raise ValueError(f"a routing of {routing.n_tokens} tokens to {routing.n_experts} experts does not fit "
                              f"{len(x)} tokens and {self.n_experts} experts")

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.special import entr, rel_entr
 
 from .experts import ExpertBank
 from .routing import Routing
@@ -144,9 +145,7 @@ def label_load(routing: Routing, labels: np.ndarray, n_labels: int) -> np.ndarra
 def mutual_information(counts: np.ndarray) -> float:
     """I(row; column) of a table of n counts, in nats; too large by about (rows - 1)(columns - 1) / 2n."""
     joint = counts / max(1, counts.sum())
-    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    there = joint > 0
-    return float((joint[there] * np.log(joint[there] / independent[there])).sum())
+    return float(rel_entr(joint, joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)).sum())
 
 
 def shuffled_information(counts_by_unit: np.ndarray, labels: np.ndarray, n_labels: int, rng: np.random.Generator,
@@ -215,4 +214,4 @@ def information_given(routing: Routing, ids: np.ndarray, domain: np.ndarray, rng
 
 def entropy(p: np.ndarray) -> np.ndarray:
     """-sum p ln p over the last axis of p, in nats, with 0 ln 0 = 0."""
-    return (p * -np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+    return entr(p).sum(axis=-1)

@@ -37,9 +37,10 @@ def is_finite_from_0(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and 0 <= value < np.inf
 
 
-def one_of(*names: str) -> Check:
-    """One of some names."""
-    return Check(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+def one_of(*values: Any) -> Check:
+    """One of some names or numbers."""
+    return Check(lambda value: any(type(value) is type(one) and value == one for one in values),
+                 f"one of {', '.join(map(str, values))}")
 
 
 WHOLE = Check(integer_from(1), "a whole number of at least 1 (and below 2**31)")
@@ -55,7 +56,7 @@ BY_TYPE = {int: WHOLE, float: NOT_NEGATIVE, bool: FLAG, str: Check(lambda value:
 
 
 def check_of(annotation: Any) -> Check | None:
-    """The check of an annotation: a type of BY_TYPE, a Literal of names, either of them or None; None for others."""
+    """The check of an annotation: a type of BY_TYPE, a Literal, either of them or None; None for others."""
     if get_origin(annotation) is Literal:
         return one_of(*get_args(annotation))
     if type(None) in get_args(annotation) and len(get_args(annotation)) == 2:
@@ -79,6 +80,6 @@ def check_fields(config: Any) -> None:
 
 
 def _as_python(value):
-    if isinstance(value, dict):
-        return {name: _as_python(one) for name, one in value.items()}
+    if isinstance(value, dict):  # a tuple becomes a list, as it does in a file
+        return {name: list(one) if isinstance(one, tuple) else _as_python(one) for name, one in value.items()}
     return value.item() if isinstance(value, np.generic) else value

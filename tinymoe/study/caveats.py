@@ -29,9 +29,9 @@ def warnings(results: Results) -> list[str]:
         said.append(f"One seed, so no interval and no test: {', '.join(single)}.")
     if steps < SCALES["default"].steps:
         said.append(f"{steps} steps show that the experiment runs. Draw no conclusion from them.")
-    for (step, before, steps), n in Counter((one["step"], one["from"], one["to"]) for run in results.runs
+    for (step, before, after), n in Counter((one["step"], one["from"], one["to"]) for run in results.runs
                                             for one in run.config.get("extended", ())).items():
-        said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {steps} steps: "
+        said.append(f"{n} run{'s were' if n > 1 else ' was'} lengthened at step {step} from {before} to {after} steps: "
                     "there the learning rate had fallen already, and rose again.")
     said += map(escaped, unknown(results.runs))
     for part in (beside_the_plan, changed_settings, differing_fields, other_rates, different_machines, left_out):

@@ -48,18 +48,18 @@ class _Client(Client):
 class Cluster(futures.Executor):
     """The workers of the Dask scheduler at `address`.
 
-    attempt: attempt(plan, folder, fresh, corpus, send) trains a run; workers import it by its name. text, seq_len,
-    corpus: what workers read, and what they must find. Raises ClusterError.
+    attempt: attempt(plan, folder, fresh, corpora, send) trains a run; workers import it by its name. text: what workers
+    read. described: by seq_len, how its corpus describes itself, which they must find. Raises ClusterError.
     """
 
     batch, looks_again = BATCH, True
 
-    def __init__(self, address, out, attempt, text, seq_len, corpus):
+    def __init__(self, address, out, attempt, text, described):
         for name in ("distributed", "distributed.client", "distributed.core", "tornado.application"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are told in one line
         self._address, self._command, self._client = address, uuid.uuid4().hex[:8], None
         text = os.path.abspath(text) if isinstance(text, (str, Path)) and text and os.path.exists(text) else text
-        self._work = functools.partial(_work, attempt, text, seq_len, corpus.describe(), kernels.active(), _code())
+        self._work = functools.partial(_work, attempt, text, described, kernels.active(), _code())
         self._sent, self._n_sent, self._news, self._due = {}, 0, [], 0.0
         self._reached, self._changed, self._died_at = {}, {}, {}  # by run id: step, time of its log, step of its kill
         self._connect(PATIENCE)
@@ -193,7 +193,7 @@ def _look(path):
         return _code(), error.strerror
 
 
-def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
+def _work(attempt, text, described, kind, code, plan, folder, fresh):
     """Train a run; returns its last Event. It is "busy" if another process trains it, or the run was cancelled.
 
     A worker with other code trains nothing, and returns its address.
@@ -207,9 +207,9 @@ def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
         if worker.status.name.startswith("clos") or event.kind == "step" and (not task or task.state != "executing"):
             raise Unwanted
 
-    def corpus():
+    def corpora(seq_len):
         for _ in range(2):
-            if (found := _corpus(text, seq_len)).describe() == described:
+            if (found := _corpus(text, seq_len)).describe() == described[seq_len]:
                 return found
             KEPT.clear()  # the text may have changed since it was read
         raise CorpusError(f"the worker {worker.address} reads other texts than this machine: give it the same")
@@ -224,7 +224,7 @@ def _work(attempt, text, seq_len, described, kind, code, plan, folder, fresh):
             os.environ["NUMBA_NUM_THREADS"] = "1"  # a nanny does not set it
         kernels.use(kind)
         kernels.set_threads(1)
-        attempt(plan, folder, fresh, corpus, send)
+        attempt(plan, folder, fresh, corpora, send)
         return last
     return Event("busy", plan.run_id)
 

@@ -25,7 +25,7 @@ from ..training.trainer import TRAINING_NUMBERS
 from .experiment import Experiment
 from .markdown import joined
 from .palette import COLOURS, MARKERS
-from .quantities import in_row, quantity, title
+from .quantities import LOSS, in_row, quantity, title
 from .report import mark
 from .results import Results
 from .statistics import MARGIN, VERDICTS, Contrast, t_interval
@@ -154,6 +154,9 @@ def add_legend(fig, results, names, *extra):
 
 def name_points(axes, results, points):
     """Names in the right margin, with a thin line to each of the points {setting id: (x, y)}; no two overlap."""
+    points = {name: at for name, at in points.items() if np.isfinite(at).all()}
+    if not points:
+        return
     gap = 8.5 / (72 * axes.figure.get_size_inches()[1] * 0.75)  # the height of a name as a share of the axes
     low, high = axes.get_ylim()
     order = sorted(points, key=lambda name: points[name][1])
@@ -243,7 +246,7 @@ def over_steps(reference, *metrics, names=None):
             base, label = less_reference(reference, metric, results)
             curves = {name: curve(axes, results, name, metric, reference=base) for name in shown}
             for name in shown:
-                if metric == "causal_cross_entropy" and results.groups[name][0].leaky:
+                if metric == LOSS and results.groups[name][0].leaky:
                     leaky = [LEAKY_KEY]
                     curve(axes, results, name, "val_cross_entropy", reference=base, **HOLLOW)
             if frame := frame_of(metric, curves.values()):

@@ -262,7 +262,7 @@ def small_model(fields: dict) -> ModelConfig:
     Raises ValueError for a model without experts, or that cannot read text, and what ModelConfig raises.
     """
     fields = {"d_model": 32, "d_ff": 64, "n_layers": 2, "moe_layers": (0, 1), "seq_len": 64} | fields
-    names = [fields["router"]] if isinstance(fields["router"], str) else fields["router"]
+    names = fields["router"] if isinstance(fields["router"], (list, tuple)) else [fields["router"]]
     if any(isinstance(name, str) and find(name).top_1_only for name in names):
         fields = {"top_k": 1} | fields
     config = ModelConfig(**fields)

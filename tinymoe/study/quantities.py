@@ -271,9 +271,9 @@ def in_row(row: dict, name: str, layer: int | None = None) -> float:
     numbers = [row[name]] if name in row else [_in_layer(one, each) for each in choosing]
     if numbers and None not in numbers:
         return float(np.mean(numbers))
-    if name in _known() or name in row or layers != choosing:
-        return math.nan
-    raise ValueError(f"no quantity {name}: no row holds it; add an entry to QUANTITIES in study/quantities.py")
+    if name not in row and layers == choosing:
+        require_known([name])
+    return math.nan
 
 
 def _in_layer(one, layer):

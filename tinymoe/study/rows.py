@@ -12,7 +12,7 @@ import numpy as np
 from ..files import from_json, printable, read_json, read_rows, write_json, write_rows
 from ..moe.losses import LOSSES
 from ..moe.routers import ROUTERS
-from ..training.data import load_corpus
+from ..training.data import corpora_of
 from ..training.identity import describe, differing, with_defaults
 from ..training.lease import holder
 from ..training.loading import UNUSABLE, execute_recorded
@@ -204,9 +204,11 @@ def remaining(plans, out, text=None, extend=False) -> list:
         if plan.start_id in stand and not (runs / plan.start_id).exists():
             raise ValueError(f"{plan.run_id} starts from {plan.start_id}, of which only the row in {COMPACT} is left: "
                              "put its folder back, or start again with --fresh")
-    corpus = load_corpus(text, plans[0].model.seq_len) if len(todo) < len(plans) else None
+    corpora = corpora_of(text)
     for plan in plans:
-        if plan.run_id in stand and (wrong := differing(stand[plan.run_id].config, describe(plan, corpus))):
+        if plan.run_id not in stand:
+            continue
+        if wrong := differing(stand[plan.run_id].config, describe(plan, corpora(plan.model.seq_len))):
             raise ValueError(f"{out} holds the run {plan.run_id} with other settings ({'; '.join(wrong)}): choose "
                              "another --out, or start again with --fresh")
     return todo
@@ -224,9 +226,9 @@ def begin_anew(out, run_ids):
 
 
 def forget_begun(out):
-    """Take the runs out of runs.jsonl that have begun again in their folders, or go on there; and commands out of
-    fresh.json of which all runs have begun, or none: then the old results stay.
+    """Remove from runs.jsonl each run whose folder holds a newer one, and from fresh.json each command that is done.
 
+    A command is done when all of its runs have begun, or none has: then their old results stay.
     Raises Damaged, before anything is changed, where runs.jsonl is.
     """
     rows, anew = list(_compact_runs(Path(out, COMPACT))), to_begin_anew(out)

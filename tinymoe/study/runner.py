@@ -6,7 +6,6 @@ are spread over processes and machines changes no result.
 
 import collections
 import contextlib
-import functools
 import multiprocessing
 import os
 import queue
@@ -23,7 +22,7 @@ import numpy as np
 
 from .. import kernels
 from ..files import CheckpointError
-from ..training.data import SYNTHETIC, CorpusError, load_corpus
+from ..training.data import SYNTHETIC, CorpusError, corpora_of
 from ..training.identity import RunError
 from ..training.plan import Event
 from ..training.run_folder import Busy, RunFolder
@@ -57,8 +56,8 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
     if len(folders) < len(all_runs):
         raise ValueError("two runs have the same id: give each its own config id or seed")
     _require_outside(Path(out), text)
-    seq_len, failures = all_runs[0].model.seq_len, {}
-    corpus = load_corpus(text, seq_len)
+    corpora, failures = corpora_of(text), {}
+    described = {seq_len: corpora(seq_len).describe() for seq_len in {plan.model.seq_len for plan in all_runs}}
     _make_folders(Path(out), folders.values())
     if fresh:
         begin_anew(out, folders if fresh is True else fresh)
@@ -79,9 +78,9 @@ def run_study(all_runs, out, text=None, jobs=1, fresh=False, on_event=lambda eve
         elsewhere = {plan.run_id for plan in todo if scheduler or min(jobs, len(todo)) > 1}
         for plan in stage:
             if plan.run_id not in elsewhere:  # a finished run is only checked
-                _attempt(*tasks[plan.run_id], corpus=lambda: corpus, send=note)
+                _attempt(*tasks[plan.run_id], corpora, send=note)
         if elsewhere:
-            with _executor(min(jobs, len(todo)), scheduler, out, text=text, seq_len=seq_len, corpus=corpus) as pool:
+            with _executor(min(jobs, len(todo)), scheduler, out, text, described) as pool:
                 _train_in(pool, [tasks[plan.run_id] for plan in todo], note)
     for run_id, folder in folders.items():
         if run_id not in failures and not folder.exists():
@@ -99,15 +98,15 @@ def _make_folders(out, folders):
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def _executor(jobs, scheduler, out, text, seq_len, corpus):
+def _executor(jobs, scheduler, out, text, described):
     """The processes of this machine, or where a scheduler is given its workers."""
     if not scheduler:
-        return Processes(jobs, functools.partial(load_corpus, text, seq_len))
+        return Processes(jobs, text)
     try:
         from .cluster import Cluster
     except ImportError as error:
         raise RunError(f"--scheduler needs Dask ({error}): run `pip install distributed`") from None
-    return Cluster(scheduler, out, _attempt, text=text, seq_len=seq_len, corpus=corpus)
+    return Cluster(scheduler, out, _attempt, text, described)
 
 
 def _require_outside(out, text):
@@ -120,10 +119,10 @@ def _require_outside(out, text):
                           "choose an --out outside of it")
 
 
-def _attempt(plan, folder, fresh, corpus, send):
-    """Train one run and report on it; corpus() gives the corpus, or raises CorpusError."""
+def _attempt(plan, folder, fresh, corpora, send):
+    """Train one run and report on it; corpora(seq_len) gives the corpus, or raises CorpusError."""
     try:
-        train(plan, corpus(), folder, send, fresh)
+        train(plan, corpora(plan.model.seq_len), folder, send, fresh)
         send(Event("done", plan.run_id))
     except RUN_ERRORS as error:
         kind = "busy" if isinstance(error, Busy) else "failed"
@@ -157,18 +156,18 @@ class Processes(futures.ThreadPoolExecutor):
     """Worker processes of this machine, each with one thread of this process that waits for it.
 
     A worker that dies fails the run that it trains and is replaced; a ProcessPoolExecutor would fail all runs. Each
-    worker has its own pipe, so one that dies while it sends cannot block the others. read: what a worker calls to read
-    the corpus. Sending the corpus would block on a worker that dies while it starts.
+    worker has its own pipe, so one that dies while it sends cannot block the others. text: what a worker reads itself;
+    sending the corpus would block on a worker that dies while it starts.
     """
 
     batch, looks_again = float("inf"), False  # how many runs it takes; whether a run that is busy is tried again
 
-    def __init__(self, jobs, read):
+    def __init__(self, jobs, text):
         kernels.compile_all(np.float32)  # once, before all workers would do it at the same time
         if hasattr(signal, "pthread_sigmask"):
             resource_tracker.ensure_running()  # when it starts, it changes the mask of its thread
         super().__init__(jobs, initializer=_mask_interrupts)
-        self._read, self._own = read, threading.local()
+        self._text, self._own = text, threading.local()
         self._said, self._workers, self._lock, self._closed = queue.SimpleQueue(), [], threading.Lock(), False
 
     def submit(self, plan, folder, fresh):
@@ -208,7 +207,7 @@ class Processes(futures.ThreadPoolExecutor):
         with self._lock:  # multiprocessing keeps a list of processes, and the environment is changed
             if self._closed:
                 raise futures.CancelledError
-            self._own.worker = _Worker(self._read, self._lock)
+            self._own.worker = _Worker(self._text, self._lock)
             self._workers.append(self._own.worker)
             return self._own.worker
 
@@ -216,10 +215,10 @@ class Processes(futures.ThreadPoolExecutor):
 class _Worker:
     """A process that trains one run after the other, and the pipe to it."""
 
-    def __init__(self, read, lock):
+    def __init__(self, text, lock):
         context = multiprocessing.get_context("spawn")
         self.pipe, other_end = context.Pipe()
-        self.process = context.Process(target=_work, args=(other_end, read), daemon=True)
+        self.process = context.Process(target=_work, args=(other_end, text), daemon=True)
         self.alive, self.lock = True, lock
         before = os.environ.get("NUMBA_NUM_THREADS")
         os.environ["NUMBA_NUM_THREADS"] = "1"  # read when the process loads numba
@@ -264,11 +263,11 @@ def _mask_interrupts():
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
-def _work(pipe, read):
-    """What a worker does: it reads the corpus, and trains the runs that it is given."""
+def _work(pipe, text):
+    """What a worker does: it reads the text, and trains the runs that it is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    corpus, sent = functools.cache(read), 0.0
+    corpora, sent = corpora_of(text), 0.0
 
     def send(event):
         nonlocal sent
@@ -280,7 +279,7 @@ def _work(pipe, read):
     with contextlib.suppress(EOFError, OSError):  # likewise
         while True:
             plan, folder, fresh = pipe.recv()
-            _attempt(plan, folder, fresh, corpus, send)
+            _attempt(plan, folder, fresh, corpora, send)
 
 
 def _exit_with_parent():

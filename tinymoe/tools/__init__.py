@@ -1,4 +1,4 @@
-"""Tools around the model, one command each."""
+"""Tools around the model: what commands beside the study show, measure and check."""
 
 import importlib
 import importlib.util

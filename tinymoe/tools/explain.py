@@ -55,7 +55,7 @@ class Example:
         top_1 = find(model.get("router", "top_k")).top_1_only
         self.config = ModelConfig(**SIZES | FIXED | {"top_k": 1 if top_1 else 2} | model)
         self.seed = seed
-        self.layer = MoELayer(self.config, self.config.router, np.random.default_rng(seed), 0.02, np.float64)
+        self.layer = MoELayer(self.config, rng=seed, dtype=np.float64)
         self.router, self.bank = self.layer.router, self.layer.experts
         self.ids = np.frombuffer(TEXT.encode(), np.uint8)[None].astype(np.int64)
         rng = np.random.default_rng(seed)  # the same numbers for every router

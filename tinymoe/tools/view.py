@@ -169,7 +169,8 @@ def _windows(path, length):
 def _data(steps):
     """What the page's script reads, ready for JSON. Arrays (L, N, E) of each step are bytes in base64.
 
-    A gate is 0 where the expert is not chosen; otherwise 1 to 255 stands for 0 to the largest gate of the page.
+    A gate is 0 where the expert is not chosen; otherwise 1 to 255 stands for the lowest to the largest gate of the
+    page, the lowest being 0 unless a gate is negative.
     perByte: experts of a byte, as counted over the last step. limited: whether a byte with fewer than topK experts has
     lost one to the capacity limit, since its router always chooses topK.
     """
@@ -181,7 +182,8 @@ def _data(steps):
     for array in (arrays[name] for arrays, _ in steps for name in ("probs", "gates", "chosen")):
         if array.shape != shape or not np.isfinite(array).all():
             raise ValueError(f"an array that is not finite, or of another shape than {shape}")
-    scale = max(float(arrays["gates"].max()) for arrays, _ in steps) or 1.0
+    low = min(0.0, *(float(arrays["gates"].min()) for arrays, _ in steps))
+    scale = max(float(arrays["gates"].max()) for arrays, _ in steps) - low or 1.0
     return {
         "run": header["run_id"], "router": ", ".join(config.routers), "topK": config.top_k, "experts": config.n_columns,
         "perByte": float(final["chosen"].sum(axis=2).mean()), "layers": config.moe_layers,
@@ -192,8 +194,9 @@ def _data(steps):
                                                               for r in config.routers),
         "saturation": [[metrics.saturation(*pair) for pair in zip(arrays["chosen"], final["chosen"])]
                        for arrays, _ in steps],
-        "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps], "gateScale": scale,
-        "gates": [_base64(np.where(arrays["chosen"], 1 + 254 * arrays["gates"].astype(float) / scale, 0))
+        "probs": [_base64(arrays["probs"].astype(float) * 255) for arrays, _ in steps],
+        "gateLow": low, "gateScale": scale,
+        "gates": [_base64(np.where(arrays["chosen"], 1 + 254 * (arrays["gates"].astype(float) - low) / scale, 0))
                   for arrays, _ in steps]}
 
 

@@ -10,7 +10,9 @@ joins two spans, and training never sees a byte that validation predicts.
 Axis letters: B batch, T time, W validation windows, S validation blocks of a domain.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +121,11 @@ def load_corpus(text: str | Path | bytes | dict[str, bytes] | None = None, seq_l
         raise CorpusError(f"the memory is too small for the text at '{text}': give --text a smaller one") from None
 
 
+def corpora_of(text: str | Path | bytes | dict[str, bytes] | None = None) -> Callable[[int], Corpus]:
+    """The Corpus of a text for each seq_len, as a function that reads it once for each."""
+    return functools.cache(functools.partial(load_corpus, text))
+
+
 def split_spans(n_bytes: int, seq_len: int):
     """Cut [0, n_bytes) into spans (train (S + 1, 2), valid (S, 2)): S validation blocks at equal distances.
 
@@ -139,4 +146,4 @@ def _domain(seq_len, name, raw, expected=None, entropy_rate=None):
     train, valid = split_spans(len(raw), seq_len)
     sha256 = hashlib.sha256(raw).hexdigest()
     matches = None if expected is None else sha256 == expected
-    return Domain(name, np.frombuffer(raw, np.uint8), train, valid, sha256, matches, entropy_rate)
+    return Domain(name, np.frombuffer(bytes(raw), np.uint8), train, valid, sha256, matches, entropy_rate)

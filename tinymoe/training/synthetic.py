@@ -7,6 +7,7 @@ source all letters are equally frequent, so one letter alone carries no informat
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import entr
 
 LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+-", np.uint8)
 CHANCES = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8])  # of the four strides
@@ -47,7 +48,7 @@ def entropy_rate(chain) -> float:
     """
     values, vectors = np.linalg.eig(chain.T)
     stationary = np.real(vectors[:, np.argmin(abs(values - 1))])
-    surprise = -(chain * np.log(np.where(chain > 0, chain, 1))).sum(axis=1)
+    surprise = entr(chain).sum(axis=1)
     return float(stationary @ surprise / stationary.sum())
 
 

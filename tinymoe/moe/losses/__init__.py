@@ -40,13 +40,14 @@ class LossContext:
 class Loss:
     """One row of LOSSES.
 
-    of(routing, context): a scalar Tensor, or None where the loss does not apply. logged: computed, and so logged, even
-    with a coefficient of 0.
+    of(routing, context): a scalar Tensor, or None where this routing has no such loss. logged: computed, and so logged,
+    even with a coefficient of 0. applies(router): whether a router, or its class, can have this loss.
     """
 
     meaning: str
     of: Callable[[Routing, LossContext], Tensor | None]
     logged: bool = False
+    applies: Callable[[object], bool] = lambda router: True
 
 
 # name -> Loss, in the order in which the model adds them. `--set losses.NAME=VALUE` trains with one. It is then logged,
@@ -56,11 +57,13 @@ LOSSES = {
     "z": Loss("router z-loss (ST-MoE)", lambda r, c: z_loss(r), True),
     "entropy": Loss("entropy of each token's probabilities (Huang 2024); 1e-4 by default for top_p",
                     lambda r, c: entropy_loss(r)),
-    "similarity": Loss("the router's columns orthonormal (SimBal, Omi 2025)", lambda r, c:
-                       similarity_loss(c.router.weight) if c.router.shapes.get("weight") == "DE" else None),
+    "similarity": Loss("the router's columns orthonormal (SimBal, Omi 2025)",
+                       lambda r, c: similarity_loss(c.router.weight),
+                       applies=lambda router: router.learned and router.shapes.get("weight") == "DE"),
     "importance": Loss("CV^2 of the experts' summed gates (Shazeer 2017)", lambda r, c: importance_loss(r)),
     "load": Loss("CV^2 of the smooth load of noisy_top_k (Shazeer 2017)",
-                 lambda r, c: None if r.soft_load is None else load_loss(r)),
+                 lambda r, c: None if r.soft_load is None else load_loss(r),
+                 applies=lambda router: router.has_soft_load),
     "sequence": Loss("load balance within each sequence (DeepSeek-V3)",
                      lambda r, c: sequence_balance_loss(r, c.seq_len)),
     "global_batch": Loss("load balance over many batches, see balance_batches (Qiu et al. 2025)", lambda r, c:
@@ -70,5 +73,6 @@ LOSSES = {
     "communication": Loss("balance of what devices receive (DeepSeek-V2)",
                           lambda r, c: communication_balance_loss(r, c.n_devices, c.max_devices)),
     "policy": Loss("REINFORCE (Williams 1992), for routers that draw; coefficient 1 by default, and L for the exact "
-                   "gradient of L layers", lambda r, c: policy_loss(r, c.token_nats()) if c.router.sampled else None),
+                   "gradient of L layers", lambda r, c: policy_loss(r, c.token_nats()),
+                   applies=lambda router: router.sampled),
 }

@@ -114,7 +114,7 @@ class Random(Router, name="random"):
     """
 
     formula = "K experts drawn anew for each token; gates 1 / K"
-    used_by = "THOR (Zuo 2021), which draws one expert for a whole batch while training"
+    used_by = "THOR (Zuo 2021), with a loss that makes the experts drawn agree"
     chooses = "neither"
     balanced = "on average"
     learned = False

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -52,8 +53,12 @@ def run_file(path: str | Path) -> tuple[ModuleType, str]:
         if spec is None:
             raise ImportError("its name must end in .py")
         module, before = importlib.util.module_from_spec(spec), dict(ROUTERS)
-        spec.loader.exec_module(module)
-        _require_tables(before)
+        sys.modules[spec.name] = module  # dataclasses, and annotations that are text, look for their names there
+        try:
+            spec.loader.exec_module(module)
+            _require_tables(before)
+        finally:
+            del sys.modules[spec.name]  # another process cannot import it, so nothing of it can be pickled
         _remember(digest)
     except KeyboardInterrupt:
         raise
@@ -73,6 +78,7 @@ def _require_tables(before):
     for name in [name for name, entry in ROUTERS.items() if entry is not before.get(name)]:
         if not (isinstance(ROUTERS[name], type) and issubclass(ROUTERS[name], Router)):
             raise TypeError(f'ROUTERS["{name}"] must be a Router: derive a class with name="{name}" instead')
+        ROUTERS[name].options()  # evaluated while the module is known; ValueError where they cannot be
     ours = {name: entry for name, entry in before.items() if getattr(entry, "__module__", "").startswith("tinymoe.")}
     for table, own in ((ROUTERS, ours), (LOSSES, OWN_LOSSES)):
         for name, entry in own.items():
