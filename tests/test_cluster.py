@@ -23,7 +23,7 @@ from test_study import outcome, tiny, wait_for
 from test_train import MODEL, TRAINING, WORDS, results, snapshot
 from tinymoe import files, kernels
 from tinymoe.study import runner
-from tinymoe.training import lease
+from tinymoe.training import data, lease
 from tinymoe.training.data import CorpusError, load_corpus
 from tinymoe.training.plan import Event
 
@@ -194,7 +194,7 @@ def test_what_is_missing_is_said_in_one_line(text, tmp_path, dask, monkeypatch):
 
 
 def test_a_worker_that_reads_other_texts_trains_nothing(text, tmp_path, dask, monkeypatch):
-    real = runner.load_corpus
+    real = data.load_corpus
     path = tmp_path / "text.txt"
     path.write_text(WORDS)
 
@@ -203,7 +203,7 @@ def test_a_worker_that_reads_other_texts_trains_nothing(text, tmp_path, dask, mo
         path.write_text(WORDS.upper())
         return corpus
 
-    monkeypatch.setattr(runner, "load_corpus", change_then)
+    monkeypatch.setattr(data, "load_corpus", change_then)
     failures, _ = trained(several(1), tmp_path / "out", path, dask)
     assert "reads other texts than this machine" in failures["F-seed0"]
 
@@ -244,7 +244,7 @@ class Worker:
 
 def test_a_worker_that_joins_with_other_code_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "get_worker", Worker)
-    assert cluster._work(None, None, 16, {}, "numpy", "another", tiny(), tmp_path, False) == Worker.address
+    assert cluster._work(None, None, {}, "numpy", "another", tiny(), tmp_path, False) == Worker.address
     retired, done, pool = [], cluster.futures.Future(), cluster.Cluster.__new__(cluster.Cluster)
     done.set_result(Worker.address)
     pool._client, pool._sent = SimpleNamespace(retire_workers=retired.extend), {done: (tiny(), None)}
@@ -281,8 +281,8 @@ def test_a_text_that_changed_since_a_worker_read_it_is_read_again(text, tmp_path
     monkeypatch.setattr(cluster, "get_worker", Worker)
     for described in (new.describe(), {}):
         with contextlib.suppress(CorpusError):
-            cluster._work(lambda plan, folder, fresh, corpus, send: found.append(corpus()), str(path), 16, described,
-                          kernels.active(), cluster._code(), tiny(), tmp_path, False)
+            cluster._work(lambda plan, folder, fresh, corpora, send: found.append(corpora(16)), str(path),
+                          {16: described}, kernels.active(), cluster._code(), tiny(), tmp_path, False)
     assert [corpus.describe() for corpus in found] == [new.describe()]
 
 
