@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..autograd.functional import ACTIVATIONS
+from ..layers.attention_checks import BIASES
 from ..layers.nn import NORMS
 from ..moe import routers
 from ..moe.experts import BACKENDS
@@ -42,7 +43,7 @@ class ModelConfig:
     qk_norm: bool | str = setting(False, "RMS-normalise queries and keys: true, all heads at once; \"head\", each head",
                                   checks.QK_NORM)
     attention_bias: str | None = setting(None, "biases of attention: none, qkv, or all (qkv and output); by default "
-                                         "all where bias is true", one_of(*checks.BIASES).or_none())
+                                         "all where bias is true", one_of(*BIASES).or_none())
     windows: tuple = setting((), "positions that attention sees: a number for each layer, 0 or [] for all",
                              checks.LAYERS)
     sinks: bool = setting(False, "a learned logit of each head that only takes weight away (GPT-OSS)", FLAG)

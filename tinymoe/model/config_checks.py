@@ -1,12 +1,12 @@
 """What the fields of a ModelConfig may hold, alone and together."""
 
+from ..layers.attention_checks import check_heads
 from ..moe import routers
 from ..moe.losses import LOSSES
 from ..moe.routers.options import OF_THE_MODEL, why_not
 from ..moe.settings import COUNT, FLAG, NOT_NEGATIVE, POSITIVE, Check
 from .input_checks import require_losses
 
-BIASES = ("none", "qkv", "all")
 QK_NORM = Check(lambda value: FLAG.fits(value) or value == "head", 'true, false or "head"')
 YARN_OPTIONS = {**dict.fromkeys(("factor", "original_length", "beta_fast", "beta_slow"), POSITIVE),
                 "attention_factor": POSITIVE.or_none(), "truncate": FLAG}
@@ -48,8 +48,7 @@ def _check_dense(c):
     head, latent = c.head_width, c.attention == "latent"
     _refuse(c, "moe_layers", any(i >= c.n_layers for i in c.moe_layers),
             f"a list of layers from 0 to n_layers - 1 = {c.n_layers - 1}")
-    if c.head_dim is None and c.d_model % c.n_heads:
-        raise ValueError(f"d_model {c.d_model} is not divisible by n_heads {c.n_heads}: change one of them")
+    check_heads(c.d_model, c.n_heads, c.head_dim)
     _refuse(c, "n_kv_heads", c.n_kv_heads is not None and c.n_heads % c.n_kv_heads,
             f"a divisor of n_heads {c.n_heads}, or None")
     _refuse(c, "positions", c.positions == "rotary" and not latent and head % 2,

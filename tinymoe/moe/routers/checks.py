@@ -63,21 +63,20 @@ def check_top_k(router: type, n_experts: int, top_k: float) -> None:
         raise ValueError(f"top_k {top_k!r} must be {must} for {router.name}")
 
 
-def check_choice(n_experts: int, top_k: float, n_groups: int, limit: int | None, second: str, threshold: float | None,
-                 jitter: float) -> None:
+def check_choice(n_experts: int, top_k: float, *, n_groups: int, group_limit: int | None, second_expert: str,
+                 second_threshold: float | None, jitter: float) -> None:
     """Raise ValueError for options of TopK that do not fit together."""
-    if (n_groups > 1) != (limit is not None):
-        raise ValueError(f"n_groups {n_groups} and group_limit {limit} go together: give both, or neither")
-    if n_experts % n_groups or limit and limit > n_groups:
-        raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {limit} be from "
-                         "1 to n_groups")
-    if limit and top_k > limit * (n_experts // n_groups):
-        raise ValueError(f"group_limit {limit} leaves {limit * (n_experts // n_groups)} experts, fewer than top_k "
-                         f"{top_k}")
-    if second != "all" and top_k != 2:
-        raise ValueError(f"second_expert {second!r} must be all unless top_k is 2")
-    if second == "threshold" and (threshold or 0) >= 0.5:
-        raise ValueError(f"second_threshold {threshold} must be below 0.5, because no second gate is above it")
+    if (n_groups > 1) != (group_limit is not None):
+        raise ValueError(f"n_groups {n_groups} and group_limit {group_limit} go together: give both, or neither")
+    if n_experts % n_groups or group_limit and group_limit > n_groups:
+        raise ValueError(f"n_groups {n_groups} must divide n_experts {n_experts}, and group_limit {group_limit} be "
+                         "from 1 to n_groups")
+    if group_limit and top_k > (left := group_limit * (n_experts // n_groups)):
+        raise ValueError(f"group_limit {group_limit} leaves {left} experts, fewer than top_k {top_k}")
+    if second_expert != "all" and top_k != 2:
+        raise ValueError(f"second_expert {second_expert!r} must be all unless top_k is 2")
+    if second_expert == "threshold" and (second_threshold or 0) >= 0.5:
+        raise ValueError(f"second_threshold {second_threshold} must be below 0.5, because no second gate is above it")
     if jitter >= 1:
         raise ValueError(f"jitter {jitter} must be at least 0 and below 1")
 

@@ -92,5 +92,5 @@ class TopK(LinearRouter, name="top_k"):
     @classmethod
     def check(cls, n_experts, top_k, options):
         super().check(n_experts, top_k, options)
-        check_choice(n_experts, top_k, *(options.get(name, getattr(cls, name)) for name in (
-            "n_groups", "group_limit", "second_expert", "second_threshold", "jitter")))
+        names = "n_groups", "group_limit", "second_expert", "second_threshold", "jitter"
+        check_choice(n_experts, top_k, **{name: options.get(name, getattr(cls, name)) for name in names})
