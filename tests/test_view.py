@@ -326,7 +326,7 @@ def test_the_page_in_a_browser(shown, run):
     coverage = chosen.sum(axis=2)
     limited = data["limited"]
     assert got["none"] == (coverage == 0).sum() and got["lost"] == (limited and ((coverage > 0) & (coverage < 2)).sum())
-    assert (got["none"] + got["lost"] > 0) == (data["router"] == "expert_choice" or limited)
+    assert (got["none"] + got["lost"] > 0) == (data["router"] != "top_k" or limited)
     # what pointing at a byte tells
     p = final["probs"][1, 3].astype(float)
     assert f"byte 3 of {data['names'][data['domain'][0]]}, layer 1" in got["focused"] and "layer 0" in got["hovered"]
