@@ -37,8 +37,8 @@ def gradcheck(function: Callable[..., Tensor], *inputs: Tensor | ArrayLike, eps:
 
     function: takes the inputs as Tensors and returns a Tensor of any shape. To check the gradient of another Tensor
         that it reads (a model's parameter, say), list it among the inputs.
-    inputs: Tensors or arrays. Those with requires_grad are checked, or every floating one if none has it. Floating
-        data become float64 during the check. Afterwards data and gradients are as before.
+    inputs: Tensors, computed ones too, or arrays. Those with requires_grad are checked, or every floating one if none
+        has it. Floating data become float64 during the check. Afterwards data and gradients are as before.
     eps: the step, relative to entries larger than 1; in a large input to the median entry. rtol: the largest relative
         error that passes.
 

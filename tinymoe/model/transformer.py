@@ -19,6 +19,8 @@ from .config import ModelConfig
 from .counting import count
 from .second_head import NextButOne
 
+PENALTY = Loss("a router's own", lambda routing, context: context.router.penalty(routing, context), logged=True)
+
 
 @dataclass(frozen=True)
 class ModelOutput:
@@ -148,8 +150,7 @@ class Transformer(Module):
                                         balance_batches=c.balance_batches))
                   for layer, routing in zip(self.moe_parts(), output.routings, strict=True)]
         checks.require_losses(LOSSES)
-        penalty = Loss("of the router itself", lambda routing, context: context.router.penalty(routing, context), True)
-        for name, loss in (LOSSES | {"penalty": penalty}).items():
+        for name, loss in (LOSSES | {"penalty": PENALTY}).items():
             coefficient = coefficients[name]
             if not (coefficient or loss.logged):
                 continue

@@ -58,7 +58,7 @@ def run_file(path: str | Path) -> tuple[ModuleType, str]:
             spec.loader.exec_module(module)
             _require_tables(before)
         finally:
-            del sys.modules[spec.name]  # another process cannot import it, so nothing of it can be pickled
+            sys.modules.pop(spec.name, None)  # another process cannot import it, so nothing of it can be pickled
         _remember(digest)
     except KeyboardInterrupt:
         raise
