@@ -48,7 +48,7 @@ def test_the_configs_are_those_of_the_study():
     assert list(next(o for o in cli.study.params if o.name == "configs").type.choices) == [s.id for s in STUDY.settings]
     full, quick = (STUDY.runs(STUDY.scales[name], 1)[0].training for name in ("default", "quick"))
     assert full == plan.TrainConfig(final_windows=1000) and full.steps == 2000 and full.batch_size == 8
-    assert quick == replace(full, steps=200, n_evaluations=5, final_windows=32)
+    assert quick == replace(full, steps=200, n_evaluations=4, final_windows=32)
 
 
 def test_runs_go_seed_by_seed_and_overrides_win_over_the_table():

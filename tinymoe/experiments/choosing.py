@@ -2,7 +2,7 @@
 
 from itertools import combinations
 
-from scipy.stats import kendalltau
+import scipy
 
 from ..study import measures
 from ..study.experiment import ALL_WINDOWS, CANDIDATES, Claim, Effect, Experiment, Primary, Setting, against, contrasts
@@ -114,7 +114,7 @@ def say_rate(r):
     """The ranking at each rate, how alike the rankings are, and the best rate of each config."""
     orders = {rate: [name[0] for name in r.ranked(LOSS) if name.endswith(f"-{rate:g}")] for rate in CANDIDATES}
     places = {rate: [order.index(c) for c in CONFIGS] for rate, order in orders.items()}
-    taus = {(a, b): kendalltau(places[a], places[b]) for a, b in combinations(CANDIDATES, 2)}
+    taus = {(a, b): scipy.stats.kendalltau(places[a], places[b]) for a, b in combinations(CANDIDATES, 2)}
     alike = ", ".join(f"{a:g} and {b:g}: {tau:+.2f} (p = {p:.2g})" for (a, b), (tau, p) in taus.items())
     best = ", ".join(f"{c} {min(CANDIDATES, key=lambda rate: r.mean(LOSS, f'{c}-{rate:g}')):g}" for c in CONFIGS)
     ranking = "; ".join(f"at {rate:g}: {', '.join(order)}" for rate, order in orders.items())

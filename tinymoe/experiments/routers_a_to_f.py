@@ -48,7 +48,7 @@ routers_a_to_f = Experiment(
         Setting("G", "as D, with raw gates: Grok-1 style",
                 model={"router": "top_k", "top_k": 2, "aux_coef": 0.01, "router_options": {"renormalise": False}})),
     training={"final_windows": 1000}, scales={
-        "quick": Scale({}, 200, 1, {"n_evaluations": 5, "final_windows": 32}), "default": Scale({}, 2000, 1)},
+        "quick": Scale({}, 200, 1, {"n_evaluations": 4, "final_windows": 32}), "default": Scale({}, 2000, 1)},
     metrics=(LOSS, "causal_perplexity", "causal_bits_per_byte", "load_cv", "effective_experts", "max_violation",
              "max_violation_batch", "dead_experts", "mi_excess", "byte_excess", "repetition", "weight_divergence",
              "function_divergence", "token_coverage", "drop_rate", "excess"),

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -187,7 +188,7 @@ class Experiment:
             raise ValueError(f"unknown scale {name!r}: choose one of {', '.join(known)}")
         return known[name]
 
-    @property
+    @cached_property
     def plan_hash(self) -> str:
         """The sha256 of the plan as JSON, without the words: any change of it shows in the document."""
         names = ("seeds", "steps", "rates", "model", "training", "text")

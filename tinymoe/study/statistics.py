@@ -9,8 +9,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
-from scipy import stats
-from scipy.optimize import brentq
+import scipy  # its parts are read when they are first used
 
 MARGIN = 0.01  # nats a byte, below which losses count as the same: 1% of perplexity
 LEVEL, POWER = 0.05, 0.8  # of all tests; the chance of a right verdict for which seeds are planned
@@ -45,7 +44,7 @@ def t_interval(values, confidence: float = 0.95) -> Interval:
         return Interval(mean, math.nan, n)
     if _equal(values):
         return Interval(float(values[0]), 0.0, n, float(mean == 0.0))
-    test = stats.ttest_1samp(values, 0)
+    test = scipy.stats.ttest_1samp(values, 0)
     return Interval(mean, float(test.confidence_interval(confidence).high) - mean, n, float(test.pvalue))
 
 
@@ -126,8 +125,8 @@ class Comparison:
     @cached_property
     def p_flip(self) -> float:
         """Two-sided p value of the sign-flip permutation test: exact up to 16 seeds, of 65,536 draws for more."""
-        test = stats.permutation_test((self.values,), np.mean, permutation_type="samples", n_resamples=2**16,
-                                      vectorized=True, random_state=0)
+        test = scipy.stats.permutation_test((self.values,), np.mean, permutation_type="samples", n_resamples=2**16,
+                                            vectorized=True, random_state=0)
         return float(test.pvalue)
 
     @property
@@ -137,8 +136,8 @@ class Comparison:
             return math.nan
         if _equal(self.values):
             return float(abs(self.mean) >= self.margin)
-        return float(max(stats.ttest_1samp(self.values, -self.margin, alternative="greater").pvalue,
-                         stats.ttest_1samp(self.values, self.margin, alternative="less").pvalue))
+        return float(max(scipy.stats.ttest_1samp(self.values, -self.margin, alternative="greater").pvalue,
+                         scipy.stats.ttest_1samp(self.values, self.margin, alternative="less").pvalue))
 
     @property
     def smallest(self) -> float:
@@ -158,7 +157,7 @@ class Comparison:
     def needed_range(self) -> tuple[int | None, int | None]:
         """`needed` at both ends of the 95% interval of the SD, by the chi-squared distribution."""
         return tuple(self._seeds_of(self.sd * math.sqrt((self.n - 1) / end))
-                     for end in stats.chi2.ppf([0.975, 0.025], self.n - 1))
+                     for end in scipy.stats.chi2.ppf([0.975, 0.025], self.n - 1))
 
     @property
     def between(self) -> bool:
@@ -189,8 +188,9 @@ class Comparison:
 @cache
 def _detectable(n, level):
     """The effect, in standard errors, that n seeds show with 80% power by a two-sided t-test."""
-    critical = stats.t.ppf(1 - level / 2, n - 1)  # the other tail adds less than 1e-6 to the power
-    return brentq(lambda effect: stats.nct.sf(critical, n - 1, effect) - POWER, 0, 4 * critical + 10)
+    critical = scipy.stats.t.ppf(1 - level / 2, n - 1)  # the other tail adds less than 1e-6 to the power
+    return scipy.optimize.brentq(lambda effect: scipy.stats.nct.sf(critical, n - 1, effect) - POWER, 0,
+                                 4 * critical + 10)
 
 
 def seeds_needed(scatter: float, level: float = LEVEL) -> int | None:
@@ -202,23 +202,25 @@ def seeds_needed(scatter: float, level: float = LEVEL) -> int | None:
     if scatter == 0:
         return 2
     n = np.arange(2, MOST_SEEDS + 1)
-    critical = stats.t.ppf(1 - level / 2, n - 1)
+    critical = scipy.stats.t.ppf(1 - level / 2, n - 1)
     effect = np.minimum(np.sqrt(n) / scatter, 4 * critical + 10)  # beyond it the power is above 80%
-    differ = stats.nct.sf(critical, n - 1, effect)
-    same = 2 * stats.nct.sf(stats.t.ppf(1 - level, n - 1), n - 1, effect) - 1
+    differ = scipy.stats.nct.sf(critical, n - 1, effect)
+    same = 2 * scipy.stats.nct.sf(scipy.stats.t.ppf(1 - level, n - 1), n - 1, effect) - 1
     enough = np.flatnonzero((differ >= POWER) & (same >= POWER))
     return int(n[enough[0]]) if len(enough) else None
 
 
 def holm(p_values) -> np.ndarray:
-    """Adjusted p values of Holm's (1979) step-down correction."""
+    """Adjusted p values of the step-down correction (Holm 1979)."""
     p = np.asarray(p_values, float)
     order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
     return adjusted
 
 
-benjamini_hochberg = stats.false_discovery_control
+def benjamini_hochberg(p_values) -> np.ndarray:
+    """Adjusted p values that bound the share of false ones among the small (Benjamini & Hochberg 1995)."""
+    return scipy.stats.false_discovery_control(p_values)
 
 
 def corrected(comparisons, correction) -> list[Comparison]:
@@ -249,10 +251,10 @@ def text_uncertainty(differences, n_resamples: int = 1000) -> tuple[float, float
     means = [each.mean(axis=0) for each in differences]
     # a bootstrap of k values has (k - 1) / k of their variance
     spread = [x.mean() + (x - x.mean()) * math.sqrt(len(x) / (len(x) - 1)) for x in means]
-    text = float(stats.bootstrap(spread, lambda *drawn, axis: np.mean([x.mean(axis=axis) for x in drawn], axis=0),
-                                 vectorized=True, method="percentile", n_resamples=n_resamples,
-                                 random_state=0).standard_error)
-    t = [float(stats.t.ppf(1 - LEVEL / 2, n - 1)) for n in (seeds.n, min(map(len, means)))]
+    text = float(scipy.stats.bootstrap(spread, lambda *drawn, axis: np.mean([x.mean(axis=axis) for x in drawn], axis=0),
+                                       vectorized=True, method="percentile", n_resamples=n_resamples,
+                                       random_state=0).standard_error)
+    t = [float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1)) for n in (seeds.n, min(map(len, means)))]
     half, both = math.hypot(seeds.half, t[1] * text), math.hypot(seeds.half / t[0], text)
     return seeds.mean - half, seeds.mean + half, (text / both) ** 2 if both else math.nan
 
