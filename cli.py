@@ -467,7 +467,7 @@ def experiment(name, quick, full, seeds, out, plot_only, text, **how):
     if name is None:
         for name, each in EXPERIMENTS.items():
             click.echo(f"{name:14} {each.question}  ({len(each.settings)} settings)")
-        click.echo("\npython cli.py experiment NAME runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
+        click.echo("\n`experiment NAME` runs one: three seeds, mostly 3 to 20 minutes on two idle cores.")
         return
     scale, before = _scale(quick, full), (dict(ROUTERS), dict(LOSSES))
     chosen = _experiment(name)

@@ -40,7 +40,7 @@ def test_runs_of_two_folders_stand_in_one_table(folders):
     assert d["made of"] == "top_k, K=2, aux 0.01" and rows[2][1] == "dense"
     assert rows[2][columns.index("load CV")] is None
     assert d["active parameters (millions)"] < d["parameters (millions)"]
-    assert "They differ in their steps: 6; 4." in list(c.cautions(found))
+    assert "The runs differ in their steps: 6; 4." in list(c.cautions(found))
     assert list(c.groups([folders / "one"])) == ["B", "D"]  # one folder needs no name
 
 
@@ -51,7 +51,7 @@ def test_the_command_prints_and_draws(folders, tmp_path):
     lines = output.splitlines()
     assert lines[0].split()[:3] == ["run", "made", "of"] and [line.split()[0] for line in lines[1:4]] == [
         "one/B", "one/D", "two/A"]
-    assert "Careful: They differ in their steps" in output
+    assert "Careful: The runs differ in their steps" in output
 
 
 def test_the_figure_shows_the_rows(folders):

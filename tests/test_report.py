@@ -113,7 +113,7 @@ def test_findings_hold_the_numbers_worked_out_by_hand(tmp_path):
     # 20 steps of 4 * 16 bytes, over 1,600 bytes of training text.
     assert "20 steps saw 1,280 bytes, 0.80 times the 1,600 bytes" in text
     assert "Function divergence, `E` - `D`: –.\n" in text
-    assert "`A` 3 collapsed" in text and "The first setting with every layer in use: `B`." in text
+    assert "`A` 3 collapsed" in text and "The first of these with every layer in use: `B`." in text
     assert "effective experts, `A`: 1.000 [1.000, 1.000]; needs < 4" in text
 
 
@@ -184,6 +184,13 @@ def test_a_finished_run_with_a_damaged_file_is_in_no_mean(tmp_path, name, conten
     path.unlink() if content is None else path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="A-seed0 is a finished run with damaged files"):
         load_runs(tmp_path)
+
+
+def test_a_finished_run_with_a_truncated_log_is_shown_as_damaged(tmp_path):
+    path = write_run(tmp_path, "A", 0, 2.0) / "log.jsonl"
+    path.write_text(path.read_text().rsplit("\n", 2)[0])
+    (run,) = rows.overview(tmp_path)
+    assert run["state"] == "failed" and run["where"].startswith("damaged files")
 
 
 def test_of_two_rows_of_a_step_the_later_one_counts(tmp_path):
@@ -800,6 +807,15 @@ def test_curves_say_on_how_much_text_they_were_measured(tmp_path):
     assert figures.measured_on(results, ["cross_entropy"]) == (
         " A point of the training loss is the mean over the steps since the point before. "
         "Another point is measured on 100 validation bytes, a number of the tables on 4,096.")
+
+
+def test_the_frame_of_a_loss_holds_the_ends_of_all_curves(tmp_path):
+    """Would have caught: the hollow curve of expert choice, the leaky loss, lay below the frame."""
+    with figures.default_style():
+        (axes,) = STUDY.figures["over_steps"](Results(STUDY, write_study(tmp_path, n_seeds=1))).axes
+    low, high = axes.get_ylim()
+    assert len(axes.lines) > len(LOSSES)  # the causal curves, and a hollow one
+    assert all(low < line.get_ydata()[-1] < high for line in axes.lines if len(line.get_ydata()) == 3)
 
 
 def test_captions_say_what_one_seed_cannot_have_and_what_lies_outside(tmp_path):

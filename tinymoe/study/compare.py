@@ -70,7 +70,7 @@ def cautions(found) -> Iterator[str]:
     for what, of in parts.items():
         different = list(dict.fromkeys(map(of, runs)))
         if len(different) > 1:
-            yield printable(f"They differ in their {what}: {'; '.join(map(str, different))}.")
+            yield printable(f"The runs differ in their {what}: {'; '.join(map(str, different))}.")
     yield from map(printable, unknown(runs))
 
 

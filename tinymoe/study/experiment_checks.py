@@ -30,8 +30,7 @@ def check_names(e):
     for who, part in (("all settings", e), *((s.id, s) for s in e.settings)):
         if unknown := [name for known, given in (("model", part.model), ("training", part.training))
                        for name in given if name not in OWN[known]]:
-            raise ValueError(f"experiment {e.name}, {who}: no field is called {unknown[0]}: `python cli.py options` "
-                             "lists them")
+            raise ValueError(f"experiment {e.name}, {who}: no field is called {unknown[0]}: `options` lists them")
 
 
 def compared(e):

@@ -239,23 +239,22 @@ def over_steps(reference, *metrics, names=None):
     @captioned(lambda r: f"{listed(metrics, reference, r)}, over the training steps{of_seeds(r, CURVES)}."
                          f"{measured_on(r, metrics)}{outside}", metrics, [reference, *(names or ())])
     def draw(results):
-        shown, leaky = names or list(results.groups), []
+        shown, keys = names or list(results.groups), []
         many = len(shown) > len(COLOURS)
         fig, (axes_of,) = panel_grid(1, len(metrics), 3.4 if many else 2.9)
         for axes, metric in zip(axes_of, metrics):
             base, label = less_reference(reference, metric, results)
             curves = {name: curve(axes, results, name, metric, reference=base) for name in shown}
-            for name in shown:
-                if metric == LOSS and results.groups[name][0].leaky:
-                    leaky = [LEAKY_KEY]
-                    curve(axes, results, name, "val_cross_entropy", reference=base, **HOLLOW)
-            if frame := frame_of(metric, curves.values()):
+            leaky = [name for name in shown if metric == LOSS and results.groups[name][0].leaky]
+            hollow = [curve(axes, results, name, "val_cross_entropy", reference=base, **HOLLOW) for name in leaky]
+            keys = [LEAKY_KEY] if leaky else keys
+            if frame := frame_of(metric, [*curves.values(), *hollow]):
                 axes.set_ylim(*frame)
             if many:
                 name_points(axes, results, {name: (steps[-1], values[-1].mean())
                                             for name, (steps, values) in curves.items() if len(steps)})
             axes.set(xlabel="training step", ylabel=label if "\n" in label else fill(label, 34))
-        add_legend(fig, results, () if many else shown, *leaky)
+        add_legend(fig, results, () if many else shown, *keys)
         return fig
     return draw
 

@@ -214,8 +214,8 @@ class Results:
         said = [f"`{name}` " + ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts)
                 for name, counts in states.items()]
         alive = next((f"`{name}`" for name in names if set(states[name]) == {"in use"}), "none")
-        return (f"**MoE layers at the end, of all seeds.** {'; '.join(said)}. The first setting with every layer in "
-                f"use: {alive}.")
+        return (f"**MoE layers at the end, of all seeds.** {'; '.join(said)}. The first of these with every layer "
+                f"in use: {alive}.")
 
     def outcome(self, claim: Claim) -> tuple[str, list]:
         """(verdict, [(Effect, (seeds,) array)]) of a Claim: it held where all its effects did."""

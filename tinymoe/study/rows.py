@@ -179,6 +179,8 @@ def _progress(place):
     if process:
         left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
         return found | {"state": "running", "left": left, "where": f"{process['host']}, process {process['pid']}"}
+    if (place / "summary.json").exists():
+        return found | {"state": "failed", "where": "damaged files: move it away, and train or fetch it again"}
     if failure is not None:
         return found | {"state": "failed", "where": f"{failure.get('reason')} at step {failure.get('step')}"}
     return found
@@ -300,7 +302,8 @@ def _compact_runs(path):
 def _record(place, config, log, summary, failure):
     """The RunRecord of what was read. The name of `place`, its folder, is the run id."""
     if summary is not None and not _is_whole(place.name, config, log, summary):
-        raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, or fetch it again")
+        raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, and train or "
+                         "fetch it again")
     rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT})}
     log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):

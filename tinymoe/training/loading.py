@@ -21,8 +21,7 @@ def execute_recorded_of(folder: str | Path) -> None:
     try:
         execute_recorded(files.read_json(place) if place.exists() else {})
     except UNUSABLE as error:
-        raise CheckpointError(f"{place} names files to import that cannot be used ({error}): put back the files of "
-                              "the run, or read them and give them once by --import") from None
+        raise CheckpointError(f"{place} names files to import that cannot be used: {error}") from None
 
 
 def execute_recorded(config: dict) -> None:
@@ -34,9 +33,10 @@ def execute_recorded(config: dict) -> None:
     recorded = [file for file in config.get("imports", []) if file["sha256"] not in user_files.IMPORTED]
     for path, sha256 in [(Path(file["path"]), file["sha256"]) for file in recorded]:
         if not user_files.imported_before(sha256):
-            raise ValueError(f"{path} is not in the list of imported files, {user_files.LIST}")
+            raise ValueError(f"{path} is not in the list of imported files, {user_files.LIST}: read it, and give "
+                             "it once by --import")
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} has changed since this run")
+            raise ValueError(f"{path} has changed since this run: put it back as it was")
     execute_files(tuple(file["path"] for file in recorded))
 
 
