@@ -105,7 +105,7 @@ def test_nothing_is_planned_twice_and_every_claim_has_a_place():
     ({"figures": {"one": maps.diagram({"frosen": (8, 1, 2)}, "x", "y")}}, "no setting is called frosen"),
     ({"figures": {"one": maps.routes("frosen")}}, "no setting is called frosen"),
     ({"exploratory": (Contrast(LOSS, "learned", minus="learned"),)}, "compares a setting with itself"),
-    ({"model": {"topk": 1}}, "all settings: no field is called topk: `python cli.py options` lists them"),
+    ({"model": {"topk": 1}}, "all settings: no field is called topk: `options` lists them"),
     ({"training": {"rate": 1}}, "no field is called rate"),
     ({"settings": (lab.Setting("learned", "", model={"topk": 1}), *EXPERIMENTS["frozen"].settings[1:])},
      "learned: no field is called topk"),
