@@ -21,6 +21,7 @@ from .quantities import LOSS, QUANTITIES, experts_per_token
 
 COMPACT = "runs.jsonl"  # all runs of a study in one file, as it is published
 ANEW = "fresh.json"  # {run id: name of the command --fresh that is to throw the old run away, once}
+DAMAGED = "damaged files: move it away, and train or fetch it again"  # said of a finished run
 
 
 def between(low, high):
@@ -170,7 +171,7 @@ def _progress(place):
     rows = [row for row in read_rows(place / "log.jsonl") if _fits(row, read)]
     row, process = (rows or [{"step": 0, LOSS: None, "seconds": 0.0}])[-1], holder(place)
     steps = config["training"]["steps"] if _fits(config, {"training": {"steps": SIZE}}) else None
-    summary = RunFolder(place).summary()
+    ended, summary = (place / "summary.json").exists(), RunFolder(place).summary()  # in this order: it may end now
     found = {"run": place.name, "state": "waiting", "step": row["step"], "steps": steps, "loss": row[LOSS],
              "left": None, "where": ""}
     if summary:
@@ -179,8 +180,8 @@ def _progress(place):
     if process:
         left = row["seconds"] / row["step"] * (steps - row["step"]) if steps and row["step"] else None
         return found | {"state": "running", "left": left, "where": f"{process['host']}, process {process['pid']}"}
-    if (place / "summary.json").exists():
-        return found | {"state": "failed", "where": "damaged files: move it away, and train or fetch it again"}
+    if ended:
+        return found | {"state": "failed", "where": DAMAGED}
     if failure is not None:
         return found | {"state": "failed", "where": f"{failure.get('reason')} at step {failure.get('step')}"}
     return found
@@ -302,8 +303,7 @@ def _compact_runs(path):
 def _record(place, config, log, summary, failure):
     """The RunRecord of what was read. The name of `place`, its folder, is the run id."""
     if summary is not None and not _is_whole(place.name, config, log, summary):
-        raise ValueError(f"{printable(place)} is a finished run with damaged files: move it away, and train or "
-                         "fetch it again")
+        raise ValueError(f"{printable(place)} is a finished run with {DAMAGED}")
     rows = {row["step"]: row for row in log if _fits(row, {"step": COUNT})}
     log = [rows[step] for step in sorted(rows)]  # a step written twice: the later row
     if not _fits(config, CONFIG):
